@@ -1,0 +1,53 @@
+"""A drop-in fast image encoder for CLIP.
+
+    import clip_fast
+
+    model, preprocess = clip_fast.load("ViT-B/32")
+    embeddings = model.encode_image(preprocess(image).unsqueeze(0))  # (1, 512), not normalised
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from .checkpoint import available_models, read_checkpoint, resolve
+from .config import Activation
+from .encoder import ImageEncoder
+from .preprocess import Preprocess
+
+__all__ = ["ImageEncoder", "Preprocess", "available_models", "load"]
+__version__ = "0.1.0"
+
+
+def load(
+    name_or_path: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    activation: Activation | None = None,
+    download_root: str | os.PathLike[str] | None = None,
+) -> tuple[ImageEncoder, Preprocess]:
+    """Loads a CLIP image encoder and its preprocessing, as `clip.load` does.
+
+    Args:
+        name_or_path: a name from `available_models()`, or a checkpoint: OpenAI's `.pt`, open_clip's `.pt`, `.bin` or
+            `.safetensors`, or a Hugging Face folder.
+        device: where to compute; by default a GPU where there is one.
+        dtype: the precision; by default, as in `clip`, float16 on a GPU and float32 on a CPU.
+        activation: of the MLPs, for a checkpoint that does not say (plain state dicts do not).
+        download_root: folder for downloaded checkpoints; by default `~/.cache/clip`, which `clip` uses too.
+
+    Returns:
+        The encoder, and a callable from a PIL image to the float32 tensor (3, H, W) that the encoder takes in batches.
+
+    Raises:
+        CheckpointError: where the checkpoint cannot be had or is not sound; it names the file and what is wrong.
+    """
+    device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    if dtype is None:
+        dtype = torch.float16 if device.type == "cuda" else torch.float32
+    checkpoint = read_checkpoint(resolve(name_or_path, download_root), activation)
+    model = ImageEncoder(checkpoint.config, checkpoint.state_dict, device, dtype)
+    return model, Preprocess(checkpoint.config.image_size, checkpoint.mean, checkpoint.std)

@@ -1,0 +1,216 @@
+"""CLIP's two image encoders in plain PyTorch: the oracle that every fast path is judged against.
+
+Written to be read beside the papers, in the order in which data meets the parts, and with nothing clever in it. The
+modules work in any floating dtype, float64 included, and carry OpenAI's parameter names, so that a canonical state dict
+(see `clip_fast.checkpoint`) loads as it is. Neither encoder normalises its output.
+
+Sources: Radford et al. 2021 (CLIP), section 2.4; Dosovitskiy et al. 2020 (ViT), section 3.1; He et al. 2018 ("Bag of
+tricks", ResNet-D stem) and Zhang 2019 (anti-aliased strides) for the modified ResNet; Hendrycks & Gimpel 2016, section 2,
+for the sigmoid approximation of the GELU.
+
+Shapes: B images, N tokens, W width, H heads, D = W / H, P patch size, G patches a side, E embed_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import BATCH_NORM_EPS, LAYER_NORM_EPS, Config, ResNetConfig, VitConfig
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x sigmoid(1.702 x), the approximation of the GELU that OpenAI's models were trained with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Multi-head softmax(q kᵀ / √D) v. q: (B, Nq, W); k, v: (B, N, W). Returns (B, Nq, W)."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, H, N, D)
+    scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5  # (B, H, Nq, N)
+    return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)  # (B, Nq, W)
+
+
+# --- Vision Transformer ----------------------------------------------------------------------------------------------
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with one stacked projection for queries, keys and values. (B, N, W) -> (B, N, W)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        return self.out_proj(attention(q, k, v, self.heads))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with the activation between. (B, N, W) -> (B, N, W)."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.width, config.mlp_width)
+        self.activation = ACTIVATIONS[config.activation]
+        self.c_proj = nn.Linear(config.mlp_width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.activation(self.c_fc(x)))
+
+
+class ResidualBlock(nn.Module):
+    """A pre-LayerNorm transformer block. (B, N, W) -> (B, N, W)."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.attn = SelfAttention(config.width, config.heads)
+        self.ln_2 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.mlp = Mlp(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """The stack of blocks."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(ResidualBlock(config) for _ in range(config.layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.resblocks:
+            x = block(x)
+        return x
+
+
+class VisionTransformer(nn.Module):
+    """CLIP's Vision Transformer: images (B, 3, image_size, image_size) -> embeddings (B, E)."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        scale = config.width**-0.5
+        self.conv1 = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, bias=False)
+        self.class_embedding = nn.Parameter(scale * torch.randn(config.width))
+        self.positional_embedding = nn.Parameter(scale * torch.randn(config.tokens, config.width))
+        self.ln_pre = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.transformer = Transformer(config)
+        self.ln_post = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
+        self.proj = nn.Parameter(scale * torch.randn(config.width, config.embed_dim))
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.conv1(images).flatten(2).transpose(1, 2)  # (B, G², W)
+        class_token = self.class_embedding.expand(len(images), 1, -1)  # (B, 1, W)
+        x = torch.cat([class_token, patches], dim=1) + self.positional_embedding  # (B, N, W)
+        x = self.transformer(self.ln_pre(x))
+        return self.ln_post(x[:, 0]) @ self.proj  # (B, E)
+
+
+# --- Modified ResNet -------------------------------------------------------------------------------------------------
+
+
+def _conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
+
+
+def _norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=BATCH_NORM_EPS)
+
+
+class Bottleneck(nn.Module):
+    """1×1, 3×3, 1×1 convolutions around a shortcut; a stride is an average pool before a convolution of stride one."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        out_channels = self.expansion * channels
+        self.conv1, self.bn1 = _conv(in_channels, channels, 1), _norm(channels)
+        self.conv2, self.bn2 = _conv(channels, channels, 3), _norm(channels)
+        self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.conv3, self.bn3 = _conv(channels, out_channels, 1), _norm(out_channels)
+        self.downsample: nn.Module = nn.Identity()
+        if stride > 1 or in_channels != out_channels:
+            self.downsample = nn.Sequential()
+            self.downsample.add_module("-1", nn.AvgPool2d(stride))
+            self.downsample.add_module("0", _conv(in_channels, out_channels, 1))
+            self.downsample.add_module("1", _norm(out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(self.avgpool(out)))
+        return F.relu(out + self.downsample(x))
+
+
+class AttentionPool(nn.Module):
+    """Attention over the feature map with the mean token as the only query. (B, C, h, w) -> (B, E)."""
+
+    def __init__(self, config: ResNetConfig) -> None:
+        super().__init__()
+        features = config.features
+        self.heads = config.heads
+        self.positional_embedding = nn.Parameter(features**-0.5 * torch.randn(config.tokens, features))
+        self.q_proj = nn.Linear(features, features)
+        self.k_proj = nn.Linear(features, features)
+        self.v_proj = nn.Linear(features, features)
+        self.c_proj = nn.Linear(features, config.embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2).transpose(1, 2)  # (B, h·w, C)
+        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding  # (B, 1 + h·w, C)
+        pooled = attention(self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x), self.heads)  # (B, 1, C)
+        return self.c_proj(pooled[:, 0])  # (B, E)
+
+
+class ModifiedResNet(nn.Module):
+    """CLIP's ResNet: images (B, 3, image_size, image_size) -> embeddings (B, E).
+
+    Batch norms use their running statistics: an encoder is used for inference, so construct it in `eval()` mode.
+    """
+
+    def __init__(self, config: ResNetConfig) -> None:
+        super().__init__()
+        width = config.width
+        self.conv1, self.bn1 = _conv(3, width // 2, 3, stride=2), _norm(width // 2)
+        self.conv2, self.bn2 = _conv(width // 2, width // 2, 3), _norm(width // 2)
+        self.conv3, self.bn3 = _conv(width // 2, width, 3), _norm(width)
+        self.avgpool = nn.AvgPool2d(2)
+        in_channels = width
+        for stage, blocks in enumerate(config.layers):
+            channels = width * 2**stage
+            out_channels = Bottleneck.expansion * channels
+            first = Bottleneck(in_channels, channels, stride=1 if stage == 0 else 2)
+            rest = [Bottleneck(out_channels, channels, stride=1) for _ in range(blocks - 1)]
+            self.add_module(f"layer{stage + 1}", nn.Sequential(first, *rest))
+            in_channels = out_channels
+        self.attnpool = AttentionPool(config)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(images)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = F.relu(self.bn3(self.conv3(x)))
+        x = self.avgpool(x)
+        for stage in ("layer1", "layer2", "layer3", "layer4"):
+            x = cast(nn.Module, getattr(self, stage))(x)
+        return self.attnpool(x)
+
+
+def build(config: Config) -> VisionTransformer | ModifiedResNet:
+    """The plain encoder of `config` with random float32 weights, in evaluation mode."""
+    tower = VisionTransformer(config) if isinstance(config, VitConfig) else ModifiedResNet(config)
+    return tower.eval()
