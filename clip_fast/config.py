@@ -141,6 +141,11 @@ OPENAI_MODELS: dict[str, Config] = {
     "ViT-L/14@336px": VitConfig(336, 14, width=1024, layers=24, heads=16, embed_dim=768),
 }
 
+# Shipped inside the package (clip_fast/assets), for demonstration and end-to-end checks without a download.
+BUNDLED_MODELS: dict[str, VitConfig] = {
+    "tiny-digits": VitConfig(32, 8, width=128, layers=3, heads=2, embed_dim=64),
+}
+
 OPENAI_CHECKPOINTS: dict[str, Pretrained] = {
     "RN50": _openai("afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762", "RN50.pt"),
     "RN101": _openai("8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599", "RN101.pt"),

@@ -1,0 +1,312 @@
+"""Preprocessing against openai-clip's own transform, bit for bit, and what does not need that package to be seen."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clip_fast.config import IMAGE_MEAN, IMAGE_STD
+from clip_fast.preprocess import Preprocess
+
+ClipTransform = Callable[[int], Any]  # image_size -> torchvision's Compose of the five steps
+
+DATA = Path(__file__).parent / "data"
+PHOTOGRAPHS = sorted(path.name for path in DATA.iterdir() if path.suffix in (".jpg", ".png"))
+IMAGE_SIZES = (28, 224, 288, 336, 448)  # 28 of nothing published; the rest of the published models
+MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I", "F")
+MODES_16_BIT = ("I;16", "I;16L", "I;16B", "I;16N")
+
+# (width, height): one pixel, one row, one column; around and at 224; an even and an odd surplus to crop on either side
+SIZES = [
+    *((1, 1), (1, 7), (7, 1), (2, 3), (223, 225), (225, 223), (224, 224), (225, 224), (224, 225), (226, 224)),
+    *((448, 224), (224, 448), (448, 448), (227, 224), (3, 1000), (1000, 3), (29, 28), (28, 31), (500, 333), (333, 500)),
+]
+RANDOM_SIZES = [tuple(np.random.default_rng(seed).integers(1, 700, 2).tolist()) for seed in range(12)]
+
+
+@pytest.fixture(scope="module")
+def clip_transform() -> ClipTransform:
+    return cache(pytest.importorskip("clip", reason="openai-clip, to compare with").clip._transform)
+
+
+def noise(mode: str, width: int, height: int, seed: int = 0) -> Image.Image:
+    """Random pixels over the whole range of the mode: a wrong size, crop or rounding shows at almost every one."""
+    rng = np.random.default_rng(seed)
+    if mode in MODES_16_BIT:
+        return Image.frombytes(mode, (width, height), rng.bytes(2 * width * height))
+    if mode == "I":  # some below and some above what 8 bits hold
+        return Image.fromarray(rng.integers(-200, 600, (height, width), dtype=np.int32))
+    if mode == "F":
+        return Image.fromarray(rng.uniform(-200, 600, (height, width)).astype(np.float32))
+    if mode in ("P", "PA"):
+        image = Image.frombytes(mode, (width, height), rng.bytes(len(mode) * width * height))
+        image.putpalette(rng.bytes(768))
+        return image
+    bands = len(Image.new(mode, (1, 1)).getbands())
+    return Image.frombytes(
+        mode, (width, height), rng.bytes((width + 7) // 8 * height if mode == "1" else bands * width * height)
+    )
+
+
+def encoded(image: Image.Image, format: str, **options: object) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def reopened(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))
+
+
+def assert_as_clip(actual: Tensor, expected: Tensor) -> None:
+    assert actual.dtype == expected.dtype == torch.float32
+    assert torch.equal(actual, expected), f"{int((actual != expected).sum())} of {expected.numel()} values differ"
+
+
+def assert_as_clip_or_refused(make: Callable[[], Image.Image], clip_transform: ClipTransform) -> None:
+    """A new image for each, so that neither sees what the other loaded."""
+    image = make()
+    try:
+        expected = clip_transform(28)(make())
+    except ValueError as error:
+        refusal = f"cannot make RGB pixels of an image of mode '{image.mode}', {image.width}x{image.height}: {error}"
+        with pytest.raises(ValueError, match=f"^{re.escape(refusal)}$"):
+            Preprocess(28)(image)
+    else:
+        assert_as_clip(Preprocess(28)(image), expected)
+
+
+# --- Against openai-clip ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("image_size", IMAGE_SIZES)
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+def test_photographs_are_as_in_clip(name: str, image_size: int, clip_transform: ClipTransform) -> None:
+    with Image.open(DATA / name) as image:
+        assert_as_clip(Preprocess(image_size)(image), clip_transform(image_size)(image))
+        upright = image.transpose(Image.Transpose.ROTATE_90)
+    assert_as_clip(Preprocess(image_size)(upright), clip_transform(image_size)(upright))
+
+
+@pytest.mark.parametrize("image_size", [28, 224, 225])
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+def test_sizes_are_as_in_clip(size: tuple[int, int], image_size: int, clip_transform: ClipTransform) -> None:
+    image = noise("RGB", *size)
+    assert_as_clip(Preprocess(image_size)(image), clip_transform(image_size)(image))
+
+
+@pytest.mark.parametrize(
+    ("seed", "size"),
+    [pytest.param(seed, size, id=f"seed{seed}-{size[0]}x{size[1]}") for seed, size in enumerate(RANDOM_SIZES)],
+)
+def test_random_sizes_are_as_in_clip(seed: int, size: tuple[int, int], clip_transform: ClipTransform) -> None:
+    image = noise("RGB", *size, seed)
+    for image_size in IMAGE_SIZES[:2]:
+        assert_as_clip(Preprocess(image_size)(image), clip_transform(image_size)(image))
+
+
+def test_geometry_of_every_size_is_as_in_clip(clip_transform: ClipTransform) -> None:
+    """The rounding of the long side and of the crop: a wrong one moves a pixel, and every pixel is another."""
+    preprocess, transform = Preprocess(7), clip_transform(7)
+    for width in range(1, 41):
+        for height in range(1, 41):
+            image = noise("L", width, height)
+            assert torch.equal(preprocess(image), transform(image)), f"{width}x{height}"
+
+
+@pytest.mark.parametrize("size", [(45, 33), (33, 45), (60, 28), (28, 28)], ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize("mode", MODES + MODES_16_BIT)
+def test_modes_are_as_in_clip(mode: str, size: tuple[int, int], clip_transform: ClipTransform) -> None:
+    """The same tensor, or an error that names the mode where clip fails too; which modes fail is up to Pillow."""
+    assert_as_clip_or_refused(lambda: noise(mode, *size), clip_transform)
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency:UserWarning")  # of Pillow, at either
+@pytest.mark.parametrize("transparency", [3, bytes(range(256))], ids=["one index", "an alpha for each index"])
+def test_transparent_palettes_are_as_in_clip(transparency: int | bytes, clip_transform: ClipTransform) -> None:
+    image = reopened(encoded(noise("P", 45, 33), "PNG", transparency=transparency))
+    assert image.mode == "P"
+    assert "transparency" in image.info
+    expected = clip_transform(28)(image.copy())
+    assert_as_clip(Preprocess(28)(image), expected)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_transparent_colour_is_as_in_clip(mode: str, clip_transform: ClipTransform) -> None:
+    image = reopened(encoded(noise(mode, 45, 33), "PNG", transparency=7 if mode == "L" else (7, 8, 9)))
+    assert "transparency" in image.info
+    expected = clip_transform(28)(image.copy())
+    assert_as_clip(Preprocess(28)(image), expected)
+
+
+@pytest.mark.parametrize(
+    ("format", "mode"),
+    [
+        *(("JPEG", "RGB"), ("JPEG", "CMYK"), ("JPEG", "L"), ("PNG", "RGBA"), ("PNG", "1"), ("PNG", "I;16")),
+        *(("GIF", "P"), ("BMP", "RGB"), ("TIFF", "LAB"), ("TIFF", "F"), ("TIFF", "RGB"), ("ICO", "RGBA")),
+    ],
+)
+def test_lazily_opened_files_are_as_in_clip(format: str, mode: str, clip_transform: ClipTransform) -> None:
+    data = encoded(noise(mode, 45, 33), format)
+    assert_as_clip_or_refused(lambda: reopened(data), clip_transform)
+
+
+def test_an_animation_is_its_current_frame_as_in_clip(clip_transform: ClipTransform) -> None:
+    frames = [noise("RGB", 45, 33, seed) for seed in range(3)]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    first, second = reopened(data), reopened(data)
+    second.seek(1)
+    expected_second = reopened(data)
+    expected_second.seek(1)
+    assert_as_clip(Preprocess(28)(first), clip_transform(28)(reopened(data)))
+    assert_as_clip(Preprocess(28)(second), clip_transform(28)(expected_second))
+    assert not torch.equal(Preprocess(28)(first), Preprocess(28)(second))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_ignored_as_in_clip(orientation: int, clip_transform: ClipTransform) -> None:
+    with Image.open(DATA / "rocket.jpg") as photograph:
+        image = photograph.reduce(4)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    tagged = encoded(image, "JPEG", exif=exif)
+    assert reopened(tagged).getexif()[0x0112] == orientation
+    actual = Preprocess(28)(reopened(tagged))
+    assert_as_clip(actual, clip_transform(28)(reopened(tagged)))
+    assert torch.equal(actual, Preprocess(28)(reopened(encoded(image, "JPEG"))))
+
+
+def test_another_mean_and_std_are_as_in_torchvision(clip_transform: ClipTransform) -> None:
+    mean, std = (0.5, 0.25, 0.1), (0.3, 0.7, 1.1)
+    transform = clip_transform(28)
+    normalise = type(transform.transforms[-1])(mean, std)
+    image = noise("RGB", 45, 33)
+    expected: Any = image
+    for step in [*transform.transforms[:-1], normalise]:
+        expected = step(expected)
+    assert_as_clip(Preprocess(28, mean, std)(image), expected)
+
+
+# --- By itself -------------------------------------------------------------------------------------------------------
+
+
+def test_there_are_photographs() -> None:
+    assert len(PHOTOGRAPHS) >= 4
+    listed = (DATA / "README.md").read_text(encoding="utf-8")
+    for name in PHOTOGRAPHS:
+        assert f"| `{name}` |" in listed, f"{name} has no author and licence in README.md"
+
+
+def test_known_pixels() -> None:
+    """An image of the wanted height is only cropped: the middle columns, 7 - 4 = 3 over, round(1.5) = 2 to the left."""
+    pixels = np.arange(4 * 7 * 3, dtype=np.uint8).reshape(4, 7, 3)
+    result = Preprocess(4).uint8(Image.fromarray(pixels))
+    assert torch.equal(result, torch.from_numpy(pixels[:, 2:6].transpose(2, 0, 1).copy()))
+
+
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+def test_uint8_is_the_float_tensor_before_normalising(name: str) -> None:
+    preprocess = Preprocess(224)
+    with Image.open(DATA / name) as image:
+        pixels, normalised = preprocess.uint8(image), preprocess(image)
+    for tensor, dtype in ((pixels, torch.uint8), (normalised, torch.float32)):
+        assert tensor.dtype == dtype
+        assert tensor.shape == (3, 224, 224)
+        assert tensor.is_contiguous()
+    assert pixels.float().std() > 10  # a photograph, not a blank
+    mean, std = torch.tensor(IMAGE_MEAN)[:, None, None], torch.tensor(IMAGE_STD)[:, None, None]
+    assert torch.equal(normalised, (pixels / 255 - mean) / std)
+
+
+@pytest.mark.parametrize("image_size", [1, 28])
+def test_the_result_has_memory_of_its_own(image_size: int) -> None:
+    image = noise("RGB", image_size, image_size)
+    before = image.tobytes()
+    preprocess = Preprocess(image_size)
+    expected = preprocess.uint8(image).clone()
+    preprocess.uint8(image).zero_()
+    preprocess(image).zero_()
+    assert image.tobytes() == before
+    result = preprocess.uint8(image)
+    image.paste((0, 0, 0), (0, 0, image_size, image_size))
+    assert torch.equal(result, expected)
+
+
+def test_the_default_dtype_and_device_do_not_matter() -> None:
+    image = noise("RGB", 45, 33)
+    expected = Preprocess(28)(image)
+    dtype = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            result = Preprocess(28)(image)
+    finally:
+        torch.set_default_dtype(dtype)
+    assert result.device.type == "cpu"
+    assert_as_clip(result, expected)
+
+
+def test_pickle_repr_and_equality() -> None:
+    preprocess = Preprocess(28, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    copy = pickle.loads(pickle.dumps(preprocess))
+    image = noise("RGB", 45, 33)
+    assert torch.equal(copy(image), preprocess(image))
+    assert copy == preprocess != Preprocess(28)
+    assert repr(preprocess) == "Preprocess(image_size=28, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))"
+
+
+@pytest.mark.parametrize(
+    ("image", "named"),
+    [
+        (np.zeros((8, 8, 3), np.uint8), "numpy.ndarray"),
+        (torch.zeros(3, 8, 8), "torch.Tensor"),
+        ("photograph.jpg", "builtins.str"),
+        (None, "builtins.NoneType"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_is_no_pil_image_is_named(image: object, named: str) -> None:
+    with pytest.raises(TypeError, match=f"image must be a PIL image, got {named}"):
+        Preprocess(28)(image)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [(0, 0), (0, 5), (5, 0)])
+def test_an_image_without_pixels_is_refused(size: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=f"image must have pixels, got one of {size[0]}x{size[1]}"):
+        Preprocess(28)(Image.new("RGB", size))
+
+
+@pytest.mark.parametrize("name", ["rocket.jpg", "chelsea.png"])
+def test_a_truncated_file_is_an_os_error(name: str) -> None:
+    data = (DATA / name).read_bytes()
+    with pytest.raises(OSError, match="truncated"):
+        Preprocess(28)(reopened(data[: len(data) // 2]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0,), "image_size must be positive, got 0"),
+        ((-224,), "image_size must be positive, got -224"),
+        ((28, (0.5, 0.5)), "mean must be three finite numbers, got (0.5, 0.5)"),
+        ((28, (0.5, float("nan"), 0.5)), "mean must be three finite numbers, got (0.5, nan, 0.5)"),
+        ((28, IMAGE_MEAN, (1.0, 0.0, 1.0)), "std must be three positive numbers, got (1.0, 0.0, 1.0)"),
+        ((28, IMAGE_MEAN, (1.0, float("inf"), 1.0)), "std must be three positive numbers, got (1.0, inf, 1.0)"),
+        ((28, IMAGE_MEAN, (1.0,)), "std must be three positive numbers, got (1.0,)"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_arguments_that_make_no_sense(arguments: tuple[object, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        Preprocess(*arguments)  # type: ignore[arg-type]
