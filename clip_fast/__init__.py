@@ -1,9 +1,9 @@
 """A drop-in fast image encoder for CLIP.
 
-    import clip_fast
+import clip_fast
 
-    model, preprocess = clip_fast.load("ViT-B/32")
-    embeddings = model.encode_image(preprocess(image).unsqueeze(0))  # (1, 512), not normalised
+model, preprocess = clip_fast.load("ViT-B/32")
+embeddings = model.encode_image(preprocess(image).unsqueeze(0))  # (1, 512), not normalised
 """
 
 from __future__ import annotations

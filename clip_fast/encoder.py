@@ -19,9 +19,7 @@ class ImageEncoder(nn.Module):
         dtype: in which precision; images are converted to it, as `clip` does, and embeddings come back in it.
     """
 
-    def __init__(
-        self, config: Config, state_dict: dict[str, Tensor], device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, config: Config, state_dict: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
         super().__init__()
         if not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point type, got {dtype}")

@@ -17,9 +17,7 @@ def _declare_torchvision_operators() -> None:
         return
     except RuntimeError:
         for name in ("nms", "qnms"):
-            torch.library.define(
-                f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-            )
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 
 _declare_torchvision_operators()
