@@ -5,8 +5,8 @@ modules work in any floating dtype, float64 included, and carry OpenAI's paramet
 (see `clip_fast.checkpoint`) loads as it is. Neither encoder normalises its output.
 
 Sources: Radford et al. 2021 (CLIP), section 2.4; Dosovitskiy et al. 2020 (ViT), section 3.1; He et al. 2018 ("Bag of
-tricks", ResNet-D stem) and Zhang 2019 (anti-aliased strides) for the modified ResNet; Hendrycks & Gimpel 2016, section 2,
-for the sigmoid approximation of the GELU.
+tricks", ResNet-D stem) and Zhang 2019 (anti-aliased strides) for the modified ResNet; Hendrycks & Gimpel 2016, section
+2, for the sigmoid approximation of the GELU.
 
 Shapes: B images, N tokens, W width, H heads, D = W / H, P patch size, G patches a side, E embed_dim.
 """

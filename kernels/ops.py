@@ -1,0 +1,405 @@
+"""The contract of every op: what it computes, what it takes, which implementation runs.
+
+Each op is registered with `torch.library` as `clip_fast::<name>`, so that `torch.compile` and `torch.export` see
+through it, and is called through the function of that name below. The Triton kernel runs where Triton can run: on a GPU, or
+anywhere under its interpreter (`TRITON_INTERPRET=1` in the environment before the first call). Elsewhere, and for a
+dtype or size that no kernel serves, the plain PyTorch oracle in `reference.py` runs, whose results agree to rounding.
+`impl="triton"` and `impl="reference"` ask for one of them and never fall back.
+
+The ops are for inference: they carry no derivative formula.
+
+Shapes: B images, N tokens, G = N − 1 of them patches, W width, H heads, D head_dim; M rows, K and N of a GEMM. Kernels take float16, bfloat16 and float32, and accumulate in float32.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .reference import STATISTICS_TILE
+
+Impl = Literal["auto", "triton", "reference"]
+Precision = Literal["ieee", "tf32"]
+Activation = Literal["none", "quick_gelu", "gelu"]
+
+ACTIVATIONS: tuple[Activation, ...] = ("none", "quick_gelu", "gelu")
+PATCH_K_STEP = 64  # the patch projection's K is padded with zeros to a multiple of this
+MAX_LAYER_NORM_WIDTH = 2048
+MAX_HEAD_DIM = 128
+
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+# --- the ops ---------------------------------------------------------------------------------------------------------
+
+
+def patch_embed(
+    images: Tensor,
+    weight: Tensor,
+    position: Tensor,
+    patch_size: int,
+    *,
+    precision: Precision = "ieee",
+    impl: Impl = "auto",
+) -> Tensor:
+    """Images to positioned tokens: out[b, 0] = position[0], out[b, 1 + g] = patch(b, g) @ weightᵀ + position[1 + g].
+
+    The class embedding, and the constant part of a folded normalisation, belong into `position`. A uint8 pixel u enters
+    as u − 128, which is exact in every dtype and keeps the pixels' mean from being multiplied by the weights' rounding
+    errors; normalising with mean μ and deviation σ is then weight / (255 σ), with weight · (128 / 255 − μ) / σ summed
+    into `position`.
+
+    Args:
+        images: (B, 3, h, w), uint8 or floating, any strides (NHWC data is passed as a permuted view). Pixels past the
+            last whole patch are not read.
+        weight: (W, K′) with features ordered (channel, row, column) and zero-padded from 3 · patch_size² to a multiple
+            of PATCH_K_STEP; its dtype is the compute and result dtype. Images are converted to it.
+        position: (1 + G, W), any float dtype.
+        precision: of products of float32 operands on a GPU: exact, or rounded to TF32.
+
+    Returns:
+        (B, 1 + G, W), contiguous.
+    """
+    _require_float("weight", weight)
+    _require(images.ndim == 4 and images.shape[1] == 3, "images must be [batch, 3, height, width], got", images)
+    _require(
+        images.dtype == torch.uint8 or images.is_floating_point(),
+        f"images must be uint8 or of a floating-point dtype, got {images.dtype}",
+    )
+    features = -(-3 * patch_size**2 // PATCH_K_STEP) * PATCH_K_STEP
+    _require(weight.ndim == 2 and weight.shape[1] == features, f"weight must be [width, {features}], got", weight)
+    grid = (images.shape[2] // patch_size, images.shape[3] // patch_size)
+    tokens = 1 + grid[0] * grid[1]
+    _require(min(grid) > 0, f"images must be at least {patch_size} pixels a side, got", images)
+    _require(position.shape == (tokens, len(weight)), f"position must be [{tokens}, {len(weight)}], got", position)
+    _require_device(images=images, weight=weight, position=position)
+    return _call("patch_embed", impl, (images, weight, position), patch_size, precision)
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, statistics: bool = False, impl: Impl = "auto"
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm over the last dimension (Ba, Kiros & Hinton 2016, eq. 4), with biased variance.
+
+    Args:
+        x: (…, W), W at most MAX_LAYER_NORM_WIDTH for the kernel; the last dimension contiguous.
+        weight, bias: (W,), any float dtype.
+        statistics: also return the row statistics of the result, for a `linear` that folds the next LayerNorm in.
+
+    Returns:
+        y like x, contiguous; and its row statistics (…, T, 2), float32, T = ⌈W / STATISTICS_TILE⌉: for each tile of
+        columns the mean and the sum of squared deviations from it. An empty tensor where they are not wanted.
+    """
+    _require_float("x", x)
+    _require(x.ndim >= 1 and x.shape[-1] > 0, "x must be [..., width], got", x)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        _require(tensor.shape == x.shape[-1:], f"{name} must be [{x.shape[-1]}], got", tensor)
+    _require_device(x=x, weight=weight, bias=bias)
+    return _call("layer_norm", impl, (x, weight, bias), eps, statistics)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    residual: Tensor | None = None,
+    norm: tuple[Tensor, Tensor] | None = None,
+    activation: Activation = "none",
+    eps: float = 1e-5,
+    statistics: bool = False,
+    precision: Precision = "ieee",
+    impl: Impl = "auto",
+) -> tuple[Tensor, Tensor]:
+    """activation(x weightᵀ + bias) + residual, with the LayerNorm of x folded in where `norm` is given.
+
+    LN(x) Wᵀ + b = rstd · (x W′ᵀ − mean · colsum) + b′ with W′ = W diag(gain), colsum = W′ summed over K, and
+    b′ = b + W · shift: the product reads the raw x, and the statistics enter afterwards.
+
+    Args:
+        x: (…, K), the last dimension contiguous, the others collapsible to rows of one stride.
+        weight: (N, K), contiguous, x's dtype.
+        bias: (N,), any float dtype.
+        residual: (…, N), x's dtype; added after the activation.
+        norm: row statistics of x, (…, T, 2) float32 as `layer_norm` and `linear` return them, and colsum (N,) float32,
+            summed from the weight as rounded to its dtype.
+        statistics: also return the row statistics of the result.
+        precision: of products of float32 operands on a GPU: exact, or rounded to TF32.
+
+    Returns:
+        y (…, N) of x's dtype, contiguous; and its row statistics (…, ⌈N / STATISTICS_TILE⌉, 2), or an empty tensor.
+    """
+    _require_float("x", x)
+    rows, k = x.shape[:-1], x.shape[-1]
+    _require(weight.ndim == 2 and weight.shape[1] == k, f"weight must be [N, {k}], got", weight)
+    n = len(weight)
+    _require(weight.dtype == x.dtype, f"weight must have the dtype of x, {x.dtype}, got {weight.dtype}")
+    _require(bias is None or bias.shape == (n,), f"bias must be [{n}], got", bias)
+    _require(residual is None or residual.shape == (*rows, n), f"residual must be {[*rows, n]}, got", residual)
+    _require(activation in ACTIVATIONS, f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    row_stats, colsum = norm if norm is not None else (None, None)
+    if row_stats is not None and colsum is not None:
+        wanted = (*rows, statistics_tiles(k), 2)
+        _require(row_stats.shape == wanted, f"row statistics must be {list(wanted)}, got", row_stats)
+        _require(colsum.shape == (n,), f"colsum must be [{n}], got", colsum)
+    _require_device(x=x, weight=weight, bias=bias, residual=residual, statistics=row_stats, colsum=colsum)
+    tensors = (x, weight, bias, residual, row_stats, colsum)
+    return _call("linear", impl, tensors, activation, eps, statistics, precision)
+
+
+def flash_attention(qkv: Tensor, scale: float, *, precision: Precision = "ieee", impl: Impl = "auto") -> Tensor:
+    """softmax(scale · q kᵀ) v for every head (Vaswani et al. 2017, eq. 1), never forming the N × N matrix.
+
+    Args:
+        qkv: (B, N, 3, H, D), contiguous, as one GEMM wrote queries, keys and values; D at most MAX_HEAD_DIM.
+        scale: usually 1 / √D; ln 2 where 1 / √D and log2 e were folded into the query weights.
+        precision: of products of float32 operands on a GPU: exact, or rounded to TF32.
+
+    Returns:
+        (B, N, H · D), contiguous.
+    """
+    _require_float("qkv", qkv)
+    _require(qkv.ndim == 5 and qkv.shape[2] == 3, "qkv must be [batch, tokens, 3, heads, head_dim], got", qkv)
+    _require(min(qkv.shape[1:]) > 0, "qkv must have tokens, heads and head_dim, got", qkv)
+    return _call("flash_attention", impl, (qkv,), scale, precision)
+
+
+def mean_token(features: Tensor, position: Tensor, *, impl: Impl = "auto") -> Tensor:
+    """The mean of a feature map's positions plus a positional embedding: the query token of CLIP's ResNets.
+
+    Args:
+        features: (B, G, W), any strides: a (B, W, h, w) map in either memory format is passed as a view.
+        position: (W,), any float dtype.
+
+    Returns:
+        (B, W) of the features' dtype.
+    """
+    _require_float("features", features)
+    _require(features.ndim == 3 and features.shape[1] > 0, "features must be [batch, positions, width], got", features)
+    _require(position.shape == features.shape[2:], f"position must be [{features.shape[2]}], got", position)
+    _require_device(features=features, position=position)
+    return _call("mean_token", impl, (features, position))
+
+
+def attention_pool(
+    query: Tensor,
+    first: Tensor,
+    rest: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    scale: float,
+    *,
+    statistics: Tensor | None = None,
+    position: Tensor | None = None,
+    eps: float = 1e-5,
+    precision: Precision = "ieee",
+    impl: Impl = "auto",
+) -> Tensor:
+    """Attention with one query per image; keys and values are never formed.
+
+    With y_n the tokens, out_h = W_v,h (Σ_n p_hn y_n) + b_v,h, where p_h = softmax_n(scale · (W_k,hᵀ q_h) · y_n): the
+    sums are re-associated, so that the two weight matrices meet one vector per head instead of every token. A bias of
+    the keys is the same for all n and drops out of the softmax.
+
+    Args:
+        query: (B, H, D), projected, bias included.
+        first: (B, W), token 0: the class token, or the mean token with its positional embedding.
+        rest: (B, G, W), tokens 1 to G, any strides.
+        key_weight, value_weight: (H, D, W), contiguous, the tokens' dtype.
+        value_bias: (H · D,), any float dtype.
+        scale: usually 1 / √D.
+        statistics: (B, 1 + G, T, 2) float32, row statistics of all tokens; where given, every token is normalised with
+            them (LayerNorm without gain and shift, which belong into the weights and the biases).
+        position: (G, W), any float dtype, added to `rest`.
+        precision: of products of float32 operands on a GPU: exact, or rounded to TF32.
+
+    Returns:
+        (B, H · D), contiguous, the tokens' dtype: all heads' results side by side, before the output projection.
+    """
+    _require_float("first", first)
+    _require(first.ndim == 2, "first must be [batch, width], got", first)
+    batch, width = first.shape
+    _require(
+        rest.ndim == 3 and rest.shape[0] == batch and rest.shape[2] == width,
+        f"rest must be [{batch}, positions, {width}], got",
+        rest,
+    )
+    _require(query.ndim == 3 and len(query) == batch, f"query must be [{batch}, heads, head_dim], got", query)
+    heads, head_dim = query.shape[1:]
+    for name, tensor in (("key_weight", key_weight), ("value_weight", value_weight)):
+        _require(tensor.shape == (heads, head_dim, width), f"{name} must be {[heads, head_dim, width]}, got", tensor)
+    for name, tensor in (("rest", rest), ("query", query), ("key_weight", key_weight), ("value_weight", value_weight)):
+        _require(tensor.dtype == first.dtype, f"{name} must have the dtype of first, {first.dtype}, got {tensor.dtype}")
+    _require(value_bias.shape == (heads * head_dim,), f"value_bias must be [{heads * head_dim}], got", value_bias)
+    if statistics is not None:
+        wanted = (batch, 1 + rest.shape[1], statistics_tiles(width), 2)
+        _require(statistics.shape == wanted, f"statistics must be {list(wanted)}, got", statistics)
+    _require(
+        position is None or position.shape == rest.shape[1:], f"position must be {list(rest.shape[1:])}, got", position
+    )
+    _require_device(
+        first=first, rest=rest, query=query, key_weight=key_weight, value_weight=value_weight, value_bias=value_bias,
+        statistics=statistics, position=position,
+    )  # fmt: skip
+    tensors = (query, first, rest, key_weight, value_weight, value_bias, statistics, position)
+    return _call("attention_pool", impl, tensors, scale, eps, precision)
+
+
+def statistics_tiles(width: int) -> int:
+    """Number of tiles that the statistics of a row of `width` elements come in."""
+    return -(-width // STATISTICS_TILE)
+
+
+def empty_statistics(x: Tensor, wanted: bool) -> Tensor:
+    """Memory for the row statistics of `x` (…, W): (…, T, 2) float32 (float64 for float64), or empty if not wanted."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty((*x.shape[:-1], statistics_tiles(x.shape[-1]), 2) if wanted else 0, dtype=dtype)
+
+
+def _require(holds: bool, message: str, got: Tensor | None = None) -> None:
+    if not holds:
+        raise ValueError(message if got is None else f"{message} {list(got.shape)}")
+
+
+def _require_float(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} must be of a floating-point dtype, got {tensor.dtype}")
+
+
+def _require_device(**tensors: Tensor | None) -> None:
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(devices.values())) > 1:
+        raise ValueError(
+            f"all operands must be on one device, got {', '.join(f'{n} on {d}' for n, d in devices.items())}"
+        )
+
+
+# --- which implementation runs ---------------------------------------------------------------------------------------
+
+
+def triton_can_run(device: torch.device) -> bool:
+    """Whether Triton is installed and can launch on `device`: a GPU, or any device under its interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+
+
+def _call(name: str, impl: Impl, tensors: tuple[Tensor | None, ...], *options: Any) -> Any:
+    if impl == "auto":
+        return getattr(torch.ops.clip_fast, name).default(*tensors, *options)
+    if impl == "reference":
+        return getattr(reference, name)(*tensors, *options)
+    if impl != "triton":
+        raise ValueError(f"impl must be 'auto', 'triton' or 'reference', got {impl!r}")
+    reason = _why_not_triton(name, tensors)
+    if reason is not None:
+        raise RuntimeError(f"{name} cannot run on Triton: {reason}")
+    return _launcher(name)(*tensors, *options)
+
+
+def _dispatch(name: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        tensors = tuple(arg for arg in args if isinstance(arg, Tensor))
+        return (getattr(reference, name) if _why_not_triton(name, tensors) else _launcher(name))(*args)
+
+    return run
+
+
+def _why_not_triton(name: str, tensors: tuple[Tensor | None, ...]) -> str | None:
+    """Why the kernel does not serve these operands, or None where it does."""
+    lead = tensors[_LEAD.get(name, 0)]  # the operand whose dtype is computed in
+    assert lead is not None
+    if not triton_can_run(lead.device):
+        return f"there is no GPU behind {lead.device} and TRITON_INTERPRET is not 1, or Triton is not installed"
+    if lead.dtype not in _KERNEL_DTYPES:
+        return f"kernels take float16, bfloat16 and float32, got {lead.dtype}"
+    if name == "layer_norm" and lead.shape[-1] > MAX_LAYER_NORM_WIDTH:
+        return f"rows are at most {MAX_LAYER_NORM_WIDTH} wide, got {lead.shape[-1]}"
+    if name in ("flash_attention", "attention_pool") and lead.shape[-1] > MAX_HEAD_DIM:
+        return f"heads are at most {MAX_HEAD_DIM} wide, got {lead.shape[-1]}"
+    return None
+
+
+_LEAD = {
+    "patch_embed": 1
+}  # position, among an op's tensors, of the one whose dtype is computed in; elsewhere the first
+
+
+@cache
+def _launcher(name: str) -> Callable[..., Any]:
+    """The kernel's launcher, imported at the first use: importing Triton takes a while and is not always possible."""
+    module = importlib.import_module(f".{_MODULES.get(name, name)}", __package__)
+    return getattr(module, name)
+
+
+_MODULES = {"flash_attention": "attention", "mean_token": "attention_pool"}  # ops whose file has another name
+
+
+# --- registration ----------------------------------------------------------------------------------------------------
+
+
+_SCHEMAS = {
+    "patch_embed": "(Tensor images, Tensor weight, Tensor position, int patch_size, str precision) -> Tensor",
+    "layer_norm": "(Tensor x, Tensor weight, Tensor bias, float eps, bool statistics) -> (Tensor, Tensor)",
+    "linear": "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? row_statistics, Tensor? colsum, "
+    "str activation, float eps, bool statistics, str precision) -> (Tensor, Tensor)",
+    "flash_attention": "(Tensor qkv, float scale, str precision) -> Tensor",
+    "mean_token": "(Tensor features, Tensor position) -> Tensor",
+    "attention_pool": "(Tensor query, Tensor first, Tensor rest, Tensor key_weight, Tensor value_weight, "
+    "Tensor value_bias, Tensor? statistics, Tensor? position, float scale, float eps, str precision) -> Tensor",
+}
+
+
+def _fake_patch_embed(images: Tensor, weight: Tensor, position: Tensor, patch_size: int, precision: str) -> Tensor:
+    return weight.new_empty(images.shape[0], position.shape[0], weight.shape[0])
+
+
+def _fake_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, statistics: bool) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(x.shape)
+    return y, empty_statistics(y, statistics)
+
+
+def _fake_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    row_statistics: Tensor | None,
+    colsum: Tensor | None,
+    activation: str,
+    eps: float,
+    statistics: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    return y, empty_statistics(y, statistics)
+
+
+def _fake_flash_attention(qkv: Tensor, scale: float, precision: str) -> Tensor:
+    batch, tokens, _, heads, head_dim = qkv.shape
+    return qkv.new_empty(batch, tokens, heads * head_dim)
+
+
+def _fake_mean_token(features: Tensor, position: Tensor) -> Tensor:
+    return features.new_empty(features.shape[0], features.shape[2])
+
+
+def _fake_attention_pool(query: Tensor, first: Tensor, *rest: Any) -> Tensor:
+    return first.new_empty(query.shape[0], query.shape[1] * query.shape[2])
+
+
+_LIBRARY = torch.library.Library("clip_fast", "DEF")
+for _name, _schema in _SCHEMAS.items():
+    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for _key in ("CPU", "CUDA"):
+        _LIBRARY.impl(_name, _dispatch(_name), _key)
+    torch.library.register_fake(f"clip_fast::{_name}", globals()[f"_fake_{_name}"], lib=_LIBRARY)
