@@ -200,7 +200,7 @@ def _hugging_face_settings(path: Path, content: dict[str, Any]) -> _Settings:
         raise CheckpointError(
             path, f"model_type must be 'clip' or 'clip_vision_model', got {content.get('model_type')!r}"
         )
-    vision = content
+    vision: dict[str, Any] = content
     if content["model_type"] == "clip":  # early versions of transformers let vision_config_dict overrule vision_config
         vision = {**(content.get("vision_config") or {}), **(content.get("vision_config_dict") or {})}
     activation = vision.get("hidden_act", "quick_gelu")
@@ -327,9 +327,11 @@ def _read_shards(path: Path) -> _File:
 
 
 def _read_safetensors(path: Path) -> _File:
-    with safe_open(path, "pt") as file:
-        entries = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        activation: str | None = (file.metadata() or {}).get("activation")
+    opened: Any = safe_open(path, "pt")
+    with opened as file:
+        entries: dict[str, Any] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata: dict[str, str] = file.metadata() or {}
+    activation = metadata.get("activation")
     if activation is not None and activation not in get_args(Activation):
         raise CheckpointError(
             path, f"its metadata must name an activation of {get_args(Activation)}, got {activation!r}"
@@ -347,12 +349,11 @@ def _read_pickle(path: Path, *, mmap: bool) -> _File:
         raise
     training = isinstance(content, dict) and "state_dict" in content
     if training:
-        content = content["state_dict"]
+        content = cast(dict[Any, Any], content)["state_dict"]
     if not isinstance(content, dict):
         raise CheckpointError(path, f"is not a checkpoint: it holds {type(content).__name__}, not a state dict")
-    return _from_state_dict(
-        path, {str(key): value for key, value in cast(dict[Any, Any], content).items()}, None, training
-    )
+    entries = {str(key): value for key, value in cast(dict[Any, Any], content).items()}
+    return _from_state_dict(path, entries, None, training)
 
 
 def _from_state_dict(path: Path, entries: dict[str, Any], activation: str | None, training: bool = False) -> _File:

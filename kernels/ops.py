@@ -1,14 +1,16 @@
 """The contract of every op: what it computes, what it takes, which implementation runs.
 
 Each op is registered with `torch.library` as `clip_fast::<name>`, so that `torch.compile` and `torch.export` see
-through it, and is called through the function of that name below. The Triton kernel runs where Triton can run: on a GPU, or
-anywhere under its interpreter (`TRITON_INTERPRET=1` in the environment before the first call). Elsewhere, and for a
-dtype or size that no kernel serves, the plain PyTorch oracle in `reference.py` runs, whose results agree to rounding.
+through it, and is called through the function of that name below. The Triton kernel runs where Triton can run: on a
+GPU, or anywhere under its interpreter (`TRITON_INTERPRET=1` in the environment before the first call). Elsewhere, and
+for a dtype or size that no kernel serves, the plain PyTorch oracle in `reference.py` runs, whose results agree to
+rounding.
 `impl="triton"` and `impl="reference"` ask for one of them and never fall back.
 
 The ops are for inference: they carry no derivative formula.
 
-Shapes: B images, N tokens, G = N − 1 of them patches, W width, H heads, D head_dim; M rows, K and N of a GEMM. Kernels take float16, bfloat16 and float32, and accumulate in float32.
+Shapes: B images, N tokens, G = N − 1 of them patches, W width, H heads, D head_dim; M rows, K and N of a GEMM.
+Kernels take float16, bfloat16 and float32, and accumulate in float32.
 """
 
 from __future__ import annotations
