@@ -305,13 +305,13 @@ def _call(name: str, impl: Impl, tensors: tuple[Tensor | None, ...], *options: A
     reason = _why_not_triton(name, tensors)
     if reason is not None:
         raise RuntimeError(f"{name} cannot run on Triton: {reason}")
-    return _launcher(name)(*tensors, *options)
+    return launcher(name)(*tensors, *options)
 
 
 def _dispatch(name: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         tensors = tuple(arg for arg in args if isinstance(arg, Tensor))
-        return (getattr(reference, name) if _why_not_triton(name, tensors) else _launcher(name))(*args)
+        return (getattr(reference, name) if _why_not_triton(name, tensors) else launcher(name))(*args)
 
     return run
 
@@ -337,7 +337,7 @@ _LEAD = {
 
 
 @cache
-def _launcher(name: str) -> Callable[..., Any]:
+def launcher(name: str) -> Callable[..., Any]:
     """The kernel's launcher, imported at the first use: importing Triton takes a while and is not always possible."""
     module = importlib.import_module(f".{_MODULES.get(name, name)}", __package__)
     return getattr(module, name)

@@ -1,0 +1,481 @@
+"""Compile every kernel in every launch configuration for every architecture, without a GPU, and read the machine code.
+
+    python -m bench.machine_code [--arch sm_90 …] [--only linear] [--json FILE]
+
+The launchers of `kernels/` are called as a model calls them, on tensors without storage, and each launch is caught
+before it needs a device: what is compiled is what would run. Per launch the table shows registers, spilled bytes,
+shared memory against what a block may have, the matrix and copy instructions in the code, the widths of the global loads
+of its main loop, and how many of a multiprocessor's warps can be resident.
+
+The exit status is 1 where a kernel spills registers, wants more shared memory than there is, is a matrix product
+without matrix instructions, moves its tiles without the copy instructions of its architecture, or loads less than 16
+bytes at a time in its main loop. What is exempt is marked, and the reason printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clip_fast.kernels import ops
+from clip_fast.kernels.targets import TARGETS, assume
+
+HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
+_DTYPE_NAMES = {HALF: "fp16", BFLOAT: "bf16", FLOAT: "fp32", torch.uint8: "u8", torch.float64: "fp64"}
+_WIDE = 128  # bits: the widest load there is
+
+
+# --- what is launched ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of an op as a model makes it; `exempt` says why its loads cannot be wide, where they cannot."""
+
+    name: str
+    call: Callable[[], object]
+    exempt: str = ""
+
+
+def _empty(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _launch(op: str, *args: object) -> object:
+    return ops.launcher(op)(*args)
+
+
+def _patch_embed(patch: int, images: torch.dtype, dtype: torch.dtype, precision: str) -> object:
+    width, grid = 1024, 224 // patch
+    features = -(-3 * patch**2 // ops.PATCH_K_STEP) * ops.PATCH_K_STEP
+    weight, position = _empty(width, features, dtype=dtype), _empty(1 + grid**2, width, dtype=FLOAT)
+    return _launch("patch_embed", _empty(256, 3, 224, 224, dtype=images), weight, position, patch, precision)
+
+
+def _layer_norm(width: int, dtype: torch.dtype) -> object:
+    gain = _empty(width, dtype=FLOAT)
+    return _launch("layer_norm", _empty(512, width, dtype=dtype), gain, gain, 1e-5, True)
+
+
+def _linear(
+    n: int, k: int, dtype: torch.dtype, precision: str, *, norm: bool, activation: str = "none", residual: bool = False
+) -> object:
+    m = 256 * 257
+    x, weight, bias = _empty(m, k, dtype=dtype), _empty(n, k, dtype=dtype), _empty(n, dtype=FLOAT)
+    added = _empty(m, n, dtype=dtype) if residual else None
+    row_statistics = _empty(m, ops.statistics_tiles(k), 2, dtype=FLOAT) if norm else None
+    colsum = _empty(n, dtype=FLOAT) if norm else None
+    return _launch(
+        "linear", x, weight, bias, added, row_statistics, colsum, activation, 1e-5, residual, precision
+    )  # fmt: skip
+
+
+def _flash_attention(tokens: int, head_dim: int, dtype: torch.dtype, precision: str) -> object:
+    return _launch("flash_attention", _empty(64, tokens, 3, 16, head_dim, dtype=dtype), 0.125, precision)
+
+
+def _attention_pool(
+    heads: int, head_dim: int, tokens: int, dtype: torch.dtype, precision: str, *, resnet: bool = False
+) -> object:
+    width, batch, g = heads * head_dim, 64, tokens - 1
+    query, weight = _empty(batch, heads, head_dim, dtype=dtype), _empty(heads, head_dim, width, dtype=dtype)
+    hidden = _empty(batch, tokens, width, dtype=dtype)
+    if resnet:  # a feature map in the channels-last memory format
+        first, rest, statistics = _empty(batch, width, dtype=dtype), _empty(batch, g, width, dtype=dtype), None
+        position = _empty(g, width, dtype=FLOAT)
+    else:
+        first, rest, position = hidden[:, 0], hidden[:, 1:], None
+        statistics = _empty(batch, tokens, ops.statistics_tiles(width), 2, dtype=FLOAT)
+    bias = _empty(width, dtype=FLOAT)
+    return _launch(
+        "attention_pool", query, first, rest, weight, weight, bias, statistics, position, 0.125, 1e-5, precision
+    )
+
+
+def _mean_token(dtype: torch.dtype) -> object:
+    return _launch("mean_token", _empty(64, 49, 2048, dtype=dtype), _empty(2048, dtype=FLOAT))
+
+
+def cases() -> Iterator[Case]:
+    """Every kernel in every launch configuration: the shapes of ViT-B, L, H, g and bigG and of the ResNets."""
+    kinds = (("fp16", HALF, "ieee"), ("bf16", BFLOAT, "ieee"), ("fp32", FLOAT, "ieee"), ("tf32", FLOAT, "tf32"))
+    gather = "runs of 14 pixels begin at any multiple of 2 bytes"
+    for kind, dtype, precision in kinds:
+        for patch in (14, 16, 32):
+            for images in {torch.uint8, dtype}:
+                name = f"patch_embed {kind} P={patch} of {_DTYPE_NAMES[images]}"
+                call = _bind(_patch_embed, patch, images, dtype, precision)
+                yield Case(name, call, gather if patch == 14 else "")
+        yield Case(f"linear {kind} ln+qkv", _bind(_linear, 3072, 1024, dtype, precision, norm=True))
+        yield Case(
+            f"linear {kind} out+residual", _bind(_linear, 1024, 1024, dtype, precision, norm=False, residual=True)
+        )
+        for activation in ("quick_gelu", "gelu"):
+            call = _bind(_linear, 4096, 1024, dtype, precision, norm=True, activation=activation)
+            yield Case(f"linear {kind} ln+fc1+{activation}", call)
+        for tokens, head_dim in ((257, 64), (50, 64), (257, 80), (257, 88), (257, 104)):
+            call = _bind(_flash_attention, tokens, head_dim, dtype, precision)
+            yield Case(f"flash_attention {kind} N={tokens} D={head_dim}", call)
+        call = _bind(_attention_pool, 16, 64, 257, dtype, precision)
+        yield Case(f"attention_pool {kind} ViT-L/14", call)
+        call = _bind(_attention_pool, 64, 64, 197, dtype, precision, resnet=True)
+        yield Case(f"attention_pool {kind} RN50x64", call)
+        if precision == "ieee":
+            yield Case(f"layer_norm {kind} W=1024", _bind(_layer_norm, 1024, dtype))
+            yield Case(f"mean_token {kind}", _bind(_mean_token, dtype))
+
+
+def _bind(function: Callable[..., object], *args: object, **kwargs: object) -> Callable[[], object]:
+    return lambda: function(*args, **kwargs)
+
+
+# --- catching a launch -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel to compile: what Triton's compiler is given, in a form that identifies it."""
+
+    case: str
+    kernel: str
+    arch: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[int, ...]  # positions of arguments that are multiples of 16
+    options: tuple[tuple[str, int], ...]
+    exempt: str
+
+
+@contextmanager
+def _caught() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
+    """Within this context kernels are not launched but noted: function, arguments, keyword arguments."""
+    from triton.runtime.jit import JITFunction
+
+    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+    original = JITFunction.run
+    JITFunction.run = lambda self, *args, **kwargs: launches.append((self, args, kwargs))  # type: ignore[method-assign]
+    try:
+        yield launches
+    finally:
+        JITFunction.run = original  # type: ignore[method-assign]
+
+
+_functions: dict[str, Any] = {}  # kernels by name, as met
+
+
+def jobs_of(case: Case, arch: str) -> list[Job]:
+    """The kernels that `case` launches on `arch`."""
+    with assume(arch), _caught() as launches:
+        case.call()
+    return [_job(case, arch, *launch) for launch in launches]
+
+
+def _job(case: Case, arch: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Job:
+    _functions[function.__name__] = function
+    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+    values = dict(zip(function.arg_names, args, strict=False)) | {
+        name: value for name, value in kwargs.items() if name in function.arg_names
+    }
+    signature, constants, divisible = [], [], []
+    for position, parameter in enumerate(function.params):
+        value = values[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature.append((parameter.name, "constexpr"))
+            constants.append((parameter.name, value))
+            continue
+        signature.append((parameter.name, _type_of(value)))
+        if isinstance(value, Tensor) or (type(value) is int and value % 16 == 0):
+            divisible.append(position)
+    return Job(
+        case.name, function.__name__, arch, tuple(signature), tuple(constants), tuple(divisible),
+        tuple(sorted(options.items())), case.exempt,
+    )  # fmt: skip
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "*" + _DTYPE_NAMES[value.dtype]
+    if isinstance(value, bool):
+        return "u1"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    if isinstance(value, float):
+        return "fp32"
+    return f"tensordesc<{_DTYPE_NAMES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
+
+
+# --- compiling one, and reading what came out ------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """What the machine code of one launch looks like."""
+
+    case: str
+    kernel: str
+    arch: str
+    num_warps: int
+    num_stages: int
+    registers: int
+    spilled: int  # bytes of local memory a thread needs
+    shared: int  # bytes
+    shared_limit: int
+    matrix: dict[str, int]  # matrix instructions and how often they stand in the code
+    copies: dict[str, int]  # asynchronous copies from global to shared memory
+    loads: dict[int, int]  # width in bits of a thread's load in the main loop -> how many stand there
+    occupancy: float  # resident warps, as a fraction of what a multiprocessor holds
+    seconds: float
+    exempt: str = ""
+    problems: list[str] = field(default_factory=list)
+
+
+# Per multiprocessor: warps, blocks, bytes of shared memory (CUDA C++ Programming Guide, "Technical specifications per
+# compute capability"). Each block takes 1 KiB of shared memory for the system.
+_RESIDENT = {
+    "sm_80": (64, 32, 167_936),
+    "sm_86": (48, 16, 102_400),
+    "sm_89": (48, 24, 102_400),
+    "sm_90": (64, 32, 233_472),
+    "sm_100": (64, 32, 233_472),
+}
+_REGISTERS = 65_536
+
+
+def compile_job(job: Job) -> Row:
+    """Compile `job` and judge its machine code."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if job.kernel not in _functions:  # in a worker process the launchers have not been called yet
+        jobs_of(next(case for case in cases() if case.name == job.case), job.arch)
+    started = time.perf_counter()
+    source = ASTSource(
+        fn=_functions[job.kernel],
+        signature=dict(job.signature),
+        constexprs=dict(job.constants),
+        attrs={(position,): [["tt.divisibility", 16]] for position in job.divisible},
+    )
+    amd = job.arch.startswith("gfx")
+    target = GPUTarget("hip", job.arch, 64) if amd else GPUTarget("cuda", int(job.arch[3:]), 32)
+    compiled = triton.compile(source, target=target, options=dict(job.options))
+    options = {"num_warps": 4, "num_stages": 3} | dict(job.options)
+    row = Row(
+        case=job.case, kernel=job.kernel, arch=job.arch, **options, registers=0, spilled=0,
+        shared=compiled.metadata.shared, shared_limit=TARGETS[job.arch].shared_memory, matrix={}, copies={}, loads={},
+        occupancy=0.0, seconds=0.0, exempt=job.exempt,
+    )  # fmt: skip
+    (_read_amdgcn if amd else _read_sass)(row, compiled.asm["amdgcn" if amd else "cubin"])
+    row.seconds = round(time.perf_counter() - started, 2)
+    row.problems = _problems(row, descriptors=any(kind.startswith("tensordesc") for _, kind in job.signature))
+    return row
+
+
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?);", re.MULTILINE)
+_MATRIX_SASS = re.compile(r"^(HGMMA|HMMA|IGMMA|UTCHMMA|UTCQMMA|UTC\w*MMA)\b")
+_COPY_SASS = re.compile(r"^(UTMALDG|UTMASTG|LDGSTS)\b")
+
+
+def _read_sass(row: Row, cubin: bytes) -> None:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _cuobjdump("--dump-resource-usage", file.name)
+        sass = _cuobjdump("--dump-sass", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, f"cuobjdump printed no resource usage: {usage}"
+    row.registers = int(found[1])
+    code = [(int(address, 16), name, operands) for address, name, operands in _INSTRUCTION.findall(sass)]
+    assert code, "cuobjdump printed no instructions"
+    row.spilled = int(found[2]) if any(name.split(".")[0] in ("LDL", "STL") for _, name, _ in code) else 0
+    for counts, pattern in ((row.matrix, _MATRIX_SASS), (row.copies, _COPY_SASS)):
+        for _, name, _ in code:
+            if match := pattern.match(name):
+                counts[match[1]] = counts.get(match[1], 0) + 1
+    for name in _main_loop(code):
+        kind, *suffixes = name.split(".")
+        if kind in ("LDG", "LDGSTS"):
+            narrow = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
+            width = next((narrow[suffix] for suffix in suffixes if suffix in narrow), 32)
+            row.loads[width] = row.loads.get(width, 0) + 1
+    row.occupancy = _occupancy(row)
+
+
+def _main_loop(code: Sequence[tuple[int, str, str]]) -> Iterable[str]:
+    """Names of the instructions in the smallest loops that hold a matrix instruction; of all loops if none does."""
+    loops = []
+    for address, name, operands in code:
+        if name.startswith("BRA") and (target := re.search(r"0x([0-9a-f]+)", operands)):
+            start = int(target[1], 16)
+            if start < address:
+                loops.append((start, address))
+    bodies = [[name for address, name, _ in code if start <= address <= end] for start, end in loops]
+    spans = list(zip(loops, bodies, strict=True))
+    matrix = [(loop, body) for loop, body in spans if any(_MATRIX_SASS.match(name) for name in body)]
+    chosen = matrix or spans
+    inner = [
+        body
+        for (start, end), body in chosen
+        if not any(start <= s and e <= end and (s, e) != (start, end) for (s, e), _ in chosen)
+    ]
+    return [name for body in inner for name in body]
+
+
+def _occupancy(row: Row) -> float:
+    warps, blocks, shared = _RESIDENT[row.arch]
+    registers_per_warp = -(-row.registers * 32 // 256) * 256
+    resident = min(
+        blocks,
+        warps // row.num_warps,
+        _REGISTERS // (registers_per_warp * row.num_warps),
+        shared // (row.shared + 1024),
+    )
+    return resident * row.num_warps / warps
+
+
+def _read_amdgcn(row: Row, assembly: str) -> None:
+    def entry(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", assembly)
+        assert found, f"the assembly does not say {name}"
+        return int(found[1])
+
+    row.registers = entry("vgpr_count")
+    row.spilled = 4 * (entry("vgpr_spill_count") + entry("sgpr_spill_count"))
+    for name in re.findall(r"\bv_mfma\w*", assembly):
+        row.matrix[name.split("_")[1].upper()] = row.matrix.get(name.split("_")[1].upper(), 0) + 1
+    widths = {"ubyte": 8, "ushort": 16, "short": 16, "dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128}
+    for body in _amd_loops(assembly):
+        for kind in re.findall(r"(?:global|buffer)_load_(\w+?)\b", body):
+            width = widths.get(kind.split("_d16")[0], 32)
+            row.loads[width] = row.loads.get(width, 0) + 1
+    threads = 64 * row.num_warps
+    per_simd = 512 // max(8, -(-row.registers // 8) * 8)
+    resident = min(32 * 64 // threads, 4 * per_simd // row.num_warps, 65_536 // max(row.shared, 1))
+    row.occupancy = resident * row.num_warps / 32
+
+
+def _amd_loops(assembly: str) -> list[str]:
+    """Bodies of the smallest loops that hold a matrix instruction, or of all loops if none does."""
+    labels = {match[1]: match.start() for match in re.finditer(r"^(\.LBB\w+):", assembly, re.MULTILINE)}
+    spans = []
+    for match in re.finditer(r"s_c?branch\w*\s+(\.LBB\w+)", assembly):
+        start = labels.get(match[1], match.end())
+        if start < match.start():
+            spans.append((start, match.start()))
+    matrix = [span for span in spans if "v_mfma" in assembly[span[0] : span[1]]]
+    chosen = matrix or spans
+    return [
+        assembly[start:end]
+        for start, end in chosen
+        if not any(start <= s and e <= end and (s, e) != (start, end) for s, e in chosen)
+    ]
+
+
+@cache
+def _cuobjdump_path() -> Path:
+    import triton.backends.nvidia
+
+    return Path(triton.backends.nvidia.__path__[0]) / "bin" / "cuobjdump"
+
+
+def _cuobjdump(option: str, file: str) -> str:
+    return subprocess.run([_cuobjdump_path(), option, file], check=True, capture_output=True, text=True).stdout
+
+
+_NO_MATRIX = ("_layer_norm_kernel", "_mean_token_kernel")  # reductions
+
+
+def _problems(row: Row, descriptors: bool) -> list[str]:
+    problems = []
+    if row.spilled:
+        problems.append(f"spills {row.spilled} bytes a thread")
+    if row.shared > row.shared_limit:
+        problems.append(f"wants {row.shared} bytes of shared memory, {row.shared_limit} are there")
+    exact_float = " fp32" in row.case  # float32 products that must be exact have no matrix instruction on NVIDIA
+    if row.kernel not in _NO_MATRIX and not exact_float and not row.matrix:
+        problems.append("has no matrix instruction")
+    if row.arch == "sm_90" and row.kernel == "_linear_kernel" and not exact_float and "HGMMA" not in row.matrix:
+        problems.append("has no HGMMA")
+    if descriptors and not {"UTMALDG", "UTMASTG"} <= row.copies.keys():
+        problems.append("has descriptors but no UTMALDG and UTMASTG")
+    narrow = {width: count for width, count in row.loads.items() if width < _WIDE}
+    if narrow and row.matrix and not descriptors and not row.exempt:
+        problems.append(f"narrow loads in the main loop: {_widths(narrow)}")
+    return problems
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def _widths(loads: dict[int, int]) -> str:
+    return " ".join(f"{count}×{width // 8}B" for width, count in sorted(loads.items(), reverse=True))
+
+
+def _line(row: Row) -> str:
+    instructions = " ".join(f"{name}:{count}" for name, count in (row.matrix | row.copies).items())
+    mark = "FAIL" if row.problems else "ok"
+    return (
+        f"{row.arch:7}{row.case:34}{row.kernel:24}{row.num_warps:>3}w{row.num_stages:>2}s{row.registers:>4} reg"
+        f"{row.spilled:>5} spill {row.shared:>7}/{row.shared_limit} B shared{row.occupancy:>5.0%} warps  {mark:5}"
+        f"{instructions}  loads {_widths(row.loads) or 'none'}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.machine_code", description=(__doc__ or "").split("\n\n")[0])
+    parser.add_argument("--arch", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="default: all")
+    parser.add_argument("--only", default="", help="only the cases whose name contains this")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table as JSON")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one per CPU core)")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 is set: there is nothing to compile")
+
+    started = time.perf_counter()
+    unique: dict[tuple[Any, ...], Job] = {}
+    for arch in options.arch:
+        for case in cases():
+            if options.only in case.name:
+                for job in jobs_of(case, arch):
+                    unique.setdefault((job.kernel, arch, job.signature, job.constants, job.divisible, job.options), job)
+    if not unique:
+        parser.error(f"no case has {options.only!r} in its name")
+
+    rows: list[Row] = []
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, mp_context=spawn) as pool:
+        for done in as_completed([pool.submit(compile_job, job) for job in unique.values()]):
+            row = done.result()
+            rows.append(row)
+            print(_line(row), *(f"\n        {problem}" for problem in row.problems), flush=True)
+    rows.sort(key=lambda row: (list(TARGETS).index(row.arch), row.case, row.kernel))
+    if options.json:
+        partial = options.json.with_name(options.json.name + ".partial")
+        partial.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+        partial.replace(options.json)
+    for reason in sorted({row.exempt for row in rows if row.exempt}):
+        print(f"exempt from wide loads ({', '.join(sorted({r.case for r in rows if r.exempt == reason}))}): {reason}")
+    failed = [row for row in rows if row.problems]
+    print(f"{len(rows)} kernels in {time.perf_counter() - started:.0f} s, {len(failed)} with problems")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,414 @@
+"""Attention with one query per image: the last block of a ViT, and the pool of a ResNet with its mean token.
+
+    out_h = Σ_n p_hn (W_v,h y_n) + b_v,h        p_h = softmax_n(scale · q_h · (W_k,h y_n))
+
+(Radford et al. 2021, section 2.4), with y (N, W) the tokens of an image, q (H, D) its query, W_k and W_v (H, D, W).
+A query that is alone lets the sums be taken in another order, so that the weights meet one vector per head instead of
+every token:
+
+    1. u_h   = W_k,hᵀ q_h                      (B, H, W)
+    2. s_hn  = scale · u_h · y_n               (B, H, N)
+    3. z_h   = Σ_n softmax_n(s_h)_n y_n        (B, H, W)
+    4. out_h = W_v,h z_h + b_v,h               (B, H, D)
+
+Four launches, of which 1 and 4 are one kernel. A bias of the keys would add q_h · b_k,h to every s_hn of a head, which
+the softmax does not see; that of the values is added once, since probabilities sum to one.
+
+For an image that is 4 · H · D · W + 4 · H · N · W operations instead of the 4 · N · H · D · W + 4 · N · H · D of keys
+and values: for H · D = W = 1024, H = 16 and N = 257, 21 million instead of 1.1 billion. Memory decides: the tokens are
+read twice, 4 · N · W bytes in half precision, the weights once for a tile of images; u and z are a few rows an image.
+
+Where row statistics are given, tokens are normalised as they are read, (y − mean) · rstd in float32, and rounded to
+their dtype before they are multiplied. Launch 2 leaves each token's mean and rstd for launch 3.
+
+Token 0 has a tensor of its own. Launch 3 starts the online softmax (Milakov & Gimelshein 2018, algorithm 3) from it,
+with maximum s_h0, sum 1 and accumulator y_0, so that the patches, often a multiple of the tile, are whole tiles:
+
+            channels ->
+     token  y_0 y_0 y_0                 start
+       |    [tile ] ...                 one program per tile of channels (and of heads, past BLOCK_H) goes down
+       v    [tile ] ...                 the tokens, rescaling what it has whenever the maximum grows
+
+Every sum is taken by one program in an order that the shape of one image fixes, so that its bits do not depend on the
+batch that it is in.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .ops import statistics_tiles
+from .primitives import LOG2_E, load_row_statistics, online_softmax_update
+
+_MIN_HEADS = 16  # what a tensor core takes at least
+_LINEAR_WARPS = 4
+_TOKEN_WARPS = 8  # with 64 heads the accumulator, and a position on its way in, take more registers than 4 have
+_NUM_STAGES = 2
+
+
+def _side(dtype: torch.dtype) -> int:
+    """Images, heads (at most), tokens, channels and reduction steps come in tiles of this many.
+
+    Without tensor cores, as exact float32 products are, larger tiles than these do not fit into registers.
+    """
+    return 64 if dtype.itemsize == 2 else 32
+
+
+@triton.jit(do_not_specialize=["B"])
+def _head_linear_kernel(
+    x_ptr,  # (B, H, K)
+    weight_ptr,  # (H, N, K)
+    bias_ptr,  # (H, N), contiguous
+    out_ptr,  # (B, H, N), contiguous
+    B,
+    H,
+    N,
+    K,
+    x_stride_b,
+    x_stride_h,
+    x_stride_k,
+    weight_stride_h,
+    weight_stride_n,
+    weight_stride_k,
+    BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,  # of products of float32 operands: "ieee" or "tf32"
+    BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out[b, h] = weight[h] x[b, h] + bias[h]: one program per tile of images, tile of N, and head."""
+    images = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    head = tl.program_id(2)
+    inside_b, inside_n = images < B, columns < N
+
+    offs_k = tl.arange(0, BLOCK_K)
+    x_ptrs = x_ptr + images[:, None] * x_stride_b + head * x_stride_h + offs_k[None, :] * x_stride_k
+    weight_ptrs = weight_ptr + head * weight_stride_h
+    weight_ptrs += columns[None, :] * weight_stride_n + offs_k[:, None] * weight_stride_k
+    acc = tl.zeros((BLOCK_B, BLOCK_N), dtype=tl.float32)
+    for k0 in range(0, K, BLOCK_K):
+        inside_k = offs_k < K - k0
+        x = tl.load(x_ptrs + k0 * x_stride_k, mask=inside_b[:, None] & inside_k[None, :], other=0.0)
+        w = tl.load(weight_ptrs + k0 * weight_stride_k, mask=inside_n[None, :] & inside_k[:, None], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+
+    if BIAS:
+        acc += tl.load(bias_ptr + head * N + columns, mask=inside_n, other=0.0).to(tl.float32)[None, :]
+    out_ptrs = out_ptr + (images[:, None] * H + head) * N + columns[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside_b[:, None] & inside_n[None, :])
+
+
+@triton.jit
+def _load_tokens(
+    tokens_ptr,  # token 0 of those that index counts
+    position_ptr,  # its positional embedding
+    index,  # (S,)
+    channel,  # (C,)
+    inside,  # (S, C)
+    positioned,  # (S,), whether a token has a positional embedding
+    mean,  # (S,)
+    rstd,  # (S,)
+    token_stride,
+    channel_stride,
+    W,
+    POSITION: tl.constexpr,
+    STATISTICS: tl.constexpr,
+):
+    """Tokens (S, C) as they enter a product, in their dtype; zero outside."""
+    y = tl.load(tokens_ptr + index[:, None] * token_stride + channel[None, :] * channel_stride, mask=inside, other=0.0)
+    if POSITION:
+        address = position_ptr + index[:, None] * W + channel[None, :]
+        y = y.to(tl.float32) + tl.load(address, mask=inside & positioned[:, None], other=0.0).to(tl.float32)
+    if STATISTICS:
+        y = tl.where(inside, (y.to(tl.float32) - mean[:, None]) * rstd[:, None], 0.0)
+    return y.to(tokens_ptr.dtype.element_ty)
+
+
+@triton.jit
+def _scores_kernel(
+    u_ptr,  # (B, H, W), contiguous
+    first_ptr,  # (B, W)
+    rest_ptr,  # (B, G, W)
+    position_ptr,  # (G, W), contiguous
+    statistics_ptr,  # (B, 1 + G, ⌈W / TILE⌉, 2), float32, contiguous
+    scores_ptr,  # (B, H, 1 + G), float32, contiguous
+    moments_ptr,  # (B, 1 + G, 2), float32, contiguous: mean and rstd, written where there are statistics
+    H,
+    G,
+    W,
+    first_stride_b,
+    first_stride_w,
+    rest_stride_b,
+    rest_stride_n,
+    rest_stride_w,
+    scale,
+    eps,
+    POSITION: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TILES: tl.constexpr,  # tiles of statistics in a row, rounded up to a power of two
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Scores in base 2, log2(e) · scale · u · y: one program per image, tile of tokens, and tile of heads.
+
+    Tile 0 is token 0, alone; the next ones are the tokens of `rest`.
+    """
+    image, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    heads = tl.program_id(2) * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside_h = heads < H
+
+    is_first = tile == 0
+    tokens_ptr = tl.where(is_first, first_ptr + image * first_stride_b, rest_ptr + image * rest_stride_b)
+    channel_stride = tl.where(is_first, first_stride_w, rest_stride_w)
+    index = tl.maximum(tile - 1, 0) * BLOCK_N + tl.arange(0, BLOCK_N)  # within `first` or `rest`
+    inside_n = index < tl.where(is_first, 1, G)
+    token = tl.where(is_first, index, 1 + index)
+    tokens = 1 + G
+
+    mean = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    rstd = tl.zeros((BLOCK_N,), dtype=tl.float32)
+    if STATISTICS:
+        rows = image * tokens + token
+        mean, rstd = load_row_statistics(statistics_ptr, rows, inside_n, W, eps, TILES)
+        if tl.program_id(2) == 0:
+            tl.store(moments_ptr + rows * 2, mean, mask=inside_n)
+            tl.store(moments_ptr + rows * 2 + 1, rstd, mask=inside_n)
+
+    acc = tl.zeros((BLOCK_N, BLOCK_H), dtype=tl.float32)
+    for k0 in range(0, W, BLOCK_K):
+        channel = k0 + tl.arange(0, BLOCK_K)
+        inside_k = channel < W
+        y = _load_tokens(
+            tokens_ptr, position_ptr, index, channel, inside_n[:, None] & inside_k[None, :], token > 0, mean, rstd,
+            rest_stride_n, channel_stride, W, POSITION, STATISTICS,
+        )  # fmt: skip
+        u_ptrs = u_ptr + (image * H + heads[None, :]) * W + channel[:, None]
+        u = tl.load(u_ptrs, mask=inside_h[None, :] & inside_k[:, None], other=0.0)
+        acc = tl.dot(y, u, acc, input_precision=PRECISION)
+
+    scores_ptrs = scores_ptr + (image * H + heads[None, :]) * tokens + token[:, None]
+    tl.store(scores_ptrs, acc * (scale * LOG2_E), mask=inside_n[:, None] & inside_h[None, :])
+
+
+@triton.jit
+def _weighted_sum_kernel(
+    scores_ptr,  # (B, H, 1 + G), float32, contiguous
+    moments_ptr,  # (B, 1 + G, 2), float32, contiguous: mean and rstd of each token
+    first_ptr,  # (B, W)
+    rest_ptr,  # (B, G, W)
+    position_ptr,  # (G, W), contiguous
+    z_ptr,  # (B, H, W), contiguous
+    H,
+    G,
+    W,
+    first_stride_b,
+    first_stride_w,
+    rest_stride_b,
+    rest_stride_n,
+    rest_stride_w,
+    POSITION: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """z_h = Σ_n softmax_n(s_h)_n y_n: one program per image, tile of channels, and tile of heads."""
+    image = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    heads = tl.program_id(2) * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside_w, inside_h = channel < W, heads < H
+    tokens = 1 + G
+
+    # token 0
+    scores_ptr += image * H * tokens
+    row = image * tokens
+    y0 = tl.load(first_ptr + image * first_stride_b + channel * first_stride_w, mask=inside_w, other=0.0)
+    if STATISTICS:
+        mean0 = tl.load(moments_ptr + row * 2)
+        rstd0 = tl.load(moments_ptr + row * 2 + 1)
+        y0 = ((y0.to(tl.float32) - mean0) * rstd0).to(first_ptr.dtype.element_ty)
+    running_max = tl.load(scores_ptr + heads * tokens, mask=inside_h, other=0.0)
+    running_sum = tl.full((BLOCK_H,), 1.0, dtype=tl.float32)
+    acc = tl.zeros((BLOCK_H, BLOCK_W), dtype=tl.float32) + y0.to(tl.float32)[None, :]
+
+    # the tokens of `rest`
+    rest_ptr += image * rest_stride_b
+    for n0 in range(0, G, BLOCK_N):
+        index = n0 + tl.arange(0, BLOCK_N)
+        inside_n = index < G
+        mean = tl.zeros((BLOCK_N,), dtype=tl.float32)
+        rstd = tl.zeros((BLOCK_N,), dtype=tl.float32)
+        if STATISTICS:
+            mean = tl.load(moments_ptr + (row + 1 + index) * 2, mask=inside_n, other=0.0)
+            rstd = tl.load(moments_ptr + (row + 1 + index) * 2 + 1, mask=inside_n, other=0.0)
+        y = _load_tokens(
+            rest_ptr, position_ptr, index, channel, inside_n[:, None] & inside_w[None, :], inside_n, mean, rstd,
+            rest_stride_n, rest_stride_w, W, POSITION, STATISTICS,
+        )  # fmt: skip
+        score_ptrs = scores_ptr + heads[:, None] * tokens + 1 + index[None, :]
+        score = tl.load(score_ptrs, mask=inside_h[:, None] & inside_n[None, :], other=float("-inf"))
+        p, rescale, running_max, running_sum = online_softmax_update(score, running_max, running_sum)
+        acc = tl.dot(p.to(y.dtype), y, acc * rescale[:, None], input_precision=PRECISION)
+
+    z = acc / running_sum[:, None]
+    z_ptrs = z_ptr + (image * H + heads[:, None]) * W + channel[None, :]
+    tl.store(z_ptrs, z.to(z_ptr.dtype.element_ty), mask=inside_h[:, None] & inside_w[None, :])
+
+
+@triton.jit
+def _mean_token_kernel(
+    features_ptr,  # (B, G, W)
+    position_ptr,  # (W,)
+    out_ptr,  # (B, W), contiguous
+    G,
+    W,
+    features_stride_b,
+    features_stride_n,
+    features_stride_w,
+    BLOCK_N: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """out = mean over G + position: one program per image and tile of channels."""
+    image = tl.program_id(0).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    inside_w = channel < W
+
+    acc = tl.zeros((BLOCK_N, BLOCK_W), dtype=tl.float32)
+    for n0 in range(0, G, BLOCK_N):
+        index = n0 + tl.arange(0, BLOCK_N)
+        address = image * features_stride_b + index[:, None] * features_stride_n + channel[None, :] * features_stride_w
+        inside = (index < G)[:, None] & inside_w[None, :]
+        acc += tl.load(features_ptr + address, mask=inside, other=0.0).to(tl.float32)
+
+    # In two steps, so that however a step is taken, few roundings are made at the size of the whole sum.
+    total = tl.sum(tl.sum(tl.reshape(acc, (4, BLOCK_N // 4, BLOCK_W)), axis=1), axis=0)
+    out = total / G + tl.load(position_ptr + channel, mask=inside_w, other=0.0).to(tl.float32)
+    tl.store(out_ptr + image * W + channel, out.to(out_ptr.dtype.element_ty), mask=inside_w)
+
+
+def mean_token(features: Tensor, position: Tensor) -> Tensor:
+    batch, positions, width = features.shape
+    out = features.new_empty((batch, width))
+    if out.numel() == 0:
+        return out
+    side = _side(features.dtype)
+    _mean_token_kernel[(batch, triton.cdiv(width, side))](
+        features,
+        position.contiguous(),
+        out,
+        positions,
+        width,
+        *features.stride(),
+        BLOCK_N=side,
+        BLOCK_W=side,
+        num_warps=_TOKEN_WARPS,
+    )
+    return out
+
+
+def attention_pool(
+    query: Tensor,
+    first: Tensor,
+    rest: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    statistics: Tensor | None,
+    position: Tensor | None,
+    scale: float,
+    eps: float,
+    precision: str,
+) -> Tensor:
+    batch, heads, head_dim = query.shape
+    positions, width = rest.shape[1:]
+    tokens = 1 + positions
+    out = query.new_empty((batch, heads * head_dim))
+    if out.numel() == 0:
+        return out
+    u, z = (query.new_empty((batch, heads, width)) for _ in range(2))
+    scores = query.new_empty((batch, heads, tokens), dtype=torch.float32)
+    moments = None if statistics is None else query.new_empty((batch, tokens, 2), dtype=torch.float32)
+    position = None if position is None else position.contiguous()
+
+    side = _side(query.dtype)
+    block_h = max(_MIN_HEADS, min(side, triton.next_power_of_2(heads)))
+    head_tiles = triton.cdiv(heads, block_h)
+    token_strides = (*first.stride(), *rest.stride())
+    token_options = {
+        "POSITION": position is not None,
+        "STATISTICS": statistics is not None,
+        "PRECISION": precision,
+        "BLOCK_H": block_h,
+        "BLOCK_N": side,
+        "num_warps": _TOKEN_WARPS,
+        "num_stages": _NUM_STAGES,
+    }
+
+    _head_linear(query, key_weight.transpose(1, 2), None, u, precision)
+    _scores_kernel[(batch, 1 + triton.cdiv(positions, side), head_tiles)](
+        u,
+        first,
+        rest,
+        position,
+        None if statistics is None else statistics.contiguous(),
+        scores,
+        moments,
+        heads,
+        positions,
+        width,
+        *token_strides,
+        scale,
+        eps,
+        TILES=triton.next_power_of_2(statistics_tiles(width)),
+        BLOCK_K=side,
+        **token_options,
+    )
+    _weighted_sum_kernel[(batch, triton.cdiv(width, side), head_tiles)](
+        scores,
+        moments,
+        first,
+        rest,
+        position,
+        z,
+        heads,
+        positions,
+        width,
+        *token_strides,
+        BLOCK_W=side,
+        **token_options,
+    )
+    _head_linear(z, value_weight, value_bias.contiguous(), out.view(batch, heads, head_dim), precision)
+    return out
+
+
+def _head_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, precision: str) -> None:
+    """out[b, h] = weight[h] x[b, h] + bias[h]: x (B, H, K), weight (H, N, K) of any strides, out (B, H, N)."""
+    batch, heads, k = x.shape
+    n = weight.shape[1]
+    side = _side(x.dtype)
+    _head_linear_kernel[(triton.cdiv(batch, side), triton.cdiv(n, side), heads)](
+        x,
+        weight,
+        bias,
+        out,
+        batch,
+        heads,
+        n,
+        k,
+        *x.stride(),
+        *weight.stride(),
+        BIAS=bias is not None,
+        PRECISION=precision,
+        BLOCK_B=side,
+        BLOCK_N=side,
+        BLOCK_K=side,
+        num_warps=_LINEAR_WARPS,
+        num_stages=_NUM_STAGES,
+    )

@@ -1,0 +1,267 @@
+"""The GEMM of the transformer: LayerNorm folded in, bias, activation, residual and row statistics in its epilogue.
+
+    y = activation(rstd · (x weightᵀ − mean · colsum) + bias) + residual        x (M, K), weight (N, K), y (M, N)
+
+with each part compiled in only where it is asked for. LN(x) Wᵀ is taken apart so that the product reads the raw x: mean
+and rstd are two numbers a row, merged from the statistics that the writer of x left per tile of columns, and colsum is
+the weight summed over K. What this kernel writes it leaves the statistics of, for the next LayerNorm. No pass over
+memory is then left between two products of a transformer block.
+
+One persistent program per multiprocessor walks over the tiles of y. Programs that run side by side share rows of x and all of the weight in the L2 cache:
+
+            N ->                    order of the tiles in one group of GROUP_M rows of tiles:
+      M   0  4   8  12              down the group first, then along N. M · K + M · N elements move through memory once,
+      |   1  5   9  13              2 · M · N · K operations are done; for ViT-L/14 at batch 256 that is 410 to 820
+      v   2  6  10  14              operations a byte, so the tensor cores decide.
+          3  7  11  15
+
+Each element of y is the sum of its products in steps of BLOCK_K from k = 0, in one accumulator of float32: a row's bits
+depend on the row, the weight and the launch table alone, which does not look at M.
+
+On devices with a tensor copy engine (Hopper and later) tiles travel by tensor descriptors, and the loads of the next
+tile of y overlap the epilogue of the last. Elsewhere, and for exact float32, they travel by pointers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .ops import empty_statistics, statistics_tiles
+from .primitives import activate, load_row_statistics, tile_counts, tile_statistics
+from .reference import STATISTICS_TILE
+from .targets import Launch, launch_for, multiprocessors, target_of
+
+_GROUP_M = 8  # rows of tiles that share the weight while it is in the cache
+_ALIGNMENT = 16  # bytes; the copy engine wants addresses and strides in multiples of it
+
+
+@triton.jit
+def _linear_kernel(
+    x,  # (M, K), rows x_stride apart: pointer, or descriptor with blocks of (BLOCK_M, BLOCK_K)
+    weight,  # (N, K), contiguous: pointer, or descriptor with blocks of (BLOCK_N, BLOCK_K)
+    y,  # (M, N), contiguous: pointer, or descriptor with blocks of (BLOCK_M, BLOCK_N / 2)
+    residual,  # (M, N), rows residual_stride apart: pointer, or descriptor with blocks as y's
+    bias_ptr,  # (N,)
+    colsum_ptr,  # (N,), float32
+    x_statistics_ptr,  # (M, ⌈K / TILE⌉, 2), float32, contiguous
+    y_statistics_ptr,  # (M, ⌈N / TILE⌉, 2), float32, contiguous
+    M,
+    N,
+    K,
+    x_stride,
+    residual_stride,
+    eps,
+    NORM: tl.constexpr,
+    BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    PRECISION: tl.constexpr,  # of products of float32 operands: "ieee" or "tf32"
+    X_TILES: tl.constexpr,  # tiles of statistics in a row of x, rounded up to a power of two
+    TILE: tl.constexpr,  # columns that one pair of statistics covers
+    EVEN_K: tl.constexpr,  # BLOCK_K divides K
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=DESCRIPTORS):
+        group, within = tile // (GROUP_M * tiles_n), tile % (GROUP_M * tiles_n)
+        group_m = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+        m0 = (group * GROUP_M + within % group_m) * BLOCK_M
+        n0 = (within // group_m) * BLOCK_N
+
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        if DESCRIPTORS:
+            for k0 in range(0, K, BLOCK_K):
+                a = x.load([m0, k0])
+                b = weight.load([n0, k0])
+                acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+        else:
+            # Rows past the end are read from the last one: they are computed and never stored.
+            rows = tl.minimum(m0 + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
+            columns = tl.minimum(n0 + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
+            offs_k = tl.arange(0, BLOCK_K)
+            a_ptrs = x + rows[:, None] * x_stride + offs_k[None, :]
+            b_ptrs = weight + columns[None, :] * K + offs_k[:, None]
+            for k0 in range(0, K, BLOCK_K):
+                if EVEN_K:
+                    a = tl.load(a_ptrs + k0)
+                    b = tl.load(b_ptrs + k0)
+                else:
+                    a = tl.load(a_ptrs + k0, mask=offs_k[None, :] < K - k0, other=0.0)
+                    b = tl.load(b_ptrs + k0, mask=offs_k[:, None] < K - k0, other=0.0)
+                acc = tl.dot(a, b, acc, input_precision=PRECISION)
+
+        mean = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        rstd = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        if NORM:
+            rows = m0 + tl.arange(0, BLOCK_M)
+            mean, rstd = load_row_statistics(x_statistics_ptr, rows.to(tl.int64), rows < M, K, eps, X_TILES)
+
+        # The epilogue takes the tile in two halves: what it holds of them at a time, it needs half the memory for.
+        halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)).split()
+        for half in tl.static_range(2):
+            _epilogue(
+                halves[half], m0, n0 + half * (BLOCK_N // 2), mean, rstd,
+                y, residual, bias_ptr, colsum_ptr, y_statistics_ptr, M, N, residual_stride,
+                NORM, BIAS, ACTIVATION, RESIDUAL, STATISTICS, DESCRIPTORS, TILE, BLOCK_M, BLOCK_N // 2,
+            )  # fmt: skip
+
+
+@triton.jit
+def _epilogue(
+    acc,  # (BLOCK_M, BLOCK_N), float32: columns n0 to n0 + BLOCK_N of the product
+    m0,
+    n0,
+    mean,  # (BLOCK_M,)
+    rstd,  # (BLOCK_M,)
+    y,
+    residual,
+    bias_ptr,
+    colsum_ptr,
+    y_statistics_ptr,
+    M,
+    N,
+    residual_stride,
+    NORM: tl.constexpr,
+    BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    rows = m0 + tl.arange(0, BLOCK_M)
+    columns = n0 + tl.arange(0, BLOCK_N)
+    inside_n = columns < N
+    inside = (rows < M)[:, None] & inside_n[None, :]
+
+    if NORM:
+        colsum = tl.load(colsum_ptr + columns, mask=inside_n, other=0.0).to(tl.float32)
+        acc = rstd[:, None] * (acc - mean[:, None] * colsum[None, :])
+    if BIAS:
+        acc += tl.load(bias_ptr + columns, mask=inside_n, other=0.0).to(tl.float32)[None, :]
+    acc = activate(acc, ACTIVATION)
+    if RESIDUAL:
+        if DESCRIPTORS:
+            acc += residual.load([m0, n0]).to(tl.float32)
+        else:
+            address = residual + rows[:, None].to(tl.int64) * residual_stride + columns[None, :]
+            acc += tl.load(address, mask=inside, other=0.0).to(tl.float32)
+
+    if DESCRIPTORS:
+        out = acc.to(y.dtype)
+        y.store([m0, n0], out)
+    else:
+        out = acc.to(y.dtype.element_ty)
+        tl.store(y + rows[:, None].to(tl.int64) * N + columns[None, :], out, mask=inside)
+
+    if STATISTICS:
+        T: tl.constexpr = BLOCK_N // TILE
+        stored = tl.where(inside, out.to(tl.float32), 0.0)
+        tile_mean, tile_m2 = tile_statistics(tl.reshape(stored, (BLOCK_M, T, TILE)), tile_counts(T, N - n0))
+        tiles = (N + TILE - 1) // TILE
+        tile = n0 // TILE + tl.arange(0, T)
+        pair = tl.join(tile_mean, tile_m2)  # (BLOCK_M, T, 2)
+        address = y_statistics_ptr + (rows[:, None].to(tl.int64) * tiles + tile[None, :]) * 2
+        address = address[:, :, None] + tl.arange(0, 2)[None, None, :]
+        tl.store(address, pair, mask=((rows < M)[:, None] & (tile < tiles)[None, :])[:, :, None])
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    row_statistics: Tensor | None,
+    colsum: Tensor | None,
+    activation: str,
+    eps: float,
+    statistics: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    n, k = weight.shape
+    x_rows, weight = _rows(x), weight.contiguous()
+    residual_rows = None if residual is None else _rows(residual)
+    m = len(x_rows)
+    y = x.new_empty((*x.shape[:-1], n))
+    y_statistics = empty_statistics(y, statistics)
+    if y.numel() == 0:
+        return y, y_statistics
+
+    target = target_of(x.device)
+    launch = launch_for("linear", x.dtype, target, precision)
+    block_m, block_n, block_k = launch.block_m, launch.block_n, launch.block_k
+    operands = [(x_rows, (block_m, block_k)), (weight, (block_n, block_k)), (y.view(m, n), (block_m, block_n // 2))]
+    if residual_rows is not None:
+        operands.append((residual_rows, (block_m, block_n // 2)))
+    exact_float = x.dtype == torch.float32 and precision == "ieee"  # no tensor cores: nothing to feed so fast
+    descriptors = target.descriptors and not exact_float and all(_served_by_copy_engine(t) for t, _ in operands)
+    x_arg, weight_arg, y_arg, *residual_arg = (_descriptor(*o) for o in operands) if descriptors else (
+        tensor for tensor, _ in operands
+    )  # fmt: skip
+    _linear_kernel[_grid(launch, m, n, x.device)](
+        x_arg,
+        weight_arg,
+        y_arg,
+        residual_arg[0] if residual_arg else None,
+        bias,
+        colsum,
+        row_statistics,
+        y_statistics,
+        m,
+        n,
+        k,
+        x_rows.stride(0),
+        0 if residual_rows is None else residual_rows.stride(0),
+        eps,
+        NORM=row_statistics is not None,
+        BIAS=bias is not None,
+        ACTIVATION=activation,
+        RESIDUAL=residual is not None,
+        STATISTICS=statistics,
+        DESCRIPTORS=descriptors,
+        PRECISION=precision,
+        X_TILES=triton.next_power_of_2(statistics_tiles(k)),
+        TILE=STATISTICS_TILE,
+        EVEN_K=k % block_k == 0,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        GROUP_M=_GROUP_M,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+    )
+    return y, y_statistics
+
+
+def _grid(launch: Launch, m: int, n: int, device: torch.device) -> tuple[int]:
+    return (min(triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n), multiprocessors(device)),)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(…, K) as (M, K) with a contiguous last dimension: a view wherever there is one."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def _served_by_copy_engine(rows: Tensor) -> bool:
+    return rows.data_ptr() % _ALIGNMENT == 0 and rows.stride(0) * rows.element_size() % _ALIGNMENT == 0
+
+
+def _descriptor(rows: Tensor, block: tuple[int, int]) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(rows, list(block))

@@ -1,0 +1,110 @@
+"""What every kernel test holds a kernel to: accuracy judged in float64, and nothing touched that is not its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from clip_fast.kernels import reference
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+GUARD = 1024  # poisoned elements on each side of a guarded tensor; a multiple of 16 bytes in every dtype
+
+
+def assert_as_accurate(kernel: Tensor, plain: Tensor, exact: Tensor, factor: float = 1.2) -> None:
+    """`kernel` errs from `exact` (float64) at most `factor` times as much as `plain`, its twin in the same dtype.
+
+    Held to by the root mean square over all elements. So that one bad row among many cannot hide, the worst row's is
+    held to too, at twice the plain twin's, since a maximum of few is not a steady statistic. Where the twin happens to
+    be exact, the bound is what rounding the exact result to the dtype costs.
+    """
+    assert kernel.shape == plain.shape == exact.shape
+    assert kernel.dtype == plain.dtype
+    assert exact.dtype == torch.float64
+    assert torch.isfinite(exact).all(), "the oracle itself is not finite: the inputs are no test of accuracy"
+    assert torch.isfinite(kernel).all(), f"{(~torch.isfinite(kernel)).sum()} of {kernel.numel()} are not finite"
+    errors = [x.double() - exact for x in (kernel, plain, exact.to(kernel.dtype))]
+    for name, measure, limit in (("overall", _rms, factor), ("worst row", _worst_row, 2.0)):
+        got, *others = (measure(error).item() for error in errors)
+        assert got <= limit * max(others), f"{name} error {got:.3e}, at most {limit * max(others):.3e} wanted"
+
+
+def assert_statistics_of(statistics: Tensor, y: Tensor) -> None:
+    """`statistics` are the row statistics of `y` as stored, as accurately as plain PyTorch computes them in float32.
+
+    Means count relative to their tile's mean magnitude, squared deviations relative to themselves.
+    """
+    exact, plain = reference.row_statistics(y.double()), reference.row_statistics(y)
+    assert statistics.shape == plain.shape
+    assert statistics.dtype == plain.dtype
+    tiles = y.double().abs().split(reference.STATISTICS_TILE, dim=-1)
+    magnitude = torch.stack([tile.mean(dim=-1) for tile in tiles], dim=-1)
+    scale = torch.stack([magnitude, exact[..., 1]], dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    got, twin = (_rms((x.double() - exact) / scale).item() for x in (statistics, plain))
+    bound = 1.2 * max(twin, torch.finfo(torch.float32).eps / 2)
+    assert got <= bound, f"row statistics: relative error {got:.3e}, at most {bound:.3e} wanted"
+
+
+def _rms(error: Tensor) -> Tensor:
+    return error.square().mean().sqrt()
+
+
+def _worst_row(error: Tensor) -> Tensor:
+    return error.square().mean(dim=-1).sqrt().max()
+
+
+def assert_same_bits(a: Tensor, b: Tensor) -> None:
+    """Equal bit for bit; a NaN equals the same NaN."""
+    assert a.shape == b.shape
+    assert a.dtype == b.dtype
+    assert torch.equal(_bits(a), _bits(b)), f"{(_bits(a) != _bits(b)).sum()} bytes differ"
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.detach().contiguous().view(torch.uint8)
+
+
+def poison(buffer: Tensor) -> Tensor:
+    """Fill with what shows when it is read: NaN, or the largest integer."""
+    return buffer.fill_(float("nan") if buffer.is_floating_point() else torch.iinfo(buffer.dtype).max)
+
+
+class Guards:
+    """Tensors inside larger poisoned buffers, and the check that nothing around them was changed."""
+
+    def __init__(self) -> None:
+        self._checks: list[Callable[[], None]] = []
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A contiguous poisoned tensor with a guard band before and after."""
+        size = torch.Size(shape).numel()
+        buffer = poison(torch.empty(size + 2 * GUARD, dtype=dtype, device=device))
+        before = buffer.clone()
+
+        def check() -> None:
+            for name, part in (("before", slice(0, GUARD)), ("after", slice(GUARD + size, None))):
+                assert torch.equal(_bits(buffer[part]), _bits(before[part])), f"written {name} a tensor of {shape}"
+
+        self._checks.append(check)
+        return buffer[GUARD : GUARD + size].view(shape)
+
+    def copy(self, x: Tensor, gap: int = 0) -> Tensor:
+        """`x` with guard bands around it and, if asked for, `gap` poisoned elements after every row."""
+        whole = self.empty((*x.shape[:-1], x.shape[-1] + gap), x.dtype, x.device)
+        view = whole[..., : x.shape[-1]]
+        view.copy_(x)
+        before = whole.clone()
+
+        def check() -> None:
+            assert torch.equal(_bits(whole), _bits(before)), f"an input of {list(x.shape)} was changed"
+
+        self._checks.append(check)
+        return view
+
+    def check(self) -> None:
+        """Raises AssertionError where anything outside the handed-out tensors, or an input, has changed."""
+        for check in self._checks:
+            check()

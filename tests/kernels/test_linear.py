@@ -1,0 +1,217 @@
+"""`linear` and each of its epilogues against the oracle in float64, by pointers and by tensor descriptors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_checks import DEVICE, DTYPES, Guards, assert_as_accurate, assert_same_bits, assert_statistics_of
+from torch import Tensor
+
+from clip_fast.kernels import ops, reference, targets
+
+EPILOGUES: dict[str, dict[str, bool | str]] = {
+    "plain": {},
+    "ln_qkv": {"norm": True, "bias": True},
+    "out_residual": {"bias": True, "residual": True, "statistics": True},
+    "ln_fc1_quick_gelu": {"norm": True, "bias": True, "activation": "quick_gelu"},
+    "ln_fc1_gelu": {"norm": True, "bias": True, "activation": "gelu"},
+    "all": {"norm": True, "bias": True, "activation": "gelu", "residual": True, "statistics": True},
+}
+# (M, N, K) and epilogue: rows that are one, prime, one past a tile; N and K of real blocks, and some no step divides.
+CASES = (
+    ((1, 320, 64), "out_residual"),
+    ((3, 100, 72), "all"),
+    ((131, 257, 88), "out_residual"),
+    ((129, 192, 100), "ln_fc1_gelu"),
+    ((65, 130, 1), "plain"),
+    ((17, 512, 768), "ln_qkv"),  # ViT-B, ln_post and projection
+    ((50, 768, 768), "out_residual"),  # ViT-B/32
+    ((50, 1024, 256), "ln_fc1_quick_gelu"),
+    ((5, 1664, 1664), "ln_fc1_gelu"),  # ViT-bigG/14, cut
+    ((2, 256, 6144), "out_residual"),  # ViT-g/14, fc2, cut
+)
+
+
+class Operands:
+    """Random operands of `linear`, in float64 and as the kernel takes them."""
+
+    def __init__(self, m: int, n: int, k: int, dtype: torch.dtype, **epilogue: bool | str) -> None:
+        self.x = torch.randn(m, k, dtype=torch.float64, device=DEVICE).to(dtype)
+        self.weight = (torch.randn(n, k, dtype=torch.float64, device=DEVICE) / k**0.5).to(dtype)
+        self.bias = torch.randn(n, device=DEVICE) if epilogue.get("bias") else None
+        self.residual = torch.randn(m, n, device=DEVICE).to(dtype) if epilogue.get("residual") else None
+        self.normed = bool(epilogue.get("norm"))
+        self.activation = epilogue.get("activation", "none")
+        self.statistics = bool(epilogue.get("statistics"))
+
+    def norm(self) -> tuple[Tensor, Tensor] | None:
+        if not self.normed:
+            return None
+        return reference.row_statistics(self.x), self.weight.double().sum(dim=1).float()
+
+    def run(self, guards: Guards | None = None, gap: int = 0) -> tuple[Tensor, Tensor]:
+        """The kernel's result, its operands guarded where `guards` are given, rows of x and residual `gap` apart."""
+
+        def keep(tensor: Tensor | None, gap: int = 0) -> Tensor | None:
+            return tensor if guards is None or tensor is None else guards.copy(tensor, gap)
+
+        norm = self.norm()
+        x, weight = keep(self.x, gap), keep(self.weight)
+        assert x is not None
+        assert weight is not None
+        return ops.linear(
+            x, weight, keep(self.bias), residual=keep(self.residual, gap),
+            norm=None if norm is None else (guards.copy(norm[0]), guards.copy(norm[1])) if guards else norm,
+            activation=self.activation, statistics=self.statistics, impl="triton",  # type: ignore[arg-type]
+        )  # fmt: skip
+
+    def twin(self) -> Tensor:
+        """Plain PyTorch in the same dtype.
+
+        For half precision LayerNorm first, then the product, as every CLIP package has it: folding must cost nothing.
+        In float32 the plain folded formula, whose product carries the rows' means with it, by design.
+        """
+        x, norm = self.x, self.norm()
+        if norm is not None and x.dtype != torch.float32:
+            x, norm = torch.nn.functional.layer_norm(x, x.shape[-1:]), None
+        return reference.linear(
+            x, self.weight, self.bias, self.residual, *(norm or (None, None)), activation=self.activation
+        )[0]  # type: ignore[arg-type]
+
+    def exact(self) -> Tensor:
+        x, weight = self.x.double(), self.weight.double()
+        if self.normed:
+            x = torch.nn.functional.layer_norm(x, x.shape[-1:])
+        wide = [None if t is None else t.double() for t in (self.bias, self.residual)]
+        return reference.linear(x, weight, *wide, activation=self.activation)[0]  # type: ignore[arg-type]
+
+
+@pytest.fixture(params=["pointers", "descriptors"])
+def path(request: pytest.FixtureRequest) -> str:
+    """How tiles travel. On a GPU only its own architecture's way can run."""
+    name = request.param
+    if DEVICE.type == "cuda":
+        if targets.target_of(DEVICE).descriptors != (name == "descriptors"):
+            pytest.skip(f"this GPU does not move tiles by {name}")
+        return name
+    with targets.assume("sm_90" if name == "descriptors" else "sm_80"):
+        yield name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "epilogue"), CASES)
+def test_accuracy(
+    shape: tuple[int, int, int], epilogue: str, dtype: torch.dtype, path: str, guards: Guards, launches: list[str]
+) -> None:
+    operands = Operands(*shape, dtype, **EPILOGUES[epilogue])
+    y, statistics = operands.run(guards)
+    assert launches == ["_linear_kernel"]
+    assert_as_accurate(y, operands.twin(), operands.exact())
+    if operands.statistics:
+        assert_statistics_of(statistics, y)
+    else:
+        assert statistics.numel() == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hostility", ["outlier channels", "means of 100 deviations", "constant rows", "huge residual"])
+def test_hostile_rows(hostility: str, dtype: torch.dtype, path: str, guards: Guards) -> None:
+    operands = Operands(65, 192, 384, dtype, norm=True, bias=True, residual=True, statistics=True)
+    if hostility == "outlier channels":
+        operands.x[:, ::97] *= 300
+    elif hostility == "means of 100 deviations":
+        operands.x += 100
+    elif hostility == "constant rows":
+        operands.x[::2] = operands.x[::2, :1].expand(-1, 384).clone()
+    else:
+        assert operands.residual is not None
+        operands.residual += 500
+    y, statistics = operands.run(guards)
+    assert_as_accurate(y, operands.twin(), operands.exact())
+    assert_statistics_of(statistics, y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_chain_carries_its_statistics(dtype: torch.dtype, path: str, guards: Guards) -> None:
+    """What one product leaves is what the next one's LayerNorm reads: the transformer block's own use."""
+    first = Operands(67, 320, 128, dtype, bias=True, residual=True, statistics=True)
+    second = Operands(67, 192, 320, dtype, norm=True, bias=True)
+    y, statistics = first.run(guards)
+    second.x = y
+    colsum = second.weight.double().sum(dim=1).float()
+    z, _ = ops.linear(y, second.weight, second.bias, norm=(statistics, colsum), impl="triton")
+    assert_as_accurate(z, second.twin(), second.exact())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_depend_on_its_batch(dtype: torch.dtype, path: str) -> None:
+    operands = Operands(150, 320, 200, dtype, **EPILOGUES["all"])
+    whole, statistics = operands.run()
+    order = torch.randperm(150, device=DEVICE)
+    for rows in (slice(0, 1), slice(0, 50), slice(131, 132), slice(100, 150), order):
+        part = Operands(1, 320, 200, dtype, **EPILOGUES["all"])
+        part.weight, part.bias = operands.weight, operands.bias
+        assert operands.residual is not None
+        part.x, part.residual = operands.x[rows], operands.residual[rows]
+        y, part_statistics = part.run()
+        assert_same_bits(y, whole[rows])
+        assert_same_bits(part_statistics, statistics[rows])
+
+
+def test_many_programs_walk_over_every_tile(path: str, monkeypatch: pytest.MonkeyPatch, guards: Guards) -> None:
+    """More tiles than programs, programs that are no divisor of them, and a last group of fewer rows of tiles."""
+    operands = Operands(1160, 300, 32, torch.float16, bias=True)
+    one, _ = operands.run(guards)
+    assert_as_accurate(one, operands.twin(), operands.exact())
+    if DEVICE.type == "cpu":
+        from clip_fast.kernels import linear
+
+        monkeypatch.setattr(linear, "multiprocessors", lambda device: 7)
+        assert_same_bits(operands.run(guards)[0], one)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_infinity_stay_in_their_row(dtype: torch.dtype, path: str, guards: Guards) -> None:
+    operands = Operands(5, 192, 100, dtype, **EPILOGUES["all"])
+    clean, clean_statistics = operands.run(guards)
+    operands.x[1, 3], operands.x[3, 99] = float("nan"), float("inf")
+    y, statistics = operands.run(guards)
+    assert_same_bits(y[[0, 2, 4]], clean[[0, 2, 4]])
+    assert_same_bits(statistics[[0, 2, 4]], clean_statistics[[0, 2, 4]])
+    assert y[1].isnan().all()
+    assert y[3].isnan().all()
+
+
+@pytest.mark.parametrize("gap", [8, 3])
+def test_rows_apart_in_memory(gap: int, path: str, guards: Guards) -> None:
+    """Class tokens of a residual stream are such rows; a gap of 3 is one that the copy engine cannot serve."""
+    operands = Operands(37, 128, 128, torch.float16, bias=True, residual=True)
+    assert_same_bits(operands.run(guards, gap)[0], operands.run(guards)[0])
+
+
+def test_operands_in_any_layout(path: str) -> None:
+    operands = Operands(37, 128, 120, torch.float16, bias=True, residual=True)
+    wanted, _ = operands.run()
+    assert operands.residual is not None
+    operands.x, operands.residual = operands.x.t().contiguous().t(), operands.residual.t().contiguous().t()
+    operands.weight = operands.weight.t().contiguous().t()
+    assert_same_bits(operands.run()[0], wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_activations_over_their_whole_range(activation: str, dtype: torch.dtype, guards: Guards) -> None:
+    operands = Operands(1, 2048, 8, dtype, activation=activation)
+    operands.x.zero_()
+    operands.bias = torch.linspace(-200, 200, 2048, device=DEVICE)
+    y, _ = operands.run(guards)
+    assert_as_accurate(y, operands.twin(), operands.exact())
+
+
+@pytest.mark.parametrize("leading", [(0,), (), (2, 3), (2, 0, 3)])
+def test_leading_shapes(leading: tuple[int, ...], guards: Guards) -> None:
+    x, weight = torch.randn(*leading, 64, device=DEVICE), torch.randn(128, 64, device=DEVICE) / 8
+    y, statistics = ops.linear(x, weight, statistics=True, impl="triton")
+    assert y.shape == (*leading, 128)
+    assert statistics.shape == (*leading, 2, 2)
+    torch.testing.assert_close(y, x @ weight.T)
