@@ -189,7 +189,7 @@ def jobs_of(case: Case, arch: str) -> list[Job]:
 
 def _job(case: Case, arch: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Job:
     _functions[function.__name__] = function
-    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages") if name in kwargs}
+    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in kwargs}
     values = dict(zip(function.arg_names, args, strict=False)) | {
         name: value for name, value in kwargs.items() if name in function.arg_names
     }
@@ -276,9 +276,9 @@ def compile_job(job: Job) -> Row:
     amd = job.arch.startswith("gfx")
     target = GPUTarget("hip", job.arch, 64) if amd else GPUTarget("cuda", int(job.arch[3:]), 32)
     compiled = triton.compile(source, target=target, options=dict(job.options))
-    options = {"num_warps": 4, "num_stages": 3} | dict(job.options)
     row = Row(
-        case=job.case, kernel=job.kernel, arch=job.arch, **options, registers=0, spilled=0,
+        case=job.case, kernel=job.kernel, arch=job.arch, num_warps=compiled.metadata.num_warps,
+        num_stages=compiled.metadata.num_stages, registers=0, spilled=0,
         shared=compiled.metadata.shared, shared_limit=TARGETS[job.arch].shared_memory, matrix={}, copies={}, loads={},
         occupancy=0.0, seconds=0.0, exempt=job.exempt,
     )  # fmt: skip

@@ -241,8 +241,7 @@ def linear(
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         GROUP_M=_GROUP_M,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        **launch.options,
     )
     return y, y_statistics
 

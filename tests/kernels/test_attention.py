@@ -1,0 +1,94 @@
+"""`flash_attention` against its oracle in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_checks import DEVICE, DTYPES, Guards, assert_as_accurate, assert_same_bits
+from torch import Tensor
+
+from clip_fast.kernels import ops, reference
+
+# Tokens, heads, head_dim: ViT-B/32, B/16, L/14, L/14@336px; H, g and bigG; one token, around a tile, a prime.
+SHAPES = (
+    (50, 2, 64), (197, 1, 64), (257, 1, 64), (577, 1, 64), (257, 1, 80), (50, 2, 88), (197, 1, 104),
+    (1, 2, 64), (2, 3, 80), (64, 1, 64), (65, 1, 64), (66, 1, 104), (129, 1, 64), (67, 3, 40), (33, 1, 8), (31, 2, 128),
+)  # fmt: skip
+
+
+def random_qkv(batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(batch, tokens, 3, heads, head_dim, dtype=torch.float64, device=DEVICE).to(dtype)
+
+
+def check(qkv: Tensor, scale: float, guards: Guards) -> None:
+    out = ops.flash_attention(guards.copy(qkv), scale, impl="triton")
+    assert_as_accurate(out, reference.flash_attention(qkv, scale), reference.flash_attention(qkv.double(), scale))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_accuracy(shape: tuple[int, int, int], dtype: torch.dtype, guards: Guards, launches: list[str]) -> None:
+    check(random_qkv(1 if shape[0] > 100 else 2, *shape, dtype), shape[-1] ** -0.5, guards)
+    assert launches == ["_flash_attention_kernel"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dominant", [0, 40, 69])
+def test_one_key_outshines_the_rest(dominant: int, dtype: torch.dtype, guards: Guards) -> None:
+    """At the class token, in the middle, at the last patch: a wrong running maximum would over- or underflow."""
+    qkv = random_qkv(2, 70, 1, 64, dtype)
+    qkv[:, :, 0] += 1
+    qkv[:, dominant, 1] += 12
+    check(qkv, 0.125, guards)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scores_that_overflow_without_the_running_maximum(dtype: torch.dtype, guards: Guards) -> None:
+    """Scores to ±2000: their exponentials are beyond every dtype, and ties are broken by the largest alone."""
+    qkv = random_qkv(1, 130, 2, 64, dtype)
+    qkv[:, :, :2] *= 16
+    check(qkv, 1.0, guards)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hostility", ["outlier channels", "values far from zero", "equal keys", "tiny"])
+def test_hostile_inputs(hostility: str, dtype: torch.dtype, guards: Guards) -> None:
+    qkv = random_qkv(2, 70, 2, 80, dtype)
+    if hostility == "outlier channels":
+        qkv[:, :, 2, :, ::17] *= 300
+    elif hostility == "values far from zero":
+        qkv[:, :, 2] += 100
+    elif hostility == "equal keys":
+        qkv[:, :, 1] = qkv[:, :1, 1].clone()
+    else:
+        qkv *= 1e-3
+    check(qkv, 80**-0.5, guards)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [50, 65])
+def test_an_image_does_not_depend_on_its_batch(tokens: int, dtype: torch.dtype) -> None:
+    qkv = random_qkv(5, tokens, 2, 64, dtype)
+    whole = ops.flash_attention(qkv, 0.125, impl="triton")
+    for images in (slice(0, 1), slice(3, 4), slice(2, 5), torch.tensor([4, 0, 2], device=DEVICE)):
+        assert_same_bits(ops.flash_attention(qkv[images].contiguous(), 0.125, impl="triton"), whole[images])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_nan_stays_in_its_image_and_head(bad: float, dtype: torch.dtype, guards: Guards) -> None:
+    qkv = random_qkv(3, 70, 2, 64, dtype)
+    clean = ops.flash_attention(qkv, 0.125, impl="triton").unflatten(-1, (2, 64))
+    qkv[1, 69, :, 1, 5] = bad
+    out = ops.flash_attention(guards.copy(qkv), 0.125, impl="triton").unflatten(-1, (2, 64))
+    assert_same_bits(out[[0, 2]], clean[[0, 2]])
+    assert_same_bits(out[1, :, 0], clean[1, :, 0])
+    assert not out[1, :, 1].isfinite().all()
+
+
+def test_strides_of_any_kind_and_no_images(guards: Guards) -> None:
+    qkv = random_qkv(2, 20, 2, 64, torch.float16)
+    apart = qkv.permute(1, 3, 2, 4, 0).contiguous().permute(4, 0, 2, 1, 3)
+    wanted = ops.flash_attention(qkv, 0.125, impl="triton")
+    assert_same_bits(ops.flash_attention(apart, 0.125, impl="triton"), wanted)
+    assert ops.flash_attention(qkv[:0], 0.125, impl="triton").shape == (0, 20, 128)
