@@ -133,7 +133,6 @@ def patch_embed(images: Tensor, weight: Tensor, position: Tensor, patch_size: in
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
         BLOCK_K=launch.block_k,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
+        **launch.options,
     )
     return out

@@ -1,0 +1,636 @@
+"""Checkpoints: files that the real packages wrote, every way for a file to be bad, downloads from a local server."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import http.server
+import json
+import pickle
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from clip_fast import checkpoint, reference
+from clip_fast.checkpoint import CheckpointError, read_checkpoint, resolve
+from clip_fast.config import IMAGE_MEAN, OPENAI_CHECKPOINTS, Activation, Pretrained, ResNetConfig, VitConfig
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*TorchScript.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
+]
+
+VIT = VitConfig(image_size=64, patch_size=16, width=128, layers=2, heads=2, embed_dim=32)
+RESNET = ResNetConfig(layers=(1, 2, 1, 1), width=4, heads=2, image_size=64, embed_dim=32)
+
+
+def randomise(module: nn.Module) -> nn.Module:
+    """Fresh weights and statistics everywhere, so that a tensor in the wrong place shows."""
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            if name.endswith("running_var"):
+                tensor.uniform_(0.5, 2)
+            elif tensor.is_floating_point():
+                tensor.copy_(torch.randn_like(tensor) * (0.2 if tensor.ndim < 2 else tensor[0].numel() ** -0.5))
+                tensor += 1 if tensor.ndim == 1 and name.endswith("weight") else 0
+    return module.eval()
+
+
+def features(path: Path, images: Tensor, activation: Activation | None = None) -> Tensor:
+    """What the plain encoder makes of the checkpoint at `path`, in float32."""
+    read = read_checkpoint(path, activation)
+    tower = reference.build(read.config)
+    tower.load_state_dict({name: tensor.to(tensor.dtype if tensor.dtype == torch.long else torch.float32)
+                           for name, tensor in read.state_dict.items()})  # fmt: skip
+    with torch.no_grad():
+        return tower.eval()(images)
+
+
+def assert_close(ours: Tensor, theirs: Tensor) -> None:
+    assert ours.shape == theirs.shape
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
+
+
+# --- OpenAI ----------------------------------------------------------------------------------------------------------
+
+
+def openai_clip(kind: str) -> nn.Module:
+    model = pytest.importorskip("clip.model", reason="openai-clip is not installed")
+    layers, width, patch = (2, 128, 16) if kind == "vit" else ((1, 2, 1, 1), 4, None)
+    return randomise(model.CLIP(32, 64, layers, width, patch, 8, 64, 64, 1, 1))
+
+
+def traced(model: nn.Module) -> torch.jit.ScriptModule:
+    return torch.jit.trace(model, (torch.zeros(1, 3, 64, 64), torch.zeros(1, 8, dtype=torch.long)))
+
+
+@pytest.mark.parametrize("archive", ["traced", "traced tower", "state dict", "legacy state dict"])
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+@pytest.mark.filterwarnings("ignore:.*taken for one of OpenAI's")
+def test_openai(kind: str, archive: str, tmp_path: Path) -> None:
+    model, path = openai_clip(kind), tmp_path / "model.pt"
+    if archive == "traced":
+        torch.jit.save(traced(model), path)
+    elif archive == "traced tower":
+        torch.jit.save(torch.jit.trace(_Holder(model.visual), torch.zeros(1, 3, 64, 64)), path)
+    else:
+        torch.save(model.state_dict(), path, _use_new_zipfile_serialization=archive == "state dict")
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert_close(features(path, images), model.visual(images))
+
+
+class _Holder(nn.Module):
+    """A tower under the name that CLIP gives it."""
+
+    def __init__(self, visual: nn.Module) -> None:
+        super().__init__()
+        self.visual = visual
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.visual(images)
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_openai_in_half_precision_as_published(kind: str, tmp_path: Path) -> None:
+    """OpenAI's archives hold float16 weights beside float32 LayerNorms and embeddings; every value is kept."""
+    model = openai_clip(kind)
+    pytest.importorskip("clip.model").convert_weights(model)
+    archive = torch.jit.trace(_Dtypes(model), torch.zeros(1))
+    torch.jit.save(archive, tmp_path / "model.pt")
+    read = read_checkpoint(tmp_path / "model.pt").state_dict
+    wanted = model.visual.state_dict()
+    assert read.keys() == wanted.keys()
+    assert {tensor.dtype for tensor in read.values()} >= {torch.float16, torch.float32}
+    for name, tensor in wanted.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor), name
+
+
+class _Dtypes(nn.Module):
+    """openai-clip cannot run in float16 on a CPU, so that only its weights are traced."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.visual = model.visual
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + sum(p.sum().float() for p in self.parameters())
+
+
+# --- open_clip -------------------------------------------------------------------------------------------------------
+
+OPEN_CLIP_VISION: dict[str, dict[str, Any]] = {
+    "vit": {"image_size": 64, "layers": 2, "width": 128, "patch_size": 16},
+    "vit of 80": {"image_size": 64, "layers": 2, "width": 160, "patch_size": 16, "head_width": 80, "mlp_ratio": 4.9231},
+    "resnet": {"image_size": 64, "layers": [1, 2, 1, 1], "width": 16},
+}
+
+
+def open_clip_model(kind: str, quick_gelu: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+    open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
+    vision = OPEN_CLIP_VISION[kind]
+    text = {"context_length": 8, "vocab_size": 64, "width": 64, "heads": 1, "layers": 1}
+    model = open_clip.CLIP(32, vision, text, quick_gelu=quick_gelu)
+    return randomise(model), {"embed_dim": 32, "quick_gelu": quick_gelu, "vision_cfg": vision, "text_cfg": text}
+
+
+@pytest.mark.parametrize("form", ["pt", "training", "safetensors"])
+@pytest.mark.parametrize(("kind", "quick_gelu"), [("vit", False), ("vit", True), ("resnet", False)])
+def test_open_clip_files(kind: str, quick_gelu: bool, form: str, tmp_path: Path) -> None:
+    model, _ = open_clip_model(kind, quick_gelu)
+    state = model.state_dict()
+    path = tmp_path / ("model.safetensors" if form == "safetensors" else "open_clip_pytorch_model.pt")
+    if form == "pt":
+        torch.save(state, path)
+    elif form == "training":
+        parallel = {f"module.{name}": tensor for name, tensor in state.items()}
+        torch.save({"epoch": 3, "name": "run", "state_dict": parallel, "optimizer": {"state": {}}}, path)
+    else:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        wanted = model.encode_image(images)
+    assert_close(features(path, images, "quick_gelu" if quick_gelu else "gelu"), wanted)
+
+
+@pytest.mark.parametrize(("kind", "quick_gelu"), [("vit", False), ("vit", True), ("resnet", False)])
+def test_scripted_archives(kind: str, quick_gelu: bool, tmp_path: Path) -> None:
+    """By open_clip, since TorchScript cannot compile openai-clip's code; the archive names the activation's class."""
+    model, _ = open_clip_model(kind, quick_gelu)
+    torch.jit.save(torch.jit.script(model), tmp_path / "model.pt")
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        wanted = model.encode_image(images)
+    assert_close(features(tmp_path / "model.pt", images), wanted)
+
+
+@pytest.mark.parametrize("weights", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
+@pytest.mark.parametrize(("kind", "quick_gelu"), [("vit of 80", False), ("vit", True), ("resnet", False)])
+def test_open_clip_folders(kind: str, quick_gelu: bool, weights: str, tmp_path: Path) -> None:
+    """The config beside the weights gives activation, heads and normalisation."""
+    model, config = open_clip_model(kind, quick_gelu)
+    preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolation": "bicubic"}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, tmp_path / weights) if weights.endswith("safetensors") else torch.save(state, tmp_path / weights)
+    read = read_checkpoint(tmp_path)
+    assert read.mean == (0.5, 0.5, 0.5)
+    assert read.std == (0.25, 0.25, 0.25)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        wanted = model.encode_image(images)
+    assert_close(features(tmp_path, images), wanted)
+
+
+def test_a_file_of_open_clip_does_not_say_its_activation(tmp_path: Path) -> None:
+    model, _ = open_clip_model("vit")
+    torch.save({"epoch": 1, "state_dict": model.state_dict()}, tmp_path / "epoch_1.pt")
+    with pytest.raises(CheckpointError, match=r"epoch_1\.pt: .*pass activation='gelu'"):
+        read_checkpoint(tmp_path / "epoch_1.pt")
+
+
+# --- Hugging Face ----------------------------------------------------------------------------------------------------
+
+
+def hugging_face(kind: str, activation: str = "quick_gelu") -> nn.Module:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    shape = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {**shape, "image_size": 64, "patch_size": 16, "projection_dim": 32, "hidden_act": activation}
+    if kind == "CLIPVisionModelWithProjection":
+        return randomise(transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**vision)))
+    text = {**shape, "vocab_size": 64, "max_position_embeddings": 8, "eos_token_id": 2}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=32)
+    return randomise(transformers.CLIPModel(config))
+
+
+def hugging_face_features(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        visual = model.visual_projection(model.vision_model(images).pooler_output)
+    assert isinstance(visual, Tensor)
+    return visual
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("kind", ["CLIPModel", "CLIPVisionModelWithProjection"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_hugging_face(kind: str, activation: str, sharded: bool, tmp_path: Path) -> None:
+    model = hugging_face(kind, activation)
+    model.save_pretrained(tmp_path, max_shard_size="300KB" if sharded else "5GB")  # type: ignore[operator]
+    assert (tmp_path / "model.safetensors.index.json").exists() == sharded
+    images = torch.randn(2, 3, 64, 64)
+    assert_close(features(tmp_path, images), hugging_face_features(model, images))
+
+
+def test_hugging_face_normalisation(tmp_path: Path) -> None:
+    hugging_face("CLIPModel").save_pretrained(tmp_path)  # type: ignore[operator]
+    assert read_checkpoint(tmp_path).mean == IMAGE_MEAN
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3], "resample": 2}))
+    with pytest.warns(UserWarning, match="preprocess images yourself"):
+        assert read_checkpoint(tmp_path).mean == (0.1, 0.2, 0.3)
+
+
+# --- what a file or folder can have wrong ----------------------------------------------------------------------------
+
+
+@functools.cache
+def _tower_state(kind: str) -> dict[str, Tensor]:
+    return dict(randomise(reference.build(VIT if kind == "vit" else RESNET)).state_dict())
+
+
+def state(kind: str = "vit") -> dict[str, Tensor]:
+    """A state dict with OpenAI's names, to be spoilt."""
+    return {f"visual.{name}": tensor.clone() for name, tensor in _tower_state(kind).items()}
+
+
+def write(path: Path, entries: dict[str, Any]) -> Path:
+    save_file(entries, path, {"activation": "quick_gelu"})
+    return path
+
+
+def test_a_sound_state_dict_of_ours_is_read(tmp_path: Path) -> None:
+    """The files that the cases below spoil would be read otherwise."""
+    for kind, config in (("vit", VIT), ("resnet", RESNET)):
+        read = read_checkpoint(write(tmp_path / "m.safetensors", state(kind)))
+        assert read.config == config
+        assert all(torch.equal(read.state_dict[name], tensor) for name, tensor in _tower_state(kind).items())
+        assert all(tensor.is_contiguous() for tensor in read.state_dict.values())
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_every_missing_tensor_is_named(kind: str, tmp_path: Path) -> None:
+    whole = state(kind)
+    for key in whole:
+        if key.endswith("num_batches_tracked"):
+            continue
+        path = write(tmp_path / "m.safetensors", {k: v for k, v in whole.items() if k != key})
+        with pytest.raises(CheckpointError, match=r"m\.safetensors: ") as error:
+            read_checkpoint(path)
+        if key != "visual.layer1.0.conv1.weight":  # without which a ResNet looks like a ViT without all it needs
+            assert key in str(error.value), key
+
+
+def spoil(key: str, change: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    return lambda entries: entries | {key: change(entries[key])}
+
+
+def nan_at_the_end(tensor: Tensor) -> Tensor:
+    tensor.view(-1)[-1] = float("nan")
+    return tensor
+
+
+BLOCK = "visual.transformer.resblocks"
+BAD_ENTRIES: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], str]] = {
+    "surplus": (lambda e: e | {"visual.extra.weight": torch.zeros(2)}, r"has not: visual\.extra\.weight"),
+    "wrong shape": (
+        spoil(f"{BLOCK}.1.mlp.c_proj.bias", lambda t: t[:-1].clone()),
+        r"1\.mlp\.c_proj\.bias must have shape \[128\], got \[127\]",
+    ),
+    "wrong rank": (
+        spoil("visual.conv1.weight", lambda t: t.flatten(1)),
+        r"visual\.conv1\.weight must have 4 dimensions",
+    ),
+    "integers": (
+        spoil("visual.ln_post.weight", lambda t: t.to(torch.int32)),
+        r"ln_post\.weight must be of a floating-point dtype, got torch\.int32",
+    ),
+    "NaN": (spoil("visual.proj", nan_at_the_end), r"visual\.proj holds NaN or infinite"),
+    "infinity": (spoil("visual.ln_pre.bias", lambda t: t / 0), r"visual\.ln_pre\.bias holds NaN or infinite"),
+    "tokens no square": (
+        spoil("visual.positional_embedding", lambda t: t[:-1].clone()),
+        r"positional_embedding must have one row and a square number more, got 16",
+    ),
+    "a block missing": (
+        lambda e: {k: v for k, v in e.items() if not k.startswith(f"{BLOCK}.0.")},
+        r"misses all of visual\.transformer\.resblocks\.0|misses visual\.transformer\.resblocks\.0",
+    ),
+    "width in no heads": (
+        spoil("visual.conv1.weight", lambda t: t[:96].clone()),
+        r"heads cannot be told from its width of 96",
+    ),
+    "no ln_pre": (lambda e: {k: v for k, v in e.items() if "ln_pre" not in k}, r"has no ln_pre .*not served"),
+    "LayerScale": (lambda e: e | {f"{BLOCK}.0.ls_1.gamma": torch.ones(128)}, r"ls_1\.gamma belongs to LayerScale"),
+    "attentional pooler": (
+        lambda e: e | {"visual.attn_pool.query": torch.ones(2)},
+        "an attentional pooler, which is not served",
+    ),
+    "timm": (lambda e: {"visual.trunk.cls_token": torch.ones(2)}, "an image tower from timm"),
+    "no tower": (lambda e: {"bert.embeddings": torch.ones(2)}, r"holds no CLIP image tower, only bert\.embeddings"),
+    "text only": (lambda e: {"text_model.weight": torch.ones(2)}, "holds no CLIP image tower"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ENTRIES)
+def test_bad_entries_are_named(case: str, tmp_path: Path) -> None:
+    change, message = BAD_ENTRIES[case]
+    path = write(tmp_path / "m.safetensors", change(state()))
+    with pytest.raises(CheckpointError, match=r"m\.safetensors: .*(" + message + ")"):
+        read_checkpoint(path)
+
+
+def test_an_entry_that_is_no_tensor(tmp_path: Path) -> None:
+    torch.save(state() | {"visual.proj": [1, 2]}, tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match=r"visual\.proj is not a plain dense tensor but list"):
+        read_checkpoint(tmp_path / "m.pt", "gelu")
+
+
+def _zip(path: Path, **members: bytes) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name.replace("__", "/"), content)
+
+
+def _truncate(path: Path, fraction: float) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * fraction)])
+
+
+@pytest.mark.parametrize("fraction", [0.02, 0.5, 0.999])
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors", "torchscript"])
+def test_truncated(form: str, fraction: float, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    if form == "torchscript":
+        torch.jit.save(traced(openai_clip("vit")), path)
+    elif form == "safetensors":
+        write(path, state())
+    else:
+        torch.save(state(), path, _use_new_zipfile_serialization=form == "zip")
+    read_checkpoint(path, "quick_gelu")
+    _truncate(path, fraction)
+    with pytest.raises(CheckpointError, match=r"model\.pt: .*(truncated or damaged)"):
+        read_checkpoint(path, "quick_gelu")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"x", "neither a PyTorch file nor safetensors"),
+        (b"#!/bin/sh\nexit\n", "neither a PyTorch file nor safetensors"),
+        (b"\xff\xd8\xff\xe0 a photograph", "neither a PyTorch file nor safetensors"),
+        (b"PK\x03\x04 and no more", "truncated or damaged"),
+        (b"\x80\x02 no pickle", "truncated or damaged"),
+        (b"\x10\0\0\0\0\0\0\0{not json at all}", "truncated or damaged"),
+        (b"\xff\xff\xff\xff\xff\xff\xff\x7f{", "truncated or damaged"),
+    ],
+)
+def test_what_is_no_checkpoint(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"file: .*{message}"):
+        read_checkpoint(tmp_path / "file")
+
+
+@pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), "text", {"state_dict": [1]}], ids=str)
+def test_what_holds_no_state_dict(content: object, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match=r"it holds (list|Tensor|str), not a state dict"):
+        read_checkpoint(tmp_path / "m.pt")
+
+
+def test_paths_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nothing\.pt: no such file"):
+        read_checkpoint(tmp_path / "nothing.pt")
+    with pytest.raises(CheckpointError, match=r"folder holds none of model\.safetensors"):
+        read_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match=r"did you mean 'ViT-B/32'\?"):
+        resolve("vit-b-32")
+    with pytest.raises(CheckpointError, match=r"no model of that name.*RN50.*tiny-digits"):
+        resolve("something else entirely")
+    with pytest.raises(ValueError, match=r"activation must be one of .*got 'relu'"):
+        read_checkpoint(tmp_path, "relu")  # type: ignore[arg-type]
+
+
+# --- what a config beside the weights can have wrong -----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    hugging_face("CLIPModel").save_pretrained(folder)  # type: ignore[operator]
+    return folder
+
+
+def vision(**changes: object) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda config: config | {"vision_config": config["vision_config"] | changes}
+
+
+BAD_CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "another model": (lambda c: c | {"model_type": "siglip"}, "model_type must be 'clip'.*got 'siglip'"),
+    "activation": (vision(hidden_act="relu"), "hidden_act must be one of .*got 'relu'"),
+    "eps": (vision(layer_norm_eps=1e-6), "layer_norm_eps must be 1e-05, got 1e-06"),
+    "image size": (vision(image_size=96), "images of 64 pixels, the config beside it says 96"),
+    "heads": (vision(num_attention_heads=3), "heads, got width 128 and heads 3"),
+    "structure": (lambda c: c | {"vision_config": [1]}, "unexpected structure"),
+    "no object": (lambda c: [c], "must hold a JSON object, got list"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_CONFIGS)
+def test_bad_hugging_face_configs(case: str, saved: Path, tmp_path: Path) -> None:
+    change, message = BAD_CONFIGS[case]
+    save_file(load_file(saved / "model.safetensors"), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(change(json.loads((saved / "config.json").read_bytes()))))
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(tmp_path)
+
+
+def test_hugging_face_files_that_are_not_enough(saved: Path, tmp_path: Path) -> None:
+    weights = load_file(saved / "model.safetensors")
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"needs the config\.json"):
+        read_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_text("{ truncated")
+    with pytest.raises(CheckpointError, match=r"config\.json: cannot be read as JSON"):
+        read_checkpoint(tmp_path)
+    (tmp_path / "config.json").write_bytes((saved / "config.json").read_bytes())
+    save_file({k: v for k, v in weights.items() if k != "visual_projection.weight"}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"misses visual_projection\.weight: a CLIPVisionModel has no"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ({"weight_map": {"a": "missing.safetensors"}}, r"shard 'missing\.safetensors' is not a file"),
+        ({"weight_map": {"a": "../outside.safetensors"}}, "shard .*outside.* is not a file in the same folder"),
+        ({}, "has no weight_map"),
+    ],
+)
+def test_bad_shards(index: dict[str, Any], message: str, tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    write(tmp_path / "outside.safetensors", state())
+    (tmp_path / "sub" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(tmp_path / "sub")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"no_ln_pre": True}, "sets no_ln_pre to True, which is not served"),
+        ({"pool_type": "avg"}, "sets pool_type to 'avg'"),
+        ({"timm_model_name": "vit"}, "sets timm_model_name to 'vit'"),
+        ({"image_size": [64, 32]}, "must have a square image_size"),
+    ],
+)
+def test_bad_open_clip_configs(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config = {"embed_dim": 32, "vision_cfg": OPEN_CLIP_VISION["vit"] | changes}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    write(tmp_path / "open_clip_model.safetensors", state())
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(tmp_path)
+
+
+def test_bundled_metadata_must_make_sense(tmp_path: Path) -> None:
+    save_file(state(), tmp_path / "m.safetensors", {"activation": "relu"})
+    with pytest.raises(CheckpointError, match="metadata must name an activation"):
+        read_checkpoint(tmp_path / "m.safetensors")
+
+
+# --- code in a file does not run -------------------------------------------------------------------------------------
+
+
+class _Malicious:
+    """Creates a file when it is unpickled carelessly."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "bare pickle", "torchscript", "builtin in torchscript"])
+def test_code_in_a_file_does_not_run(form: str, tmp_path: Path) -> None:
+    marker, path = tmp_path / "marker", tmp_path / "model.pt"
+    content = {"visual.conv1.weight": _Malicious(marker)}
+    if form in ("zip", "legacy"):
+        torch.save(content, path, _use_new_zipfile_serialization=form == "zip")
+    elif form == "bare pickle":
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    else:
+        touch = f"c__builtin__\neval\n(V__import__('pathlib').Path({str(marker)!r}).touch()\ntR."
+        data = pickle.dumps(content, protocol=2) if form == "torchscript" else touch.encode()
+        _zip(path, archive__data__pkl=b"")
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("archive/data.pkl", data)
+            archive.writestr("archive/constants.pkl", pickle.dumps(()))
+    with pytest.raises(CheckpointError, match=r"model\.pt: refused: its pickle wants .*could run code"):
+        read_checkpoint(path)
+    assert not marker.exists()
+
+    if form == "bare pickle":  # the test would see the file if it were made
+        pickle.loads(path.read_bytes())
+        assert marker.exists()
+
+
+# --- downloads -------------------------------------------------------------------------------------------------------
+
+
+class _Server:
+    """A server for one file, and what it was asked."""
+
+    def __init__(self) -> None:
+        self.body = b"the weights of a model" * 1000
+        self.length: int | None = None  # what it says the body's length is, where that is not the truth
+        self.status = 200
+        self.asked = 0
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                server.asked += 1
+                self.send_response(server.status)
+                self.send_header("Content-Length", str(server.length or len(server.body)))
+                self.end_headers()
+                self.wfile.write(server.body)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_port}/folder/model.pt"
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[_Server]:
+    server = _Server()
+    thread = threading.Thread(target=server.http.serve_forever, daemon=True)
+    thread.start()
+    source = Pretrained(server.url, hashlib.sha256(server.body).hexdigest())
+    monkeypatch.setitem(OPENAI_CHECKPOINTS, "RN50", source)
+    for proxy in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.delenv(proxy, raising=False)
+    yield server
+    server.http.shutdown()
+    server.http.server_close()
+
+
+def test_a_download_is_kept_and_not_asked_for_again(server: _Server, tmp_path: Path) -> None:
+    cache = tmp_path / "deep" / "cache"
+    path = resolve("RN50", cache)
+    assert path == cache / "model.pt"
+    assert path.read_bytes() == server.body
+    assert resolve("RN50", cache) == path
+    assert server.asked == 1
+    assert list(cache.iterdir()) == [path]
+
+
+def test_the_default_cache_is_that_of_clip(server: _Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve("RN50") == tmp_path / ".cache" / "clip" / "model.pt"
+
+
+def test_a_damaged_copy_in_the_cache_is_fetched_again(server: _Server, tmp_path: Path) -> None:
+    (tmp_path / "model.pt").write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="downloading it again"):
+        assert resolve("RN50", tmp_path).read_bytes() == server.body
+
+
+@pytest.mark.parametrize("case", ["wrong hash", "truncated", "not found", "refused"])
+def test_a_failed_download_leaves_nothing(case: str, server: _Server, tmp_path: Path) -> None:
+    message = f"model\\.pt: cannot be downloaded from {server.url}.*place it as model.pt in {tmp_path}"
+    if case == "wrong hash":
+        server.body = b"something else"
+        message = "not whole or not genuine: its 14 bytes have SHA-256 [0-9a-f]{64}, wanted [0-9a-f]{64}"
+    elif case == "truncated":
+        server.length = len(server.body)
+        server.body = server.body[:-100]
+        message = "model\\.pt: .*not whole"
+    elif case == "not found":
+        server.status = 404
+    else:
+        server.http.shutdown()
+        server.http.server_close()
+    with pytest.raises(CheckpointError, match=message):
+        resolve("RN50", tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_download_keeps_what_was_there(server: _Server, tmp_path: Path) -> None:
+    (tmp_path / "model.pt").write_bytes(b"an older copy")
+    server.status = 500
+    with pytest.warns(UserWarning, match="downloading it again"), pytest.raises(CheckpointError):
+        resolve("RN50", tmp_path)
+    assert (tmp_path / "model.pt").read_bytes() == b"an older copy"
+
+
+def test_an_interrupted_download_leaves_nothing(
+    server: _Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(source: Pretrained, partial: Path) -> str:
+        partial.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "_fetch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        resolve("RN50", tmp_path)
+    assert list(tmp_path.iterdir()) == []
