@@ -219,7 +219,7 @@ def linear(
         residual_arg[0] if residual_arg else None,
         bias,
         colsum,
-        row_statistics,
+        None if row_statistics is None else row_statistics.contiguous(),
         y_statistics,
         m,
         n,

@@ -43,19 +43,26 @@ def test_one_key_outshines_the_rest(dominant: int, dtype: torch.dtype, guards: G
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_scores_that_overflow_without_the_running_maximum(dtype: torch.dtype, guards: Guards) -> None:
-    """Scores to ±2000: their exponentials are beyond every dtype, and ties are broken by the largest alone."""
+@pytest.mark.parametrize("magnitude", [16, 30])
+def test_scores_that_overflow_without_the_running_maximum(magnitude: int, dtype: torch.dtype, guards: Guards) -> None:
+    """Scores to ±10⁴ and ±3 · 10⁴: their exponentials are beyond every dtype. Past 65504 the twin's own q kᵀ in
+    float16 would be infinite.
+    """
     qkv = random_qkv(1, 130, 2, 64, dtype)
-    qkv[:, :, :2] *= 16
+    qkv[:, :, :2] *= magnitude
     check(qkv, 1.0, guards)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("hostility", ["outlier channels", "values far from zero", "equal keys", "tiny"])
+@pytest.mark.parametrize(
+    "hostility", ["outlier channels", "outlier channels of keys", "values far from zero", "equal keys", "tiny"]
+)
 def test_hostile_inputs(hostility: str, dtype: torch.dtype, guards: Guards) -> None:
     qkv = random_qkv(2, 70, 2, 80, dtype)
     if hostility == "outlier channels":
         qkv[:, :, 2, :, ::17] *= 300
+    elif hostility == "outlier channels of keys":
+        qkv[:, :, 1, :, ::17] *= 300
     elif hostility == "values far from zero":
         qkv[:, :, 2] += 100
     elif hostility == "equal keys":
@@ -75,12 +82,14 @@ def test_an_image_does_not_depend_on_its_batch(tokens: int, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 80])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nan_stays_in_its_image_and_head(bad: float, dtype: torch.dtype, guards: Guards) -> None:
-    qkv = random_qkv(3, 70, 2, 64, dtype)
-    clean = ops.flash_attention(qkv, 0.125, impl="triton").unflatten(-1, (2, 64))
+def test_nan_stays_in_its_image_and_head(bad: float, head_dim: int, dtype: torch.dtype, guards: Guards) -> None:
+    """A head of 80 is padded to 128 lanes, which lie in the next head: what is there must not enter."""
+    qkv = random_qkv(3, 70, 2, head_dim, dtype)
+    clean = ops.flash_attention(qkv, 0.125, impl="triton").unflatten(-1, (2, head_dim))
     qkv[1, 69, :, 1, 5] = bad
-    out = ops.flash_attention(guards.copy(qkv), 0.125, impl="triton").unflatten(-1, (2, 64))
+    out = ops.flash_attention(guards.copy(qkv), 0.125, impl="triton").unflatten(-1, (2, head_dim))
     assert_same_bits(out[[0, 2]], clean[[0, 2]])
     assert_same_bits(out[1, :, 0], clean[1, :, 0])
     assert not out[1, :, 1].isfinite().all()
@@ -92,3 +101,38 @@ def test_strides_of_any_kind_and_no_images(guards: Guards) -> None:
     wanted = ops.flash_attention(qkv, 0.125, impl="triton")
     assert_same_bits(ops.flash_attention(apart, 0.125, impl="triton"), wanted)
     assert ops.flash_attention(qkv[:0], 0.125, impl="triton").shape == (0, 20, 128)
+
+
+# --- which implementation runs, and PyTorch sees through the op ------------------------------------------------------
+
+
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, torch.float64), (136, torch.float16)])
+def test_what_no_kernel_serves(head_dim: int, dtype: torch.dtype, launches: list[str]) -> None:
+    qkv = random_qkv(2, 9, 2, head_dim, dtype)
+    with pytest.raises(RuntimeError, match="float64" if dtype == torch.float64 else "136"):
+        ops.flash_attention(qkv, 0.125, impl="triton")
+    assert_same_bits(ops.flash_attention(qkv, 0.125), reference.flash_attention(qkv, 0.125))
+    assert launches == []
+
+
+@pytest.mark.parametrize("head_dim", [64, 40])
+def test_opcheck(head_dim: int, launches: list[str]) -> None:
+    qkv = random_qkv(2, 20, 2, head_dim, torch.float32)
+    torch.library.opcheck(torch.ops.clip_fast.flash_attention.default, (qkv, 0.125, "ieee"))
+    assert set(launches) == {"_flash_attention_kernel"}
+
+
+class Attention(torch.nn.Module):
+    def forward(self, qkv: Tensor) -> Tensor:
+        return 2 * ops.flash_attention(qkv, 0.125)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compile_and_export(dtype: torch.dtype, launches: list[str]) -> None:
+    qkv = random_qkv(2, 20, 2, 64, dtype)
+    eager = Attention()(qkv)
+    compiled = torch.compile(Attention(), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert_same_bits(compiled(qkv), eager)
+        assert_same_bits(torch.export.export(Attention(), (qkv,)).module()(qkv), eager)
+    assert launches == ["_flash_attention_kernel"] * 3
