@@ -67,7 +67,9 @@ class Weights:
     projection: Product
 
 
-def prepare(state_dict: dict[str, Tensor], config: VitConfig, dtype: torch.dtype, mean: _Triple, std: _Triple) -> Weights:
+def prepare(
+    state_dict: dict[str, Tensor], config: VitConfig, dtype: torch.dtype, mean: _Triple, std: _Triple
+) -> Weights:
     """Folds canonical weights, in float32 or wider, and casts what is multiplied to `dtype` at the end.
 
     Args:
@@ -178,7 +180,8 @@ def _block(
     config: VitConfig, block: Block, x: Tensor, statistics: Tensor, precision: Precision
 ) -> tuple[Tensor, Tensor]:
     """x + attention(ln_1(x)), then x + mlp(ln_2(x)): five launches. (B, N, W) and its row statistics, in and out."""
-    qkv = _normed(block.qkv, x, statistics, precision).unflatten(-1, (3, config.heads, config.head_dim))
+    qkv = _normed(block.qkv, x, statistics, precision)
+    qkv = qkv.view(*x.shape[:-1], 3, config.heads, config.head_dim)
     attended = ops.flash_attention(qkv, config.head_dim**-0.5, precision=precision)  # (B, N, W)
     x, statistics = _added(block.out, attended, x, precision)
     return _mlp(config, block, x, statistics, precision)
@@ -194,7 +197,7 @@ def _last_block(
     assert qkv.colsum is not None
     query = Product(qkv.weight[:w], qkv.bias[:w], qkv.colsum[:w])
     attended = ops.attention_pool(
-        _normed(query, class_token, statistics[:, 0], precision).unflatten(-1, (h, d)),
+        _normed(query, class_token, statistics[:, 0], precision).view(-1, h, d),
         class_token,
         patches,
         key_weight=qkv.weight[w : 2 * w].view(h, d, w),

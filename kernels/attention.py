@@ -19,6 +19,9 @@ operations are done, 3 · N · D elements read and N · D written: N operations 
 Attention is 1 to 9 per cent of an encoder's operations.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false
+# (at a launch, plain values become constexprs and the options of the launch join the arguments)
+
 from __future__ import annotations
 
 import triton

@@ -33,6 +33,9 @@ Every sum is taken by one program in an order that the shape of one image fixes,
 batch that it is in.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false
+# (at a launch, plain values become constexprs and the options of the launch join the arguments)
+
 from __future__ import annotations
 
 import torch

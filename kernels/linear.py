@@ -7,7 +7,8 @@ and rstd are two numbers a row, merged from the statistics that the writer of x 
 the weight summed over K. What this kernel writes it leaves the statistics of, for the next LayerNorm. No pass over
 memory is then left between two products of a transformer block.
 
-One persistent program per multiprocessor walks over the tiles of y. Programs that run side by side share rows of x and all of the weight in the L2 cache:
+One persistent program per multiprocessor walks over the tiles of y. Programs that run side by side share rows of x and
+all of the weight in the L2 cache:
 
             N ->                    order of the tiles in one group of GROUP_M rows of tiles:
       M   0  4   8  12              down the group first, then along N. M · K + M · N elements move through memory once,
@@ -21,6 +22,9 @@ depend on the row, the weight and the launch table alone, which does not look at
 On devices with a tensor copy engine (Hopper and later) tiles travel by tensor descriptors, and the loads of the next
 tile of y overlap the epilogue of the last. Elsewhere, and for exact float32, they travel by pointers.
 """
+
+# pyright: reportArgumentType=false, reportCallIssue=false
+# (at a launch, plain values become constexprs and the options of the launch join the arguments)
 
 from __future__ import annotations
 
@@ -74,7 +78,7 @@ def _linear_kernel(
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
 
-    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=DESCRIPTORS):
+    for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=DESCRIPTORS):  # pyright: ignore
         group, within = tile // (GROUP_M * tiles_n), tile % (GROUP_M * tiles_n)
         group_m = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
         m0 = (group * GROUP_M + within % group_m) * BLOCK_M
@@ -110,7 +114,7 @@ def _linear_kernel(
 
         # The epilogue takes the tile in two halves: what it holds of them at a time, it needs half the memory for.
         halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)).split()
-        for half in tl.static_range(2):
+        for half in tl.static_range(2):  # pyright: ignore
             _epilogue(
                 halves[half], m0, n0 + half * (BLOCK_N // 2), mean, rstd,
                 y, residual, bias_ptr, colsum_ptr, y_statistics_ptr, M, N, residual_stride,

@@ -28,6 +28,9 @@ Each element of out is the sum of its products in steps of BLOCK_K from k = 0, i
 depend on its image, the weight and the launch table alone.
 """
 
+# pyright: reportArgumentType=false, reportCallIssue=false
+# (at a launch, plain values become constexprs and the options of the launch join the arguments)
+
 from __future__ import annotations
 
 import torch
