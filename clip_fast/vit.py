@@ -7,7 +7,7 @@
                 → the last block, for the class token alone → ln_post+projection
 
 Every LayerNorm but the first is folded into the product that follows it, LN(x) Wᵀ + b = rstd · (x W′ᵀ − mean · colsum)
-+ b′ with W′ = W diag(gain), colsum = W′ summed over K and b′ = b + W · shift; mean and rstd come from the row statistics
++ b′ with W′ = W diag(gain), colsum = W′ summed over K and b′ = b + W · shift; mean and rstd come from the statistics
 that the writer of x left. Only the class token leaves the encoder, so the last block has one query per image, and its
 keys, values and MLP exist for no other token.
 

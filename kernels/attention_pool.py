@@ -48,7 +48,6 @@ from .primitives import LOG2_E, load_row_statistics, online_softmax_update
 
 _MIN_HEADS = 16  # what a tensor core takes at least
 _LINEAR_WARPS = 4
-_TOKEN_WARPS = 8  # with 64 heads the accumulator, and a position on its way in, take more registers than 4 have
 _NUM_STAGES = 2
 
 
@@ -58,6 +57,11 @@ def _side(dtype: torch.dtype) -> int:
     Without tensor cores, as exact float32 products are, larger tiles than these do not fit into registers.
     """
     return 64 if dtype.itemsize == 2 else 32
+
+
+def _token_warps(dtype: torch.dtype) -> int:
+    """For 64 heads in tiles of 64 four warps have too few registers; a tile of 32 gives no more 16 bytes to load each."""
+    return 8 if dtype.itemsize == 2 else 4
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -311,7 +315,8 @@ def mean_token(features: Tensor, position: Tensor) -> Tensor:
         *features.stride(),
         BLOCK_N=side,
         BLOCK_W=side,
-        num_warps=_TOKEN_WARPS,
+        num_warps=_token_warps(features.dtype),
+        enable_fp_fusion=True,
     )
     return out
 
@@ -350,8 +355,9 @@ def attention_pool(
         "PRECISION": precision,
         "BLOCK_H": block_h,
         "BLOCK_N": side,
-        "num_warps": _TOKEN_WARPS,
+        "num_warps": _token_warps(query.dtype),
         "num_stages": _NUM_STAGES,
+        "enable_fp_fusion": True,
     }
 
     _head_linear(query, key_weight.transpose(1, 2), None, u, precision)
@@ -414,4 +420,5 @@ def _head_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, pr
         BLOCK_K=side,
         num_warps=_LINEAR_WARPS,
         num_stages=_NUM_STAGES,
+        enable_fp_fusion=True,
     )

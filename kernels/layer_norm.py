@@ -82,5 +82,6 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, statistics: 
             TILE=STATISTICS_TILE,
             STATISTICS=statistics,
             num_warps=_NUM_WARPS,
+            enable_fp_fusion=True,
         )
     return y, y_statistics

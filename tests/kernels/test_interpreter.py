@@ -1,0 +1,80 @@
+"""What the interpreter cannot do by itself, and that the help it gets in `conftest.py` is right and still needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from kernel_checks import DEVICE, assert_same_bits
+from torch import Tensor
+
+pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="there is a GPU: nothing is interpreted")
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    out = torch.empty(16, 16)
+    _dot_kernel[(1,)](a, b, out)
+    return out
+
+
+def _cast(x: Tensor) -> Tensor:
+    out = torch.empty(len(x), dtype=torch.bfloat16)
+    _cast_kernel[(1,)](x, out, N=len(x))
+    return out
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _kernels() -> None:
+    """Decorated here, where the environment asks for the interpreter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        for kernel in (_dot_kernel, _cast_kernel):
+            globals()[kernel.__name__] = triton.jit(kernel)
+
+
+def _dot_kernel(a_ptr, b_ptr, out_ptr):
+    offsets = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    a, b = tl.load(a_ptr + offsets), tl.load(b_ptr + offsets)
+    tl.store(out_ptr + offsets, tl.dot(a, b))
+
+
+def _cast_kernel(x_ptr, out_ptr, N: tl.constexpr):
+    offsets = tl.arange(0, N)
+    tl.store(out_ptr + offsets, tl.load(x_ptr + offsets).to(tl.bfloat16))
+
+
+# Not halfway, ties to even and odd, overflow to infinity, a subnormal, both zeros, both infinities, NaN.
+AWKWARD = (
+    1.003, 1.00390625, 1.01171875, 3.4e38, 1e-40, 0.0, -0.0, float("inf"), float("-inf"), float("nan"),
+    -1.003, 65504.0, 1e-3, 0.1, 2.0, 3.0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_products_are_those_of_the_values(dtype: torch.dtype) -> None:
+    a, b = torch.randn(16, 16).to(dtype), torch.randn(16, 16).to(dtype)
+    torch.testing.assert_close(_dot(a, b), (a.double() @ b.double()).float(), rtol=1e-6, atol=1e-6)
+
+
+def test_casts_round_to_nearest_even() -> None:
+    x = torch.tensor(AWKWARD)
+    assert_same_bits(_cast(x).nan_to_num(7.0), x.to(torch.bfloat16).nan_to_num(7.0))
+    assert _cast(x).isnan().equal(x.isnan())
+    many = torch.randn(4096)
+    assert_same_bits(_cast(many), many.to(torch.bfloat16))
+
+
+def test_the_help_is_still_needed(interpreter_originals: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails on the day that Triton's interpreter knows bfloat16: take the help out of `conftest.py` then."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    for name, method in interpreter_originals.items():
+        monkeypatch.setattr(InterpreterBuilder, name, method)
+    a, b = torch.randn(16, 16).bfloat16(), torch.randn(16, 16).bfloat16()
+    error = (_dot(a, b) - a.float() @ b.float()).abs().max()
+    assert not error < 1, "the interpreter has learnt bfloat16 products: remove the help in conftest.py"
+    x = torch.randn(4096)
+    assert not _cast(x).equal(x.bfloat16()), "the interpreter rounds to bfloat16: remove the help in conftest.py"

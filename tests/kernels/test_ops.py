@@ -1,0 +1,270 @@
+"""The contracts: what is refused and how, which implementation runs, and what PyTorch's compilers see of the ops."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from kernel_checks import DEVICE, assert_same_bits
+from torch import Tensor, nn
+
+from clip_fast.kernels import ops, reference
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, device=DEVICE).to(dtype)
+
+
+def calls(dtype: torch.dtype = torch.float32) -> dict[str, tuple[str, dict[str, Any]]]:
+    """Small sound calls of every op, with and without what is optional: name -> (op, arguments by name)."""
+    row_stats = reference.row_statistics(rand(2, 3, 96, dtype=dtype).to(dtype))
+    pool = {
+        "query": rand(2, 2, 32, dtype=dtype), "first": rand(2, 64, dtype=dtype), "rest": rand(2, 5, 64, dtype=dtype),
+        "key_weight": rand(2, 32, 64, dtype=dtype) / 8, "value_weight": rand(2, 32, 64, dtype=dtype) / 8,
+        "value_bias": rand(64), "scale": 0.2,
+    }  # fmt: skip
+    tokens = torch.cat([pool["first"][:, None], pool["rest"]], dim=1)
+    x, weight = rand(2, 3, 96, dtype=dtype), rand(40, 96, dtype=dtype) / 10
+    return {
+        "patch_embed": (
+            "patch_embed",
+            {"images": rand(2, 3, 16, 16, dtype=dtype), "weight": rand(24, 192, dtype=dtype) / 14,
+             "position": rand(5, 24), "patch_size": 8},
+        ),
+        "layer_norm": ("layer_norm", {"x": x, "weight": rand(96), "bias": rand(96)}),
+        "layer_norm with statistics": (
+            "layer_norm", {"x": x, "weight": rand(96), "bias": rand(96), "statistics": True},
+        ),
+        "linear": ("linear", {"x": x, "weight": weight}),
+        "linear with all": (
+            "linear",
+            {"x": x, "weight": weight, "bias": rand(40), "residual": rand(2, 3, 40, dtype=dtype),
+             "norm": (row_stats, weight.float().sum(dim=1)), "activation": "gelu", "statistics": True},
+        ),
+        "flash_attention": ("flash_attention", {"qkv": rand(2, 5, 3, 2, 16, dtype=dtype), "scale": 0.25}),
+        "mean_token": ("mean_token", {"features": rand(2, 9, 32, dtype=dtype), "position": rand(32)}),
+        "attention_pool": ("attention_pool", pool),
+        "attention_pool with all": (
+            "attention_pool", pool | {"statistics": reference.row_statistics(tokens), "position": rand(5, 64)},
+        ),
+    }  # fmt: skip
+
+
+CALLS = tuple(calls())
+
+
+def call(name: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    op, arguments = calls(dtype)[name]
+    return getattr(ops, op)(**(arguments | changes))
+
+
+def outputs(result: Any) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+BAD: list[tuple[str, dict[str, Callable[[], Any]], str]] = [
+    (
+        "patch_embed",
+        {"images": lambda: rand(2, 1, 16, 16)},
+        r"images must be \[batch, 3, height, width\], got \[2, 1, 16, 16\]",
+    ),
+    ("patch_embed", {"images": lambda: rand(3, 16, 16)}, r"images must be .* got \[3, 16, 16\]"),
+    (
+        "patch_embed",
+        {"images": lambda: torch.zeros(2, 3, 16, 16, dtype=torch.int32)},
+        r"uint8 or of a floating-point dtype, got torch\.int32",
+    ),
+    ("patch_embed", {"images": lambda: rand(2, 3, 16, 7)}, r"at least 8 pixels a side, got \[2, 3, 16, 7\]"),
+    ("patch_embed", {"weight": lambda: rand(24, 190)}, r"weight must be \[width, 192\], got \[24, 190\]"),
+    ("patch_embed", {"position": lambda: rand(4, 24)}, r"position must be \[5, 24\], got \[4, 24\]"),
+    (
+        "layer_norm",
+        {"x": lambda: torch.zeros(2, 96, dtype=torch.int64)},
+        r"x must be of a floating-point dtype, got torch\.int64",
+    ),
+    ("layer_norm", {"x": lambda: rand(2, 0)}, r"x must be \[\.\.\., width\], got \[2, 0\]"),
+    ("layer_norm", {"weight": lambda: rand(95)}, r"weight must be \[96\], got \[95\]"),
+    ("layer_norm", {"bias": lambda: rand(1, 96)}, r"bias must be \[96\], got \[1, 96\]"),
+    ("linear", {"weight": lambda: rand(40, 95)}, r"weight must be \[N, 96\], got \[40, 95\]"),
+    (
+        "linear",
+        {"weight": lambda: rand(40, 96).half()},
+        r"weight must have the dtype of x, torch\.float32, got torch\.float16",
+    ),
+    ("linear", {"bias": lambda: rand(41)}, r"bias must be \[40\], got \[41\]"),
+    ("linear", {"residual": lambda: rand(2, 40)}, r"residual must be \[2, 3, 40\], got \[2, 40\]"),
+    ("linear", {"activation": lambda: "relu"}, r"activation must be one of .*, got 'relu'"),
+    (
+        "linear",
+        {"norm": lambda: (rand(2, 3, 1, 2), rand(40))},
+        r"row statistics must be \[2, 3, 2, 2\], got \[2, 3, 1, 2\]",
+    ),
+    ("linear", {"norm": lambda: (rand(2, 3, 2, 2), rand(39))}, r"colsum must be \[40\], got \[39\]"),
+    (
+        "flash_attention",
+        {"qkv": lambda: rand(2, 5, 2, 2, 16)},
+        r"qkv must be \[batch, tokens, 3, heads, head_dim\], got \[2, 5, 2, 2, 16\]",
+    ),
+    (
+        "flash_attention",
+        {"qkv": lambda: rand(2, 0, 3, 2, 16)},
+        r"must have tokens, heads and head_dim, got \[2, 0, 3, 2, 16\]",
+    ),
+    ("mean_token", {"features": lambda: rand(2, 32)}, r"features must be \[batch, positions, width\], got \[2, 32\]"),
+    ("mean_token", {"position": lambda: rand(9, 32)}, r"position must be \[32\], got \[9, 32\]"),
+    ("attention_pool", {"first": lambda: rand(2, 1, 64)}, r"first must be \[batch, width\], got \[2, 1, 64\]"),
+    ("attention_pool", {"rest": lambda: rand(3, 5, 64)}, r"rest must be \[2, positions, 64\], got \[3, 5, 64\]"),
+    ("attention_pool", {"query": lambda: rand(1, 2, 32)}, r"query must be \[2, heads, head_dim\], got \[1, 2, 32\]"),
+    ("attention_pool", {"key_weight": lambda: rand(2, 32, 63)}, r"key_weight must be \[2, 32, 64\], got \[2, 32, 63\]"),
+    ("attention_pool", {"value_weight": lambda: rand(2, 32, 64).half()}, r"value_weight must have the dtype of first"),
+    ("attention_pool", {"value_bias": lambda: rand(63)}, r"value_bias must be \[64\], got \[63\]"),
+    (
+        "attention_pool",
+        {"statistics": lambda: rand(2, 5, 1, 2)},
+        r"statistics must be \[2, 6, 1, 2\], got \[2, 5, 1, 2\]",
+    ),
+    ("attention_pool", {"position": lambda: rand(6, 64)}, r"position must be \[5, 64\], got \[6, 64\]"),
+]
+
+
+@pytest.mark.parametrize(("name", "changes", "message"), BAD)
+def test_bad_operands_are_named(name: str, changes: dict[str, Callable[[], Any]], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        call(name, **{key: make() for key, make in changes.items()})
+
+
+def test_operands_on_two_devices_are_named() -> None:
+    with pytest.raises(ValueError, match=r"one device, got x on .*, weight on meta, bias on"):
+        call("layer_norm", weight=torch.empty(96, device="meta"))
+
+
+# --- which implementation runs ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_kernel_runs_where_triton_can(name: str, launches: list[str]) -> None:
+    result = call(name)
+    assert launches
+    for got, wanted in zip(outputs(result), outputs(call(name, impl="triton")), strict=True):
+        assert got.shape == wanted.shape
+    launches.clear()
+    call(name, impl="reference")
+    assert not launches
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_no_kernel_serves_takes_the_oracle(name: str, launches: list[str]) -> None:
+    op, arguments = calls(torch.float64)[name]
+    for got, wanted in zip(
+        outputs(getattr(ops, op)(**arguments)), outputs(getattr(ops, op)(**arguments, impl="reference")), strict=True
+    ):
+        assert_same_bits(got, wanted)
+    assert not launches
+    with pytest.raises(RuntimeError, match=f"{op} cannot run on Triton: .*got torch.float64"):
+        getattr(ops, op)(**arguments, impl="triton")
+
+
+def test_sizes_that_no_kernel_serves() -> None:
+    wide, heads = rand(2, 2049), rand(1, 2, 3, 1, 136)
+    gain = rand(2049)
+    assert ops.layer_norm(wide, gain, gain)[0].shape == wide.shape
+    with pytest.raises(RuntimeError, match="at most 2048 wide, got 2049"):
+        ops.layer_norm(wide, gain, gain, impl="triton")
+    assert ops.flash_attention(heads, 0.1).shape == (1, 2, 136)
+    with pytest.raises(RuntimeError, match="at most 128 wide, got 136"):
+        ops.flash_attention(heads, 0.1, impl="triton")
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="on a GPU Triton can run")
+def test_a_cpu_without_the_interpreter_takes_the_oracle(monkeypatch: pytest.MonkeyPatch, launches: list[str]) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    call("linear with all")
+    assert not launches
+    with pytest.raises(RuntimeError, match="no GPU behind cpu and TRITON_INTERPRET is not 1"):
+        call("linear with all", impl="triton")
+
+
+def test_an_unknown_implementation_is_refused() -> None:
+    with pytest.raises(ValueError, match="impl must be 'auto', 'triton' or 'reference', got 'cuda'"):
+        call("linear", impl="cuda")
+
+
+def test_without_triton_everything_runs() -> None:
+    """In a process of its own, in which Triton cannot be imported and nothing tries to."""
+    program = """
+import sys, importlib.util, torch
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
+sys.modules["triton"] = None
+from clip_fast.kernels import ops
+qkv = torch.randn(2, 5, 3, 2, 16)
+assert ops.flash_attention(qkv, 0.25).shape == (2, 5, 32)
+assert ops.linear(torch.randn(3, 8), torch.randn(4, 8), statistics=True)[1].shape == (3, 1, 2)
+try:
+    ops.flash_attention(qkv, 0.25, impl="triton")
+except RuntimeError as error:
+    assert "Triton is not installed" in str(error)
+else:
+    raise AssertionError("ran without Triton")
+print(sys.modules["triton"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "None"
+
+
+# --- what PyTorch's compilers see ------------------------------------------------------------------------------------
+
+
+class _Caller(nn.Module):
+    """One op as a module, its tensors as arguments."""
+
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        op, arguments = calls(dtype)[name]
+        self.function = getattr(ops, op)
+        self.options = {key: value for key, value in arguments.items() if not isinstance(value, (Tensor, tuple))}
+        self.tensors = {key: value for key, value in arguments.items() if isinstance(value, (Tensor, tuple))}
+
+    def forward(self, tensors: dict[str, Any]) -> Any:
+        return self.function(**tensors, **self.options)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_torch_compile_sees_one_graph(name: str) -> None:
+    torch.compiler.reset()
+    module = _Caller(name, torch.float32)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for got, wanted in zip(outputs(compiled(module.tensors)), outputs(module(module.tensors)), strict=True):
+        assert_same_bits(got, wanted)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_torch_export(name: str) -> None:
+    module = _Caller(name, torch.float32)
+    program = torch.export.export(module, (module.tensors,))
+    assert any(f"clip_fast.{calls()[name][0]}" in str(node.target) for node in program.graph.nodes)
+    for got, wanted in zip(
+        outputs(program.module()(module.tensors)), outputs(module(module.tensors)), strict=True
+    ):  # fmt: skip
+        assert_same_bits(got, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schema, fake tensors and tracing agree with what runs."""
+    op, arguments = calls(dtype)[name]
+    seen: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(ops, "_call", lambda name, impl, tensors, *options: seen.append((*tensors, *options)))
+    getattr(ops, op)(**arguments)
+    monkeypatch.undo()
+    if DEVICE.type == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    torch.library.opcheck(getattr(torch.ops.clip_fast, op).default, seen[0])
