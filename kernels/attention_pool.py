@@ -60,7 +60,7 @@ def _side(dtype: torch.dtype) -> int:
 
 
 def _token_warps(dtype: torch.dtype) -> int:
-    """For 64 heads in tiles of 64 four warps have too few registers; a tile of 32 gives no more 16 bytes to load each."""
+    """With 64 heads, tiles of 64 take the registers of 8 warps; tiles of 32 leave 8 less than 16 bytes each to load."""
     return 8 if dtype.itemsize == 2 else 4
 
 

@@ -1,0 +1,172 @@
+"""The machine-code gate: its readers on small listings, its rules, and the command on real kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import machine_code
+from bench.machine_code import Row
+
+ROOT = Path(__file__).parents[2]
+
+SASS = """
+        /*0000*/                   LDG.E R2, desc[UR4][R2.64] ;
+        /*0010*/                   UTMALDG.2D [UR8], [UR4] ;
+        /*0020*/              @!P0 LDGSTS.E.BYPASS.128 [R5], desc[UR6][R8.64] ;
+        /*0030*/                   LDGSTS.E.64 [R5], desc[UR6][R8.64] ;
+        /*0040*/                   HGMMA.64x256x16.F32 R24, gdesc[UR4], R24 ;
+        /*0050*/               @P1 BRA 0x20 ;
+        /*0060*/                   LDG.E.U16 R7, desc[UR4][R2.64] ;
+        /*0070*/               @P2 BRA 0x0 ;
+        /*0080*/                   STL [R1], R4 ;
+        /*0090*/                   EXIT ;
+"""
+
+
+def code(sass: str) -> list[tuple[int, str, str]]:
+    return [(int(address, 16), name, operands) for address, name, operands in machine_code._INSTRUCTION.findall(sass)]
+
+
+def test_the_main_loop_is_the_smallest_with_a_matrix_instruction() -> None:
+    names = list(machine_code._main_loop(code(SASS)))
+    assert names == ["LDGSTS.E.BYPASS.128", "LDGSTS.E.64", "HGMMA.64x256x16.F32", "BRA"]
+
+
+def test_without_a_matrix_instruction_all_loops_count() -> None:
+    names = list(machine_code._main_loop(code(SASS.replace("HGMMA", "FFMA"))))
+    assert "LDGSTS.E.64" in names
+
+
+def test_an_unrolled_loop_is_judged_by_its_copies() -> None:
+    unrolled = SASS.replace("@P1 BRA 0x20", "NOP").replace("@P2 BRA 0x0", "NOP")
+    assert list(machine_code._main_loop(code(unrolled))) == ["LDGSTS.E.BYPASS.128", "LDGSTS.E.64"]
+
+
+def read(monkeypatch: pytest.MonkeyPatch, sass: str, usage: str = "REG:168 STACK:0 SHARED:0") -> Row:
+    monkeypatch.setattr(machine_code, "_cuobjdump", lambda option, file: sass if "sass" in option else usage)
+    row = blank()
+    machine_code._read_sass(row, b"")
+    return row
+
+
+def blank(**changes: object) -> Row:
+    row = Row(
+        case="linear fp16 ln+qkv", kernel="_linear_kernel", arch="sm_90", num_warps=8, num_stages=3, registers=0,
+        spilled=0, shared=100_000, shared_limit=232_448, matrix={}, copies={}, loads={}, occupancy=0.0, seconds=0.0,
+    )  # fmt: skip
+    return dataclasses.replace(row, **changes)  # type: ignore[arg-type]
+
+
+def test_sass_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = read(monkeypatch, SASS, "REG:168 STACK:24 SHARED:0")
+    assert row.registers == 168
+    assert row.spilled == 24
+    assert row.matrix == {"HGMMA": 1}
+    assert row.copies == {"UTMALDG": 1, "LDGSTS": 2}
+    assert row.loads == {128: 1, 64: 1}
+    # 168 registers of 256 threads, 43,008, and 100 kB of shared memory: one block of 8 warps, of 64
+    assert row.occupancy == 8 / 64
+
+
+def test_a_stack_without_local_memory_is_no_spill(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert read(monkeypatch, SASS.replace("STL", "STS"), "REG:32 STACK:24").spilled == 0
+
+
+AMDGCN = """
+.LBB0_1:
+        global_load_dwordx4 v[0:3], v[4:5], off
+        global_load_ushort v6, v[4:5], off
+.LBB0_2:
+        buffer_load_dwordx2 v[0:1], v2, s[0:3], 0 offen
+        v_mfma_f32_32x32x8_f16 a[0:15], v[0:1], v[2:3], a[0:15]
+        s_cbranch_scc1 .LBB0_2
+        s_cbranch_vccnz .LBB0_1
+        s_endpgm
+    .sgpr_spill_count: 1
+    .vgpr_count:     200
+    .vgpr_spill_count: 2
+"""
+
+
+def test_amdgcn_is_read() -> None:
+    row = blank(arch="gfx942", num_warps=4, shared=32_768)
+    machine_code._read_amdgcn(row, AMDGCN)
+    assert (row.registers, row.spilled, row.matrix, row.loads) == (200, 12, {"MFMA": 1}, {64: 1})
+    assert row.occupancy == 8 / 32  # two blocks by registers and by shared memory
+
+
+SOUND = {"matrix": {"HGMMA": 4}, "copies": {"UTMALDG": 6, "UTMASTG": 4}, "loads": {128: 2}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "descriptors", "problem"),
+    [
+        ({}, True, None),
+        ({"spilled": 8}, True, "spills 8 bytes"),
+        ({"shared": 232_449}, True, "232449 bytes of shared memory, 232448 are there"),
+        ({"matrix": {}}, True, "no matrix instruction"),
+        ({"matrix": {}, "case": "linear fp32 ln+qkv"}, True, None),
+        ({"matrix": {}, "kernel": "_layer_norm_kernel"}, True, None),
+        ({"matrix": {"HMMA": 4}}, True, "no HGMMA"),
+        ({"copies": {"UTMALDG": 6}}, True, "no UTMALDG and UTMASTG"),
+        ({"loads": {64: 1}}, True, None),  # of an epilogue: descriptors move the tiles
+        ({"loads": {128: 1, 64: 1}}, False, "narrow loads in the main loop: 1×8B"),
+        ({"loads": {128: 1, 64: 1}, "exempt": "a reason"}, False, None),
+        ({"loads": {64: 1}, "exempt": "a reason"}, False, "no wide load at all"),
+    ],
+)
+def test_each_rule_fires_where_it_must(changes: dict[str, object], descriptors: bool, problem: str | None) -> None:
+    problems = machine_code._problems(blank(**(SOUND | changes)), descriptors)
+    if problem is None:
+        assert problems == []
+    else:
+        assert any(problem in found for found in problems)
+
+
+def run(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, in which Triton compiles."""
+    program = f"{before}\nimport sys\nfrom bench import machine_code\nsys.exit(machine_code.main({list(arguments)!r}))"
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_a_sound_kernel_passes_and_its_table_is_written(tmp_path: Path) -> None:
+    file = tmp_path / "table.json"
+    done = run("--arch", "sm_90", "--only", "layer_norm fp16", "--json", str(file))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 kernels in" in done.stdout
+    (row,) = json.loads(file.read_bytes())
+    assert (row["kernel"], row["arch"], row["spilled"], row["problems"]) == ("_layer_norm_kernel", "sm_90", 0, [])
+    assert row["registers"] > 0
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_configuration_too_large_fails(tmp_path: Path) -> None:
+    """Compiled in this process's own code: a worker process would read the committed table."""
+    program = """
+import sys
+from clip_fast.kernels import targets
+targets._TABLE["linear"]["half"]["sm_90"] = targets.Launch(128, 256, 64, num_warps=8, num_stages=4)
+from bench import machine_code
+case = next(case for case in machine_code.cases() if case.name == "linear fp16 ln+qkv")
+(job,) = machine_code.jobs_of(case, "sm_90")
+print(machine_code.compile_job(job).problems)
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert "bytes of shared memory, 232448 are there" in done.stdout, done.stdout + done.stderr
+
+
+def test_nothing_to_compile_is_an_error() -> None:
+    done = run("--only", "no such case")
+    assert done.returncode == 2
+    assert "no case has 'no such case' in its name" in done.stderr
