@@ -141,7 +141,7 @@ def cases() -> Iterator[Case]:
         for activation in ("quick_gelu", "gelu"):
             call = _bind(_linear, 4096, 1024, dtype, precision, norm=True, activation=activation)
             yield Case(f"linear {kind} ln+fc1+{activation}", call)
-        for tokens, head_dim in ((257, 64), (50, 64), (257, 80), (257, 88), (257, 104)):
+        for tokens, head_dim in ((257, 64), (50, 64), (257, 80), (730, 80), (257, 88), (257, 104)):
             call = _bind(_flash_attention, tokens, head_dim, dtype, precision)
             yield Case(f"flash_attention {kind} N={tokens} D={head_dim}", call)
         call = _bind(_attention_pool, 16, 64, 257, dtype, precision)

@@ -83,15 +83,27 @@ _TABLE: dict[str, dict[str, dict[str, Launch]]] = {
     "flash_attention_64": {  # head sizes to 64
         "half": {"sm_80": Launch(128, 64, 0, num_warps=4, num_stages=3)},
         "float32": {"sm_80": Launch(64, 32, 0, num_warps=8, num_stages=2)},
-        "tf32": {"sm_80": Launch(64, 32, 0, num_warps=4, num_stages=2)},
+        "tf32": {
+            "sm_80": Launch(64, 32, 0, num_warps=4, num_stages=2),
+            "sm_90": Launch(
+                64, 32, 0, num_warps=4, num_stages=1
+            ),  # wgmma wants v transposed: copies of 4 bytes in more
+            "gfx942": Launch(64, 32, 0, num_warps=4, num_stages=1),
+        },
     },
     "flash_attention_128": {  # head sizes to 128
         "half": {
             "sm_80": Launch(128, 64, 0, num_warps=8, num_stages=3),
             "sm_86": Launch(128, 64, 0, num_warps=8, num_stages=2),
+            "sm_90": Launch(128, 64, 0, num_warps=8, num_stages=3),
+            "gfx942": Launch(128, 32, 0, num_warps=8, num_stages=2),
         },
-        "float32": {"sm_80": Launch(64, 32, 0, num_warps=8, num_stages=2)},
-        "tf32": {"sm_80": Launch(64, 32, 0, num_warps=8, num_stages=2)},
+        "float32": {"sm_80": Launch(64, 16, 0, num_warps=8, num_stages=2)},
+        "tf32": {
+            "sm_80": Launch(64, 32, 0, num_warps=8, num_stages=2),
+            "sm_90": Launch(64, 32, 0, num_warps=8, num_stages=1),
+            "gfx942": Launch(64, 32, 0, num_warps=8, num_stages=1),
+        },
     },
 }
 _LIKE = {"sm_86": "sm_80", "sm_89": "sm_86", "sm_90": "sm_80", "sm_100": "sm_90", "gfx942": "sm_80"}
