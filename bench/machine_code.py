@@ -61,6 +61,8 @@ def _why_narrow(case: str, kernel: str, arch: str) -> str:
         return (
             "pixels that become a register operand of wgmma are copied in its swizzle of 8 elements; weights are wide"
         )
+    if case.endswith("of u8") and arch == "gfx942" and "16" not in case.split()[1]:
+        return "a tile of 64 x 32 pixels is 8 bytes for each of 256 threads; weights are wide"
     if kernel in ("_scores_kernel", "_weighted_sum_kernel"):
         return "scores and moments, a few bytes a token, begin at any token; the tokens themselves are wide"
     return ""
@@ -434,7 +436,7 @@ def _problems(row: Row, descriptors: bool) -> list[str]:
     narrow = {width: count for width, count in row.loads.items() if width < _WIDE}
     if narrow and row.matrix and not descriptors and not row.exempt:
         problems.append(f"narrow loads in the main loop: {_widths(narrow)}")
-    if row.exempt and not row.loads.get(_WIDE):
+    if row.exempt and row.loads and not row.loads.get(_WIDE):
         problems.append(f"no wide load at all in the main loop: {_widths(row.loads)}")
     return problems
 

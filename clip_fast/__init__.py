@@ -14,7 +14,7 @@ import torch
 
 from .checkpoint import available_models, read_checkpoint, resolve
 from .config import Activation
-from .encoder import ImageEncoder
+from .encoder import ImageEncoder, Precision
 from .preprocess import Preprocess
 
 __all__ = ["ImageEncoder", "Preprocess", "available_models", "load"]
@@ -26,6 +26,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     *,
+    precision: Precision | None = None,
     activation: Activation | None = None,
     download_root: str | os.PathLike[str] | None = None,
 ) -> tuple[ImageEncoder, Preprocess]:
@@ -35,7 +36,8 @@ def load(
         name_or_path: a name from `available_models()`, or a checkpoint: OpenAI's `.pt`, open_clip's `.pt`, `.bin` or
             `.safetensors`, or a Hugging Face folder.
         device: where to compute; by default a GPU where there is one.
-        dtype: the precision; by default, as in `clip`, float16 on a GPU and float32 on a CPU.
+        dtype: of the weights and embeddings; by default, as in `clip`, float16 on a GPU and float32 on a CPU.
+        precision: to compute in, "fp32", "tf32", "fp16" or "bf16"; by default that of `dtype`.
         activation: of the MLPs, for a checkpoint that does not say (plain state dicts do not).
         download_root: folder for downloaded checkpoints; by default `~/.cache/clip`, which `clip` uses too.
 
@@ -49,5 +51,13 @@ def load(
     if dtype is None:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
     checkpoint = read_checkpoint(resolve(name_or_path, download_root), activation)
-    model = ImageEncoder(checkpoint.config, checkpoint.state_dict, device, dtype)
+    model = ImageEncoder(
+        checkpoint.config,
+        checkpoint.state_dict,
+        device,
+        dtype,
+        precision=precision,
+        mean=checkpoint.mean,
+        std=checkpoint.std,
+    )
     return model, Preprocess(checkpoint.config.image_size, checkpoint.mean, checkpoint.std)

@@ -87,16 +87,11 @@ class ResidualBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The stack of blocks."""
+    """The stack of blocks, under the name that checkpoints give it."""
 
     def __init__(self, config: VitConfig) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList(ResidualBlock(config) for _ in range(config.layers))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.resblocks:
-            x = block(x)
-        return x
 
 
 class VisionTransformer(nn.Module):
@@ -114,11 +109,23 @@ class VisionTransformer(nn.Module):
         self.proj = nn.Parameter(scale * torch.randn(config.width, config.embed_dim))
 
     def forward(self, images: Tensor) -> Tensor:
+        x = self.hidden_state(images, len(self.transformer.resblocks))
+        return self.ln_post(x[:, 0]) @ self.proj  # (B, E)
+
+    def encode_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, E), and the patch tokens (B, G², W) after ln_post."""
+        x = self.ln_post(self.hidden_state(images, len(self.transformer.resblocks)))
+        return x[:, 0] @ self.proj, x[:, 1:]
+
+    def hidden_state(self, images: Tensor, layer: int) -> Tensor:
+        """The residual stream (B, N, W) after `layer` blocks."""
         patches = self.conv1(images).flatten(2).transpose(1, 2)  # (B, G², W)
         class_token = self.class_embedding.expand(len(images), 1, -1)  # (B, 1, W)
         x = torch.cat([class_token, patches], dim=1) + self.positional_embedding  # (B, N, W)
-        x = self.transformer(self.ln_pre(x))
-        return self.ln_post(x[:, 0]) @ self.proj  # (B, E)
+        x = self.ln_pre(x)
+        for block in self.transformer.resblocks[:layer]:
+            x = block(x)
+        return x
 
 
 # --- Modified ResNet -------------------------------------------------------------------------------------------------

@@ -1,0 +1,99 @@
+"""The ViT through its kernels: the launches it makes, its accuracy, and that an image has one embedding."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from kernel_checks import DEVICE, DTYPES, Guards, assert_same_bits
+from torch import Tensor
+from towers import random_tower, relative_error, worst_cosine
+
+from clip_fast import vit
+from clip_fast.config import IMAGE_MEAN, IMAGE_STD, VitConfig
+
+# Small enough to interpret. Head sizes 64 and 80, patches of 16 and 14, both activations, tokens 17 and 10.
+CONFIGS = {
+    "as B/16": VitConfig(image_size=64, patch_size=16, width=128, layers=3, heads=2, embed_dim=64),
+    "as H/14": VitConfig(42, 14, width=160, layers=2, heads=2, embed_dim=96, mlp_ratio=4.3637, activation="gelu"),
+}
+
+
+def prepared(config: VitConfig, dtype: torch.dtype, outliers: bool = False) -> tuple[torch.nn.Module, vit.Weights]:
+    """A plain tower whose weights are rounded to `dtype`, and the same tower as the kernels read it."""
+    tower = random_tower(config, outliers)
+    tower.load_state_dict({name: tensor.to(dtype) for name, tensor in tower.state_dict().items()})
+    tower = tower.to(DEVICE)
+    return tower, vit.prepare(tower.state_dict(), config, dtype, IMAGE_MEAN, IMAGE_STD)
+
+
+def images(config: VitConfig, batch: int) -> Tensor:
+    return torch.randn(batch, 3, config.image_size, config.image_size, device=DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> object:
+    with torch.inference_mode():
+        yield
+
+
+def test_a_block_is_five_launches(launches: list[str]) -> None:
+    config = CONFIGS["as B/16"]
+    _, weights = prepared(config, torch.float32)
+    vit.encode(weights, images(config, 1))
+    block = ["_linear_kernel", "_flash_attention_kernel", "_linear_kernel", "_linear_kernel", "_linear_kernel"]
+    pool = ["_head_linear_kernel", "_scores_kernel", "_weighted_sum_kernel", "_head_linear_kernel"]
+    last = ["_linear_kernel", *pool, "_linear_kernel", "_linear_kernel", "_linear_kernel"]
+    assert launches == ["_patch_embed_kernel", "_layer_norm_kernel", *block, *block, *last, "_linear_kernel"]
+
+
+@pytest.mark.parametrize("outliers", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_accuracy(name: str, dtype: torch.dtype, outliers: bool, guards: Guards) -> None:
+    """With outliers a few roundings decide, of the plain tower's and of ours: one draw of a ratio between 0.5 and 2.
+
+    That the ratio is no more than 1 over many towers is shown in `test_vit.py` of the tests above.
+    """
+    config = CONFIGS[name]
+    tower, weights = prepared(config, dtype, outliers)
+    x = images(config, 4).to(dtype)
+    got = vit.encode(weights, x)
+    exact = tower.double()(x.double())
+    plain = tower.to(dtype)(x)
+    limit = 1.1 if dtype != torch.float32 and not outliers else 2.5
+    assert relative_error(got, exact) <= limit * relative_error(plain, exact)
+    assert worst_cosine(got, exact) >= (0.9999 if not outliers else worst_cosine(plain, exact) - 1e-4)
+
+
+def test_raw_pixels(guards: Guards) -> None:
+    config = CONFIGS["as B/16"]
+    tower, weights = prepared(config, torch.float32)
+    raw = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, device=DEVICE)
+    mean, std = (torch.tensor(x, dtype=torch.float64, device=DEVICE).view(3, 1, 1) for x in (IMAGE_MEAN, IMAGE_STD))
+    assert relative_error(vit.encode(weights, raw), tower.double()((raw.double() / 255 - mean) / std)) < 1e-5
+
+
+def test_patch_tokens_and_hidden_states(guards: Guards) -> None:
+    config = CONFIGS["as B/16"]
+    tower, weights = prepared(config, torch.float32)
+    x = images(config, 2)
+    results = [*vit.encode_tokens(weights, x), vit.hidden_state(weights, x, config.layers - 1)]
+    tower = tower.double()
+    exact = [*tower.encode_tokens(x.double()), tower.hidden_state(x.double(), config.layers - 1)]
+    for got, wanted in zip(results, exact, strict=True):
+        assert relative_error(got, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_an_image_has_one_embedding(dtype: torch.dtype) -> None:
+    """Alone, in a batch of seven, at another position, among copies that fill a batch up."""
+    config = dataclasses.replace(CONFIGS["as B/16"], layers=2)
+    _, weights = prepared(config, dtype)
+    x = images(config, 7).to(dtype)
+    whole = vit.encode(weights, x)
+    assert_same_bits(vit.encode(weights, x[4:5]), whole[4:5])
+    assert_same_bits(vit.encode(weights, x[[4, 1]]), whole[[4, 1]])
+    padded = torch.cat([x[:3], x[:1].expand(5, -1, -1, -1)])
+    assert_same_bits(vit.encode(weights, padded)[:3], whole[:3])
