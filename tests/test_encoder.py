@@ -1,4 +1,4 @@
-"""`ImageEncoder`: what it takes and gives, that it is never stale, and that it lives through what is done to modules."""
+"""`ImageEncoder`: what it takes and gives, that it is never stale, and that it survives what is done to modules."""
 
 from __future__ import annotations
 
