@@ -208,12 +208,13 @@ def _job(case: Case, arch: str, function: Any, args: tuple[Any, ...], kwargs: di
     signature, constants, divisible = [], [], []
     for position, parameter in enumerate(function.params):
         value = values[parameter.name]
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+        specialised = type(value) is int and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (specialised and value == 1):
             signature.append((parameter.name, "constexpr"))
             constants.append((parameter.name, value))
             continue
         signature.append((parameter.name, _type_of(value)))
-        if isinstance(value, Tensor) or (type(value) is int and value % 16 == 0):
+        if isinstance(value, Tensor) or (specialised and value % 16 == 0):
             divisible.append(position)
     return Job(
         case.name, function.__name__, arch, tuple(signature), tuple(constants), tuple(divisible),

@@ -92,7 +92,7 @@ def layer_norm(
     """LayerNorm over the last dimension (Ba, Kiros & Hinton 2016, eq. 4), with biased variance.
 
     Args:
-        x: (…, W), W at most MAX_LAYER_NORM_WIDTH for the kernel; the last dimension contiguous.
+        x: (…, W), W at most MAX_LAYER_NORM_WIDTH for the kernel.
         weight, bias: (W,), any float dtype.
         statistics: also return the row statistics of the result, for a `linear` that folds the next LayerNorm in.
 
@@ -127,8 +127,8 @@ def linear(
     b′ = b + W · shift: the product reads the raw x, and the statistics enter afterwards.
 
     Args:
-        x: (…, K), the last dimension contiguous, the others collapsible to rows of one stride.
-        weight: (N, K), contiguous, x's dtype.
+        x: (…, K); read in place where its rows are contiguous and one stride apart, copied first where not.
+        weight: (N, K), x's dtype.
         bias: (N,), any float dtype.
         residual: (…, N), x's dtype; added after the activation.
         norm: row statistics of x, (…, T, 2) float32 as `layer_norm` and `linear` return them, and colsum (N,) float32,
@@ -331,9 +331,7 @@ def _why_not_triton(name: str, tensors: tuple[Tensor | None, ...]) -> str | None
     return None
 
 
-_LEAD = {
-    "patch_embed": 1
-}  # position, among an op's tensors, of the one whose dtype is computed in; elsewhere the first
+_LEAD = {"patch_embed": 1}  # where, among an op's tensors, the one stands whose dtype is computed in, if not first
 
 
 @cache

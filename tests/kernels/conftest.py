@@ -21,9 +21,9 @@ INTERPRETED = DEVICE.type == "cpu"
 
 
 def _import_kernels_interpreted() -> None:
-    """Triton decides at its import and at each kernel's whether to interpret; the variable is set for that long only,
+    """Import Triton and all kernels with the interpreter asked for: Triton decides at its import, and at each kernel's.
 
-    so that tests outside this folder, which share the process, see a machine without Triton's help.
+    The variable is set for that long only, so that tests outside this folder, in the same process, do without Triton.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")

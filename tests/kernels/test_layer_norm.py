@@ -13,9 +13,9 @@ WIDTHS = (8, 63, 64, 65, 128, 768, 1000, 1024, 1280, 1408, 1664, 2048)
 
 
 def hostile_rows(width: int, repeats: int = 1) -> Tensor:
-    """float64 (6 · repeats, width) that unmasks a careless LayerNorm: plain rows, rows far from zero, with one
+    """float64 (6 · repeats, width) that unmasks a careless LayerNorm.
 
-    outlier channel, constant, tiny, and small around a large mean.
+    Plain rows, rows far from zero, with one outlier channel, constant, tiny, and small around a large mean.
     """
     x = torch.randn(6, repeats, width, dtype=torch.float64, device=DEVICE)
     x[1] += 100
