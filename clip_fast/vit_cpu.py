@@ -5,7 +5,8 @@ oneDNN with weights packed once, bias, activation and residual in their epilogue
 for CPUs; and the last block is taken for the class token alone, as in `vit.py`.
 
 oneDNN fuses swish, x · σ(x), but no QuickGELU, x · σ(1.702 x). The first is made the second by scaling the weights
-around it: QuickGELU(x) = swish(1.702 x) / 1.702.
+around it, QuickGELU(x) = swish(1.702 x) / 1.702, in float32; in half precision the scaled weights' rounding would show,
+and the activation is a pass of its own.
 
 Shapes: B images, N = 1 + G tokens, W width, H heads, D = W / H, E embed_dim.
 """
@@ -20,14 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import LAYER_NORM_EPS, VitConfig
+from .reference import quick_gelu
 
 _QUICK_GELU_SLOPE = 1.702
 _ROWS_HINT = 1600  # that oneDNN packs a weight for: 32 images of 50 tokens; any number of rows may be multiplied
 # activation -> oneDNN's name of it, and of the algorithm where there are several
-_FUSED = {"none": ("none", ""), "quick_gelu": ("swish", ""), "gelu": ("gelu", "none")}
+_FUSED = {"none": ("none", ""), "swish": ("swish", ""), "gelu": ("gelu", "none")}
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": torch.nn.Identity(),
-    "quick_gelu": F.silu,
+    "swish": F.silu,
+    "quick_gelu": quick_gelu,
     "gelu": F.gelu,
 }
 
@@ -51,10 +54,14 @@ class Product:
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.fused and residual is not None:
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
-        if self.fused:
+        if self.fused and self.activation in _FUSED:
             attribute, algorithm = _FUSED[self.activation]
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, attribute, [], algorithm)
-        y = _ACTIVATIONS[self.activation](F.linear(x, self.weight, self.bias))
+        if self.fused:
+            y = torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        else:
+            y = F.linear(x, self.weight, self.bias)
+        y = _ACTIVATIONS[self.activation](y)
         return y if residual is None else y + residual
 
 
@@ -102,8 +109,9 @@ def prepare(state_dict: dict[str, Tensor], config: VitConfig, dtype: torch.dtype
         weight, bias = source[f"{name}{separator}weight"] * scale[0], source[f"{name}{separator}bias"] * scale[1]
         return Product(weight.to(dtype).contiguous(), bias.to(dtype), activation)
 
-    # QuickGELU(x) = swish(1.702 x) / 1.702
-    slope = _QUICK_GELU_SLOPE if config.activation == "quick_gelu" else 1.0
+    # QuickGELU(x) = swish(1.702 x) / 1.702, where the weights' dtype can bear it
+    as_swish = config.activation == "quick_gelu" and dtype.itemsize >= 4
+    slope, activation = (_QUICK_GELU_SLOPE, "swish") if as_swish else (1.0, config.activation)
 
     def block(prefix: str) -> Block:
         return Block(
@@ -111,7 +119,7 @@ def prepare(state_dict: dict[str, Tensor], config: VitConfig, dtype: torch.dtype
             ln_2=pair(f"{prefix}.ln_2"),
             qkv=product(f"{prefix}.attn.in_proj", "_"),
             out=product(f"{prefix}.attn.out_proj"),
-            fc1=product(f"{prefix}.mlp.c_fc", scale=(slope, slope), activation=config.activation),
+            fc1=product(f"{prefix}.mlp.c_fc", scale=(slope, slope), activation=activation),
             fc2=product(f"{prefix}.mlp.c_proj", scale=(1 / slope, 1)),
         )
 
