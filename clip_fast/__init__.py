@@ -12,8 +12,9 @@ import os
 
 import torch
 
+from . import vit
 from .checkpoint import available_models, read_checkpoint, resolve
-from .config import Activation
+from .config import Activation, VitConfig
 from .encoder import ImageEncoder, Precision
 from .preprocess import Preprocess
 
@@ -27,6 +28,7 @@ def load(
     dtype: torch.dtype | None = None,
     *,
     precision: Precision | None = None,
+    image_size: int | None = None,
     activation: Activation | None = None,
     download_root: str | os.PathLike[str] | None = None,
 ) -> tuple[ImageEncoder, Preprocess]:
@@ -38,6 +40,8 @@ def load(
         device: where to compute; by default a GPU where there is one.
         dtype: of the weights and embeddings; by default, as in `clip`, float16 on a GPU and float32 on a CPU.
         precision: to compute in, "fp32", "tf32", "fp16" or "bf16"; by default that of `dtype`.
+        image_size: of the images to encode, where it is not the model's own; a ViT's positional embedding is resampled
+            for it as open_clip does.
         activation: of the MLPs, for a checkpoint that does not say (plain state dicts do not).
         download_root: folder for downloaded checkpoints; by default `~/.cache/clip`, which `clip` uses too.
 
@@ -46,18 +50,24 @@ def load(
 
     Raises:
         CheckpointError: where the checkpoint cannot be had or is not sound; it names the file and what is wrong.
+        ValueError: for an `image_size` smaller than a patch, or other than a ResNet's own.
     """
     device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if dtype is None:
         dtype = torch.float16 if device.type == "cuda" else torch.float32
     checkpoint = read_checkpoint(resolve(name_or_path, download_root), activation)
+    config, state_dict = checkpoint.config, checkpoint.state_dict
+    if image_size is not None and image_size != config.image_size:
+        if not isinstance(config, VitConfig):
+            raise ValueError(f"a ResNet takes images of its own size, {config.image_size}, got {image_size}")
+        state_dict, config = vit.resample(state_dict, config, image_size)
     model = ImageEncoder(
-        checkpoint.config,
-        checkpoint.state_dict,
+        config,
+        state_dict,
         device,
         dtype,
         precision=precision,
         mean=checkpoint.mean,
         std=checkpoint.std,
     )
-    return model, Preprocess(checkpoint.config.image_size, checkpoint.mean, checkpoint.std)
+    return model, Preprocess(config.image_size, checkpoint.mean, checkpoint.std)

@@ -16,7 +16,7 @@ Shapes: B images, N = 1 + G tokens, W width, H heads, D = W / H, P patch size, E
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +120,22 @@ def prepare(
         ln_post=(source["ln_post.weight"], source["ln_post.bias"]),
         projection=product(proj.T, proj.new_zeros(config.embed_dim), norm="ln_post"),
     )
+
+
+def resample(state_dict: dict[str, Tensor], config: VitConfig, image_size: int) -> tuple[dict[str, Tensor], VitConfig]:
+    """The same tower for images of another size: its positional embedding resampled bicubically, antialiased.
+
+    As open_clip does (`resize_pos_embed`): the class token's row stays, the patches' rows are a grid of W channels.
+    """
+    resized = replace(config, image_size=image_size)
+    if resized.grid == config.grid:
+        return state_dict, resized
+    position = state_dict["positional_embedding"]
+    grid = position[1:].float().view(config.grid, config.grid, -1).permute(2, 0, 1)[None]  # (1, W, grid, grid)
+    size = (resized.grid, resized.grid)
+    grid = F.interpolate(grid, size, mode="bicubic", antialias=True, align_corners=False)[0]
+    patches = grid.permute(1, 2, 0).flatten(0, 1).to(position.dtype)
+    return state_dict | {"positional_embedding": torch.cat([position[:1], patches])}, resized
 
 
 def _pad_features(patch: Tensor) -> Tensor:

@@ -77,7 +77,7 @@ _TABLE: dict[str, dict[str, dict[str, Launch]]] = {
             "sm_80": Launch(128, 128, 64, num_warps=8, num_stages=3),
             "gfx942": Launch(128, 128, 64, num_warps=8, num_stages=2),
         },
-        "float32": {"sm_80": Launch(64, 64, 32, num_warps=4, num_stages=2)},
+        "float32": {"sm_80": Launch(64, 64, 32, num_warps=8, num_stages=2)},
         "tf32": {"sm_80": Launch(64, 64, 32, num_warps=4, num_stages=2)},
     },
     "flash_attention_64": {  # head sizes to 64

@@ -7,12 +7,15 @@ import dataclasses
 import pickle
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from towers import random_tower, relative_error
 
+import clip_fast
 from clip_fast import encoder, vit_cpu
 from clip_fast.config import IMAGE_MEAN, IMAGE_STD, ResNetConfig, VitConfig
 from clip_fast.encoder import ImageEncoder
@@ -106,6 +109,35 @@ def test_what_makes_no_sense_is_named(images: Tensor) -> None:
         make(precision="half")
     with pytest.raises(ValueError, match="a ResNet computes in the dtype of its weights"):
         make(RESNET, precision="bf16")
+
+
+@pytest.mark.parametrize("image_size", [32, 96, 70])
+def test_another_image_size_resamples_as_open_clip_does(image_size: int, tmp_path: Path) -> None:
+    open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
+    vision = {"image_size": 64, "layers": 2, "width": 128, "patch_size": 16}
+    text = {"context_length": 8, "vocab_size": 64, "width": 64, "heads": 1, "layers": 1}
+    saved = open_clip.CLIP(32, vision, text)
+    torch.save(saved.state_dict(), tmp_path / "model.pt")
+    theirs = open_clip.CLIP(32, vision | {"image_size": image_size}, text).eval()
+    state = saved.state_dict()
+    open_clip.model.resize_pos_embed(state, theirs)
+    theirs.load_state_dict(state)
+
+    options = {"device": "cpu", "activation": "gelu", "image_size": image_size}
+    model, preprocess = clip_fast.load(tmp_path / "model.pt", **options)
+    images = torch.randn(2, 3, image_size, image_size)
+    with torch.no_grad():
+        assert relative_error(model.encode_image(images), theirs.encode_image(images)) < 1e-5
+    assert preprocess(Image.new("RGB", (200, 150))).shape == (3, image_size, image_size)
+
+
+def test_an_image_size_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="image_size must be at least patch_size, got 1"):
+        clip_fast.load("tiny-digits", "cpu", image_size=1)
+    state = {f"visual.{name}": tensor for name, tensor in random_tower(RESNET).state_dict().items()}
+    torch.save(state, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="a ResNet takes images of its own size, 64, got 96"):
+        clip_fast.load(tmp_path / "model.pt", "cpu", image_size=96)
 
 
 # --- never stale -----------------------------------------------------------------------------------------------------
