@@ -4,8 +4,8 @@
 
 The launchers of `kernels/` are called as a model calls them, on tensors without storage, and each launch is caught
 before it needs a device: what is compiled is what would run. Per launch the table shows registers, spilled bytes,
-shared memory against what a block may have, the matrix and copy instructions in the code, the widths of the global
-loads of its main loop, and how many of a multiprocessor's warps can be resident.
+shared memory against what a block may have, the matrix and copy instructions in the code, the bytes that the copy
+engine moves, the widths of the global loads of its main loop, and how many of a multiprocessor's warps can be resident.
 
 The exit status is 1 where a kernel spills registers, wants more shared memory than there is, is a matrix product
 without matrix instructions, moves its tiles without the copy instructions of its architecture, or loads less than 16
@@ -15,7 +15,9 @@ bytes at a time in its main loop. What is exempt is marked, and the reason print
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -36,6 +38,8 @@ from torch import Tensor
 
 from clip_fast.kernels import ops
 from clip_fast.kernels.targets import TARGETS, assume
+
+from .report import save
 
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
 _DTYPE_NAMES = {HALF: "fp16", BFLOAT: "bf16", FLOAT: "fp32", torch.uint8: "u8", torch.float64: "fp64"}
@@ -89,15 +93,25 @@ def _layer_norm(width: int, dtype: torch.dtype) -> object:
 
 
 def _linear(
-    n: int, k: int, dtype: torch.dtype, precision: str, *, norm: bool, activation: str = "none", residual: bool = False
+    n: int,
+    k: int,
+    dtype: torch.dtype,
+    precision: str,
+    *,
+    norm: bool,
+    activation: str = "none",
+    residual: bool = False,
+    scaled: bool = False,
 ) -> object:
     m = 256 * 257
     x, weight, bias = _empty(m, k, dtype=dtype), _empty(n, k, dtype=dtype), _empty(n, dtype=FLOAT)
     added = _empty(m, n, dtype=dtype) if residual else None
     row_statistics = _empty(m, ops.statistics_tiles(k), 2, dtype=FLOAT) if norm else None
     colsum = _empty(n, dtype=FLOAT) if norm else None
+    scale = _empty(n, dtype=FLOAT) if scaled else None
+    statistics = residual and activation == "none"
     return _launch(
-        "linear", x, weight, bias, added, row_statistics, colsum, activation, 1e-5, residual, precision
+        "linear", x, weight, bias, added, row_statistics, colsum, scale, activation, 1e-5, statistics, precision
     )  # fmt: skip
 
 
@@ -140,6 +154,8 @@ def cases() -> Iterator[Case]:
         yield Case(
             f"linear {kind} out+residual", _bind(_linear, 1024, 1024, dtype, precision, norm=False, residual=True)
         )
+        call = _bind(_linear, 1024, 256, dtype, precision, norm=False, activation="relu", residual=True, scaled=True)
+        yield Case(f"linear {kind} 1x1+residual+relu", call)
         for activation in ("quick_gelu", "gelu"):
             call = _bind(_linear, 4096, 1024, dtype, precision, norm=True, activation=activation)
             yield Case(f"linear {kind} ln+fc1+{activation}", call)
@@ -246,13 +262,17 @@ class Row:
     arch: str
     num_warps: int
     num_stages: int
+    instructions: int
     registers: int
     spilled: int  # bytes of local memory a thread needs
     shared: int  # bytes
     shared_limit: int
     matrix: dict[str, int]  # matrix instructions and how often they stand in the code
-    copies: dict[str, int]  # asynchronous copies from global to shared memory
+    copies: dict[str, int]  # asynchronous copies between global and shared memory
     loads: dict[int, int]  # width in bits of a thread's load in the main loop -> how many stand there
+    bytes_loaded: int  # by a thread in one pass of the main loop, where no copy engine does it
+    bulk_loaded: int  # bytes that the copy engine's instructions load, each counted as often as it stands in the code
+    bulk_stored: int  # and that they store
     occupancy: float  # resident warps, as a fraction of what a multiprocessor holds
     seconds: float
     exempt: str = ""
@@ -291,13 +311,18 @@ def compile_job(job: Job) -> Row:
     compiled = triton.compile(source, target=target, options=dict(job.options))
     row = Row(
         case=job.case, kernel=job.kernel, arch=job.arch, num_warps=compiled.metadata.num_warps,
-        num_stages=compiled.metadata.num_stages, registers=0, spilled=0,
+        num_stages=compiled.metadata.num_stages, instructions=0, registers=0, spilled=0,
         shared=compiled.metadata.shared, shared_limit=TARGETS[job.arch].shared_memory, matrix={}, copies={}, loads={},
-        occupancy=0.0, seconds=0.0, exempt=_why_narrow(job.case, job.kernel, job.arch),
+        bytes_loaded=0, bulk_loaded=0, bulk_stored=0, occupancy=0.0, seconds=0.0,
+        exempt=_why_narrow(job.case, job.kernel, job.arch),
     )  # fmt: skip
+    blocks = [_block_bytes(kind) for _, kind in job.signature if kind.startswith("tensordesc")]
     (_read_amdgcn if amd else _read_sass)(row, compiled.asm["amdgcn" if amd else "cubin"])
+    row.bytes_loaded = sum(width // 8 * count for width, count in row.loads.items())
+    if blocks:
+        row.bulk_loaded, row.bulk_stored = _bulk_bytes(compiled.asm["ptx"], blocks)
     row.seconds = round(time.perf_counter() - started, 2)
-    row.problems = _problems(row, descriptors=any(kind.startswith("tensordesc") for _, kind in job.signature))
+    row.problems = _problems(row, descriptors=bool(blocks))
     return row
 
 
@@ -317,6 +342,7 @@ def _read_sass(row: Row, cubin: bytes) -> None:
     row.registers = int(found[1])
     code = [(int(address, 16), name, operands) for address, name, operands in _INSTRUCTION.findall(sass)]
     assert code, "cuobjdump printed no instructions"
+    row.instructions = len(code)
     row.spilled = int(found[2]) if any(name.split(".")[0] in ("LDL", "STL") for _, name, _ in code) else 0
     for counts, pattern in ((row.matrix, _MATRIX_SASS), (row.copies, _COPY_SASS)):
         for _, name, _ in code:
@@ -329,6 +355,31 @@ def _read_sass(row: Row, cubin: bytes) -> None:
             width = next((narrow[suffix] for suffix in suffixes if suffix in narrow), 32)
             row.loads[width] = row.loads.get(width, 0) + 1
     row.occupancy = _occupancy(row)
+
+
+def _block_bytes(descriptor: str) -> int:
+    """Of "tensordesc<fp16[128,64]>": 16384."""
+    dtype, *sides = re.findall(r"\w+", descriptor.removeprefix("tensordesc"))
+    itemsizes = {name: dtype.itemsize for dtype, name in _DTYPE_NAMES.items()}
+    return itemsizes[dtype] * math.prod(map(int, sides))
+
+
+def _bulk_bytes(ptx: str, blocks: Sequence[int]) -> tuple[int, int]:
+    """Bytes that the copy engine's instructions load and store, each counted as often as it stands in the code.
+
+    An instruction moves the block of a descriptor, whose address is in the register that it names.
+
+    Args:
+        blocks: bytes in a block of each descriptor, which are the kernel's parameters of 128 bytes, in their order.
+    """
+    parameters = re.findall(r"\.param \.align \d+ \.b8 (\w+)\[128\]", ptx)
+    moved = dict(zip(parameters, blocks, strict=True))
+    for register, source in re.findall(r"(?:mov|cvta?)\.\S+\s+(%\w+), ([%\w]+);", ptx):
+        if source in moved:
+            moved[register] = moved[source]
+    copies = re.findall(r"cp\.async\.bulk\.tensor\.\dd\.(shared|global)\S+ .*?\[(%rd\d+), \{", ptx)
+    loaded, stored = (sum(moved[register] for to, register in copies if to == side) for side in ("shared", "global"))
+    return loaded, stored
 
 
 def _main_loop(code: Sequence[tuple[int, str, str]]) -> Iterable[str]:
@@ -375,6 +426,7 @@ def _read_amdgcn(row: Row, assembly: str) -> None:
         assert found, f"the assembly does not say {name}"
         return int(found[1])
 
+    row.instructions = len(re.findall(r"^\s+(?:[vs]|ds|global|buffer|flat|scratch)_\w+", assembly, re.MULTILINE))
     row.registers = entry("vgpr_count")
     row.spilled = 4 * (entry("vgpr_spill_count") + entry("sgpr_spill_count"))
     for name in re.findall(r"\bv_mfma\w*", assembly):
@@ -456,7 +508,15 @@ def _line(row: Row) -> str:
         f"{row.arch:7}{row.case:34}{row.kernel:24}{row.num_warps:>3}w{row.num_stages:>2}s{row.registers:>4} reg"
         f"{row.spilled:>5} spill {row.shared:>7}/{row.shared_limit} B shared{row.occupancy:>5.0%} warps  {mark:5}"
         f"{instructions}  loads {_widths(row.loads) or 'none'}"
+        f"{f'  bulk {row.bulk_loaded} B in, {row.bulk_stored} B out' if row.bulk_loaded else ''}"
     )
+
+
+def document(rows: Sequence[Row]) -> str:
+    """The table as JSON, a kernel a line; without what differs from run to run."""
+    lines = [json.dumps({name: value for name, value in asdict(row).items() if name != "seconds"}) for row in rows]
+    version = json.dumps(importlib.metadata.version("triton"))
+    return f'{{"triton": {version}, "rows": [\n' + ",\n".join(lines) + "\n]}\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -479,21 +539,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not unique:
         parser.error(f"no case has {options.only!r} in its name")
 
-    rows: list[Row] = []
+    rows: dict[int, Row] = {}
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.jobs, mp_context=spawn) as pool:
-        for done in as_completed([pool.submit(compile_job, job) for job in unique.values()]):
-            row = done.result()
-            rows.append(row)
+        places = {pool.submit(compile_job, job): place for place, job in enumerate(unique.values())}
+        for done in as_completed(places):
+            row = rows[places[done]] = done.result()
             print(_line(row), *(f"\n        {problem}" for problem in row.problems), flush=True)
-    rows.sort(key=lambda row: (list(TARGETS).index(row.arch), row.case, row.kernel))
+    table = [rows[place] for place in sorted(rows)]
     if options.json:
-        partial = options.json.with_name(options.json.name + ".partial")
-        partial.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
-        partial.replace(options.json)
-    for reason in sorted({row.exempt for row in rows if row.exempt}):
-        print(f"exempt from wide loads ({', '.join(sorted({r.case for r in rows if r.exempt == reason}))}): {reason}")
-    failed = [row for row in rows if row.problems]
+        save(options.json, document(table))
+    for reason in sorted({row.exempt for row in table if row.exempt}):
+        print(f"exempt from wide loads ({', '.join(sorted({r.case for r in table if r.exempt == reason}))}): {reason}")
+    failed = [row for row in table if row.problems]
     print(f"{len(rows)} kernels in {time.perf_counter() - started:.0f} s, {len(failed)} with problems")
     return 1 if failed else 0
 

@@ -9,16 +9,24 @@ embeddings = model.encode_image(preprocess(image).unsqueeze(0))  # (1, 512), not
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
 from . import vit
+from .accelerate import accelerate, restore
 from .checkpoint import available_models, read_checkpoint, resolve
 from .config import Activation, VitConfig
-from .encoder import ImageEncoder, Precision
+from .encoder import ImageEncoder, Precision, default_device, default_dtype
+from .model import Clip
 from .preprocess import Preprocess
+from .text import tokenize
+from .verify import Verdict, verify
 
-__all__ = ["ImageEncoder", "Preprocess", "available_models", "load"]
+__all__ = [
+    "Clip", "ImageEncoder", "Preprocess", "Verdict", "accelerate", "available_models", "load", "restore", "tokenize",
+    "verify",
+]  # fmt: skip
 __version__ = "0.1.0"
 
 
@@ -31,6 +39,8 @@ def load(
     image_size: int | None = None,
     activation: Activation | None = None,
     download_root: str | os.PathLike[str] | None = None,
+    cuda_graphs: bool = True,
+    jit: bool = False,
 ) -> tuple[ImageEncoder, Preprocess]:
     """Loads a CLIP image encoder and its preprocessing, as `clip.load` does.
 
@@ -44,30 +54,35 @@ def load(
             for it as open_clip does.
         activation: of the MLPs, for a checkpoint that does not say (plain state dicts do not).
         download_root: folder for downloaded checkpoints; by default `~/.cache/clip`, which `clip` uses too.
+        cuda_graphs: replay small batches on an NVIDIA GPU as CUDA graphs: less time for each, some memory kept.
+        jit: False, as callers of `clip.load` say who want no TorchScript.
 
     Returns:
-        The encoder, and a callable from a PIL image to the float32 tensor (3, H, W) that the encoder takes in batches.
+        The encoder, a `Clip` that embeds texts too where the checkpoint has OpenAI's text tower; and a callable from a
+        PIL image to the float32 tensor (3, H, W) that the encoder takes in batches.
 
     Raises:
         CheckpointError: where the checkpoint cannot be had or is not sound; it names the file and what is wrong.
-        ValueError: for an `image_size` smaller than a patch, or other than a ResNet's own.
+        ValueError: for an `image_size` smaller than a patch, or other than a ResNet's own; where `jit` is true.
     """
-    device = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    if dtype is None:
-        dtype = torch.float16 if device.type == "cuda" else torch.float32
+    if jit:
+        raise ValueError("clip_fast has no TorchScript model: pass jit=False")
+    device = torch.device(device) if device is not None else default_device()
+    dtype = dtype or default_dtype(device)
     checkpoint = read_checkpoint(resolve(name_or_path, download_root), activation)
     config, state_dict = checkpoint.config, checkpoint.state_dict
     if image_size is not None and image_size != config.image_size:
         if not isinstance(config, VitConfig):
             raise ValueError(f"a ResNet takes images of its own size, {config.image_size}, got {image_size}")
         state_dict, config = vit.resample(state_dict, config, image_size)
-    model = ImageEncoder(
-        config,
-        state_dict,
-        device,
-        dtype,
-        precision=precision,
-        mean=checkpoint.mean,
-        std=checkpoint.std,
-    )
+    options: dict[str, Any] = {
+        "precision": precision,
+        "mean": checkpoint.mean,
+        "std": checkpoint.std,
+        "cuda_graphs": cuda_graphs,
+    }
+    if checkpoint.text is None:
+        model = ImageEncoder(config, state_dict, device, dtype, **options)
+    else:
+        model = Clip(config, state_dict, *checkpoint.text, device, dtype, **options)
     return model, Preprocess(config.image_size, checkpoint.mean, checkpoint.std)

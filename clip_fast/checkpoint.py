@@ -26,6 +26,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast, get_args
 
@@ -46,8 +47,11 @@ from .config import (
     Config,
     Pretrained,
     ResNetConfig,
+    Rgb,
+    TextConfig,
     VitConfig,
 )
+from .text import TextEncoder
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
 
@@ -57,8 +61,6 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _HEAD_DIM = 64  # of every OpenAI model, and open_clip's default
 _HEAD_DIMS = {1280: 80, 1408: 88, 1664: 104}  # by width: open_clip's ViT-H, ViT-g, ViT-bigG
-
-_Triple = tuple[float, float, float]
 
 
 class CheckpointError(ValueError):
@@ -70,17 +72,19 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An image tower as read from a file.
+    """An image tower as read from a file, and the text tower where the file has OpenAI's.
 
     `state_dict` has exactly the names and shapes of `reference.build(config).state_dict()`; its tensors are contiguous,
     on the CPU, independent of the file and of the dtype that they have in it. `mean` and `std` normalise the RGB
-    channels of pixels scaled to [0, 1].
+    channels of pixels scaled to [0, 1]. `text` has the text tower's config, and the names and shapes of
+    `text.TextEncoder(config).state_dict()`.
     """
 
     config: Config
     state_dict: dict[str, Tensor]
-    mean: _Triple
-    std: _Triple
+    mean: Rgb
+    std: Rgb
+    text: tuple[TextConfig, dict[str, Tensor]] | None = None
 
 
 def available_models() -> list[str]:
@@ -127,10 +131,16 @@ def read_checkpoint(path: str | os.PathLike[str], activation: Activation | None 
     weights, config_path = _locate(Path(path))
     settings = _read_settings(config_path) if config_path else _Settings()
     tower = _Tower(_read(weights))
-    config = tower.config(settings, lambda: activation or settings.activation or _activation(tower.file))
+
+    @cache
+    def activation_of_file() -> Activation:
+        return activation or settings.activation or _activation(tower.file)
+
+    config = tower.config(settings, activation_of_file)
     if tower.layout is _HUGGING_FACE and config_path is None:
         raise CheckpointError(weights, "needs the config.json that transformers writes beside it")
-    return Checkpoint(config, tower.state_dict(config), settings.mean, settings.std)
+    state_dict = tower.state_dict(config)
+    return Checkpoint(config, state_dict, settings.mean, settings.std, tower.text(activation_of_file))
 
 
 # --- Folders and the settings in them --------------------------------------------------------------------------------
@@ -157,8 +167,8 @@ class _Settings:
     activation: Activation | None = None
     heads: int | None = None
     image_size: int | None = None
-    mean: _Triple = IMAGE_MEAN
-    std: _Triple = IMAGE_STD
+    mean: Rgb = IMAGE_MEAN
+    std: Rgb = IMAGE_STD
 
 
 def _locate(path: Path) -> tuple[Path, Path | None]:
@@ -251,11 +261,11 @@ def _open_clip_settings(path: Path, content: dict[str, Any]) -> _Settings:
     )
 
 
-def _triple(path: Path, section: dict[str, Any], key: str, default: _Triple) -> _Triple:
+def _triple(path: Path, section: dict[str, Any], key: str, default: Rgb) -> Rgb:
     values: Any = section.get(key) or default
     if len(values) != 3 or not all(isinstance(value, (int, float)) for value in values):
         raise CheckpointError(path, f"{key} must be three numbers, got {values!r}")
-    return cast(_Triple, tuple(float(value) for value in values))
+    return cast(Rgb, tuple(float(value) for value in values))
 
 
 def _warn_of_preprocessing(path: Path) -> None:
@@ -513,7 +523,7 @@ _HUGGING_FACE_NAMES = {
 }
 
 
-def _hugging_face_keys(name: str) -> list[str]:
+def hugging_face_keys(name: str) -> list[str]:
     if name == "proj":
         return ["visual_projection.weight"]
     for ours, theirs in _HUGGING_FACE_NAMES.items():
@@ -529,12 +539,13 @@ _OPENAI_OTHER = (
     r"context_length|vocab_size|text_embeddings)$"
 )
 _OPENAI = _Layout("visual.", "transformer.resblocks.", re.compile(_OPENAI_OTHER), lambda name: [f"visual.{name}"])
+_TEXT = _Layout("", "transformer.resblocks.", re.compile(r".*"), lambda name: [name])
 _TOWER_ALONE = _Layout("", "transformer.resblocks.", re.compile(r"text_embeddings$"), lambda name: [name])
 _HUGGING_FACE = _Layout(
     "vision_model.",
     "encoder.layers.",
     re.compile(r"text_model\.|text_projection\.|(logit_scale|vision_model\.embeddings\.position_ids)$"),
-    _hugging_face_keys,
+    hugging_face_keys,
 )
 
 _UNSERVED = {  # parts of open_clip's models, by their keys
@@ -547,8 +558,11 @@ _UNSERVED = {  # parts of open_clip's models, by their keys
 class _Tower:
     """The image tower in a file, by canonical names. Every method raises CheckpointError."""
 
-    def __init__(self, file: _File) -> None:
+    def __init__(self, file: _File, layout: _Layout | None = None) -> None:
         self.file = file
+        if layout is not None:
+            self.layout = layout
+            return
         keys = file.entries.keys()
         for pattern, part in _UNSERVED.items():
             if key := next((key for key in keys if re.match(pattern, key)), None):
@@ -598,6 +612,25 @@ class _Tower:
         embed_dim = self._shape("attnpool.c_proj.weight", 2)[0]
         image_size = self._image_size("attnpool.positional_embedding", 32, settings)
         return ResNetConfig(layers, width, settings.heads or self._heads(32 * width), image_size, embed_dim)
+
+    def text(self, activation: Callable[[], Activation]) -> tuple[TextConfig, dict[str, Tensor]] | None:
+        """The text tower, where it is named as OpenAI's is and complete, and its activation can be told."""
+        names = ("token_embedding.weight", "positional_embedding", "text_projection", "logit_scale")
+        if self.layout is not _OPENAI or not all(name in self.file.entries for name in names):
+            return None
+        tower = _Tower(self.file, _TEXT)
+        vocabulary, width = tower._shape("token_embedding.weight", 2)
+        context_length, embed_dim = tower._shape("positional_embedding", 2)[0], tower._shape("text_projection", 2)[1]
+        try:
+            told = activation()
+        except CheckpointError:  # a ResNet's own needs none
+            return None
+        config = TextConfig(
+            context_length, vocabulary, width, tower._count(_TEXT.blocks), tower._heads(width), embed_dim, told
+        )
+        with torch.device("meta"):
+            wanted = TextEncoder(config).state_dict()
+        return config, {name: tower._load(name, like) for name, like in wanted.items()}
 
     def state_dict(self, config: Config) -> dict[str, Tensor]:
         """All tensors of the tower, checked: complete, nothing besides, right in shape and dtype, finite."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Activation = Literal["quick_gelu", "gelu"]
+Rgb = tuple[float, float, float]  # a number per colour channel
 
 LAYER_NORM_EPS = 1e-5  # of every LayerNorm in every CLIP
 BATCH_NORM_EPS = 1e-5  # of every batch norm in every CLIP ResNet
@@ -69,6 +70,28 @@ class VitConfig:
     def tokens(self) -> int:
         """Length of the sequence: one class token and the patches."""
         return self.grid**2 + 1
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """A text tower: a causal Transformer over `context_length` tokens of a `vocabulary` of so many."""
+
+    context_length: int
+    vocabulary: int
+    width: int
+    layers: int
+    heads: int
+    embed_dim: int
+    activation: Activation = "quick_gelu"
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "context_length", "vocabulary", "width", "layers", "heads", "embed_dim")
+        if self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads, got width {self.width} and heads {self.heads}")
+
+    @property
+    def mlp_width(self) -> int:
+        return 4 * self.width
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""From photographs on disk to embeddings on disk, a batch at a time, in memory that does not grow with their number.
+"""Small jobs: images to one `.npy` file, in this process. `pipeline.py` is for the large ones.
 
-    paths, failures = find_images(["photos", "more/**/*.png"])
+    paths, failures = find_images(["photos", "more/**/*.png"])  # of sources.py
     with EmbeddingWriter("embeddings.npy") as writer:
         writer.fail(failures)
         for batch in embed_files(model, preprocess, paths):
@@ -17,16 +17,12 @@ so the lines need no unescaping; `errors.txt` shows such a path with backslash e
 
 from __future__ import annotations
 
-import glob
 import io
 import os
-import secrets
-import stat
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -34,8 +30,13 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
+
+from .decode import Decoder, failure_reason
+from .files import NewFile
+from .preprocess import Preprocess
+from .sources import Failure, ImageFile, Item, printable
 
 PATHS_NAME = "paths.txt"
 ERRORS_NAME = "errors.txt"
@@ -49,17 +50,6 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True)
-class Failure:
-    """A path that gave no embedding, and why."""
-
-    path: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{printable(self.path)}: {printable(self.reason)}"
-
-
-@dataclass(frozen=True)
 class Batch:
     """Embeddings `rows`, float32 (len(paths), E), of `paths`; and the failures among the files between them."""
 
@@ -68,80 +58,29 @@ class Batch:
     failures: list[Failure]
 
 
-def printable(text: str) -> str:
-    """`text` on one line: control characters, line breaks and undecodable bytes as backslash escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
-# --- Which files -----------------------------------------------------------------------------------------------------
-
-
-def find_images(arguments: Iterable[str | os.PathLike[str]]) -> tuple[list[Path], list[Failure]]:
-    """The files that `arguments` name, each once, in the order of the arguments.
-
-    A folder stands for the files below it with the suffix of an image format that Pillow reads, sorted by path; links
-    are followed. A pattern (`*`, `?`, `[...]`, and `**` for any depth) that is not itself a file's name stands for what
-    it matches, sorted, as if the shell had expanded it. A file named or matched is taken whatever its suffix.
-
-    A file reached twice keeps its first place; links to one file are several files. Failures are arguments that name
-    nothing and folders that cannot be listed.
-    """
-    found: dict[tuple[str, str], Path] = {}
-    failures: list[Failure] = []
-
-    @cache
-    def real_folder(folder: Path) -> str:
-        return os.path.realpath(folder)
-
-    for argument in [os.fspath(each) for each in arguments]:
-        named = [argument] if os.path.lexists(argument) else glob.glob(argument, recursive=True)
-        if not named:
-            failures.append(Failure(argument, "no such file or folder"))
-        for path in _sorted(named):
-            for image in _images_below(path, failures) if os.path.isdir(path) else [path]:
-                found.setdefault((real_folder(image.parent), image.name), image)
-    return list(found.values()), failures
-
-
-def _images_below(folder: Path, failures: list[Failure]) -> list[Path]:
-    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in Image.OPEN}
-    entered = {os.path.realpath(folder)}  # a link may lead back up
-    images: list[str] = []
-
-    def cannot_list(error: OSError) -> None:
-        failures.append(Failure(str(error.filename), _reason(error)))
-
-    for root, folders, files in os.walk(folder, onerror=cannot_list, followlinks=True):
-        images += [os.path.join(root, name) for name in files if os.path.splitext(name)[1].lower() in suffixes]
-        below = {name: os.path.realpath(os.path.join(root, name)) for name in sorted(folders)}
-        folders[:] = [name for name, real in below.items() if real not in entered]
-        entered.update(below.values())
-    return _sorted(images)
-
-
-def _sorted(paths: Iterable[str]) -> list[Path]:
-    return sorted(map(Path, paths), key=lambda path: path.parts)
-
-
 # --- Embeddings ------------------------------------------------------------------------------------------------------
 
 
 def embed_files(
-    model: Encoder, preprocess: Callable[[Image.Image], Tensor], paths: Sequence[Path], batch_size: int = 32
+    model: Encoder, preprocess: Preprocess, paths: Sequence[Path | Item], batch_size: int = 32
 ) -> Generator[Batch, None, None]:
-    """Embeds the images in `paths`, in order, `batch_size` files at a time; the next are decoded meanwhile, in threads.
+    """Embeds the images in `paths`, files or other items, in order, `batch_size` at a time; the next are decoded
+    meanwhile, in threads.
 
-    `preprocess` turns an image into a float32 tensor (3, H, W). Of an animation or a multi-page file, the first frame
-    counts; an EXIF orientation is not applied, as `clip` does not.
+    Of an animation or a multi-page file, the first frame counts; an EXIF orientation is not applied, as `clip` does
+    not. Nothing stops an image that takes very long to decode.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     pool = ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1), thread_name_prefix="decode")
-    upcoming: deque[tuple[Sequence[Path], list[Future[Tensor | Failure]]]] = deque()
+    upcoming: deque[tuple[list[Item], list[Future[Tensor | Failure]]]] = deque()
     try:
         for start in range(0, len(paths), batch_size):
-            files = paths[start : start + batch_size]
-            upcoming.append((files, [pool.submit(_decode, path, preprocess) for path in files]))
+            items = [
+                each if isinstance(each, Item) else ImageFile(str(each), str(each))
+                for each in paths[start : start + batch_size]
+            ]
+            upcoming.append((items, [pool.submit(_decode, item, preprocess) for item in items]))
             if len(upcoming) > 1:
                 yield _embed(model, *upcoming.popleft())
         while upcoming:
@@ -150,10 +89,12 @@ def embed_files(
         pool.shutdown(cancel_futures=True)
 
 
-def _embed(model: Encoder, files: Sequence[Path], futures: list[Future[Tensor | Failure]]) -> Batch:
+def _embed(model: Encoder, items: list[Item], futures: list[Future[Tensor | Failure]]) -> Batch:
     results = [future.result() for future in futures]
     failures = [result for result in results if isinstance(result, Failure)]
-    decoded = [(path, result) for path, result in zip(files, results, strict=True) if isinstance(result, Tensor)]
+    decoded = [
+        (Path(item.location), result) for item, result in zip(items, results, strict=True) if isinstance(result, Tensor)
+    ]
     if not decoded:
         return Batch([], np.empty((0, 0), np.float32), failures)
     with torch.inference_mode():
@@ -161,51 +102,19 @@ def _embed(model: Encoder, files: Sequence[Path], futures: list[Future[Tensor | 
     return Batch([path for path, _ in decoded], rows, failures)
 
 
-def _decode(path: Path, preprocess: Callable[[Image.Image], Tensor]) -> Tensor | Failure:
+def _decode(item: Item, preprocess: Preprocess) -> Tensor | Failure:
     try:
-        str(path).encode()  # a name that is no text is a UnicodeEncodeError
-        if str(path).splitlines() != [str(path)]:
+        item.location.encode()  # a name that is no text is a UnicodeEncodeError
+        if item.location.splitlines() != [item.location]:
             raise ValueError(f"a line break in the name, which {PATHS_NAME} cannot hold")
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its other end
-            raise ValueError("not a regular file")
-        with Image.open(path) as image:
+        with Image.open(item.source()) as image:
+            Decoder(preprocess).check(image.size)
             return preprocess(image)
     except Exception as error:  # decoders fed with broken files raise whatever their parsing stumbles on
-        return Failure(str(path), _reason(error))
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image, or not in a format that Pillow reads"
-    if isinstance(error, UnicodeEncodeError):
-        return f"bytes in the name that are not UTF-8, which {PATHS_NAME} cannot hold"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error) or type(error).__name__
+        return Failure(item.location, failure_reason(error))
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------------
-
-
-class _NewFile:
-    """A file under a temporary name beside `target`, until `move` gives it the target's or `discard` drops it."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = target
-        self._temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-        self.file = open(self._temporary, "xb")  # noqa: SIM115 (`finish` or `discard` closes it)
-
-    def finish(self) -> None:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-
-    def move(self) -> None:
-        os.replace(self._temporary, self.target)
-
-    def discard(self) -> None:
-        self.file.close()
-        self._temporary.unlink(missing_ok=True)
 
 
 class EmbeddingWriter:
@@ -229,10 +138,10 @@ class EmbeddingWriter:
         for target in targets:
             if target.exists() and not target.is_file():
                 raise ValueError(f"{target} exists and is not a regular file")
-        self._open: list[_NewFile] = []
+        self._open: list[NewFile] = []
         try:
             for target in targets:
-                self._open.append(_NewFile(target))
+                self._open.append(NewFile(target))
         except BaseException:
             self._discard()
             raise

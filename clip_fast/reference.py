@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import BATCH_NORM_EPS, LAYER_NORM_EPS, Config, ResNetConfig, VitConfig
+from .config import BATCH_NORM_EPS, LAYER_NORM_EPS, Config, ResNetConfig, TextConfig, VitConfig
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -31,11 +31,16 @@ def quick_gelu(x: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Multi-head softmax(q kᵀ / √D) v. q: (B, Nq, W); k, v: (B, N, W). Returns (B, Nq, W)."""
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
+    """Multi-head softmax(q kᵀ / √D) v. q: (B, Nq, W); k, v: (B, N, W). Returns (B, Nq, W).
+
+    With `causal` a query sees keys up to its own position, as a text's do.
+    """
     head_dim = q.shape[-1] // heads
     q, k, v = (x.reshape(*x.shape[:2], heads, head_dim).transpose(1, 2) for x in (q, k, v))  # (B, H, N, D)
     scores = q @ k.transpose(-2, -1) * head_dim**-0.5  # (B, H, Nq, N)
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
     return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)  # (B, Nq, W)
 
 
@@ -45,9 +50,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 class SelfAttention(nn.Module):
     """Multi-head self-attention with one stacked projection for queries, keys and values. (B, N, W) -> (B, N, W)."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -55,13 +60,13 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-        return self.out_proj(attention(q, k, v, self.heads))
+        return self.out_proj(attention(q, k, v, self.heads, self.causal))
 
 
 class Mlp(nn.Module):
     """Two linear layers with the activation between. (B, N, W) -> (B, N, W)."""
 
-    def __init__(self, config: VitConfig) -> None:
+    def __init__(self, config: VitConfig | TextConfig) -> None:
         super().__init__()
         self.c_fc = nn.Linear(config.width, config.mlp_width)
         self.activation = ACTIVATIONS[config.activation]
@@ -74,10 +79,10 @@ class Mlp(nn.Module):
 class ResidualBlock(nn.Module):
     """A pre-LayerNorm transformer block. (B, N, W) -> (B, N, W)."""
 
-    def __init__(self, config: VitConfig) -> None:
+    def __init__(self, config: VitConfig | TextConfig, causal: bool) -> None:
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
-        self.attn = SelfAttention(config.width, config.heads)
+        self.attn = SelfAttention(config.width, config.heads, causal)
         self.ln_2 = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
         self.mlp = Mlp(config)
 
@@ -89,9 +94,9 @@ class ResidualBlock(nn.Module):
 class Transformer(nn.Module):
     """The stack of blocks, under the name that checkpoints give it."""
 
-    def __init__(self, config: VitConfig) -> None:
+    def __init__(self, config: VitConfig | TextConfig, causal: bool = False) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList(ResidualBlock(config) for _ in range(config.layers))
+        self.resblocks = nn.ModuleList(ResidualBlock(config, causal) for _ in range(config.layers))
 
 
 class VisionTransformer(nn.Module):
@@ -99,6 +104,7 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, config: VitConfig) -> None:
         super().__init__()
+        self.input_resolution, self.output_dim = config.image_size, config.embed_dim
         scale = config.width**-0.5
         self.conv1 = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, bias=False)
         self.class_embedding = nn.Parameter(scale * torch.randn(config.width))
@@ -193,6 +199,7 @@ class ModifiedResNet(nn.Module):
 
     def __init__(self, config: ResNetConfig) -> None:
         super().__init__()
+        self.input_resolution, self.output_dim = config.image_size, config.embed_dim
         width = config.width
         self.conv1, self.bn1 = _conv(3, width // 2, 3, stride=2), _norm(width // 2)
         self.conv2, self.bn2 = _conv(width // 2, width // 2, 3), _norm(width // 2)

@@ -22,11 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import LAYER_NORM_EPS, VitConfig
+from .config import LAYER_NORM_EPS, Rgb, VitConfig
 from .kernels import ops
 from .kernels.ops import PATCH_K_STEP, Precision
-
-_Triple = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -67,9 +65,7 @@ class Weights:
     projection: Product
 
 
-def prepare(
-    state_dict: dict[str, Tensor], config: VitConfig, dtype: torch.dtype, mean: _Triple, std: _Triple
-) -> Weights:
+def prepare(state_dict: dict[str, Tensor], config: VitConfig, dtype: torch.dtype, mean: Rgb, std: Rgb) -> Weights:
     """Folds canonical weights, in float32 or wider, and casts what is multiplied to `dtype` at the end.
 
     Args:
@@ -167,13 +163,29 @@ def encode(weights: Weights, images: Tensor, precision: Precision = "ieee") -> T
 def encode_tokens(weights: Weights, images: Tensor, precision: Precision = "ieee") -> tuple[Tensor, Tensor]:
     """Embeds images and returns (B, E), and their patch tokens (B, G, W) after ln_post, as open_clip gives them."""
     x, statistics = _hidden_state(weights, images, weights.config.layers, precision)
-    tokens, _ = ops.layer_norm(x[:, 1:], *weights.ln_post, LAYER_NORM_EPS)
-    return _project(weights, x[:, 0], statistics[:, 0], precision), tokens
+    tokens, _ = ops.layer_norm(x, *weights.ln_post, LAYER_NORM_EPS)
+    return _project(weights, x[:, 0], statistics[:, 0], precision), tokens[:, 1:]
+
+
+def activations(config: VitConfig) -> int:
+    """Elements of an image that are in memory at once, at most: in `_mlp`, x before the block and in it, the attended
+    tokens, the MLP's hidden ones and its result."""
+    return config.tokens * (4 * config.width + config.mlp_width)
 
 
 def hidden_state(weights: Weights, images: Tensor, layer: int, precision: Precision = "ieee") -> Tensor:
     """The residual stream (B, N, W) after `layer` blocks: 0 is ln_pre's output, `layers` the last block's."""
     return _hidden_state(weights, images, layer, precision)[0]
+
+
+def hidden_states(weights: Weights, images: Tensor, precision: Precision = "ieee") -> tuple[Tensor, ...]:
+    """The residual stream (B, N, W) before the first block and after each: layers + 1 tensors."""
+    x, statistics = _embed(weights, images, precision)
+    states = [x]
+    for block in weights.blocks:
+        x, statistics = _block(weights.config, block, x, statistics, precision)
+        states.append(x)
+    return tuple(states)
 
 
 def _hidden_state(weights: Weights, images: Tensor, layer: int, precision: Precision) -> tuple[Tensor, Tensor]:
@@ -196,9 +208,10 @@ def _block(
     config: VitConfig, block: Block, x: Tensor, statistics: Tensor, precision: Precision
 ) -> tuple[Tensor, Tensor]:
     """x + attention(ln_1(x)), then x + mlp(ln_2(x)): five launches. (B, N, W) and its row statistics, in and out."""
-    qkv = _normed(block.qkv, x, statistics, precision)
-    qkv = qkv.view(*x.shape[:-1], 3, config.heads, config.head_dim)
-    attended = ops.flash_attention(qkv, config.head_dim**-0.5, precision=precision)  # (B, N, W)
+    packed = (*x.shape[:-1], 3, config.heads, config.head_dim)
+    attended = ops.flash_attention(  # (B, N, W); what has no name here, the next launch's memory is made of
+        _normed(block.qkv, x, statistics, precision).view(packed), config.head_dim**-0.5, precision=precision
+    )
     x, statistics = _added(block.out, attended, x, precision)
     return _mlp(config, block, x, statistics, precision)
 

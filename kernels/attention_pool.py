@@ -18,6 +18,9 @@ For an image that is 4 · H · D · W + 4 · H · N · W operations instead of t
 and values: for H · D = W = 1024, H = 16 and N = 257, 21 million instead of 1.1 billion. Memory decides: the tokens are
 read twice, 4 · N · W bytes in half precision, the weights once for a tile of images; u and z are a few rows an image.
 
+z stays in float32: a token's rounding is averaged away, and that of their sum is not. Launch 4 takes it apart into two
+numbers of the weights' dtype, whose products are exact in float32.
+
 Where row statistics are given, tokens are normalised as they are read, (y − mean) · rstd in float32, and rounded to
 their dtype before they are multiplied. Launch 2 leaves each token's mean and rstd for launch 3.
 
@@ -44,7 +47,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .ops import statistics_tiles
-from .primitives import LOG2_E, load_row_statistics, online_softmax_update
+from .primitives import LOG2_E, TILE, load_row_statistics, online_softmax_update
 
 _MIN_HEADS = 16  # what a tensor core takes at least
 _LINEAR_WARPS = 4
@@ -101,7 +104,12 @@ def _head_linear_kernel(
         inside_k = offs_k < K - k0
         x = tl.load(x_ptrs + k0 * x_stride_k, mask=inside_b[:, None] & inside_k[None, :], other=0.0)
         w = tl.load(weight_ptrs + k0 * weight_stride_k, mask=inside_n[None, :] & inside_k[:, None], other=0.0)
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        if x.dtype == w.dtype:
+            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        else:  # float32 rows meet weights in half precision as sums of two numbers of that
+            high = x.to(w.dtype)
+            acc = tl.dot((x - high.to(tl.float32)).to(w.dtype), w, acc)
+            acc = tl.dot(high, w, acc)
 
     if BIAS:
         acc += tl.load(bias_ptr + head * N + columns, mask=inside_n, other=0.0).to(tl.float32)[None, :]
@@ -182,7 +190,7 @@ def _scores_kernel(
     rstd = tl.zeros((BLOCK_N,), dtype=tl.float32)
     if STATISTICS:
         rows = image * tokens + token
-        mean, rstd = load_row_statistics(statistics_ptr, rows, inside_n, W, eps, TILES)
+        mean, rstd = load_row_statistics(statistics_ptr, rows, tl.cdiv(W, TILE), inside_n, W, eps, TILES)
         if tl.program_id(2) == 0:
             tl.store(moments_ptr + rows * 2, mean, mask=inside_n)
             tl.store(moments_ptr + rows * 2 + 1, rstd, mask=inside_n)
@@ -266,7 +274,7 @@ def _weighted_sum_kernel(
 
     z = acc / running_sum[:, None]
     z_ptrs = z_ptr + (image * H + heads[:, None]) * W + channel[None, :]
-    tl.store(z_ptrs, z.to(z_ptr.dtype.element_ty), mask=inside_h[:, None] & inside_w[None, :])
+    tl.store(z_ptrs, z, mask=inside_h[:, None] & inside_w[None, :])
 
 
 @triton.jit
@@ -340,7 +348,8 @@ def attention_pool(
     out = query.new_empty((batch, heads * head_dim))
     if out.numel() == 0:
         return out
-    u, z = (query.new_empty((batch, heads, width)) for _ in range(2))
+    u = query.new_empty((batch, heads, width))
+    z = query.new_empty((batch, heads, width), dtype=torch.float32)
     scores = query.new_empty((batch, heads, tokens), dtype=torch.float32)
     moments = None if statistics is None else query.new_empty((batch, tokens, 2), dtype=torch.float32)
     position = None if position is None else position.contiguous()
@@ -398,10 +407,11 @@ def attention_pool(
 
 
 def _head_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, precision: str) -> None:
-    """out[b, h] = weight[h] x[b, h] + bias[h]: x (B, H, K), weight (H, N, K) of any strides, out (B, H, N)."""
+    """out[b, h] = weight[h] x[b, h] + bias[h]: x (B, H, K), of the weight's dtype or float32, weight (H, N, K), both of
+    any strides, out (B, H, N)."""
     batch, heads, k = x.shape
     n = weight.shape[1]
-    side = _side(x.dtype)
+    side = _side(weight.dtype)
     _head_linear_kernel[(triton.cdiv(batch, side), triton.cdiv(n, side), heads)](
         x,
         weight,

@@ -1,6 +1,6 @@
 """The GEMM of the transformer: LayerNorm folded in, bias, activation, residual and row statistics in its epilogue.
 
-    y = activation(rstd · (x weightᵀ − mean · colsum) + bias) + residual        x (M, K), weight (N, K), y (M, N)
+    y = activation(scale · rstd · (x weightᵀ − mean · colsum) + bias + residual)      x (M, K), weight (N, K), y (M, N)
 
 with each part compiled in only where it is asked for. LN(x) Wᵀ is taken apart so that the product reads the raw x: mean
 and rstd are two numbers a row, merged from the statistics that the writer of x left per tile of columns, and colsum is
@@ -44,7 +44,7 @@ _GROUP_M = 8  # rows of tiles that share the weight while it is in the cache
 _ALIGNMENT = 16  # bytes; the copy engine wants addresses and strides in multiples of it
 
 
-@triton.jit(do_not_specialize=["M"])  # one compiled kernel for every batch: one row, one result
+@triton.jit(do_not_specialize=["M", "x_statistics_pairs"])  # one compiled kernel for every batch: one row, one result
 def _linear_kernel(
     x,  # (M, K), rows x_stride apart: pointer, or descriptor with blocks of (BLOCK_M, BLOCK_K)
     weight,  # (N, K), contiguous: pointer, or descriptor with blocks of (BLOCK_N, BLOCK_K)
@@ -52,15 +52,18 @@ def _linear_kernel(
     residual,  # (M, N), rows residual_stride apart: pointer, or descriptor with blocks as y's
     bias_ptr,  # (N,)
     colsum_ptr,  # (N,), float32
-    x_statistics_ptr,  # (M, ⌈K / TILE⌉, 2), float32, contiguous
+    scale_ptr,  # (N,)
+    x_statistics_ptr,  # (M, ⌈K / TILE⌉, 2), float32, rows x_statistics_pairs pairs apart
     y_statistics_ptr,  # (M, ⌈N / TILE⌉, 2), float32, contiguous
     M,
     N,
     K,
     x_stride,
+    x_statistics_pairs,
     residual_stride,
     eps,
     NORM: tl.constexpr,
+    SCALE: tl.constexpr,
     BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
@@ -110,15 +113,15 @@ def _linear_kernel(
         rstd = tl.zeros((BLOCK_M,), dtype=tl.float32)
         if NORM:
             rows = m0 + tl.arange(0, BLOCK_M)
-            mean, rstd = load_row_statistics(x_statistics_ptr, rows.to(tl.int64), rows < M, K, eps, X_TILES)
+            mean, rstd = load_row_statistics(x_statistics_ptr, rows, x_statistics_pairs, rows < M, K, eps, X_TILES)
 
         # The epilogue takes the tile in two halves: what it holds of them at a time, it needs half the memory for.
         halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)).split()
         for half in tl.static_range(2):  # pyright: ignore
             _epilogue(
                 halves[half], m0, n0 + half * (BLOCK_N // 2), mean, rstd,
-                y, residual, bias_ptr, colsum_ptr, y_statistics_ptr, M, N, residual_stride,
-                NORM, BIAS, ACTIVATION, RESIDUAL, STATISTICS, DESCRIPTORS, TILE, BLOCK_M, BLOCK_N // 2,
+                y, residual, bias_ptr, colsum_ptr, scale_ptr, y_statistics_ptr, M, N, residual_stride,
+                NORM, SCALE, BIAS, ACTIVATION, RESIDUAL, STATISTICS, DESCRIPTORS, TILE, BLOCK_M, BLOCK_N // 2,
             )  # fmt: skip
 
 
@@ -133,11 +136,13 @@ def _epilogue(
     residual,
     bias_ptr,
     colsum_ptr,
+    scale_ptr,
     y_statistics_ptr,
     M,
     N,
     residual_stride,
     NORM: tl.constexpr,
+    SCALE: tl.constexpr,
     BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
@@ -155,15 +160,17 @@ def _epilogue(
     if NORM:
         colsum = tl.load(colsum_ptr + columns, mask=inside_n, other=0.0).to(tl.float32)
         acc = rstd[:, None] * (acc - mean[:, None] * colsum[None, :])
+    if SCALE:
+        acc *= tl.load(scale_ptr + columns, mask=inside_n, other=0.0).to(tl.float32)[None, :]
     if BIAS:
         acc += tl.load(bias_ptr + columns, mask=inside_n, other=0.0).to(tl.float32)[None, :]
-    acc = activate(acc, ACTIVATION)
     if RESIDUAL:
         if DESCRIPTORS:
             acc += residual.load([m0, n0]).to(tl.float32)
         else:
             address = residual + rows[:, None].to(tl.int64) * residual_stride + columns[None, :]
             acc += tl.load(address, mask=inside, other=0.0).to(tl.float32)
+    acc = activate(acc, ACTIVATION)
 
     if DESCRIPTORS:
         out = acc.to(y.dtype)
@@ -191,6 +198,7 @@ def linear(
     residual: Tensor | None,
     row_statistics: Tensor | None,
     colsum: Tensor | None,
+    scale: Tensor | None,
     activation: str,
     eps: float,
     statistics: bool,
@@ -199,6 +207,7 @@ def linear(
     n, k = weight.shape
     x_rows, weight = _rows(x), weight.contiguous()
     residual_rows = None if residual is None else _rows(residual)
+    pairs = None if row_statistics is None else _pairs(row_statistics)
     m = len(x_rows)
     y = x.new_empty((*x.shape[:-1], n))
     y_statistics = empty_statistics(y, statistics)
@@ -223,15 +232,18 @@ def linear(
         residual_arg[0] if residual_arg else None,
         bias,
         colsum,
-        None if row_statistics is None else row_statistics.contiguous(),
+        scale,
+        pairs,
         y_statistics,
         m,
         n,
         k,
         x_rows.stride(0),
+        0 if pairs is None else pairs.stride(0) // 2,
         0 if residual_rows is None else residual_rows.stride(0),
         eps,
-        NORM=row_statistics is not None,
+        NORM=pairs is not None,
+        SCALE=scale is not None,
         BIAS=bias is not None,
         ACTIVATION=activation,
         RESIDUAL=residual is not None,
@@ -258,6 +270,12 @@ def _rows(x: Tensor) -> Tensor:
     """(…, K) as (M, K) with a contiguous last dimension: a view wherever there is one."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+
+
+def _pairs(row_statistics: Tensor) -> Tensor:
+    """(…, T, 2) as (M, 2 · T), rows a whole number of pairs apart: a view wherever there is one."""
+    rows = _rows(row_statistics.flatten(-2))
+    return rows if rows.stride(0) % 2 == 0 else rows.contiguous()
 
 
 def _served_by_copy_engine(rows: Tensor) -> bool:

@@ -30,9 +30,9 @@ from .reference import STATISTICS_TILE
 
 Impl = Literal["auto", "triton", "reference"]
 Precision = Literal["ieee", "tf32"]
-Activation = Literal["none", "quick_gelu", "gelu"]
+Activation = Literal["none", "quick_gelu", "gelu", "relu"]
 
-ACTIVATIONS: tuple[Activation, ...] = ("none", "quick_gelu", "gelu")
+ACTIVATIONS: tuple[Activation, ...] = ("none", "quick_gelu", "gelu", "relu")
 PATCH_K_STEP = 64  # the patch projection's K is padded with zeros to a multiple of this
 MAX_LAYER_NORM_WIDTH = 2048
 MAX_HEAD_DIM = 128
@@ -115,13 +115,14 @@ def linear(
     *,
     residual: Tensor | None = None,
     norm: tuple[Tensor, Tensor] | None = None,
+    scale: Tensor | None = None,
     activation: Activation = "none",
     eps: float = 1e-5,
     statistics: bool = False,
     precision: Precision = "ieee",
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """activation(x weightᵀ + bias) + residual, with the LayerNorm of x folded in where `norm` is given.
+    """activation(scale · x weightᵀ + bias + residual), with the LayerNorm of x folded in where `norm` is given.
 
     LN(x) Wᵀ + b = rstd · (x W′ᵀ − mean · colsum) + b′ with W′ = W diag(gain), colsum = W′ summed over K, and
     b′ = b + W · shift: the product reads the raw x, and the statistics enter afterwards.
@@ -130,9 +131,10 @@ def linear(
         x: (…, K); read in place where its rows are contiguous and one stride apart, copied first where not.
         weight: (N, K), x's dtype.
         bias: (N,), any float dtype.
-        residual: (…, N), x's dtype; added after the activation.
+        residual: (…, N), x's dtype; added before the activation.
         norm: row statistics of x, (…, T, 2) float32 as `layer_norm` and `linear` return them, and colsum (N,) float32,
             summed from the weight as rounded to its dtype.
+        scale: (N,), any float dtype: of the product's columns, as a batch norm's, which here rounds no weight.
         statistics: also return the row statistics of the result.
         precision: of products of float32 operands on a GPU: exact, or rounded to TF32.
 
@@ -152,8 +154,9 @@ def linear(
         wanted = (*rows, statistics_tiles(k), 2)
         _require(row_stats.shape == wanted, f"row statistics must be {list(wanted)}, got", row_stats)
         _require(colsum.shape == (n,), f"colsum must be [{n}], got", colsum)
-    _require_device(x=x, weight=weight, bias=bias, residual=residual, statistics=row_stats, colsum=colsum)
-    tensors = (x, weight, bias, residual, row_stats, colsum)
+    _require(scale is None or scale.shape == (n,), f"scale must be [{n}], got", scale)
+    _require_device(x=x, weight=weight, bias=bias, residual=residual, statistics=row_stats, colsum=colsum, scale=scale)
+    tensors = (x, weight, bias, residual, row_stats, colsum, scale)
     return _call("linear", impl, tensors, activation, eps, statistics, precision)
 
 
@@ -290,9 +293,13 @@ def _require_device(**tensors: Tensor | None) -> None:
 
 def triton_can_run(device: torch.device) -> bool:
     """Whether Triton is installed and can launch on `device`: a GPU, or any device under its interpreter."""
-    if importlib.util.find_spec("triton") is None:
-        return False
-    return device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    return (device.type == "cuda" or interpreted) and _triton_is_installed()
+
+
+@cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _call(name: str, impl: Impl, tensors: tuple[Tensor | None, ...], *options: Any) -> Any:
@@ -351,7 +358,7 @@ _SCHEMAS = {
     "patch_embed": "(Tensor images, Tensor weight, Tensor position, int patch_size, str precision) -> Tensor",
     "layer_norm": "(Tensor x, Tensor weight, Tensor bias, float eps, bool statistics) -> (Tensor, Tensor)",
     "linear": "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? row_statistics, Tensor? colsum, "
-    "str activation, float eps, bool statistics, str precision) -> (Tensor, Tensor)",
+    "Tensor? scale, str activation, float eps, bool statistics, str precision) -> (Tensor, Tensor)",
     "flash_attention": "(Tensor qkv, float scale, str precision) -> Tensor",
     "mean_token": "(Tensor features, Tensor position) -> Tensor",
     "attention_pool": "(Tensor query, Tensor first, Tensor rest, Tensor key_weight, Tensor value_weight, "
@@ -375,6 +382,7 @@ def _fake_linear(
     residual: Tensor | None,
     row_statistics: Tensor | None,
     colsum: Tensor | None,
+    scale: Tensor | None,
     activation: str,
     eps: float,
     statistics: bool,

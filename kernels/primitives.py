@@ -10,17 +10,19 @@ from .reference import STATISTICS_TILE
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _SQRT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
 _QUICK_GELU_SLOPE: tl.constexpr = tl.constexpr(1.702)
-_TILE: tl.constexpr = tl.constexpr(STATISTICS_TILE)
+TILE: tl.constexpr = tl.constexpr(STATISTICS_TILE)
 
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """QuickGELU x · σ(1.702 x), exact GELU x · Φ(x) (Hendrycks & Gimpel 2016, section 2), or x itself; in float32."""
+    """QuickGELU x · σ(1.702 x), GELU x · Φ(x) (Hendrycks & Gimpel 2016, section 2), ReLU, or x itself; in float32."""
     if ACTIVATION == "quick_gelu":
         # Far below zero exp2 overflows to infinity and the quotient is −0, the right limit.
         x = x / (1.0 + tl.exp2(x * -(_QUICK_GELU_SLOPE * LOG2_E)))
     elif ACTIVATION == "gelu":
         x = 0.5 * x * (1.0 + tl.erf(x * _SQRT_HALF))
+    elif ACTIVATION == "relu":
+        x = tl.where(x < 0, 0.0, x)  # a NaN stays one
     return x
 
 
@@ -30,7 +32,7 @@ def tile_statistics(x, count):
 
     x (…, T, STATISTICS_TILE) float32, zero beyond a tile's `count` (T,) of columns -> two tensors (…, T).
     """
-    columns = tl.arange(0, _TILE)
+    columns = tl.arange(0, TILE)
     inside = columns[None, :] < count[:, None]
     divisor = tl.maximum(count, 1).to(tl.float32)  # a tile that is padding has no columns
     mean = tl.sum(x, axis=-1) / divisor
@@ -54,20 +56,20 @@ def merge_statistics(mean, m2, count, width, eps):
 @triton.jit
 def tile_counts(T: tl.constexpr, width):
     """How many of each tile's columns are a row's own: (T,), STATISTICS_TILE but for the last, zero beyond `width`."""
-    return tl.minimum(tl.maximum(width - tl.arange(0, T) * _TILE, 0), _TILE)
+    return tl.minimum(tl.maximum(width - tl.arange(0, T) * TILE, 0), TILE)
 
 
 @triton.jit
-def load_row_statistics(statistics_ptr, rows, inside, width, eps, T: tl.constexpr):
+def load_row_statistics(statistics_ptr, rows, row_pairs, inside, width, eps, T: tl.constexpr):
     """Mean and 1 / √(variance + eps) of some rows of `width` elements, from the statistics of their tiles.
 
-    statistics_ptr (M, ⌈width / TILE⌉, 2) float32, contiguous; rows (S,), read where `inside` (S,); T the number of
-    tiles, rounded up to a power of two -> two tensors (S,).
+    statistics_ptr (M, ⌈width / TILE⌉, 2) float32, a row contiguous and row_pairs pairs from the next; rows (S,), read
+    where `inside` (S,); T the number of tiles, rounded up to a power of two -> two tensors (S,).
     """
     tile = tl.arange(0, T)
-    tiles = tl.cdiv(width, _TILE)
+    tiles = tl.cdiv(width, TILE)
     # (S, T, 2): mean and squared deviations lie side by side
-    offsets = (rows[:, None].to(tl.int64) * tiles + tile[None, :]) * 2
+    offsets = (rows[:, None].to(tl.int64) * row_pairs + tile[None, :]) * 2
     address = statistics_ptr + offsets[:, :, None] + tl.arange(0, 2)[None, None, :]
     mask = (inside[:, None] & (tile < tiles)[None, :])[:, :, None]
     mean, m2 = tl.load(address, mask=mask, other=0.0).split()

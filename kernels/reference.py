@@ -10,6 +10,8 @@ Shapes: B images, N tokens, G = N − 1 of them patches, W width, H heads, D hea
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,6 +37,14 @@ def layer_norm(
     return y, row_statistics(y) if statistics else _no_statistics(x)
 
 
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
+
+
 def linear(
     x: Tensor,
     weight: Tensor,
@@ -42,6 +52,7 @@ def linear(
     residual: Tensor | None = None,
     row_stats: Tensor | None = None,
     colsum: Tensor | None = None,
+    scale: Tensor | None = None,
     activation: str = "none",
     eps: float = 1e-5,
     statistics: bool = False,
@@ -51,12 +62,13 @@ def linear(
     if row_stats is not None and colsum is not None:
         mean, rstd = merge_statistics(row_stats, x.shape[-1], eps)
         y = rstd[..., None] * (y - mean[..., None] * colsum)
+    if scale is not None:
+        y = y * scale
     if bias is not None:
         y = y + bias
-    y = {"none": lambda z: z, "quick_gelu": lambda z: z * torch.sigmoid(1.702 * z), "gelu": F.gelu}[activation](y)
     if residual is not None:
         y = y + residual
-    y = y.to(x.dtype)
+    y = _ACTIVATIONS[activation](y).to(x.dtype)
     return y, row_statistics(y) if statistics else _no_statistics(x)
 
 
@@ -91,9 +103,9 @@ def attention_pool(
     tokens = tokens.to(first.dtype)
     k = torch.einsum("bnw,hdw->bhnd", tokens, key_weight)
     v = torch.einsum("bnw,hdw->bhnd", tokens, value_weight)
+    v = (_wide(v) + value_bias.view(*query.shape[1:])[:, None]).to(v.dtype)
     scores = _wide(torch.einsum("bhd,bhnd->bhn", query, k)) * scale
-    pooled = torch.einsum("bhn,bhnd->bhd", scores.softmax(dim=-1).to(v.dtype), v)
-    return (_wide(pooled.flatten(1)) + value_bias).to(first.dtype)  # probabilities sum to one: the bias is added once
+    return torch.einsum("bhn,bhnd->bhd", scores.softmax(dim=-1).to(v.dtype), v).flatten(1)
 
 
 def row_statistics(x: Tensor) -> Tensor:

@@ -59,9 +59,12 @@ class Launch:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
-# op -> dtype -> architecture -> launch; what an architecture does not list it takes from the one named in _LIKE.
-# "half" stands for float16 and bfloat16, "tf32" for float32 on tensor cores.
-_TABLE: dict[str, dict[str, dict[str, Launch]]] = {
+Table = dict[str, dict[str, dict[str, Launch]]]  # op -> kind of dtype -> architecture -> launch
+
+# What an architecture does not list it takes from the one named in _LIKE. "half" stands for float16 and bfloat16,
+# "tf32" for float32 on tensor cores; "flash_attention_64" for head sizes to 64, "_128" to 128. With one stage where
+# wgmma wants TF32 values transposed: copies of 4 bytes are in its way. `bench/tune.py` writes this.
+TABLE: Table = {
     "linear": {
         "half": {
             "sm_80": Launch(128, 128, 64, num_warps=8, num_stages=3),
@@ -69,36 +72,48 @@ _TABLE: dict[str, dict[str, dict[str, Launch]]] = {
             "sm_90": Launch(128, 256, 64, num_warps=8, num_stages=3),
             "gfx942": Launch(128, 128, 64, num_warps=8, num_stages=2),
         },
-        "float32": {"sm_80": Launch(64, 128, 32, num_warps=8, num_stages=2)},
-        "tf32": {"sm_80": Launch(128, 128, 32, num_warps=8, num_stages=2)},
+        "float32": {
+            "sm_80": Launch(64, 128, 32, num_warps=8, num_stages=2),
+        },
+        "tf32": {
+            "sm_80": Launch(128, 128, 32, num_warps=8, num_stages=2),
+        },
     },
     "patch_embed": {
         "half": {
             "sm_80": Launch(128, 128, 64, num_warps=8, num_stages=3),
             "gfx942": Launch(128, 128, 64, num_warps=8, num_stages=2),
         },
-        "float32": {"sm_80": Launch(64, 64, 32, num_warps=8, num_stages=2)},
-        "tf32": {"sm_80": Launch(64, 64, 32, num_warps=4, num_stages=2)},
+        "float32": {
+            "sm_80": Launch(64, 64, 32, num_warps=8, num_stages=2),
+        },
+        "tf32": {
+            "sm_80": Launch(64, 64, 32, num_warps=4, num_stages=2),
+        },
     },
-    "flash_attention_64": {  # head sizes to 64
-        "half": {"sm_80": Launch(128, 64, 0, num_warps=4, num_stages=3)},
-        "float32": {"sm_80": Launch(64, 32, 0, num_warps=8, num_stages=2)},
+    "flash_attention_64": {
+        "half": {
+            "sm_80": Launch(128, 64, 0, num_warps=4, num_stages=3),
+        },
+        "float32": {
+            "sm_80": Launch(64, 32, 0, num_warps=8, num_stages=2),
+        },
         "tf32": {
             "sm_80": Launch(64, 32, 0, num_warps=4, num_stages=2),
-            "sm_90": Launch(
-                64, 32, 0, num_warps=4, num_stages=1
-            ),  # wgmma wants v transposed: copies of 4 bytes in more
+            "sm_90": Launch(64, 32, 0, num_warps=4, num_stages=1),
             "gfx942": Launch(64, 32, 0, num_warps=4, num_stages=1),
         },
     },
-    "flash_attention_128": {  # head sizes to 128
+    "flash_attention_128": {
         "half": {
             "sm_80": Launch(128, 64, 0, num_warps=8, num_stages=3),
             "sm_86": Launch(128, 64, 0, num_warps=8, num_stages=2),
             "sm_90": Launch(128, 64, 0, num_warps=8, num_stages=3),
             "gfx942": Launch(128, 32, 0, num_warps=8, num_stages=2),
         },
-        "float32": {"sm_80": Launch(64, 16, 0, num_warps=8, num_stages=2)},
+        "float32": {
+            "sm_80": Launch(64, 16, 0, num_warps=8, num_stages=2),
+        },
         "tf32": {
             "sm_80": Launch(64, 32, 0, num_warps=8, num_stages=2),
             "sm_90": Launch(64, 32, 0, num_warps=8, num_stages=1),
@@ -127,10 +142,13 @@ def assume(name: str) -> Iterator[Target]:
 
 
 def launch_for(op: str, dtype: torch.dtype, target: Target, precision: str = "ieee") -> Launch:
-    """The table's entry for `op` on `target`."""
-    kind = "half" if dtype.itemsize == 2 else "tf32" if precision == "tf32" else "float32"
-    entries = _TABLE[op][kind]
-    name = target.name
+    """The table's entry for `op` in `dtype` on `target`."""
+    return entry(op, "half" if dtype.itemsize == 2 else "tf32" if precision == "tf32" else "float32", target)
+
+
+def entry(op: str, kind: str, target: Target) -> Launch:
+    """The table's entry for `op` in a kind of dtype, or that of the architecture which `target` is like."""
+    entries, name = TABLE[op][kind], target.name
     while name not in entries:
         name = _LIKE[name]
     return entries[name]

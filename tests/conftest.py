@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
+import random
+
+import numpy as np
+import pytest
 import torch
+from interpreter import import_kernels_interpreted
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--compatibility", metavar="FILE", help="where tests/test_compatibility.py writes its table")
+    parser.addoption("--seed", type=int, help="of every test's random data, which is otherwise fresh")
+
+
+@pytest.fixture(autouse=True)
+def _random_data(request: pytest.FixtureRequest) -> None:
+    """Fresh in every run; the report of a test that fails says how to have the same again."""
+    seed = request.config.getoption("--seed")
+    seed = random.SystemRandom().randrange(2**32) if seed is None else seed
+    print(f"random data of --seed {seed}")
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 (what tests and packages draw from)
+    torch.manual_seed(seed)
 
 
 def _declare_torchvision_operators() -> None:
@@ -21,3 +42,5 @@ def _declare_torchvision_operators() -> None:
 
 
 _declare_torchvision_operators()
+if not torch.cuda.is_available():
+    import_kernels_interpreted()

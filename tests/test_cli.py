@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import signal
 import subprocess
 import sys
+import tarfile
 import warnings
 from pathlib import Path
 
@@ -164,6 +167,54 @@ def test_rows_agree_with_openai_clip(tmp_path: Path) -> None:
     assert_allclose(rows.norm(dim=1), expected.norm(dim=1), rtol=1e-3)
 
 
+def test_paths_come_from_a_file_or_standard_input(
+    folder: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "names").write_text(f"{ALL[3]}\n{ALL[0]}\n")
+    assert encode(checkpoint, ALL[1], "--files-from", "names") == 0
+    assert (folder / "paths.txt").read_text("utf-8").splitlines() == [ALL[1], ALL[3], ALL[0]]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{ALL[4]}\0{ALL[2]}\0".encode())))
+    assert encode(checkpoint, "--files-from", "-") == 0
+    assert (folder / "paths.txt").read_text("utf-8").splitlines() == [ALL[4], ALL[2]]
+
+
+def test_a_tar_becomes_rows_of_one_file(folder: Path, checkpoint: Path) -> None:
+    with tarfile.open("t.tar", "w") as tar:
+        tar.add("photos/1.png", "1.png")
+        tar.add("photos/3.png", "3.png")
+    assert encode(checkpoint, "t.tar") == 0
+    assert (folder / "paths.txt").read_text("utf-8").splitlines() == ["t.tar/1.png", "t.tar/3.png"]
+    assert_allclose(np.load("embeddings.npy"), expected_rows(checkpoint, [ALL[1], ALL[3]]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_folder_of_shards_and_what_is_said(
+    folder: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert encode(checkpoint, "photos", "--output", "out/", "--workers", "0", "--json") == 0
+    assert_allclose(np.load("out/img_emb/img_emb_0000.npy"), expected_rows(checkpoint, ALL), rtol=1e-4, atol=1e-5)
+    said = capsys.readouterr()
+    assert "5/5" in said.err
+    assert "-bound, 0 errors" in said.err
+    assert "out/: complete, 5 images, 0 failed, 0 by earlier runs" in said.err
+    summary = json.loads(said.out)
+    assert {name: summary[name] for name in ("output", "complete", "images", "failed", "resumed")} == {
+        "output": "out/",
+        "complete": True,
+        "images": 5,
+        "failed": 0,
+        "resumed": 0,
+    }
+    assert encode(checkpoint, "photos", "--output", "out", "--workers", "0", "--resume", "--quiet") == 0
+    assert capsys.readouterr() == ("", "")
+
+
+def test_json_of_a_small_job(folder: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "photos" / "bad.jpg").touch()
+    assert encode(checkpoint, "photos", "--json", "--quiet") == 1
+    summary = {"output": "embeddings.npy", "complete": True, "images": 6, "failed": 1}
+    assert json.loads(capsys.readouterr().out) == summary
+
+
 # --- encode: what goes wrong -----------------------------------------------------------------------------------------
 
 
@@ -237,6 +288,36 @@ def test_no_image_is_an_error_before_any_work(
     monkeypatch.setattr(cli, "load", no_model)
     assert encode(Path("m.pt"), *arguments) == 2
     assert written(folder) == {"nothing"}
+    assert "error: no image found" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--resume"], "--resume: for an --output that is a folder"),
+        (["--shard-size", "3", "--normalize"], "--shard-size, --normalize: for an --output"),
+        (["--output", "e.parquet", "--resume"], "--resume and --devices are for an --output that is a folder"),
+        (["--output", "out/", "--device", "cpu", "--devices", "cpu"], "--device and --devices exclude each other"),
+        (["--output", "photos/"], "photos is not empty and holds no earlier run"),
+        (["--output", "gone/e.parquet"], "folder gone does not exist"),
+        (["--files-from", "gone.txt"], "gone.txt"),
+    ],
+)
+def test_options_that_do_not_go_together_are_an_error_before_any_work(
+    folder: Path,
+    options: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(cli, "load", no_model)
+    assert encode(Path("m.pt"), "photos", *options) == 2
+    assert written(folder) == set()
+    assert said in capsys.readouterr().err
+
+
+def test_neither_path_nor_list_is_an_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert encode(Path("m.pt")) == 2
     assert "error: no image found" in capsys.readouterr().err
 
 
@@ -318,7 +399,6 @@ def test_a_fault_of_the_program_is_not_hidden(folder: Path, checkpoint: Path, mo
         ["unknown"],
         ["encode"],
         ["encode", "photos"],
-        ["encode", "--model", "m.pt"],
         ["encode", "photos", "--model", "m.pt", "--batch-size", "0"],
         ["encode", "photos", "--model", "m.pt", "--batch-size", "many"],
         ["encode", "photos", "--model", "m.pt", "--dtype", "int8"],
@@ -326,6 +406,12 @@ def test_a_fault_of_the_program_is_not_hidden(folder: Path, checkpoint: Path, mo
         ["encode", "photos", "--model", "m.pt", "--device", "toaster"],
         ["encode", "photos", "--model", "m.pt", "--device", "cuda:99"],
         ["encode", "photos", "--model", "m.pt", "--device", "meta"],
+        ["encode", "photos", "--model", "m.pt", "--devices", "cpu,toaster"],
+        ["encode", "photos", "--model", "m.pt", "--shard-size", "0"],
+        ["encode", "photos", "--model", "m.pt", "--workers", "-1"],
+        ["encode", "photos", "--model", "m.pt", "--time-limit", "0"],
+        ["encode", "photos", "--model", "m.pt", "--time-limit", "soon"],
+        ["encode", "photos", "--model", "m.pt", "--embedding-dtype", "bfloat16"],
     ],
 )
 def test_wrong_usage(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -365,9 +451,9 @@ def test_help_of_encode_explains_files_and_exit_statuses(capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         cli.main(["encode", "--help"])
     text = capsys.readouterr().out
-    for word in ("embeddings.npy", "paths.txt", "errors.txt", "not normalised"):
+    for word in ("embeddings.npy", "paths.txt", "errors.txt", "not normalised", "img_emb_0000.npy", "errors.jsonl"):
         assert word in text
-    for status in (0, 1, 2, 130):
+    for status in (0, 1, 2, 3, 130):
         assert f"\n  {status} " in text
 
 

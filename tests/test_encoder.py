@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import pickle
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from torch import Tensor
 from towers import random_tower, relative_error
 
 import clip_fast
-from clip_fast import encoder, vit_cpu
+from clip_fast import vit_cpu
 from clip_fast.config import IMAGE_MEAN, IMAGE_STD, ResNetConfig, VitConfig
 from clip_fast.encoder import ImageEncoder
 
@@ -53,8 +56,11 @@ def test_embeddings(config: VitConfig | ResNetConfig, dtype: torch.dtype, images
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("tf32", 1e-5), ("bf16", 0.05), ("fp16", 0.01)])
-def test_precision_is_apart_from_the_embeddings_dtype(precision: str, bound: float, images: Tensor) -> None:
-    model = make(precision=precision)
+@pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
+def test_precision_is_apart_from_the_embeddings_dtype(
+    config: VitConfig | ResNetConfig, precision: str, bound: float, images: Tensor
+) -> None:
+    model = make(config, precision=precision)
     embeddings = model.encode_image(images)
     assert embeddings.dtype == torch.float32
     error = relative_error(embeddings, exact(model, images))
@@ -107,8 +113,6 @@ def test_what_makes_no_sense_is_named(images: Tensor) -> None:
         resnet.hidden_state(images, 0)
     with pytest.raises(ValueError, match=r"precision must be one of .*, got 'half'"):
         make(precision="half")
-    with pytest.raises(ValueError, match="a ResNet computes in the dtype of its weights"):
-        make(RESNET, precision="bf16")
 
 
 @pytest.mark.parametrize("image_size", [32, 96, 70])
@@ -143,55 +147,185 @@ def test_an_image_size_that_cannot_be(tmp_path: Path) -> None:
 # --- never stale -----------------------------------------------------------------------------------------------------
 
 
+def _weight(model: ImageEncoder) -> Any:
+    """One of the last, which every embedding depends on."""
+    visual: Any = model.visual
+    return visual.proj if isinstance(model.config, VitConfig) else visual.attnpool.c_proj.weight
+
+
 def _load(model: ImageEncoder) -> None:
-    model.visual.load_state_dict(random_tower(VIT).state_dict())
+    model.visual.load_state_dict(random_tower(model.config).state_dict())
 
 
 def _assign(model: ImageEncoder) -> None:
-    model.visual.load_state_dict(random_tower(VIT).state_dict(), assign=True)
+    model.visual.load_state_dict(random_tower(model.config).state_dict(), assign=True)
 
 
 def _edit(model: ImageEncoder) -> None:
     with torch.no_grad():
-        model.visual.proj[3] += 1  # type: ignore[index, union-attr]
+        _weight(model)[3] += 1
 
 
 def _edit_in_inference_mode(model: ImageEncoder) -> None:
     with torch.inference_mode():
-        model.visual.proj.mul_(-1)  # type: ignore[union-attr, operator]
-
-
-def _replace(model: ImageEncoder) -> None:
-    model.visual.proj = torch.nn.Parameter(torch.randn(128, 32))  # type: ignore[assignment]
+        _weight(model).mul_(-1)
 
 
 def _set_data(model: ImageEncoder) -> None:
-    model.visual.proj.data = torch.randn(128, 32)  # type: ignore[union-attr]
+    _weight(model).data = torch.randn_like(_weight(model))
 
 
-def _train(model: ImageEncoder) -> None:
+def _set_data_to_the_same_address(model: ImageEncoder) -> None:
+    """Memory that is given back comes again, and tells nothing."""
+    weight = _weight(model)
+    shape, address = weight.shape, weight.data_ptr()
+    kept = []
+    for _ in range(1000):
+        weight.data = torch.zeros(1)
+        weight.data = torch.randn(shape)
+        if weight.data_ptr() == address:
+            return
+        kept.append(torch.empty(shape[0]))
+
+
+def _train(model: ImageEncoder, **options: bool) -> None:
     model.requires_grad_(True)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=0.1)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=0.1, **options)  # type: ignore[arg-type]
     model.encode_image(torch.randn(2, 3, 64, 64)).square().sum().backward()
     optimiser.step()
     model.requires_grad_(False)
+
+
+def _train_fused(model: ImageEncoder) -> None:
+    _train(model, fused=True)
+
+
+def _train_foreach(model: ImageEncoder) -> None:
+    _train(model, foreach=True)
 
 
 def _narrow_and_back(model: ImageEncoder) -> None:
     model.to(torch.bfloat16).to(torch.float32)
 
 
-CHANGES = (_load, _assign, _edit, _edit_in_inference_mode, _replace, _set_data, _train, _narrow_and_back)
+def _replace_the_tower(model: ImageEncoder) -> None:
+    model.visual = random_tower(model.config)
 
 
+CHANGES = (
+    _load, _assign, _edit, _edit_in_inference_mode, _set_data, _set_data_to_the_same_address, _train, _train_fused,
+    _train_foreach, _narrow_and_back, _replace_the_tower,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_changed_weights_are_seen(change: Callable[[ImageEncoder], None], images: Tensor) -> None:
+def test_changed_weights_are_seen(
+    change: Callable[[ImageEncoder], None], config: VitConfig | ResNetConfig, images: Tensor
+) -> None:
+    model = make(config)
+    before = model.encode_image(images)
+    change(model)
+    with torch.no_grad():
+        after = model.encode_image(images)
+    assert relative_error(after, exact(model, images)) < 1e-5
+    assert relative_error(before, after) > 1e-4
+
+
+def _replace_ln_post(visual: Any) -> None:
+    visual.ln_post = torch.nn.LayerNorm(128, eps=1e-5)
+
+
+def _replace_a_block(visual: Any) -> None:
+    visual.transformer.resblocks[1] = random_tower(VIT).transformer.resblocks[0]  # type: ignore[index, union-attr]
+
+
+def _replace_a_parameter(visual: Any) -> None:
+    visual.proj = torch.nn.Parameter(torch.randn(128, 32))
+
+
+@pytest.mark.parametrize("change", [_replace_ln_post, _replace_a_block, _replace_a_parameter])
+def test_replaced_parts_are_seen(change: Callable[[Any], None], images: Tensor) -> None:
+    model = make()
+    before = model.encode_image(images)
+    change(model.visual)
+    with torch.no_grad():
+        after = model.encode_image(images)
+    assert relative_error(after, exact(model, images)) < 1e-5
+    assert relative_error(before, after) > 1e-4
+
+
+class Doubling(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
+def _another_module(model: Any) -> None:
+    model.visual.ln_post = Doubling()
+
+
+def _a_hook(model: Any) -> None:
+    model.visual.ln_post.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def _a_hook_on_the_tower(model: Any) -> None:
+    model.visual.register_forward_hook(lambda module, args, output: output * 2)
+
+
+def _a_parametrisation(model: Any) -> None:
+    torch.nn.utils.parametrize.register_parametrization(model.visual.ln_post, "weight", Doubling())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (_another_module, "visual.ln_post is a Doubling"),
+        (_a_hook, "hooks are registered"),
+        (_a_hook_on_the_tower, "hooks are registered"),
+        (_a_parametrisation, "visual.ln_post"),
+    ],
+)
+def test_what_the_fast_path_does_not_know_the_plain_tower_does(
+    change: Callable[[Any], None], reason: str, images: Tensor
+) -> None:
     model = make()
     before = model.encode_image(images)
     change(model)
-    after = model.encode_image(images)
-    assert relative_error(after, exact(model, images)) < 1e-5
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match=f"the plain tower runs, not the fast one: {reason}"):
+            after = model.encode_image(images)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # it is said once
+            assert torch.equal(model.encode_image(images), after)
+        assert torch.equal(after, model.visual(images))
     assert relative_error(before, after) > 1e-4
+
+
+def test_batch_norms_in_training_use_their_batch(images: Tensor) -> None:
+    model = make(RESNET)
+    before = model.encode_image(images)
+    model.train()
+    with pytest.warns(UserWarning, match="its batch norms are in training mode"):
+        during = model.encode_image(images)
+    assert relative_error(before, during) > 1e-3
+    model.eval()
+    assert relative_error(model.encode_image(images), exact(model, images)) < 1e-5  # running statistics have moved
+
+
+def test_weights_made_in_inference_mode(images: Tensor) -> None:
+    """A copy has weights of its own that count their changes; of others nothing is known, and they are always read."""
+    model = make()
+    with torch.inference_mode():
+        twin = copy.deepcopy(model)
+        twin.encode_image(images)
+        twin.visual.load_state_dict(random_tower(VIT).state_dict())
+        assert relative_error(twin.encode_image(images), exact(twin, images)) < 1e-5
+        state = {name: tensor.clone() for name, tensor in random_tower(VIT).state_dict().items()}
+        model.visual.load_state_dict(state, assign=True)
+        with pytest.warns(UserWarning, match="weights were made in inference mode"):
+            model.encode_image(images)
+        model.visual.proj.mul_(-1)  # type: ignore[union-attr, operator]
+        assert relative_error(model.encode_image(images), exact(model, images)) < 1e-5
 
 
 def test_a_change_of_dtype_is_seen(images: Tensor) -> None:
@@ -279,7 +413,7 @@ def test_threads_get_their_own_results() -> None:
 def test_a_large_batch_goes_in_parts(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
     wanted = model.encode_image(images)
-    monkeypatch.setattr(encoder, "_CPU_BATCH", 2)
+    monkeypatch.setattr(vit_cpu, "ROWS_AT_A_TIME", 2 * model.config.tokens)
     assert relative_error(model.encode_image(images), wanted) < 1e-6
 
 
@@ -287,32 +421,92 @@ def test_out_of_memory_is_answered_by_halving() -> None:
     model = make()
     sizes: list[int] = []
 
-    def run(part: Tensor) -> Tensor:
+    def run(part: Tensor) -> tuple[Tensor, ...]:
         sizes.append(len(part))
         if len(part) > 3:
             raise torch.OutOfMemoryError
-        return part
+        return (part,)
 
     x = torch.arange(10.0)[:, None]
-    assert torch.equal(model._in_parts(x, run)[0], x)
-    assert sizes == [10, 5, 3, 3, 3, 1]
+    assert torch.equal(model._engine.in_parts(x, run)[0], x)
+    assert sizes == [10, 5, 3, 3, 2, 2]
 
-    def never(part: Tensor) -> Tensor:
+    def never(part: Tensor) -> tuple[Tensor, ...]:
         raise torch.OutOfMemoryError
 
     with pytest.raises(torch.OutOfMemoryError):
-        model._in_parts(x, never)
+        model._engine.in_parts(x, never)
 
 
-def test_torch_compile(images: Tensor) -> None:
-    model = make(dataclasses.replace(VIT, layers=2))
-    wanted = model.encode_image(images)
-    compiled = torch.compile(model, backend="eager")
-    assert relative_error(compiled(images), wanted) < 1e-6
+@pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
+def test_what_fits_into_a_gpus_memory(config: VitConfig | ResNetConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make(config)._engine
+
+    class Images:
+        device, is_cuda = torch.device("cuda"), True
+
+        def __len__(self) -> int:
+            return 10**6
+
+    million: Any = Images()
+    for name, value in (("mem_get_info", (2**29, 2**33)), ("memory_reserved", 2**30), ("memory_allocated", 2**29)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    fitting = engine._fitting(million, "encode")
+    bytes_of_an_image = 0.8 * 2**30 / fitting
+    floats = (
+        17 * 128 * 8 if config is VIT else 4 * 4 * 32 * 32
+    )  # 4 widths and an MLP of 4; two maps at a quarter, twice
+    assert bytes_of_an_image == pytest.approx(4 * (floats + 32), rel=0.01)
+    if config is VIT:
+        assert engine._fitting(million, "hidden_states") < fitting
 
 
-def test_the_fast_path_runs(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+MODES = ("no_grad", "frozen", "trainable")
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("config", [dataclasses.replace(VIT, layers=1), RESNET], ids=["vit", "resnet"])
+def test_torch_compile_sees_one_graph(config: VitConfig | ResNetConfig, mode: str, images: Tensor) -> None:
+    torch.compiler.reset()
+    model = make(config).requires_grad_(mode == "trainable")
+    wanted = exact(model, images)
+    compiled = torch.compile(lambda x: model(x) * 2, backend="eager", fullgraph=True)
+    with torch.no_grad() if mode == "no_grad" else contextlib.nullcontext():
+        got = compiled(images)
+    assert got.requires_grad == (mode == "trainable")
+    assert relative_error(got.detach() / 2, wanted) < 1e-5
+
+
+def test_a_compiled_graph_sees_what_has_happened_since(images: Tensor) -> None:
+    torch.compiler.reset()
+    model = make(dataclasses.replace(VIT, layers=1))
+    compiled = torch.compile(lambda x: model(x), backend="eager", fullgraph=True)
+    compiled(images)
+    _edit(model)
+    assert relative_error(compiled(images), exact(model, images)) < 1e-5
+    _replace_ln_post(model.visual)
+    with torch.no_grad():
+        assert relative_error(compiled(images), exact(model, images)) < 1e-5
+    _a_hook(model)
+    with torch.no_grad(), pytest.warns(UserWarning, match="hooks are registered"):
+        assert torch.equal(compiled(images), model.visual(images))
+
+
+def test_the_precision_is_what_it_was_made_with() -> None:
+    model = make(precision="bf16")
+    assert model.precision == "bf16"
+    with pytest.raises(AttributeError):
+        model.precision = "fp32"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
+def test_the_fast_path_runs(config: VitConfig | ResNetConfig, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """The results above are not the plain tower's own."""
-    model = make(mean=IMAGE_MEAN, std=IMAGE_STD)
-    monkeypatch.setattr(model.visual, "forward", None)
+    model = make(config, mean=IMAGE_MEAN, std=IMAGE_STD)
+    for name in ("forward", "encode_tokens", "hidden_state"):
+        monkeypatch.setattr(model.visual, name, None, raising=False)
     model.encode_image(images)
+    if config is VIT:
+        model.encode_image(images, return_patch_tokens=True)
+        model.hidden_state(images, 1)

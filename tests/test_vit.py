@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from towers import random_tower, relative_error, worst_cosine
 
-from clip_fast import reference, vit, vit_cpu
+from clip_fast import cpu, reference, vit, vit_cpu
 from clip_fast.config import IMAGE_MEAN, IMAGE_STD, OPEN_CLIP_MODELS, OPENAI_MODELS, VitConfig
 from clip_fast.kernels import reference as kernel_oracles
 
@@ -49,6 +49,21 @@ def _no_gradients() -> object:
         yield
 
 
+# True numbers of tokens and true widths.
+FULL = {
+    **{
+        name: dataclasses.replace(config, layers=2)
+        for name, config in OPENAI_MODELS.items()
+        if isinstance(config, VitConfig)
+    },
+    **{
+        name: dataclasses.replace(config, layers=2)
+        for name, config in OPEN_CLIP_MODELS.items()
+        if isinstance(config, VitConfig) and config.width >= 1280
+    },
+}
+
+
 def check(line: Line, config: VitConfig, dtype: torch.dtype, outliers: bool = False) -> None:
     tower = random_tower(config, outliers)
     batch = 2 if dtype == torch.float32 else 8  # a half-precision bound is tight, and wants a steady statistic
@@ -79,6 +94,55 @@ def test_float32(name: str, line: Line) -> None:
 @pytest.mark.parametrize("name", ["ViT-B/32", "ViT-L/14"])
 def test_half_precision(name: str, line: Line, dtype: torch.dtype) -> None:
     check(line, CONFIGS[name], dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL)
+def test_full_size(name: str) -> None:
+    config = FULL[name]
+    tower = random_tower(config)
+    images = torch.randn(1, 3, config.image_size, config.image_size)
+    results = [line(tower.state_dict(), config, torch.float32, images, "encode") for line in (by_ops, by_cpu)]
+    plain = tower(images)
+    exact = tower.double()(images.double())
+    for got in results:
+        assert relative_error(got, exact) <= 2 * relative_error(plain, exact)  # type: ignore[arg-type]
+        assert worst_cosine(got, exact) >= 0.9999  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("line", [by_ops, by_cpu])
+@pytest.mark.parametrize("name", ["ViT-B/32", "ViT-B/16"])
+def test_no_less_accurate_than_openai_clip_itself(name: str, line: Line) -> None:
+    towers = pytest.importorskip("clip.model", reason="openai-clip is not installed")
+    config = CONFIGS[name]
+    theirs = towers.VisionTransformer(
+        config.image_size, config.patch_size, config.width, config.layers, config.heads, config.embed_dim
+    ).eval()
+    tower = random_tower(config)
+    theirs.load_state_dict(tower.state_dict())
+    images = torch.randn(2, 3, config.image_size, config.image_size)
+    got, own = line(tower.state_dict(), config, torch.float32, images, "encode"), theirs(images)
+    exact = tower.double()(images.double())
+    assert relative_error(got, exact) <= 2 * relative_error(own, exact)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("line", [by_ops, by_cpu])
+def test_no_less_accurate_than_open_clip_itself_in_half_precision(line: Line, dtype: torch.dtype) -> None:
+    """openai-clip computes in no half precision on a CPU; open_clip does."""
+    towers = pytest.importorskip("open_clip.transformer", reason="open_clip is not installed")
+    config = dataclasses.replace(CONFIGS["ViT-B/32"], image_size=96)
+    theirs = towers.VisionTransformer(
+        config.image_size, config.patch_size, config.width, config.layers, config.heads, config.mlp_ratio,
+        output_dim=config.embed_dim, act_layer=towers.QuickGELU,
+    ).eval().to(dtype)  # fmt: skip
+    tower = random_tower(config)
+    theirs.load_state_dict(tower.state_dict())
+    tower.load_state_dict(theirs.state_dict())  # both read the rounded weights
+    images = torch.randn(8, 3, config.image_size, config.image_size).to(dtype)
+    got, own = line(theirs.state_dict(), config, dtype, images, "encode"), theirs(images)
+    exact = tower.double()(images.double())
+    assert relative_error(got, exact) <= 1.1 * relative_error(own, exact)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("line", [by_ops, by_cpu])
@@ -162,5 +226,5 @@ def test_without_onednn_the_cpu_line_is_the_same(monkeypatch: pytest.MonkeyPatch
     tower = random_tower(SMALL)
     images = torch.randn(2, 3, 64, 64)
     fused = by_cpu(tower.state_dict(), SMALL, torch.float32, images)
-    monkeypatch.setattr(vit_cpu, "can_fuse", lambda dtype: False)
+    monkeypatch.setattr(cpu, "can_fuse", lambda dtype: False)
     assert relative_error(by_cpu(tower.state_dict(), SMALL, torch.float32, images), fused) < 1e-5  # type: ignore[arg-type]

@@ -19,6 +19,11 @@ def random_tower(config: Config, outliers: bool = False) -> reference.VisionTran
         for name, tensor in tower.named_parameters():
             if tensor.ndim == 1:
                 tensor.copy_(torch.randn_like(tensor) * 0.2 + (1 if name.endswith("weight") else 0))
+        for name, tensor in tower.named_buffers():
+            if name.endswith("running_mean"):
+                tensor.normal_()
+            elif name.endswith("running_var"):
+                tensor.copy_(torch.randn_like(tensor).exp())
         if outliers:
             assert isinstance(tower, reference.VisionTransformer)
             for block in tower.transformer.resblocks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -58,14 +59,16 @@ def read(monkeypatch: pytest.MonkeyPatch, sass: str, usage: str = "REG:168 STACK
 
 def blank(**changes: object) -> Row:
     row = Row(
-        case="linear fp16 ln+qkv", kernel="_linear_kernel", arch="sm_90", num_warps=8, num_stages=3, registers=0,
-        spilled=0, shared=100_000, shared_limit=232_448, matrix={}, copies={}, loads={}, occupancy=0.0, seconds=0.0,
+        case="linear fp16 ln+qkv", kernel="_linear_kernel", arch="sm_90", num_warps=8, num_stages=3,
+        instructions=0, registers=0, spilled=0, shared=100_000, shared_limit=232_448, matrix={}, copies={}, loads={},
+        bytes_loaded=0, bulk_loaded=0, bulk_stored=0, occupancy=0.0, seconds=0.0,
     )  # fmt: skip
     return dataclasses.replace(row, **changes)  # type: ignore[arg-type]
 
 
 def test_sass_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     row = read(monkeypatch, SASS, "REG:168 STACK:24 SHARED:0")
+    assert row.instructions == 10
     assert row.registers == 168
     assert row.spilled == 24
     assert row.matrix == {"HGMMA": 1}
@@ -77,6 +80,35 @@ def test_sass_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_stack_without_local_memory_is_no_spill(monkeypatch: pytest.MonkeyPatch) -> None:
     assert read(monkeypatch, SASS.replace("STL", "STS"), "REG:32 STACK:24").spilled == 0
+
+
+PTX = """
+.visible .entry _linear_kernel(
+	.param .align 64 .b8 _linear_kernel_param_0[128],
+	.param .u32 _linear_kernel_param_1,
+	.param .align 64 .b8 _linear_kernel_param_2[128],
+	.param .align 64 .b8 _linear_kernel_param_3[128]
+)
+	mov.b64 	%rd8, _linear_kernel_param_0;
+	cvta.param.u64 	%rd4, %rd8;
+	mov.b32 	%r75, _linear_kernel_param_2;
+	cvt.u64.u32 	%rd9, %r75;
+	cvta.param.u64 	%rd10, %rd9;
+	mov.b64 	%rd11, _linear_kernel_param_3;
+	cvta.param.u64 	%rd2, %rd11;
+	@%p6 cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%r98], [%rd4, {%r9, %r7}], [%r96];
+	@%p7 cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r98], [%rd10, {%r9, %r7}], [%r96];
+	@%p7 cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [%r98], [%rd10, {%r9, %r7}], [%r97];
+	@%p9 cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%rd2, {%r242, %r327}], [%r243];
+	cp.async.bulk.commit_group;
+"""
+
+
+def test_what_the_copy_engine_moves_is_counted() -> None:
+    kinds = ("tensordesc<fp16[128,64]>", "tensordesc<bf16[256,64]>", "tensordesc<fp32[128,64]>")
+    blocks = [machine_code._block_bytes(kind) for kind in kinds]
+    assert blocks == [16_384, 32_768, 32_768]
+    assert machine_code._bulk_bytes(PTX, blocks) == (16_384 + 2 * 32_768, 32_768)
 
 
 AMDGCN = """
@@ -144,26 +176,37 @@ def test_a_sound_kernel_passes_and_its_table_is_written(tmp_path: Path) -> None:
     done = run("--arch", "sm_90", "--only", "layer_norm fp16", "--json", str(file))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 kernels in" in done.stdout
-    (row,) = json.loads(file.read_bytes())
+    table = json.loads(file.read_bytes())
+    assert table["triton"] == importlib.metadata.version("triton")
+    (row,) = table["rows"]
     assert (row["kernel"], row["arch"], row["spilled"], row["problems"]) == ("_layer_norm_kernel", "sm_90", 0, [])
     assert row["registers"] > 0
+    assert row["instructions"] > 50
+    assert row["bytes_loaded"] == sum(int(width) // 8 * count for width, count in row["loads"].items())
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_a_configuration_too_large_fails(tmp_path: Path) -> None:
+def test_a_configuration_too_large_fails() -> None:
     """Compiled in this process's own code: a worker process would read the committed table."""
     program = """
-import sys
+import dataclasses, json
 from clip_fast.kernels import targets
-targets._TABLE["linear"]["half"]["sm_90"] = targets.Launch(128, 256, 64, num_warps=8, num_stages=4)
+targets.TABLE["linear"]["half"]["sm_90"] = targets.Launch(128, 256, 64, num_warps=8, num_stages=4)
 from bench import machine_code
 case = next(case for case in machine_code.cases() if case.name == "linear fp16 ln+qkv")
 (job,) = machine_code.jobs_of(case, "sm_90")
-print(machine_code.compile_job(job).problems)
+print(json.dumps(dataclasses.asdict(machine_code.compile_job(job))))
 """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert "bytes of shared memory, 232448 are there" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0, done.stderr
+    row = json.loads(done.stdout)
+    assert any("bytes of shared memory, 232448 are there" in problem for problem in row["problems"]), row
+    step, half = (128 + 256) * 64 * 2, 128 * 128 * 2  # bytes of both operands' tiles, and of half a tile of the result
+    assert row["bulk_loaded"] >= step
+    assert row["bulk_loaded"] % step == 0
+    assert row["bulk_stored"] >= 2 * half
+    assert row["bulk_stored"] % half == 0
 
 
 def test_nothing_to_compile_is_an_error() -> None:

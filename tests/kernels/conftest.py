@@ -6,80 +6,16 @@ into a result. What it cannot: TF32 rounding, races, speed.
 
 from __future__ import annotations
 
-import importlib
 import os
-import pkgutil
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from interpreter import ORIGINALS
 from kernel_checks import DEVICE, Guards
 
 INTERPRETED = DEVICE.type == "cpu"
-
-
-def _import_kernels_interpreted() -> None:
-    """Import Triton and all kernels with the interpreter asked for: Triton decides at its import, and at each kernel's.
-
-    The variable is set for that long only, so that tests outside this folder, in the same process, do without Triton.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        importlib.import_module("triton")
-        kernels = importlib.import_module("clip_fast.kernels")
-        for module in pkgutil.iter_modules(kernels.__path__):
-            importlib.import_module(f"clip_fast.kernels.{module.name}")
-        _mend_bfloat16()
-
-
-_original: dict[str, Any] = {}  # the interpreter's own methods, for the test that says when they are mended
-
-
-def _mend_bfloat16() -> None:
-    """Teach the interpreter bfloat16, which it keeps as raw uint16: it multiplies the raw bits, and truncates casts.
-
-    Products are summed in float64 and rounded once. NumPy's float32 product is a BLAS call whose last bits depend on
-    where in a tile a row stands, as a GPU's do not.
-    """
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def widened(handle: Any) -> Any:
-        if handle.dtype.scalar == tl.bfloat16:
-            return (handle.data.astype(np.uint32) << 16).view(np.float32)
-        return handle.data.astype(np.float32)
-
-    def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
-        product = np.matmul(widened(a).astype(np.float64), widened(b).astype(np.float64))
-        return TensorHandle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
-
-    def casting(original: Any) -> Any:
-        def cast(self: Any, src: Any, dst_type: Any, *rounding: Any) -> Any:
-            source, target = src.dtype.scalar, dst_type.scalar
-            if source == tl.bfloat16 and target == tl.float32:
-                return TensorHandle(widened(src), target)
-            if source == tl.float32 and target == tl.bfloat16:
-                return TensorHandle(_to_bfloat16(src.data), target)
-            return original(self, src, dst_type, *rounding)
-
-        return cast
-
-    _original.update({name: getattr(InterpreterBuilder, name) for name in ("create_dot", "cast_impl")})
-    _original["create_fp_to_fp"] = InterpreterBuilder.create_fp_to_fp
-    InterpreterBuilder.create_dot = create_dot
-    InterpreterBuilder.cast_impl = casting(_original["cast_impl"])
-    InterpreterBuilder.create_fp_to_fp = casting(_original["create_fp_to_fp"])
-
-
-def _to_bfloat16(x: np.ndarray) -> np.ndarray:
-    """float32 -> bfloat16 as raw uint16, rounded to nearest even."""
-    return torch.from_numpy(np.ascontiguousarray(x)).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-
-
-if INTERPRETED:
-    _import_kernels_interpreted()
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +29,7 @@ def _interpret(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def interpreter_originals() -> dict[str, Any]:
     """The interpreter's methods as Triton ships them; empty on a GPU."""
-    return _original
+    return ORIGINALS
 
 
 @pytest.fixture

@@ -15,7 +15,9 @@ EPILOGUES: dict[str, dict[str, bool | str]] = {
     "out_residual": {"bias": True, "residual": True, "statistics": True},
     "ln_fc1_quick_gelu": {"norm": True, "bias": True, "activation": "quick_gelu"},
     "ln_fc1_gelu": {"norm": True, "bias": True, "activation": "gelu"},
-    "all": {"norm": True, "bias": True, "activation": "gelu", "residual": True, "statistics": True},
+    "conv1_relu": {"scale": True, "bias": True, "activation": "relu"},
+    "conv3_residual_relu": {"scale": True, "bias": True, "residual": True, "activation": "relu"},
+    "all": {"norm": True, "scale": True, "bias": True, "activation": "gelu", "residual": True, "statistics": True},
 }
 # (M, N, K) and epilogue: rows that are one, prime, one past a tile; N and K of real blocks, and some no step divides.
 CASES = (
@@ -25,6 +27,8 @@ CASES = (
     ((129, 192, 100), "ln_fc1_gelu"),
     ((65, 130, 1), "plain"),
     ((17, 512, 768), "ln_qkv"),  # ViT-B, ln_post and projection
+    ((98, 80, 320), "conv1_relu"),  # RN50x4
+    ((98, 256, 64), "conv3_residual_relu"),  # RN50
     ((50, 768, 768), "out_residual"),  # ViT-B/32
     ((50, 1024, 256), "ln_fc1_quick_gelu"),
     ((5, 1664, 1664), "ln_fc1_gelu"),  # ViT-bigG/14, cut
@@ -40,6 +44,7 @@ class Operands:
         self.weight = (torch.randn(n, k, dtype=torch.float64, device=DEVICE) / k**0.5).to(dtype)
         self.bias = torch.randn(n, device=DEVICE) if epilogue.get("bias") else None
         self.residual = torch.randn(m, n, device=DEVICE).to(dtype) if epilogue.get("residual") else None
+        self.scale = torch.randn(n, device=DEVICE) if epilogue.get("scale") else None
         self.normed = bool(epilogue.get("norm"))
         self.activation = epilogue.get("activation", "none")
         self.statistics = bool(epilogue.get("statistics"))
@@ -60,7 +65,7 @@ class Operands:
         assert x is not None
         assert weight is not None
         return ops.linear(
-            x, weight, keep(self.bias), residual=keep(self.residual, gap),
+            x, weight, keep(self.bias), residual=keep(self.residual, gap), scale=keep(self.scale),
             norm=None if norm is None else (guards.copy(norm[0]), guards.copy(norm[1])) if guards else norm,
             activation=self.activation, statistics=self.statistics, impl="triton",  # type: ignore[arg-type]
         )  # fmt: skip
@@ -75,15 +80,15 @@ class Operands:
         if norm is not None and x.dtype != torch.float32:
             x, norm = torch.nn.functional.layer_norm(x, x.shape[-1:]), None
         return reference.linear(
-            x, self.weight, self.bias, self.residual, *(norm or (None, None)), activation=self.activation
+            x, self.weight, self.bias, self.residual, *(norm or (None, None)), self.scale, self.activation
         )[0]  # type: ignore[arg-type]
 
     def exact(self) -> Tensor:
         x, weight = self.x.double(), self.weight.double()
         if self.normed:
             x = torch.nn.functional.layer_norm(x, x.shape[-1:])
-        wide = [None if t is None else t.double() for t in (self.bias, self.residual)]
-        return reference.linear(x, weight, *wide, activation=self.activation)[0]  # type: ignore[arg-type]
+        bias, residual, scale = (None if t is None else t.double() for t in (self.bias, self.residual, self.scale))
+        return reference.linear(x, weight, bias, residual, scale=scale, activation=self.activation)[0]  # type: ignore[arg-type]
 
 
 @pytest.fixture(params=["pointers", "descriptors"])
@@ -150,7 +155,7 @@ def test_a_row_does_not_depend_on_its_batch(dtype: torch.dtype, path: str) -> No
     order = torch.randperm(150, device=DEVICE)
     for rows in (slice(0, 1), slice(0, 50), slice(131, 132), slice(100, 150), order):
         part = Operands(1, 320, 200, dtype, **EPILOGUES["all"])
-        part.weight, part.bias = operands.weight, operands.bias
+        part.weight, part.scale, part.bias = operands.weight, operands.scale, operands.bias
         assert operands.residual is not None
         part.x, part.residual = operands.x[rows], operands.residual[rows]
         y, part_statistics = part.run()
@@ -189,6 +194,20 @@ def test_rows_apart_in_memory(gap: int, path: str, guards: Guards) -> None:
     assert_same_bits(operands.run(guards, gap)[0], operands.run(guards)[0])
 
 
+def test_statistics_of_rows_apart_in_memory(path: str) -> None:
+    """A class token's lie between its patches', and are read where they are."""
+    operands = Operands(12, 128, 192, torch.float16, norm=True, bias=True)
+    wanted, _ = operands.run()
+    statistics, colsum = operands.norm()  # type: ignore[misc]
+    many = torch.full((12, 5, *statistics.shape[1:]), float("nan"), device=DEVICE)
+    many[:, 2] = statistics
+    odd = torch.full((12, 7), float("nan"), device=DEVICE)
+    odd[:, :6] = statistics.flatten(1)
+    for rows in (many[:, 2], odd[:, :6].unflatten(1, (3, 2))):
+        y, _ = ops.linear(operands.x, operands.weight, operands.bias, norm=(rows, colsum), impl="triton")
+        assert_same_bits(y, wanted)
+
+
 def test_operands_in_any_layout(path: str) -> None:
     operands = Operands(37, 128, 120, torch.float16, bias=True, residual=True)
     wanted, _ = operands.run()
@@ -199,7 +218,7 @@ def test_operands_in_any_layout(path: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu", "relu"])
 def test_activations_over_their_whole_range(activation: str, dtype: torch.dtype, guards: Guards) -> None:
     operands = Operands(1, 2048, 8, dtype, activation=activation)
     operands.x.zero_()

@@ -43,7 +43,8 @@ def calls(dtype: torch.dtype = torch.float32) -> dict[str, tuple[str, dict[str, 
         "linear with all": (
             "linear",
             {"x": x, "weight": weight, "bias": rand(40), "residual": rand(2, 3, 40, dtype=dtype),
-             "norm": (row_stats, weight.float().sum(dim=1)), "activation": "gelu", "statistics": True},
+             "norm": (row_stats, weight.float().sum(dim=1)), "scale": rand(40), "activation": "gelu",
+             "statistics": True},
         ),
         "flash_attention": ("flash_attention", {"qkv": rand(2, 5, 3, 2, 16, dtype=dtype), "scale": 0.25}),
         "mean_token": ("mean_token", {"features": rand(2, 9, 32, dtype=dtype), "position": rand(32)}),
@@ -99,7 +100,7 @@ BAD: list[tuple[str, dict[str, Callable[[], Any]], str]] = [
     ),
     ("linear", {"bias": lambda: rand(41)}, r"bias must be \[40\], got \[41\]"),
     ("linear", {"residual": lambda: rand(2, 40)}, r"residual must be \[2, 3, 40\], got \[2, 40\]"),
-    ("linear", {"activation": lambda: "relu"}, r"activation must be one of .*, got 'relu'"),
+    ("linear", {"activation": lambda: "tanh"}, r"activation must be one of .*, got 'tanh'"),
     (
         "linear",
         {"norm": lambda: (rand(2, 3, 1, 2), rand(40))},

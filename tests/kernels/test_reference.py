@@ -73,28 +73,31 @@ def test_statistics_in_float32_survive_rows_far_from_zero() -> None:
     torch.testing.assert_close(rstd.double(), (x.var(dim=1, correction=0) + 1e-5) ** -0.5, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("activation", ["none", "quick_gelu", "gelu"])
+@pytest.mark.parametrize("activation", ["none", "quick_gelu", "gelu", "relu"])
 def test_linear_with_everything(activation: str) -> None:
     x, residual, bias = rand(2, 3, 100), rand(2, 3, 40), rand(40)
-    gain, shift, weight = rand(100), rand(100), rand(40, 100)
-    wanted = F.linear(F.layer_norm(x, (100,), gain, shift, 1e-5), weight, bias)
+    gain, shift, weight, scale = rand(100), rand(100), rand(40, 100), rand(40)
+    wanted = scale * (F.layer_norm(x, (100,), gain, shift, 1e-5) @ weight.T) + bias + residual
     if activation == "quick_gelu":
         wanted = wanted / (1 + torch.exp(-1.702 * wanted))
     elif activation == "gelu":
         wanted = wanted * torch.special.ndtr(wanted)
+    elif activation == "relu":
+        wanted = wanted.clamp(min=0)
     folded = weight * gain
     got, statistics = reference.linear(
         x,
         folded,
-        bias + weight @ shift,
+        bias + scale * (weight @ shift),
         residual,
         reference.row_statistics(x),
         folded.sum(dim=1),
+        scale,
         activation,
         1e-5,
         True,
     )
-    assert_equal(got, wanted + residual)
+    assert_equal(got, wanted)
     assert_equal(statistics[..., 0], got.mean(dim=-1, keepdim=True))
     assert_equal(statistics[..., 1], got.var(dim=-1, correction=0, keepdim=True) * 40)
 

@@ -57,14 +57,34 @@ def test_accuracy(name: str, dtype: torch.dtype, outliers: bool, guards: Guards)
     That the ratio is no more than 1 over many towers is shown in `test_vit.py` of the tests above.
     """
     config = CONFIGS[name]
-    tower, weights = prepared(config, dtype, outliers)
-    x = images(config, 4).to(dtype)
-    got = vit.encode(weights, x)
-    exact = tower.double()(x.double())
-    plain = tower.to(dtype)(x)
+    ours, theirs, exact = [], [], []
+    for _ in range(4):  # the ratio of two errors scatters by 7 % from tower to tower
+        tower, weights = prepared(config, dtype, outliers)
+        x = images(config, 2).to(dtype)
+        ours.append(vit.encode(weights, x))
+        exact.append(tower.double()(x.double()))
+        theirs.append(tower.to(dtype)(x))
+    got, plain, wanted = torch.cat(ours), torch.cat(theirs), torch.cat(exact)
     limit = 1.1 if dtype != torch.float32 and not outliers else 2.5
-    assert relative_error(got, exact) <= limit * relative_error(plain, exact)
-    assert worst_cosine(got, exact) >= (0.9999 if not outliers else worst_cosine(plain, exact) - 1e-4)
+    assert relative_error(got, wanted) <= limit * relative_error(plain, wanted)
+    # One less the cosine goes with the square of the error.
+    assert 1 - worst_cosine(got, wanted) <= max(1e-4, limit**2 * (1 - worst_cosine(plain, wanted)) if outliers else 0)
+
+
+@pytest.mark.parametrize("head_dim", [88, 104])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_head_sizes_that_are_no_power_of_two(head_dim: int, dtype: torch.dtype, guards: Guards) -> None:
+    """Those of ViT-g/14 and ViT-bigG/14."""
+    config = VitConfig(28, 14, width=head_dim, layers=2, heads=1, embed_dim=64, mlp_ratio=4.9231, activation="gelu")
+    ours, theirs, exact = [], [], []
+    for _ in range(8):
+        tower, weights = prepared(config, dtype)
+        x = images(config, 2).to(dtype)
+        ours.append(vit.encode(weights, x))
+        exact.append(tower.double()(x.double()))
+        theirs.append(tower.to(dtype)(x))
+    got, plain, wanted = torch.cat(ours), torch.cat(theirs), torch.cat(exact)
+    assert relative_error(got, wanted) <= (2.5 if dtype == torch.float32 else 1.1) * relative_error(plain, wanted)
 
 
 def test_raw_pixels(guards: Guards) -> None:
@@ -86,12 +106,13 @@ def test_patch_tokens_and_hidden_states(guards: Guards) -> None:
         assert relative_error(got, wanted) < 1e-5
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_an_image_has_one_embedding(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("raw", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_image_has_one_embedding(dtype: torch.dtype, raw: bool) -> None:
     """Alone, in a batch of seven, at another position, among copies that fill a batch up."""
     config = dataclasses.replace(CONFIGS["as B/16"], layers=2)
     _, weights = prepared(config, dtype)
-    x = images(config, 7).to(dtype)
+    x = torch.randint(0, 256, (7, 3, 64, 64), dtype=torch.uint8, device=DEVICE) if raw else images(config, 7).to(dtype)
     whole = vit.encode(weights, x)
     assert_same_bits(vit.encode(weights, x[4:5]), whole[4:5])
     assert_same_bits(vit.encode(weights, x[[4, 1]]), whole[[4, 1]])

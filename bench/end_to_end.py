@@ -1,0 +1,292 @@
+"""`encode_image` against everything else that people can pick: time, memory and error, side by side.
+
+    python -m bench.end_to_end --models ViT-B/32 --batches 1,32 --precisions fp32
+
+Every system encodes the same random images with the same random weights. They are timed in interleaved rounds, and each
+one's error and lowest cosine against the plain tower in float64 stand in its row, so that speed bought with accuracy
+shows. What is not installed or fails is listed with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clip_fast import reference
+from clip_fast.config import Config
+
+from .environment import Environment, bf16_on_cpu, chosen_device, environment
+from .models import MODELS
+from .report import document, highest, resumed, save, table
+from .roofline import least_seconds, operations, traffic
+from .systems import BASELINE, OURS, SYSTEMS, Encode, System, Task, Unavailable, compilations
+from .timing import WARM_UP, Ceilings, Failed, Times, ceilings, measure, memory_of, products_in, reason
+
+BATCHES = (1, 8, 32, 256, 1024)
+_JUDGED = 4  # images of a batch whose embeddings are compared with float64
+_HEAT = 60.0  # seconds after which a heat takes no further system
+
+Row = dict[str, Any]
+
+
+class _Entrant:
+    """A system on its way through a model's batches: built at its first, judged once at each."""
+
+    def __init__(self, system: System, task: Task, exact: Tensor) -> None:
+        self.system, self._task, self._exact = system, task, exact
+        self.encode: Encode | Failed | None = None
+        self._held = 0  # bytes of a GPU, since earlier batches
+        self._judged: dict[int, Row | Failed] = {}
+
+    def judged(self, images: Tensor) -> Row | Failed:
+        """Error and lowest cosine of the first images' embeddings against float64, and the memory that it took."""
+        batch = len(images)
+        if batch not in self._judged:
+            with memory_of(self._task.device) as taken:
+                if self.encode is None:
+                    self.encode = _built(self.system, self._task)
+                result = _judge(self.encode, images, self._exact, 1 if taken is None else WARM_UP)
+            if isinstance(result, dict):
+                result["peak_memory"] = None if taken is None else self._held + taken.peak
+            self._held += 0 if taken is None else taken.held
+            self._judged[batch] = result
+        return self._judged[batch]
+
+
+def heats(
+    model: str, config: Config, precision: str, lacking: Mapping[int, Sequence[System]], rounds: int,
+    device: torch.device, ours: System | None = None, ends: float = math.inf,
+) -> Iterator[list[Row]]:  # fmt: skip
+    """Heat after heat: some systems in the same interleaved rounds, and their rows.
+
+    Some systems are compiled for minutes. So that a run which is cut short has measured something, a heat takes as many
+    as get ready within one minute, and one at least. Ours is in all of them: `beside` is its time in a row's own
+    rounds, by which rows of different heats are compared.
+
+    Args:
+        lacking: batch -> the systems to measure.
+        ours: what takes part in every heat, though it may have its row already.
+        ends: value of `time.monotonic` after which no further system begins.
+    """
+    tower = reference.build(config)
+    task = Task(config, {name: t.detach() for name, t in tower.state_dict().items()}, device, precision)
+    images = torch.randn(max(lacking), 3, config.image_size, config.image_size)
+    with torch.inference_mode(), products_in(precision), compilations():
+        exact = tower.double()(images[:_JUDGED].double())
+        entrants: dict[str, _Entrant] = {}
+        for system in (*([ours] if ours else []), *(system for systems in lacking.values() for system in systems)):
+            entrants.setdefault(system.name, _Entrant(system, task, exact))
+        for batch, systems in lacking.items():
+            about = {"model": model, "batch": batch, "precision": precision}
+            about |= {"operations": batch * operations(config), "traffic": traffic(config, batch, precision)}
+            there = images[:batch].to(device, task.dtype)
+            waiting = [system.name for system in systems]
+            while waiting and time.monotonic() < ends:
+                closes = min(ends, time.monotonic() + _HEAT)
+                names: list[str] = []
+                while waiting and (not names or time.monotonic() < closes):
+                    names.append(waiting.pop(0))
+                    entrants[names[-1]].judged(there)  # which is what takes its time
+                beside = [ours.name] if ours and ours.name not in names else []
+                rows = _heat(about, [entrants[name] for name in (*beside, *names)], there, rounds)
+                yield [rows[name] for name in names]
+
+
+def _heat(about: Row, entrants: Sequence[_Entrant], images: Tensor, rounds: int) -> dict[str, Row]:
+    """A row for each, by name: its time, or why it has none."""
+    results = {entrant.system.name: entrant.judged(images) for entrant in entrants}
+    calls = {e.system.name: [partial(e.encode, images)] for e in entrants if callable(e.encode)}
+    calls = {name: call for name, call in calls.items() if not isinstance(results[name], Failed)}
+    times = measure(calls, images.device, rounds)
+    one_on_a_gpu = images.device.type == "cuda" and len(images) == 1
+    awaited = measure(calls, images.device, rounds, awaited=True) if one_on_a_gpu else {}
+    ours = times.get(OURS)
+    rows: dict[str, Row] = {}
+    for name, result in results.items():
+        row = rows[name] = about | {"system": name}
+        if isinstance(result, Failed):
+            row["failed"] = result.reason
+            continue
+        timed = times[name]
+        if isinstance(timed, Failed):
+            row["failed"] = timed.reason
+            continue
+        row |= result
+        row |= {"seconds": timed.median, "spread": timed.spread, "images_per_second": len(images) / timed.median}
+        row["beside"] = ours.median if isinstance(ours, Times) else None
+        latency = awaited.get(name)
+        row["latency"] = latency.median if isinstance(latency, Times) else None
+    return rows
+
+
+def _built(system: System, task: Task) -> Encode | Failed:
+    try:
+        return system.encode(task)
+    except Unavailable as why:
+        return Failed(str(why))
+    except Exception as error:  # whatever a rival stumbles on is its result
+        return Failed(reason(error))
+
+
+def _judge(encode: Encode | Failed, images: Tensor, exact: Tensor, calls: int) -> Row | Failed:
+    if isinstance(encode, Failed):
+        return encode
+    try:
+        got = encode(images)
+        for _ in range(calls - 1):
+            got = encode(images)
+        got = got[: len(exact)].double().cpu()
+    except Exception as error:
+        return Failed(reason(error))
+    wanted = exact[: len(got)]
+    error = float((got - wanted).norm() / wanted.norm())
+    cosine = float(F.cosine_similarity(got, wanted).min())
+    if not error < 0.5:
+        return Failed(f"computes something else: relative error {error:.2g}")
+    return {"error": error, "cosine": cosine}
+
+
+def add_ratios(rows: Sequence[Row], limits: Ceilings) -> None:
+    """Each system's throughput over openai-clip's, over the best rival's, and over what the machine allows.
+
+    Systems are compared by their time in units of ours in the same rounds; where there is no such time, by seconds.
+    """
+    for these in _contests(rows):
+        done = [row for row in these if "failed" not in row]
+        in_units = all(row["beside"] for row in done)
+        times = {row["system"]: row["seconds"] / row["beside"] if in_units else row["seconds"] for row in done}
+        best = min((taken for name, taken in times.items() if name != OURS), default=None)
+        for row in done:
+            taken = times[row["system"]]
+            row["to_baseline"] = times[BASELINE] / taken if BASELINE in times else None
+            row["to_best_rival"] = best / taken if best else None
+            least = least_seconds(row["operations"], row["traffic"], row["precision"], limits)
+            row["to_roofline"] = least / row["seconds"]
+
+
+def _contests(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows of the same model, batch and precision."""
+    contests: dict[tuple[str, int, str], list[Row]] = {}
+    for row in rows:
+        contests.setdefault((row["model"], row["batch"], row["precision"]), []).append(row)
+    return list(contests.values())
+
+
+# --- tables ----------------------------------------------------------------------------------------------------------
+
+_HEADER = (
+    "system", "ms", "± %", "img/s", f"× {BASELINE}", "× best rival", "of roofline", "error", "1 − cosine", "memory",
+)  # fmt: skip
+
+
+def markdown(rows: Sequence[Row], where: Environment) -> str:
+    """A table for every model, batch and precision, the fastest system first, what failed below.
+
+    Where it was taken, the time of a call whose result is waited for stands beside the time that calls take one after
+    the other.
+    """
+    parts: list[str] = []
+    for these in _contests(rows):
+        done = sorted((row for row in these if "failed" not in row), key=lambda row: row["seconds"])
+        failed = [f"- {row['system']}: {row['failed']}" for row in these if "failed" in row]
+        header, lines = list(_HEADER), [_cells(row) for row in done]
+        if any(row["latency"] for row in done):
+            header.insert(2, "ms, waited for")
+            for line, row in zip(lines, done, strict=True):
+                line.insert(2, f"{row['latency'] * 1e3:.4g}" if row["latency"] else "")
+        first = these[0]
+        title = f"**{first['model']}, batch {first['batch']}, {first['precision']}**"
+        parts.append(f"{title}\n\n{table(header, lines)}")
+        if failed:
+            parts.append("Not measured:\n\n" + "\n".join(failed))
+    return "\n\n".join([*parts, f"{where.line()}."]) + "\n"
+
+
+def _cells(row: Row) -> list[str]:
+    def ratio(name: str) -> str:
+        return "" if row[name] is None else f"{row[name]:.2f}"
+
+    memory = row["peak_memory"]
+    return [
+        f"**{row['system']}**" if row["system"] == OURS else row["system"],
+        f"{row['seconds'] * 1e3:.4g}",
+        f"{row['spread'] * 100:.0f}",
+        f"{row['images_per_second']:.4g}",
+        ratio("to_baseline"),
+        ratio("to_best_rival"),
+        f"{row['to_roofline'] * 100:.0f} %",
+        f"{row['error']:.1e}",
+        f"{max(0.0, 1 - row['cosine']):.0e}",
+        "" if memory is None else f"{memory / 2**20:.0f} MiB",
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.end_to_end", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--models", default="ViT-B/32", help="names, with commas between")
+    parser.add_argument("--batches", help="with commas between; by default up to 1024 on a GPU, 1 and 32 on a CPU")
+    parser.add_argument("--precisions", help="of fp32, tf32, fp16, bf16; by default bf16 on a GPU, fp32 on a CPU")
+    parser.add_argument("--systems", help="names, with semicolons between; by default all")
+    parser.add_argument("--layers", type=int, help="cut ViTs to this many blocks, to try the benchmark itself")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="write the results there, and the tables beside them as markdown")
+    parser.add_argument("--resume", action="store_true", help="keep what that file has, and measure what it lacks")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing new after as long")
+    options = parser.parse_args(arguments)
+    device = chosen_device(options.device)
+    on_gpu = device.type == "cuda"
+    batches = [int(b) for b in options.batches.split(",")] if options.batches else BATCHES if on_gpu else (1, 32)
+    precisions = (options.precisions or ("bf16" if on_gpu else "fp32")).split(",")
+    if not on_gpu and "bf16" in precisions and not bf16_on_cpu():
+        print("This CPU has no bf16 instructions: left out.")
+        precisions.remove("bf16")
+    models = options.models.split(",")
+    here = {system.name: system for system in SYSTEMS if device.type in system.devices}
+    chosen = options.systems.split(";") if options.systems else list(here)
+    for kind, names, known in (("model", models, MODELS), ("system", chosen, here)):
+        if unknown := [name for name in names if name not in known]:
+            parser.error(f"no {kind} {unknown[0]!r} on this device; there are {', '.join(known)}")
+    where, limits = environment(device), ceilings(device, precisions)
+    rows: list[Row] = []
+    if options.resume and options.json:
+        rows, limits = resumed(options.json, "end_to_end", where), highest(options.json, limits)
+    done = {(row["model"], row["precision"], row["batch"], row["system"]) for row in rows}
+    ends = time.monotonic() + options.minutes * 60
+    for model in models:
+        config: Any = MODELS[model]
+        if options.layers and hasattr(config, "patch_size"):
+            config = replace(config, layers=options.layers)
+        for precision in precisions:
+            lacking = {b: [here[s] for s in chosen if (model, precision, b, s) not in done] for b in batches}
+            lacking = {batch: systems for batch, systems in lacking.items() if systems}
+            if not lacking or time.monotonic() > ends:
+                continue
+            ours = here[OURS] if OURS in chosen else None
+            for found in heats(model, config, precision, lacking, options.rounds, device, ours, ends):
+                rows += found
+                add_ratios(rows, limits)
+                print("\n".join(_line(row) for row in found), flush=True)
+                if options.json:  # after each: a run that is cut short keeps what it has
+                    save(options.json, document("end_to_end", where, limits, rows))
+                    save(options.json.with_suffix(".md"), markdown(rows, where))
+    print(markdown(rows, where))
+
+
+def _line(row: Row) -> str:
+    result = row["failed"] if "failed" in row else f"{row['seconds'] * 1e3:.4g} ms"
+    return f"{row['model']}, batch {row['batch']}, {row['precision']}, {row['system']}: {result}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,414 @@
+"""What competes: every op at the shapes of every CLIP model, ours beside PyTorch's ways to compute the same.
+
+A `Contest` is one op at one shape. `operands` makes fresh random ones, and each of `systems` computes the op's result
+of them; the rivals read the weights that their users have (a LayerNorm's gain and shift beside the matrix), ours reads
+the folded ones, and in float32 what its epilogues add. "separate passes" is eager PyTorch: cuBLAS for the product and a
+kernel of its own for everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from clip_fast.config import IMAGE_MEAN, IMAGE_STD, Config, ResNetConfig, VitConfig
+from clip_fast.kernels import ops
+from clip_fast.kernels.reference import row_statistics
+
+from ..timing import DTYPES
+
+Operands = Mapping[str, Tensor]
+Compute = Callable[[Operands], Tensor]
+
+OURS = "clip_fast"
+SEPARATE = "separate passes"
+COMPILED = "compiled"  # torch.compile(mode="max-autotune") of the separate passes
+PRODUCT = "product alone"  # what the library needs without what we fuse into it: no rival, a bound
+OPS = ("linear", "flash_attention", "patch_embed", "layer_norm", "attention_pool", "mean_token")
+
+_BACKENDS = {"cuDNN": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
+_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One op at one shape.
+
+    `operations` count multiplications and additions, `traffic` the bytes that ours must move: each operand read once
+    and the result written once.
+    """
+
+    op: str
+    model: str
+    part: str  # of the model: "ln+qkv"
+    count: int  # how often the model does it for a batch
+    batch: int
+    precision: str
+    operands: Callable[[torch.device], dict[str, Tensor]]
+    systems: Mapping[str, Compute]
+    operations: int
+    traffic: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.model} {self.part} batch {self.batch} {self.precision}"
+
+
+def contests(
+    models: Mapping[str, Config], batches: Sequence[int], precisions: Sequence[str], chosen: Sequence[str] = OPS
+) -> Iterator[Contest]:
+    """All contests, those where the time of a model goes first; a shape that two models share stands once."""
+    met: set[tuple[object, ...]] = set()
+    for op in OPS:
+        if op not in chosen:
+            continue
+        for batch in sorted(batches, reverse=True):
+            for precision in precisions:
+                for model, config in models.items():
+                    for contest in _MAKERS[op](model, config, batch, precision):
+                        shapes = {name: t.shape for name, t in contest.operands(torch.device("meta")).items()}
+                        key = (op, contest.part, precision, *sorted(shapes.items()))
+                        if key not in met:
+                            met.add(key)
+                            yield contest
+
+
+# --- operands --------------------------------------------------------------------------------------------------------
+
+
+def _random(device: torch.device, dtype: torch.dtype, *shape: int, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, device=device) * scale).to(dtype)
+
+
+def _precision(name: str) -> ops.Precision:
+    return "tf32" if name == "tf32" else "ieee"
+
+
+def _activation(x: Tensor, name: str) -> Tensor:
+    if name == "quick_gelu":
+        return x * torch.sigmoid(1.702 * x)
+    return F.gelu(x) if name == "gelu" else F.relu(x) if name == "relu" else x
+
+
+# --- linear ----------------------------------------------------------------------------------------------------------
+
+
+def _linears(model: str, config: Config, batch: int, precision: str) -> Iterator[Contest]:
+    """Every product of a tower on the project's own GEMM, in the order that an image meets them."""
+
+    def contest(part: str, count: int, m: int, n: int, k: int, **features: Any) -> Contest:
+        return _linear(model, part, count, batch, precision, m, n, k, **features)
+
+    if isinstance(config, VitConfig):
+        n, w, mlp = config.tokens, config.width, config.mlp_width
+        activation = config.activation
+        others = config.layers - 1  # than the last block, in which the class tokens are all the rows
+        yield contest("ln+qkv", others, batch * n, 3 * w, w, norm=True)
+        yield contest("out+residual", others, batch * n, w, w, residual=True)
+        yield contest(f"ln+fc1+{activation}", others, batch * n, mlp, w, norm=True, activation=activation)
+        yield contest("fc2+residual", others, batch * n, w, mlp, residual=True)
+        yield contest("last block's ln+query", 1, batch, w, w, norm=True, x_step=n)
+        yield contest("last block's out+residual", 1, batch, w, w, residual=True, residual_step=n)
+        yield contest(f"last block's ln+fc1+{activation}", 1, batch, mlp, w, norm=True, activation=activation)
+        yield contest("last block's fc2+residual", 1, batch, w, mlp, residual=True)
+        yield contest("ln_post+projection", 1, batch, config.embed_dim, w, norm=True)
+        return
+    width, grid = config.width, config.image_size // 4  # of the map that the stage reads
+    for stage, layers in enumerate(config.layers):
+        planes, rows = config.width << stage, batch * grid**2
+        pooled = grid if stage == 0 else grid // 2  # by the first block, after its second convolution
+        rows_out = batch * pooled**2
+        block = {"scaled": True, "activation": "relu"}
+        yield contest(f"stage {stage + 1}, first 1x1+relu of the first block", 1, rows, planes, width, **block)
+        if layers > 1:
+            yield contest(f"stage {stage + 1}, first 1x1+relu", layers - 1, rows_out, planes, 4 * planes, **block)
+        yield contest(f"stage {stage + 1}, shortcut", 1, rows_out, 4 * planes, width, scaled=True)
+        part = f"stage {stage + 1}, last 1x1+residual+relu"
+        yield contest(part, layers, rows_out, 4 * planes, planes, residual=True, **block)
+        width, grid = 4 * planes, pooled
+    yield contest("pool's query", 1, batch, width, width)
+    yield contest("pool's projection", 1, batch, config.embed_dim, width)
+
+
+def _linear(
+    model: str, part: str, count: int, batch: int, precision: str, m: int, n: int, k: int, *, norm: bool = False,
+    scaled: bool = False, residual: bool = False, activation: ops.Activation = "none", x_step: int = 1,
+    residual_step: int = 1,
+) -> Contest:  # fmt: skip
+    """Rows of x, or of the residual, are each the first of so many in memory, as class tokens are among all tokens."""
+    dtype = DTYPES[precision]
+
+    def operands(device: torch.device) -> dict[str, Tensor]:
+        x, weight = _random(device, dtype, m, x_step, k)[:, 0], _random(device, dtype, n, k, scale=k**-0.5)
+        bias = _random(device, dtype, n)
+        made = {"x": x, "weight": weight, "bias": bias, "wide_bias": bias.float()}
+        if residual:
+            made["residual"] = _random(device, dtype, m, residual_step, n)[:, 0]
+        if scaled:  # a batch norm's; powers of two, so that a weight it is folded into is the same weight
+            scale = 2.0 ** torch.randint(-1, 2, (n,), device=device)
+            made |= {"scale": scale, "scaled": (weight * scale[:, None]).to(dtype)}
+        if norm:
+            gain, shift = 1 + _random(device, torch.float32, k, scale=0.1), _random(device, torch.float32, k, scale=0.1)
+            folded = (weight.float() * gain).to(dtype)
+            made |= {
+                "gain": gain.to(dtype),
+                "shift": shift.to(dtype),
+                "folded": folded,
+                "wide_bias": bias.float() + weight.float() @ shift,
+                "colsum": folded.float().sum(1),
+                "statistics": row_statistics(x)[:, None].repeat(1, x_step, 1, 1)[:, 0],
+            }
+        return made
+
+    def ours(o: Operands) -> Tensor:
+        folded = (o["statistics"], o["colsum"]) if norm else None
+        keep = residual and activation == "none"  # the next LayerNorm reads them
+        return ops.linear(
+            o["x"], o["folded" if norm else "weight"], o["wide_bias"], residual=o.get("residual"), norm=folded,
+            scale=o.get("scale"), activation=activation, eps=_EPS, statistics=keep, precision=_precision(precision),
+            impl="triton",
+        )[0]  # fmt: skip
+
+    def product(o: Operands) -> Tensor:
+        return F.linear(o["x"], o["scaled" if scaled else "weight"], o["bias"])
+
+    def separate(o: Operands) -> Tensor:
+        y = product({**o, "x": F.layer_norm(o["x"], (k,), o["gain"], o["shift"], _EPS)} if norm else o)
+        return _activation(y + o["residual"] if residual else y, activation)
+
+    elements = m * k + n * k + m * n * (2 if residual else 1)
+    return Contest(
+        "linear", model, part, count, batch, precision, operands,
+        {OURS: ours, SEPARATE: separate, COMPILED: _compiled(separate), PRODUCT: product},
+        2 * m * n * k, elements * dtype.itemsize,
+    )  # fmt: skip
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def _attentions(model: str, config: Config, batch: int, precision: str) -> Iterator[Contest]:
+    if not isinstance(config, VitConfig):
+        return
+    dtype, n, heads, head_dim = DTYPES[precision], config.tokens, config.heads, config.width // config.heads
+    scale = head_dim**-0.5
+
+    def operands(device: torch.device) -> dict[str, Tensor]:
+        return {"qkv": _random(device, dtype, batch, n, 3, heads, head_dim)}
+
+    def ours(o: Operands) -> Tensor:
+        return ops.flash_attention(o["qkv"], scale, precision=_precision(precision), impl="triton")
+
+    def parts(o: Operands) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = o["qkv"].permute(2, 0, 3, 1, 4)
+        return q, k, v
+
+    def merged(y: Tensor) -> Tensor:
+        return y.transpose(1, 2).reshape(batch, n, heads * head_dim)
+
+    def separate(o: Operands) -> Tensor:
+        q, k, v = parts(o)
+        return merged(torch.softmax(scale * (q @ k.transpose(-1, -2)), dim=-1) @ v)
+
+    def fused(o: Operands) -> Tensor:
+        return merged(F.scaled_dot_product_attention(*parts(o), scale=scale))
+
+    def pinned(backend: SDPBackend) -> Compute:
+        def attention(o: Operands) -> Tensor:
+            with sdpa_kernel([backend]):
+                return fused(o)
+
+        return attention
+
+    systems: dict[str, Compute] = {OURS: ours, SEPARATE: separate, COMPILED: _compiled(separate)}
+    systems |= {f"SDPA, {name}": pinned(getattr(SDPBackend, member)) for name, member in _BACKENDS.items()}
+    yield Contest(
+        "flash_attention", model, f"{n} tokens, {heads} heads of {head_dim}", config.layers - 1, batch, precision,
+        operands, systems, 4 * batch * heads * n * n * head_dim, 4 * batch * n * heads * head_dim * dtype.itemsize,
+    )  # fmt: skip
+
+
+# --- patches, LayerNorm ----------------------------------------------------------------------------------------------
+
+
+def _patches(model: str, config: Config, batch: int, precision: str) -> Iterator[Contest]:
+    """Of images that were normalised before, and of raw pixels, whose normalisation ours has in its weights."""
+    if isinstance(config, VitConfig):
+        yield _patch_embed(model, config, batch, precision, raw=False)
+        yield _patch_embed(model, config, batch, precision, raw=True)
+
+
+def _patch_embed(model: str, config: VitConfig, batch: int, precision: str, *, raw: bool) -> Contest:
+    dtype, p, w, n, size = DTYPES[precision], config.patch_size, config.width, config.tokens, config.image_size
+    features = 3 * p * p
+    padded = -(-features // ops.PATCH_K_STEP) * ops.PATCH_K_STEP
+
+    def operands(device: torch.device) -> dict[str, Tensor]:
+        weight = _random(device, dtype, w, 3, p, p, scale=features**-0.5)
+        class_token, position = _random(device, dtype, w), _random(device, dtype, n, w)
+        kernel, folded = weight, position.to(torch.float32, copy=True)
+        folded[0] += class_token
+        made = {"weight": weight, "class_token": class_token, "position": position}
+        if raw:  # a pixel u enters as u − 128, see ops.patch_embed
+            mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (IMAGE_MEAN, IMAGE_STD))
+            kernel = (weight.float() / (255 * std)).to(dtype)
+            folded[1:] += (kernel.float() * (128 - 255 * mean)).sum((1, 2, 3))
+            made |= {"images": torch.randint(256, (batch, 3, size, size), dtype=torch.uint8, device=device)}
+            made |= {"factor": 1 / (255 * std), "offset": -mean / std}
+        else:
+            made["images"] = _random(device, dtype, batch, 3, size, size)
+        return made | {"padded": F.pad(kernel.flatten(1), (0, padded - features)), "folded": folded}
+
+    def ours(o: Operands) -> Tensor:
+        precise = _precision(precision)
+        return ops.patch_embed(o["images"], o["padded"], o["folded"], p, precision=precise, impl="triton")
+
+    def normalised(o: Operands) -> Tensor:
+        if not raw:
+            return o["images"]
+        return torch.addcmul(o["offset"], o["images"], o["factor"]).to(o["weight"].dtype)
+
+    def separate(o: Operands) -> Tensor:
+        patches = F.conv2d(normalised(o), o["weight"], stride=p).flatten(2).transpose(1, 2)
+        return torch.cat([o["class_token"].expand(batch, 1, w), patches], dim=1) + o["position"]
+
+    def product(o: Operands) -> Tensor:
+        return F.conv2d(o["images"], o["weight"], stride=p)
+
+    systems: dict[str, Compute] = {OURS: ours, SEPARATE: separate, COMPILED: _compiled(separate)}
+    pixels = batch * 3 * size**2 * (1 if raw else dtype.itemsize)
+    return Contest(
+        "patch_embed", model, f"patches of {p}" + (", raw pixels" if raw else ""), 1, batch, precision, operands,
+        systems if raw else systems | {PRODUCT: product},
+        2 * batch * (n - 1) * features * w, pixels + (w * padded + batch * n * w) * dtype.itemsize,
+    )  # fmt: skip
+
+
+def _layer_norms(model: str, config: Config, batch: int, precision: str) -> Iterator[Contest]:
+    if not isinstance(config, VitConfig) or precision == "tf32":
+        return
+    dtype, n, w = DTYPES[precision], config.tokens, config.width
+
+    def operands(device: torch.device) -> dict[str, Tensor]:
+        gain, shift = _random(device, dtype, w), _random(device, dtype, w)
+        wide = {"wide_gain": gain.float(), "wide_shift": shift.float()}
+        return {"x": _random(device, dtype, batch * n, w), "gain": gain, "shift": shift, **wide}
+
+    def ours(o: Operands) -> Tensor:
+        return ops.layer_norm(o["x"], o["wide_gain"], o["wide_shift"], _EPS, statistics=True, impl="triton")[0]
+
+    def separate(o: Operands) -> Tensor:
+        return F.layer_norm(o["x"], (w,), o["gain"], o["shift"], _EPS)
+
+    yield Contest(
+        "layer_norm", model, "ln_pre, its statistics kept", 1, batch, precision, operands,
+        {OURS: ours, SEPARATE: separate, COMPILED: _compiled(separate)},
+        8 * batch * n * w, 2 * batch * n * w * dtype.itemsize,
+    )  # fmt: skip
+
+
+# --- the pools -------------------------------------------------------------------------------------------------------
+
+
+def _pools(model: str, config: Config, batch: int, precision: str) -> Iterator[Contest]:
+    """Attention of one query an image: of a ViT's class token in its last block, of a ResNet's mean token."""
+    dtype, n, heads = DTYPES[precision], config.tokens, config.heads
+    vit = isinstance(config, VitConfig)
+    w = config.width if vit else config.features
+    head_dim, scale = w // heads, (w // heads) ** -0.5
+
+    def operands(device: torch.device) -> dict[str, Tensor]:
+        bias = _random(device, dtype, w)
+        made = {
+            "query": _random(device, dtype, batch, heads, head_dim),
+            "key_weight": _random(device, dtype, heads, head_dim, w, scale=w**-0.5),
+            "value_weight": _random(device, dtype, heads, head_dim, w, scale=w**-0.5),
+            "bias": bias,
+            "wide_bias": bias.float(),
+        }
+        if vit:
+            tokens = _random(device, dtype, batch, n, w)
+            return made | {"tokens": tokens, "statistics": row_statistics(tokens)}
+        first, rest = _random(device, dtype, batch, w), _random(device, dtype, batch, n - 1, w)
+        position = _random(device, dtype, n - 1, w)
+        return made | {"first": first, "rest": rest, "position": position, "wide_position": position.float()}
+
+    def ours(o: Operands) -> Tensor:
+        first, rest = (o["tokens"][:, 0], o["tokens"][:, 1:]) if vit else (o["first"], o["rest"])
+        return ops.attention_pool(
+            o["query"], first, rest, o["key_weight"], o["value_weight"], o["wide_bias"], scale,
+            statistics=o.get("statistics"), position=o.get("wide_position"), eps=_EPS,
+            precision=_precision(precision), impl="triton",
+        )  # fmt: skip
+
+    def separate(o: Operands) -> Tensor:
+        if vit:
+            tokens = F.layer_norm(o["tokens"], (w,), eps=_EPS)
+        else:
+            tokens = torch.cat([o["first"][:, None], o["rest"] + o["position"]], dim=1)
+        keys = F.linear(tokens, o["key_weight"].view(w, w)).view(batch, n, heads, head_dim).transpose(1, 2)
+        values = F.linear(tokens, o["value_weight"].view(w, w), o["bias"]).view(batch, n, heads, head_dim)
+        pooled = F.scaled_dot_product_attention(o["query"].unsqueeze(2), keys, values.transpose(1, 2), scale=scale)
+        return pooled.reshape(batch, w)
+
+    elements = batch * n * w + 2 * w * w + 2 * batch * w + (0 if vit else (n - 1) * w)
+    yield Contest(
+        "attention_pool", model, f"{n} tokens, {heads} heads of {head_dim}", 1, batch, precision, operands,
+        {OURS: ours, SEPARATE: separate, COMPILED: _compiled(separate)},
+        batch * (4 * w * w + 4 * heads * n * w), elements * dtype.itemsize,
+    )  # fmt: skip
+
+
+def _mean_tokens(model: str, config: Config, batch: int, precision: str) -> Iterator[Contest]:
+    if not isinstance(config, ResNetConfig) or precision == "tf32":
+        return
+    dtype, g, w = DTYPES[precision], config.tokens - 1, config.features
+
+    def operands(device: torch.device) -> dict[str, Tensor]:
+        position = _random(device, dtype, w)
+        return {
+            "features": _random(device, dtype, batch, g, w),
+            "position": position,
+            "wide_position": position.float(),
+        }
+
+    def ours(o: Operands) -> Tensor:
+        return ops.mean_token(o["features"], o["wide_position"], impl="triton")
+
+    def separate(o: Operands) -> Tensor:
+        return o["features"].mean(1) + o["position"]
+
+    yield Contest(
+        "mean_token", model, f"{g} positions", 1, batch, precision, operands,
+        {OURS: ours, SEPARATE: separate, COMPILED: _compiled(separate)},
+        batch * g * w, (batch * g * w + batch * w) * dtype.itemsize,
+    )  # fmt: skip
+
+
+def _compiled(compute: Compute) -> Compute:
+    """Compiled at the first call: contests are cheap to make."""
+    made: list[Compute] = []
+
+    def compiled(o: Operands) -> Tensor:
+        if not made:
+            torch.compiler.reset()
+            made.append(torch.compile(compute, mode="max-autotune-no-cudagraphs", dynamic=False))
+        return made[0](o)
+
+    return compiled
+
+
+_MAKERS: dict[str, Callable[[str, Config, int, str], Iterator[Contest]]] = {
+    "linear": _linears,
+    "flash_attention": _attentions,
+    "patch_embed": _patches,
+    "layer_norm": _layer_norms,
+    "attention_pool": _pools,
+    "mean_token": _mean_tokens,
+}

@@ -1,0 +1,283 @@
+"""The systems that encode CLIP images, ours and the ones people use, each made of the same weights.
+
+A `System` builds an `Encode` from a plain tower. What cannot be built (its package is missing, or it has no such model)
+raises `Unavailable` with the reason, which stands in the table in its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo.config
+import torch._inductor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from clip_fast.checkpoint import hugging_face_keys
+from clip_fast.config import LAYER_NORM_EPS, Config, ResNetConfig, VitConfig
+from clip_fast.encoder import ImageEncoder
+
+from .timing import DTYPES
+
+Encode = Callable[[Tensor], Tensor]  # (B, 3, H, W) in the task's dtype -> (B, embed_dim)
+
+
+class Unavailable(Exception):
+    """Why a system does not take part."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be encoded with: a tower's shape and float32 weights under canonical names, where, and how exactly."""
+
+    config: Config
+    state_dict: dict[str, Tensor]
+    device: torch.device
+    precision: str  # "fp32", "tf32", "fp16" or "bf16"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.precision]
+
+    def vit(self, package: str) -> VitConfig:
+        if not isinstance(self.config, VitConfig):
+            raise Unavailable(f"{package} has no ResNets")
+        return self.config
+
+    def ready(self, tower: nn.Module) -> nn.Module:
+        return tower.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class System:
+    """A way to encode images. `devices` are those that it is run on, `package` what it needs beside PyTorch."""
+
+    name: str
+    package: str | None
+    build: Callable[[Task], Encode]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    precisions: tuple[str, ...] = ("fp32", "tf32", "fp16", "bf16")
+
+    def encode(self, task: Task) -> Encode:
+        """Raises Unavailable where it cannot take part; and whatever its package raises."""
+        if self.package is not None:
+            try:
+                importlib.metadata.version(self.package)
+            except importlib.metadata.PackageNotFoundError:
+                raise Unavailable(f"{self.package} is not installed") from None
+        if task.precision not in self.precisions:
+            raise Unavailable(f"has no {task.precision}")
+        return self.build(task)
+
+
+def our_encoder(task: Task) -> ImageEncoder:
+    precision: Any = task.precision
+    return ImageEncoder(task.config, task.state_dict, task.device, task.dtype, precision=precision)
+
+
+def _ours(task: Task) -> Encode:
+    return our_encoder(task).encode_image
+
+
+def _openai_clip(task: Task) -> Encode:
+    if isinstance(task.config, VitConfig) and task.config.activation != "quick_gelu":
+        raise Unavailable("openai-clip has QuickGELU only")
+    _stand_in_for_torchvision_operators()
+    towers: Any = importlib.import_module("clip.model")
+    c = task.config
+    if isinstance(c, ResNetConfig):
+        tower = towers.ModifiedResNet(c.layers, c.embed_dim, c.heads, c.image_size, c.width)
+    else:
+        tower = towers.VisionTransformer(c.image_size, c.patch_size, c.width, c.layers, c.heads, c.embed_dim)
+    tower.load_state_dict(task.state_dict)
+    if task.precision == "fp16":
+        tower.to(task.device).eval().requires_grad_(False)
+        towers.convert_weights(tower)  # as clip.load does
+        return tower
+    task.ready(tower)
+    for module in tower.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.float()  # which its forward takes for granted; convert_weights leaves them so, too
+    return tower
+
+
+def _open_clip_tower(task: Task) -> nn.Module:
+    _stand_in_for_torchvision_operators()
+    c = task.config
+    if isinstance(c, ResNetConfig):
+        towers: Any = importlib.import_module("open_clip.modified_resnet")
+        tower = towers.ModifiedResNet(c.layers, c.embed_dim, c.heads, c.image_size, c.width)
+    else:
+        towers = importlib.import_module("open_clip.transformer")
+        activation = towers.QuickGELU if c.activation == "quick_gelu" else nn.GELU
+        tower = towers.VisionTransformer(
+            c.image_size, c.patch_size, c.width, c.layers, c.heads, c.mlp_ratio,
+            output_dim=c.embed_dim, act_layer=activation,
+        )  # fmt: skip
+    tower.load_state_dict(task.state_dict)
+    return task.ready(tower)
+
+
+def _transformers_model(task: Task) -> nn.Module:
+    c = task.vit("transformers")
+    transformers: Any = importlib.import_module("transformers")
+    config = transformers.CLIPVisionConfig(
+        hidden_size=c.width, intermediate_size=c.mlp_width, projection_dim=c.embed_dim, num_hidden_layers=c.layers,
+        num_attention_heads=c.heads, image_size=c.image_size, patch_size=c.patch_size, hidden_act=c.activation,
+        layer_norm_eps=LAYER_NORM_EPS, attn_implementation="sdpa",
+    )  # fmt: skip
+    state: dict[str, Tensor] = {}
+    for name, tensor in task.state_dict.items():
+        keys = hugging_face_keys(name)
+        parts = [tensor.T] if name == "proj" else tensor.chunk(len(keys))
+        state |= dict(zip(keys, parts, strict=True))
+    model = transformers.CLIPVisionModelWithProjection(config)
+    missing = model.load_state_dict(state, strict=False).missing_keys
+    if any(not key.endswith("position_ids") for key in missing):
+        raise Unavailable(f"its weights have other names here: {missing[0]}")
+    return task.ready(model)
+
+
+def _transformers(task: Task) -> Encode:
+    model = _transformers_model(task)
+    return lambda images: model(pixel_values=images).image_embeds
+
+
+def _timm_tower(task: Task) -> nn.Module:
+    c = task.vit("timm")
+    _stand_in_for_torchvision_operators()
+    timm: Any = importlib.import_module("timm.models.vision_transformer")
+    layers: Any = importlib.import_module("timm.layers")
+    tower = timm.VisionTransformer(
+        c.image_size, c.patch_size, num_classes=c.embed_dim, global_pool="token", embed_dim=c.width, depth=c.layers,
+        num_heads=c.heads, mlp_ratio=c.mlp_ratio, pre_norm=True,
+        norm_layer=partial(layers.LayerNorm, eps=LAYER_NORM_EPS),
+        act_layer=layers.get_act_layer("quick_gelu" if c.activation == "quick_gelu" else "gelu"),
+    )  # fmt: skip
+    tower.load_state_dict(timm._convert_openai_clip(dict(task.state_dict), tower, prefix=""))
+    return task.ready(tower)
+
+
+@contextmanager
+def compilations() -> Iterator[None]:
+    """Within this context compiled systems begin with nothing, and one that PyTorch would run eagerly, because it has
+    been compiled for too many shapes, fails."""
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
+        yield
+
+
+def _compiled(build: Callable[[Task], Encode], attention: str | None = None) -> Callable[[Task], Encode]:
+    """torch.compile of a system, as hard as it tries; with scaled_dot_product_attention pinned to a backend."""
+
+    def compiled(task: Task) -> Encode:
+        if task.device.type == "cuda":
+            options = torch._inductor.list_mode_options("max-autotune")
+        else:
+            options = {"freezing": True}  # weights packed once
+        encode = torch.compile(build(task), backend=_inductor(options), dynamic=False)
+        if attention is None:
+            return encode
+        backend = getattr(SDPBackend, attention)
+
+        def pinned(images: Tensor) -> Tensor:
+            with sdpa_kernel([backend]):
+                return encode(images)
+
+        return pinned
+
+    return compiled
+
+
+def _inductor(options: dict[str, Any]) -> Callable[..., Any]:
+    """Inductor under a name of its own.
+
+    Compiled graphs are looked up by code and backend, and any two of PyTorch's own "inductor" are the same backend. So
+    two systems of one package would share the graph of the first, whose attention was chosen when it was compiled.
+    """
+
+    def inductor(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Any:
+        return torch._inductor.compile(graph, examples, options)  # type: ignore[arg-type]
+
+    return inductor
+
+
+def _onnx_runtime(task: Task) -> Encode:
+    ort: Any = importlib.import_module("onnxruntime")
+    tower = _open_clip_tower(task)
+    size = task.config.image_size
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "tower.onnx"
+        with contextlib.redirect_stdout(None):
+            torch.onnx.export(
+                tower, (torch.zeros(2, 3, size, size),), str(file), input_names=["images"], output_names=["embeddings"],
+                dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), external_data=True,
+            )  # fmt: skip
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def _openvino(task: Task) -> Encode:
+    ov: Any = importlib.import_module("openvino")
+    size = task.config.image_size
+    wide = Task(task.config, task.state_dict, task.device, "fp32")
+    model = ov.convert_model(_open_clip_tower(wide), example_input=torch.zeros(2, 3, size, size))
+    hints = {
+        "INFERENCE_PRECISION_HINT": "bf16" if task.precision == "bf16" else "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    compiled = ov.compile_model(model, "CPU", hints)
+    return lambda images: torch.from_numpy(compiled(images.float().numpy())[0].copy())
+
+
+_REGISTERED: list[torch.library.Library] = []  # held for as long as the process lives
+
+
+def _stand_in_for_torchvision_operators() -> None:
+    """torchvision's Python part, which the packages import for their preprocessing, wants operators of its build."""
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _REGISTERED.append(library)
+
+
+OURS = "clip_fast"
+BASELINE = "openai-clip"
+_CPU: tuple[str, ...] = ("cpu",)
+_CUDA: tuple[str, ...] = ("cuda",)
+
+SYSTEMS = (  # those that are compiled last: that takes minutes each
+    System(OURS, None, _ours),
+    System(BASELINE, "openai-clip", _openai_clip),
+    System("open_clip", "open_clip_torch", _open_clip_tower),
+    System("transformers", "transformers", _transformers),
+    System("open_clip, compiled", "open_clip_torch", _compiled(_open_clip_tower)),
+    System(
+        "open_clip, compiled, cuDNN attention", "open_clip_torch", _compiled(_open_clip_tower, "CUDNN_ATTENTION"),
+        _CUDA, ("fp16", "bf16"),
+    ),
+    System("transformers, compiled", "transformers", _compiled(_transformers)),
+    System(
+        "transformers, compiled, cuDNN attention", "transformers", _compiled(_transformers, "CUDNN_ATTENTION"),
+        _CUDA, ("fp16", "bf16"),
+    ),
+    System("timm, compiled", "timm", _compiled(_timm_tower)),
+    System("ONNX Runtime", "onnxruntime", _onnx_runtime, _CPU, ("fp32",)),
+    System("OpenVINO", "openvino", _openvino, _CPU, ("fp32", "bf16")),
+)  # fmt: skip

@@ -1,0 +1,291 @@
+"""How times are taken: rivals in interleaved rounds, medians and their spread, and the machine's ceilings beside them.
+
+    results = measure({"ours": [lambda: f(x)], "theirs": [lambda: g(x)]}, device, rounds=7, graph=True)
+
+Clocks, temperatures and neighbours change during a run. So every rival is timed once a round, the first of a round
+being another each time, and what changes meets all of them. A rival that fails is a `Failed` in its place.
+
+On a GPU a sample is the device's time by events, over as many calls as fill a few milliseconds; on a CPU wall time.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+T = TypeVar("T")
+Call = Callable[[], object]
+Sampler = Callable[[], float]  # takes one sample: seconds of one call
+
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+WARM_UP = 3  # calls before the first sample: libraries choose their algorithms, compilers compile
+_SAMPLE_SECONDS = 0.01  # that a sample takes at least
+_CACHES = 4  # second-level caches that a rotation fills
+_MOST_COPIES = 1024  # in a rotation
+_MOST_MEMORY = 1 / 8  # of the device's, for a rotation
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one call, one sample per round."""
+
+    samples: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.samples)
+
+    @property
+    def spread(self) -> float:
+        """Distance of the quartiles, as a fraction of the median; 0 of a single sample."""
+        if len(self.samples) < 2:
+            return 0.0
+        first, _, third = statistics.quantiles(self.samples, n=4, method="inclusive")
+        return (third - first) / self.median
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What was not measured, and why."""
+
+    reason: str
+
+
+def reason(error: BaseException) -> str:
+    """An exception on one line of a table."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return text if len(text) <= 200 else text[:199] + "…"
+
+
+def measure(
+    rivals: Mapping[str, Sequence[Call]],
+    device: torch.device,
+    rounds: int,
+    *,
+    graph: bool = False,
+    awaited: bool = False,
+) -> dict[str, Times | Failed]:
+    """Times every rival in `rounds` interleaved rounds.
+
+    Args:
+        rivals: name -> calls that do the same work, one after the other, each on buffers of its own; what they return
+            is kept until the last has returned, so that results have a buffer each, too. Where all of them are larger
+            than the caches together (`rotated`), what is timed is cold.
+        device: PyTorch's current one, where it is a GPU.
+        graph: on an NVIDIA GPU, time replays of a CUDA graph of the calls: the device's time without the host's. The
+            graphs of all rivals share their memory.
+        awaited: wall time from a call until the device has done it, each call alone: the latency that one caller sees.
+            Otherwise calls are issued one after the other, and a device that falls behind has a queue of them.
+    """
+    prepare = _capturer() if graph else _as_it_is
+    samplers: dict[str, Sampler] = {}
+    results: dict[str, Times | Failed] = {}
+    for name, calls in rivals.items():
+        try:
+            samplers[name] = sampler(calls, device, prepare, awaited=awaited)
+        except Exception as error:  # whatever a rival stumbles on is its result
+            results[name] = Failed(reason(error))
+    results |= interleaved(samplers, rounds)
+    return {name: results[name] for name in rivals}
+
+
+def interleaved(samplers: Mapping[str, Sampler], rounds: int) -> dict[str, Times | Failed]:
+    """One sample of every sampler per round; round r begins with the r-th of them."""
+    names = list(samplers)
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    failed: dict[str, Times | Failed] = {}
+    for r in range(rounds):
+        for i in range(len(names)):
+            name = names[(r + i) % len(names)]
+            if name in failed:
+                continue
+            try:
+                samples[name].append(samplers[name]())
+            except Exception as error:
+                failed[name] = Failed(reason(error))
+    return {name: failed.get(name) or Times(tuple(samples[name])) for name in names}
+
+
+def _as_it_is(once: Call) -> Call:
+    return once
+
+
+def sampler(
+    calls: Sequence[Call], device: torch.device, prepare: Callable[[Call], Call] = _as_it_is, *, awaited: bool = False
+) -> Sampler:
+    """Warms `calls` up and returns what times them: seconds of one call, the mean over enough of them."""
+
+    def once() -> list[object]:
+        return [call() for call in calls]
+
+    run = prepare(once)
+    elapsed = _by_events(run) if device.type == "cuda" and not awaited else _by_the_clock(run, device)
+    estimate = [elapsed(1) for _ in range(WARM_UP)][-1]
+    repeats = max(1, math.ceil(_SAMPLE_SECONDS / max(estimate, 1e-9)))
+    return lambda: elapsed(repeats) / (repeats * len(calls))
+
+
+def _by_the_clock(once: Call, device: torch.device) -> Callable[[int], float]:
+    """Wall time; on a GPU until it has done each."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else None
+
+    def elapsed(repeats: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            once()
+            if wait is not None:
+                wait(device)
+        return time.perf_counter() - start
+
+    return elapsed
+
+
+def _by_events(once: Call) -> Callable[[int], float]:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def elapsed(repeats: int) -> float:
+        start.record()
+        for _ in range(repeats):
+            once()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+    return elapsed
+
+
+def _capturer() -> Callable[[Call], Call]:
+    """Makes calls into replays of CUDA graphs, all of one memory pool: no two of them run at once."""
+    stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+    graphs: list[torch.cuda.CUDAGraph] = []  # a pool ends with its last graph, and a capture that fails is none
+
+    def captured(once: Call) -> Call:
+        graph = torch.cuda.CUDAGraph()
+        graphs.append(graph)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries allocate their workspaces per stream, and not while it is captured
+            for _ in range(WARM_UP):
+                once()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            once()
+        return graph.replay
+
+    return captured
+
+
+# --- rotation, precision, memory -------------------------------------------------------------------------------------
+
+
+def rotated(make: Callable[[], T], footprint: int, device: torch.device) -> list[T]:
+    """As many of what `make` makes as it takes to find nothing of one left in the cache when its turn comes again.
+
+    Args:
+        make: fresh operands of one call.
+        footprint: bytes that a call reads and writes.
+    """
+    if device.type != "cuda":
+        return [make()]
+    properties: Any = torch.cuda.get_device_properties(device)
+    room = int(properties.total_memory * _MOST_MEMORY / footprint)
+    wanted = 1 + math.ceil(_CACHES * properties.L2_cache_size / footprint)
+    return [make() for _ in range(max(1, min(_MOST_COPIES, room, wanted)))]
+
+
+@contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """PyTorch's float32 products and convolutions rounded to TF32 where that is the precision, exact elsewhere."""
+    backends: tuple[Any, Any] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = precision == "tf32"
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
+
+
+@dataclass
+class Taken:
+    """Bytes that a stretch of work took of a GPU: at its peak, and for good."""
+
+    peak: int = 0
+    held: int = 0
+
+
+@contextmanager
+def memory_of(device: torch.device) -> Iterator[Taken | None]:
+    """What the work in this context takes of a GPU, known at its end; None on a CPU: nobody counts there.
+
+    Counted is what the allocator reserves, so that the pools of CUDA graphs are in it, which replays do not allocate.
+    """
+    if device.type != "cuda":
+        yield None
+        return
+    taken, before = Taken(), _reserved(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        yield taken
+    finally:
+        torch.cuda.synchronize(device)
+        taken.peak = torch.cuda.max_memory_reserved(device) - before
+        taken.held = _reserved(device) - before
+
+
+def _reserved(device: torch.device) -> int:
+    """Bytes that are in use, those that only wait for their next use given back."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device)
+
+
+# --- ceilings --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device reached, at best, in a run of its own beside the measurements."""
+
+    flops: Mapping[str, float]  # precision -> operations per second of a large square matrix product
+    bytes: float  # per second of a large copy, reads and writes together
+
+
+def ceilings(device: torch.device, precisions: Sequence[str], rounds: int = 7) -> Ceilings:
+    """Measures the ceilings with PyTorch's own product and copy, on random data.
+
+    Args:
+        precisions: of "fp32", "tf32", "fp16" and "bf16".
+    """
+    large = device.type == "cuda"
+    size, elements = (8192, 1 << 28) if large else (2048, 1 << 25)
+    flops = {name: 2 * size**3 / _product(size, name, device, rounds) for name in precisions}
+    return Ceilings(flops, 2 * 4 * elements / _copy(elements, device, rounds))
+
+
+def _copy(elements: int, device: torch.device, rounds: int) -> float:
+    source = torch.randn(elements, device=device)
+    target = torch.empty_like(source)
+    return _fastest(lambda: target.copy_(source), device, rounds)
+
+
+def _product(size: int, precision: str, device: torch.device, rounds: int) -> float:
+    a, b = (torch.randn(size, size, device=device).to(DTYPES[precision]) for _ in range(2))
+    out = torch.empty_like(a)
+    with products_in(precision):
+        return _fastest(lambda: torch.mm(a, b, out=out), device, rounds)
+
+
+def _fastest(call: Call, device: torch.device, rounds: int) -> float:
+    sample = sampler([call], device)
+    return min(sample() for _ in range(rounds))

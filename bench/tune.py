@@ -1,0 +1,434 @@
+"""Searches the launch table on a GPU, and writes what it finds into `kernels/targets.py`.
+
+    python -m bench.tune --minutes 20 --json bench/results/DEVICE-DATE/tune.json
+
+For every op and kind of dtype, tiles, warps and stages are varied around the table's own entry. What the machine code
+already condemns (spills, too much shared memory, no matrix instructions) is not timed. The rest is timed at the op's
+heaviest shape, the best few at all shapes that weigh anything, in interleaved rounds beside the current launch. A
+shape weighs as much as its time and the number of times that its model meets it. An entry is replaced where the sum of
+all shapes' times so weighed is lower by more than that sum's spread.
+
+One launch serves every batch, so "one row, one result" holds whatever is chosen; `pytest tests/kernels` proves it
+again. The reduction step of a product is not varied, so that its sums keep their order. In attention the tile of keys
+is a step of the softmax's sum, and is varied: a new entry may change last bits, for all batches alike. Not searched is
+what the table does not hold: the order of a product's tiles, and the constants of LayerNorm and of the pools.
+
+Every step (some launches at one shape) is on disk before the next begins, and `--resume` goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from clip_fast.config import Config
+from clip_fast.kernels import targets
+from clip_fast.kernels.reference import STATISTICS_TILE
+from clip_fast.kernels.targets import TABLE, Launch, Table, Target
+
+from .environment import TABLE_LINES, TARGETS_FILE, environment, fingerprint
+from .kernels.comparison import measured
+from .kernels.contests import OURS, SEPARATE, Compute, Contest, Operands, contests
+from .machine_code import Job, cases, compile_job, jobs_of
+from .models import MODELS, PUBLISHED
+from .report import document, resumed, save
+from .timing import Failed, Times, reason
+
+T = TypeVar("T")
+Row = dict[str, Any]
+
+_KINDS = {"half": "bf16", "float32": "fp32", "tf32": "tf32"}  # the precision that stands for each kind of dtype
+_LEAST_WEIGHT = 0.01  # of all arithmetic: a shape with less does not decide anything
+_ACCUMULATOR = (16, 128)  # registers of a thread that a tile of the result may take
+_AT_A_TIME = 8  # launches in a step of the screening
+_SCREENING_ROUNDS = 3
+_FINALISTS = 6
+_COMPILE_SECONDS = 120
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A place in the launch table: what is tuned on its own.
+
+    `cases` are those of `bench.machine_code` that show a launch's machine code.
+    """
+
+    op: str
+    kind: str
+    cases: tuple[str, ...]
+    models: Mapping[str, Config]
+
+    @property
+    def name(self) -> str:
+        return f"{self.op} {self.kind}"
+
+    def shapes(self, batches: Sequence[int]) -> list[Contest]:
+        """The op's shapes that weigh anything in its models, the heaviest first."""
+        op = re.sub(r"_\d+$", "", self.op)
+        found = sorted(contests(self.models, batches, [_KINDS[self.kind]], [op]), key=_weight, reverse=True)
+        least = _LEAST_WEIGHT * sum(map(_weight, found))
+        return [contest for contest in found if _weight(contest) >= least]
+
+    def candidates(self, current: Launch) -> list[Launch]:
+        """Launches around the current one, itself first."""
+        block_ns, stages = (64, 128, 256), (2, 3, 4, 5)
+        head = re.search(r"_(\d+)$", self.op)
+        if head:
+            block_ns, stages = (16, 32, 64, 128), (1, 2, 3, 4)
+        elif self.op == "linear":  # takes a tile in two halves, and each needs a tile of statistics
+            block_ns = tuple(n for n in block_ns if n >= 2 * STATISTICS_TILE)
+        found = [current]
+        for m, n, warps, s in itertools.product((64, 128, 256), block_ns, (4, 8, 16), stages):
+            columns = int(head[1]) if head else n  # of the result
+            launch = Launch(m, n, current.block_k, num_warps=warps, num_stages=s)
+            if _ACCUMULATOR[0] <= m * columns // (32 * warps) <= _ACCUMULATOR[1] and launch != current:
+                found.append(launch)
+        return found
+
+
+def _weight(contest: Contest) -> int:
+    return contest.count * contest.operations
+
+
+def entries() -> Iterator[Entry]:
+    """The table's entries, the one that decides first."""
+
+    def some(*names: str) -> dict[str, Config]:
+        return {name: PUBLISHED[name] for name in names}
+
+    common, wide = some("ViT-L/14", "ViT-B/32", "ViT-B/16"), some("ViT-H-14", "ViT-bigG-14")
+    for kind, precision in _KINDS.items():
+        products = (f"linear {precision} ln+fc1+quick_gelu", f"linear {precision} out+residual")
+        yield Entry("linear", kind, products, common)
+        yield Entry("flash_attention_64", kind, (f"flash_attention {precision} N=257 D=64",), common)
+        pixels = tuple(f"patch_embed {precision} P=16 of {dtype}" for dtype in (_images(precision), "u8"))
+        yield Entry("patch_embed", kind, pixels, common)
+        heads = (f"flash_attention {precision} N=257 D=80", f"flash_attention {precision} N=257 D=104")
+        yield Entry("flash_attention_128", kind, heads, wide)
+
+
+def _images(precision: str) -> str:
+    return "fp32" if precision == "tf32" else precision
+
+
+@contextmanager
+def trial(entry: Entry, arch: str, launch: Launch) -> Iterator[None]:
+    """Within this context the entry has another launch on `arch`."""
+    place = TABLE[entry.op][entry.kind]
+    before = place.get(arch)
+    place[arch] = launch
+    try:
+        yield
+    finally:
+        if before is None:
+            del place[arch]
+        else:
+            place[arch] = before
+
+
+# --- what the machine code condemns ----------------------------------------------------------------------------------
+
+
+def problems_of(entry: Entry, arch: str, launches: Sequence[Launch], workers: int) -> dict[Launch, list[str]]:
+    """What is wrong with each launch's machine code; the compiler may refuse it, or die of it, too."""
+    known = {case.name: case for case in cases()}
+    jobs: list[tuple[Launch, Job]] = []
+    for launch in launches:
+        with trial(entry, arch, launch):
+            jobs += [(launch, job) for name in entry.cases for job in jobs_of(known[name], arch)]
+    problems: dict[Launch, list[str]] = {launch: [] for launch in launches}
+    with ThreadPoolExecutor(workers) as pool:
+        for (launch, _), found in zip(jobs, pool.map(_problems, [job for _, job in jobs]), strict=True):
+            problems[launch] += found
+    return problems
+
+
+def _problems(job: Job) -> list[str]:
+    try:
+        return isolated(_compiled_problems, job)
+    except ChildProcessError as error:  # a launch that cannot be compiled is no candidate
+        return [f"is not compiled: {error}"]
+
+
+def _compiled_problems(job: Job) -> list[str]:
+    return compile_job(job).problems
+
+
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload(["bench.machine_code", "triton"])
+
+
+def isolated(function: Callable[..., T], *arguments: Any) -> T:
+    """`function(*arguments)` in a process of its own: a compiler that aborts takes nothing along.
+
+    Raises:
+        ChildProcessError: it raised something, died, or took longer than any launch is worth.
+    """
+    receiver, sender = _PROCESSES.Pipe(duplex=False)
+    process = _PROCESSES.Process(target=_answer, args=(sender, function, arguments))
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(_COMPILE_SECONDS):
+            raise ChildProcessError(f"not within {_COMPILE_SECONDS} s")
+        failed, answer = receiver.recv()
+    except EOFError:
+        raise ChildProcessError("its process died") from None
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+    if failed:
+        raise ChildProcessError(answer)
+    return answer
+
+
+def _answer(sender: Connection, function: Callable[..., object], arguments: tuple[Any, ...]) -> None:
+    try:
+        answer = (False, function(*arguments))
+    except Exception as error:
+        answer = (True, reason(error))
+    sender.send(answer)
+
+
+# --- the search ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Of a run; `deadline` is a time of `time.monotonic` after which no step begins."""
+
+    device: torch.device
+    batches: Sequence[int]
+    rounds: int
+    deadline: float
+    workers: int  # that compile
+
+    def plan(self, entry: Entry, current: Launch) -> tuple[list[Launch], list[Contest]]:
+        """An entry's launches and shapes; the first few on a CPU, where Triton's interpreter takes its time."""
+        launches, shapes = entry.candidates(current), entry.shapes(self.batches)
+        return (launches, shapes) if self.device.type == "cuda" else (launches[:3], shapes[:2])
+
+    def in_time(self) -> bool:
+        return time.monotonic() < self.deadline
+
+
+def search(entry: Entry, target: Target, rows: list[Row], settings: Settings) -> Iterator[list[Row]]:
+    """Adds to an entry's rows what they lack, step by step, and yields each step.
+
+    A step's rows are one for each launch in it, with its samples or with why it has none. First come those of the
+    screening, then those of the finals, a shape each. The first row of all is the current launch's.
+    """
+    current = _current(entry, target, rows)
+    candidates, shapes = settings.plan(entry, current)
+
+    screened = {_launch(row) for row in rows}
+    left = [launch for launch in candidates if launch not in screened]
+    for some in (left[i : i + _AT_A_TIME] for i in range(0, len(left), _AT_A_TIME)):
+        if not settings.in_time():
+            return
+        condemned: dict[Launch, Times | Failed] = {}
+        if settings.device.type == "cuda":
+            unknown = [launch for launch in some if launch != current]
+            for launch, problems in problems_of(entry, target.name, unknown, settings.workers).items():
+                if problems:
+                    condemned[launch] = Failed("; ".join(problems))
+        sound = [launch for launch in some if launch not in condemned]
+        rounds = min(settings.rounds, _SCREENING_ROUNDS)
+        found = condemned | _times(entry, target, shapes[0], sound, rounds, settings.device)
+        step = [_row(entry, target, "screening", shapes[0], launch, found[launch]) for launch in some]
+        rows += step
+        yield step
+
+    medians = {_launch(row): Times(tuple(row["samples"])).median for row in _timed(rows, "screening")}
+    rivals = sorted((launch for launch in medians if launch != current), key=medians.__getitem__)
+    finalists = [current, *rivals[:_FINALISTS]]
+    for shape in shapes:
+        if shape.name in _finals(rows):
+            continue
+        if not settings.in_time():
+            return
+        found = _times(entry, target, shape, finalists, settings.rounds, settings.device)
+        step = [_row(entry, target, "final", shape, launch, found[launch]) for launch in finalists]
+        rows += step
+        yield step
+
+
+def finished(entry: Entry, target: Target, rows: Sequence[Row], settings: Settings) -> bool:
+    """Whether an entry's finals have taken place at every shape."""
+    _, shapes = settings.plan(entry, _current(entry, target, rows))
+    return {shape.name for shape in shapes} <= _finals(rows)
+
+
+def _current(entry: Entry, target: Target, rows: Sequence[Row]) -> Launch:
+    """The launch that an entry had when its search began."""
+    return _launch(rows[0]) if rows else targets.entry(entry.op, entry.kind, target)
+
+
+def _times(
+    entry: Entry, target: Target, shape: Contest, launches: Sequence[Launch], rounds: int, device: torch.device
+) -> dict[Launch, Times | Failed]:
+    def launched(launch: Launch) -> Compute:
+        def compute(operands: Operands) -> torch.Tensor:
+            with trial(entry, target.name, launch):
+                return shape.systems[OURS](operands)
+
+        return compute
+
+    systems = {str(launch): launched(launch) for launch in launches}
+    contest = replace(shape, systems={SEPARATE: shape.systems[SEPARATE], **systems})
+    found = measured(contest, systems, rounds, device)
+    results = {launch: found[str(launch)] for launch in launches}
+    return {launch: it if isinstance(it, Failed) else it.times for launch, it in results.items()}
+
+
+def _row(entry: Entry, target: Target, stage: str, shape: Contest, launch: Launch, found: Times | Failed) -> Row:
+    row: Row = {"op": entry.op, "kind": entry.kind, "arch": target.name, "stage": stage, "shape": shape.name}
+    row |= {"count": shape.count, "launch": asdict(launch)}
+    return row | ({"failed": found.reason} if isinstance(found, Failed) else {"samples": list(found.samples)})
+
+
+def _launch(row: Row) -> Launch:
+    return Launch(**row["launch"])
+
+
+def _timed(rows: Sequence[Row], stage: str) -> list[Row]:
+    return [row for row in rows if row["stage"] == stage and "samples" in row]
+
+
+def _finals(rows: Sequence[Row]) -> set[str]:
+    """The shapes at which they have taken place."""
+    return {row["shape"] for row in rows if row["stage"] == "final"}
+
+
+def winner(rows: Sequence[Row]) -> Launch | None:
+    """The launch to put in the current one's place, whose rows are the first; None where the current one stays.
+
+    Rows are those of one entry. A launch that fails at a shape that another one does is out.
+    """
+    current = _launch(rows[0])
+    finals = _timed(rows, "final")
+    shapes = {row["shape"] for row in finals}
+    totals: dict[Launch, Times] = {}
+    for launch in dict.fromkeys(map(_launch, finals)):
+        weighed = [[row["count"] * seconds for seconds in row["samples"]] for row in finals if _launch(row) == launch]
+        if len(weighed) == len(shapes):
+            totals[launch] = Times(tuple(map(sum, zip(*weighed, strict=True))))
+    if not totals:
+        return None
+    best = min(totals, key=lambda launch: totals[launch].median)
+    if current in totals:
+        noise = max(totals[current].spread, totals[best].spread)
+        if totals[best].median >= totals[current].median * (1 - noise):
+            return None
+    return best
+
+
+# --- the table in its file -------------------------------------------------------------------------------------------
+
+
+def rendered(table: Table) -> str:
+    """The table as it stands in `kernels/targets.py`."""
+    lines = ["TABLE: Table = {"]
+    for op, kinds in table.items():
+        lines.append(f'    "{op}": {{')
+        for kind, launches in kinds.items():
+            lines.append(f'        "{kind}": {{')
+            for arch in sorted(launches, key=list(targets.TARGETS).index):
+                launch = launches[arch]
+                blocks = f"{launch.block_m}, {launch.block_n}, {launch.block_k}"
+                options = f"num_warps={launch.num_warps}, num_stages={launch.num_stages}"
+                lines.append(f'            "{arch}": Launch({blocks}, {options}),')
+            lines.append("        },")
+        lines.append("    },")
+    return "\n".join([*lines, "}\n"])
+
+
+def write_table(file: Path, table: Table) -> None:
+    """Puts `table` in the place of the one in `file`."""
+    text = file.read_text()
+    found = TABLE_LINES.search(text)
+    if found is None:
+        raise ValueError(f"{file} has no TABLE")
+    save(file, text[: found.start()] + rendered(table) + text[found.end() :])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--only", default="", help="only the entries whose name contains this")
+    parser.add_argument("--batches", default="256,32", help="with commas between")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing new after as long")
+    parser.add_argument("--json", type=Path, help="write all that was timed there")
+    parser.add_argument("--resume", action="store_true", help="keep what that file has, and do what it lacks")
+    parser.add_argument("--table", type=Path, default=TARGETS_FILE, help="the file whose table is rewritten")
+    parser.add_argument("--dry-run", action="store_true", help="on a CPU, at toy size, changing nothing")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
+    options = parser.parse_args(arguments)
+    everything = list(entries())
+    if options.dry_run:
+        with tempfile.TemporaryDirectory() as folder:
+            copied = Path(shutil.copy(TARGETS_FILE, folder))
+            toys = [replace(entry, models={"toy": MODELS["toy"]}) for entry in everything if entry.kind == "float32"]
+            settings = Settings(torch.device("cpu"), [1], 1, math.inf, options.jobs)
+            tune(toys, settings, Path(folder) / "tune.json", False, copied, options.only)
+        return
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU to tune for")
+    batches = [int(batch) for batch in options.batches.split(",")]
+    deadline = time.monotonic() + options.minutes * 60
+    settings = Settings(torch.device("cuda"), batches, options.rounds, deadline, options.jobs)
+    tune(everything, settings, options.json, options.resume, options.table, options.only)
+
+
+def tune(
+    everything: Sequence[Entry], settings: Settings, file: Path | None, resume: bool, table_file: Path, only: str = ""
+) -> None:
+    """Tunes the entries whose name contains `only`. `file` is written after each step, the table after each entry.
+
+    What is finished in `file` is put into the table again, asked for or not: the table may not have come along.
+    """
+    where = replace(environment(settings.device), code=fingerprint(launches=False))
+    target = targets.target_of(settings.device)
+    rows = resumed(file, "tune", where) if resume and file else []
+    for entry in everything:
+        own = [row for row in rows if (row["op"], row["kind"]) == (entry.op, entry.kind)]
+        if only in entry.name:
+            for step in search(entry, target, own, settings):
+                rows += step
+                if file:
+                    save(file, document("tune", where, None, rows))
+                if (
+                    settings.device.type == "cuda"
+                ):  # a fault on the device would fail all that follows, and ends the run
+                    torch.cuda.synchronize(settings.device)
+        if not own:
+            continue
+        if not finished(entry, target, own, settings):
+            print(f"{entry.name}: out of time, --resume goes on", flush=True)
+            continue
+        best = winner(own)
+        print(f"{entry.name}: {best or 'the current launch stays'}", flush=True)
+        if best is not None:
+            TABLE[entry.op][entry.kind][target.name] = best
+            write_table(table_file, TABLE)
+
+
+if __name__ == "__main__":
+    main()

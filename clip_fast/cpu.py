@@ -1,0 +1,105 @@
+"""What the encoders' lines for CPUs are made of: products and one-query attention, fused as far as PyTorch goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .reference import quick_gelu
+
+_FEW_ROWS = 128  # up to which oneDNN's packed products are faster than BLAS in float32
+# activation -> oneDNN's name of it, and of the algorithm where there are several
+_FUSED = {"none": ("none", ""), "swish": ("swish", ""), "gelu": ("gelu", "none")}
+
+
+def _quick_gelu_(x: Tensor) -> Tensor:
+    return x.copy_(quick_gelu(x))
+
+
+_IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": torch.nn.Identity(),
+    "swish": torch.ops.aten.silu_.default,
+    "quick_gelu": _quick_gelu_,
+    "gelu": torch.ops.aten.gelu_.default,
+}
+
+
+def can_fuse(dtype: torch.dtype) -> bool:
+    """Whether this build of PyTorch has oneDNN's fused products, and this CPU the instructions for `dtype`."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class Product:
+    """activation(x Wᵀ + b) + residual, by the library that is faster for the rows at hand.
+
+    oneDNN, its weights packed and everything fused, serves bfloat16, and in float32 the few rows of a single image: but
+    for the activation, which costs it a quarter of a float32 product and PyTorch a twentieth, in place. For many rows
+    in float32 BLAS is faster, with the residual as the product's initial value. Each has a layout of W of its own, made
+    when it is first needed.
+
+    Args:
+        weight: (N, K), of any float dtype; multiplied by `scale`, then cast to the bias's dtype.
+        bias: (N,), of the dtype to compute in.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor, activation: str = "none", scale: float = 1.0) -> None:
+        self.bias = bias
+        self.activation = activation
+        self._source, self._scale = weight, scale
+        self._fuses = bias.device.type == "cpu" and can_fuse(bias.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """W, (N, K), as it is multiplied by."""
+        weight = self._source.to(self.bias.dtype)
+        return (weight if self._scale == 1 else weight * self._scale).contiguous()
+
+    @cached_property
+    def _packed(self) -> Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(self.weight, _FEW_ROWS)
+
+    @cached_property
+    def _transposed(self) -> Tensor:
+        return self.weight.T.contiguous()
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(M, K) -> (M, N). The residual (M, N) is the caller's to lose: the result may be written over it."""
+        if self._fuses and (len(x) <= _FEW_ROWS or x.dtype != torch.float32):
+            return self._by_onednn(x, residual)
+        if residual is not None and x.dtype.itemsize >= 4:  # in half precision the sums between would be rounded
+            return residual.add_(self.bias).addmm_(x, self._transposed)
+        if residual is not None:
+            return residual + torch.addmm(self.bias, x, self._transposed)
+        return _IN_PLACE[self.activation](torch.addmm(self.bias, x, self._transposed))
+
+    def _by_onednn(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if residual is not None:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._packed, self.bias, "add")
+        fused = self.activation if self.activation in _FUSED and x.dtype != torch.float32 else "none"
+        y = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, _FUSED[fused][0], [], _FUSED[fused][1])
+        return y if fused == self.activation else _IN_PLACE[self.activation](y)
+
+
+def one_query_attention(
+    query: Tensor, tokens: Tensor, key_weight: Tensor, value_weight: Tensor, value_bias: Tensor
+) -> Tensor:
+    """`ops.attention_pool` with the softmax scale 1 / √D: its sums are re-associated, keys and values never formed.
+
+    Args:
+        query: (B, H, D), bias included.
+        tokens: (B, N, W).
+        key_weight, value_weight: (H, D, W).
+        value_bias: (H · D,).
+
+    Returns:
+        (B, H · D).
+    """
+    u = torch.bmm(query.transpose(0, 1), key_weight).transpose(0, 1)  # W_kᵀ q, (B, H, W)
+    p = (torch.bmm(u, tokens.transpose(1, 2)) * query.shape[-1] ** -0.5).softmax(dim=-1)  # (B, H, N)
+    z = torch.bmm(p, tokens)  # (B, H, W)
+    return torch.bmm(z.transpose(0, 1), value_weight.transpose(1, 2)).transpose(0, 1).flatten(1) + value_bias

@@ -1,0 +1,77 @@
+"""Methods of one instance: put on a module beside those of its class, and taken off again.
+
+Nothing that someone else put on it is overwritten. A deep copy gets methods of its own. Pickles and the replicas of
+`DataParallel` are the originals: files can be read where there is no clip_fast, and a replica's weights last for one
+call only.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+from torch import nn
+
+_ATTACHED = "_clip_fast"  # attribute: what was put on an instance, by name
+
+
+def attach(module: nn.Module, methods: Mapping[str, Callable[..., Any]], renew: Callable[[nn.Module], object]) -> None:
+    """Puts methods on a module; `renew` does so to its deep copies."""
+    own = vars(module)
+
+    def deepcopy(memo: dict[int, Any]) -> nn.Module:
+        taken = detach(module)
+        try:
+            other = copy.deepcopy(module, memo)
+        finally:
+            own.update(taken)
+        renew(other)
+        return other
+
+    def replicate() -> nn.Module:
+        replica: nn.Module = cast(Any, type(module))._replicate_for_data_parallel(module)
+        detach(replica)
+        return replica
+
+    wanted: dict[str, Any] = {
+        **methods,
+        "__deepcopy__": deepcopy,
+        "__getstate__": lambda: attributes(module),
+        "_replicate_for_data_parallel": replicate,
+    }
+    ours = {name: method for name, method in wanted.items() if name not in own}
+    own.update({**ours, _ATTACHED: ours})
+
+
+def detach(module: nn.Module) -> dict[str, Any]:
+    """Takes off a module, and returns, what was put on it and is still there."""
+    own = vars(module)
+    kept = attributes(module)
+    return {name: own.pop(name) for name in tuple(own) if name not in kept}
+
+
+def is_attached(module: nn.Module) -> bool:
+    return _ATTACHED in vars(module)
+
+
+def attributes(module: nn.Module) -> dict[str, Any]:
+    """A module's own attributes, without what was put on it."""
+    own = vars(module)
+    ours = {_ATTACHED: own.get(_ATTACHED), **own.get(_ATTACHED, {})}
+    return {name: value for name, value in own.items() if name not in ours or ours[name] is not value}
+
+
+def count(module: nn.Module) -> int:
+    """How many attributes it has, apart from what was put on it: another number once someone replaces a method."""
+    ours = vars(module).get(_ATTACHED)
+    return len(vars(module)) - (0 if ours is None else 1 + len(ours))
+
+
+def replaced_method(module: nn.Module) -> str | None:
+    """The name of a method that someone else put on this instance in the place of its class's."""
+    for name, value in attributes(module).items():
+        method = getattr(type(module), name, None)
+        if callable(value) and callable(method) and getattr(value, "__func__", None) is not method:
+            return name
+    return None

@@ -1,0 +1,212 @@
+"""From inputs of any number to shards: decoding, encoding and writing at the same time.
+
+    worker processes          this thread                            a writer thread
+    read, decode, resize  ->  copy (side stream), encode, copy back  ->  gather a shard, write, rename
+
+Between the stages go raw uint8 pixels in shared, page-locked memory, and embeddings with a CUDA event that tells when
+they have arrived: the thread that feeds the GPU waits for pixels only, and for the writer when it is `WRITES_AHEAD`
+batches behind. Batches are cut at the same places whatever was done before, so a resumed run computes the same bits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from hashlib import sha256
+from itertools import islice
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .decode import Batch, Decoder, decode_batches
+from .encoder import ImageEncoder
+from .shards import Record, Shard, Totals
+from .sources import Inputs, Item
+
+WRITES_AHEAD = 8  # batches
+
+_NOT_FINITE = "the embedding has numbers that are not finite: its dtype, or the model's, is too narrow for them"
+
+EmbeddingDtype = Literal["float16", "float32"]
+
+
+class Sink(Protocol):
+    """Where shards go."""
+
+    def finished(self, index: int, items: Sequence[Item], /) -> Totals | None: ...
+
+    def write(self, shard: Shard, /) -> None: ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run: sizes in images, `time_limit` in seconds for an image; `normalize` makes rows of length 1."""
+
+    batch_size: int = 256
+    shard_size: int = 10_000
+    workers: int = 8
+    time_limit: float = 60.0
+    dtype: EmbeddingDtype = "float32"
+    normalize: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """What has come about since the last report: counts, and the seconds that the encoding thread waited for pixels
+    and for everything else."""
+
+    done: Totals
+    decoding: float = 0.0
+    encoding: float = 0.0
+    resumed: bool = False  # was done by an earlier run
+
+
+def run(
+    model: ImageEncoder,
+    decoder: Decoder,
+    inputs: Inputs,
+    sink: Sink,
+    options: Options,
+    report: Callable[[Step], None],
+    part: int = 0,
+    parts: int = 1,
+) -> None:
+    """Embeds `inputs` into `sink`: of the shards that are not finished, each `parts`-th from `part` on.
+
+    `report` is called after every batch; what it raises ends the run. Shards that were written stay.
+    """
+    on_gpu = model.device.type == "cuda"
+    writes: deque[Future[Totals]] = deque()
+    shards = _Gatherer(sink)
+    work = _batches(inputs, sink, options, report, part, parts)
+    encode = _encoder(model, options)
+    writer = ThreadPoolExecutor(1, thread_name_prefix="write")
+    decoding = decode_batches(decoder, work, workers=options.workers, time_limit=options.time_limit, pin_memory=on_gpu)
+    try:
+        with closing(work), closing(decoding):
+            before = time.perf_counter()
+            for batch, decoded in decoding:
+                arrived = time.perf_counter()
+                rows = encode(decoded.pixels)
+                writes.append(writer.submit(shards.add, batch, decoded.sizes, decoded.errors, rows))
+                done = Totals()
+                while writes and (len(writes) > WRITES_AHEAD or writes[0].done()):
+                    done += writes.popleft().result()
+                now = time.perf_counter()
+                report(Step(done, arrived - before, now - arrived))
+                before = now
+        while writes:
+            report(Step(writes.popleft().result()))
+    finally:
+        writer.shutdown(cancel_futures=True)
+
+
+def _batches(
+    inputs: Inputs, sink: Sink, options: Options, report: Callable[[Step], None], part: int, parts: int
+) -> Generator[Batch, None, None]:
+    """The batches of the shards to do; the next shard's items are listed meanwhile."""
+    items = iter(inputs)
+    with ThreadPoolExecutor(1, thread_name_prefix="list") as lister:
+
+        def following() -> Future[list[Item]]:
+            return lister.submit(lambda: list(islice(items, options.shard_size)))
+
+        index, upcoming = 0, following()
+        while chunk := upcoming.result():
+            upcoming = following()
+            if index % parts == part:
+                finished = sink.finished(index, chunk)
+                if finished:
+                    report(Step(finished, resumed=True))
+                else:
+                    for start in range(0, len(chunk), options.batch_size):
+                        yield Batch(chunk[start : start + options.batch_size], index, start, len(chunk))
+            index += 1
+
+
+def weights_digest(model: ImageEncoder) -> str:
+    """SHA-256 of what a model computes with: its shape, its normalisation, its weights."""
+    digest = sha256(f"{model.config} {model.mean} {model.std} {model.precision}".encode())
+    for name, tensor in sorted(model.visual.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype}".encode())
+        digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+class _Gatherer:
+    """Puts batches together to shards; lives in the writer's thread."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self._records: list[Record] = []
+        self._rows: NDArray[Any] = np.empty((0, 0))
+
+    def add(self, batch: Batch, sizes: Tensor, errors: dict[int, str], rows: Callable[[], Tensor]) -> Totals:
+        embeddings = rows().numpy()
+        errors = dict.fromkeys(map(int, np.flatnonzero(~np.isfinite(embeddings).all(axis=1))), _NOT_FINITE) | errors
+        if batch.start == 0:
+            self._rows = np.zeros((batch.length, embeddings.shape[1]), embeddings.dtype)
+            self._records = []
+        good = [i for i in range(len(batch.items)) if i not in errors]
+        self._rows[batch.start :][good] = embeddings[good]
+        self._records += [
+            Record(item.key, item.location, int(width), int(height), errors.get(i))
+            for i, (item, (width, height)) in enumerate(zip(batch.items, sizes.numpy(), strict=True))
+        ]
+        complete = len(self._records) == batch.length
+        if complete:
+            self._sink.write(Shard(batch.shard, self._rows, self._records))
+        return Totals(len(batch.items), len(batch.items) - len(good), int(complete))
+
+
+def _encoder(model: ImageEncoder, options: Options) -> Callable[[Tensor], Callable[[], Tensor]]:
+    """A function from pixels in memory, uint8 (B, 3, H, W), to one that waits for the embeddings, (B, embed_dim)."""
+    dtype = torch.float16 if options.dtype == "float16" else torch.float32
+
+    @torch.inference_mode()
+    def embed(pixels: Tensor) -> Tensor:
+        rows = model.encode_image(pixels).float()
+        return (F.normalize(rows, dim=1) if options.normalize else rows).to(dtype)
+
+    if model.device.type != "cuda":
+
+        def encode_here(pixels: Tensor) -> Callable[[], Tensor]:
+            rows = embed(pixels).to("cpu")
+            return lambda: rows
+
+        return encode_here
+
+    device = model.device
+    copying, returning = torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+    def encode_there(pixels: Tensor) -> Callable[[], Tensor]:
+        computing = torch.cuda.current_stream(device)
+        with torch.cuda.stream(copying):
+            images = pixels.to(device, non_blocking=True)
+        computing.wait_stream(copying)
+        images.record_stream(computing)
+        with torch.cuda.device(device):
+            rows = embed(images)
+        returning.wait_stream(computing)
+        with torch.cuda.stream(returning):
+            host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+            host.copy_(rows, non_blocking=True)
+            rows.record_stream(returning)
+            arrived = torch.cuda.Event()
+            arrived.record(returning)
+
+        def wait() -> Tensor:
+            arrived.synchronize()
+            return host
+
+        return wait
+
+    return encode_there

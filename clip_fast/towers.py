@@ -1,0 +1,348 @@
+"""Image towers of other packages: which modules they are, and their shape and weights under canonical names.
+
+Served are those whose mathematics is that of `reference.py`. Everything in a tower must be known: a module of another
+class (an adapter, a quantised layer), a method of its own, another epsilon, stride or pooling makes it `NotServed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import instance, reference
+from .checkpoint import hugging_face_keys
+from .config import BATCH_NORM_EPS, LAYER_NORM_EPS, Activation, Config, ResNetConfig, VitConfig
+from .engine import NotServed, Source
+
+_CLIP = {
+    "clip.model.VisionTransformer",
+    "clip.model.ModifiedResNet",
+    "open_clip.transformer.VisionTransformer",
+    "open_clip.modified_resnet.ModifiedResNet",
+}
+_MODELING_CLIP = "transformers.models.clip.modeling_clip"
+# The tower is the first of these in transformers 4, the second in 5, where the class has no tower inside.
+_TRANSFORMERS = {f"{_MODELING_CLIP}.CLIPVisionTransformer", f"{_MODELING_CLIP}.CLIPVisionModel"}
+
+_KNOWN = (
+    _CLIP
+    | _TRANSFORMERS
+    | {f"clip.model.{name}" for name in ("Transformer", "ResidualAttentionBlock", "LayerNorm")}
+    | {f"open_clip.transformer.{name}" for name in ("Transformer", "ResidualAttentionBlock", "LayerNorm")}
+    | {"open_clip.transformer.LayerNormFp32"}
+    | {f"clip.model.{name}" for name in ("Bottleneck", "AttentionPool2d")}
+    | {f"open_clip.modified_resnet.{name}" for name in ("Bottleneck", "AttentionPool2d")}
+    | {f"{_MODELING_CLIP}.CLIP{name}" for name in ("VisionEmbeddings", "Encoder", "EncoderLayer", "MLP")}
+    | {f"{_MODELING_CLIP}.CLIP{name}Attention" for name in ("", "Sdpa")}
+    | {f"{_MODELING_CLIP}.CLIPFlashAttention2"}
+    | {f"torch.nn.modules.{name}" for name in ("linear.Linear", "linear.Identity", "conv.Conv2d", "sparse.Embedding")}
+    | {"torch.nn.modules.linear.NonDynamicallyQuantizableLinear", "torch.nn.modules.activation.MultiheadAttention"}
+    | {"torch.nn.modules.normalization.LayerNorm", "torch.nn.modules.batchnorm.BatchNorm2d"}
+    | {"torchvision.ops.misc.FrozenBatchNorm2d", "torch.nn.modules.pooling.AvgPool2d"}
+    | {"torch.nn.modules.activation.ReLU", "torch.nn.modules.container.Sequential"}
+    | {"torch.nn.modules.container.ModuleList", "open_clip.transformer.PatchDropout"}
+)
+
+# transformers computes the same attention by any of these; None is "eager" in its older releases.
+_ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+_WEIGHTS = (Tensor, nn.Parameter, nn.Buffer)  # of other classes, values are not what they seem: quantised, sharded
+
+
+def find(model: nn.Module) -> list[nn.Module]:
+    """The image towers in a model.
+
+    Raises:
+        NotServed: there is none that is known.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise NotServed("the model is a TorchScript program, whose parts cannot be replaced: load it with jit=False")
+    towers = [module for module in model.modules() if is_clip(module) or is_transformers(module)]
+    if not towers:
+        raise NotServed(f"no image tower of openai-clip, open_clip or transformers' CLIP in {_image_part(model)}")
+    return towers
+
+
+def is_clip(module: nn.Module) -> bool:
+    """Whether it is a tower of openai-clip or open_clip, which gives embeddings."""
+    return _class(module) in _CLIP
+
+
+def is_transformers(module: nn.Module) -> bool:
+    """Whether it is a tower of transformers, which gives hidden states and has no projection."""
+    return _class(module) in _TRANSFORMERS and hasattr(module, "pre_layrnorm")
+
+
+def _class(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _image_part(model: nn.Module) -> str:
+    for path in ("visual.trunk", "visual", "vision_model", "vision_tower"):
+        try:
+            return f"the {_class(model)}: its {path} is a {_class(model.get_submodule(path))}"
+        except AttributeError:
+            continue
+    return f"the {_class(model)}"
+
+
+def read(tower: nn.Module) -> Source:
+    """A tower's shape, and where its weights are.
+
+    Raises:
+        NotServed: something in it is not known.
+    """
+    part: Any = tower
+    if is_transformers(tower):
+        config: Config = _transformers_config(part)
+    elif hasattr(tower, "attnpool"):
+        config = _resnet_config(part)
+    else:
+        config = _vit_config(part)
+    with torch.device("meta"):
+        plain: nn.Module = reference.build(config)
+    _check_modules(tower)
+    shapes = {name: tensor.shape for name, tensor in plain.state_dict().items()}
+    keys: Callable[[str], list[str]] = _transformers_keys if is_transformers(tower) else lambda name: [name]
+
+    def state_dict() -> dict[str, Tensor]:
+        return _canonical(_checked(tower.state_dict()), shapes, keys)
+
+    state = {name: tensor.to("meta") for name, tensor in _checked(tower.state_dict()).items()}
+    _canonical(state, shapes, keys)  # has it all?
+    if is_clip(tower):
+        _check_wiring(tower, plain)
+    convolution = _convolution(tower)
+    return Source(config, tuple(tower.modules()), state_dict, lambda: convolution.weight)
+
+
+def _convolution(tower: nn.Module) -> Any:
+    """The one that looks at the images."""
+    return tower.get_submodule("embeddings.patch_embedding" if is_transformers(tower) else "conv1")
+
+
+def weight(tower: nn.Module) -> Tensor:
+    """One of a tower's weights, whose dtype and device are the tower's, whatever has been put in its modules' place."""
+    return next(_convolution(tower).parameters())
+
+
+def settings(tower: nn.Module) -> object:
+    """What a tower looks up in its attributes at every call, and `read` has judged."""
+    attributes = vars(tower)
+    if "config" in attributes:
+        return getattr(attributes["config"], "_attn_implementation", None)
+    return attributes.get("pool_type"), attributes.get("final_ln_after_pool")
+
+
+def _checked(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """`state` as it is.
+
+    Raises:
+        NotServed: its values cannot be read as those of plain tensors on one device.
+    """
+    for name, tensor in state.items():
+        if type(tensor) not in _WEIGHTS:
+            raise NotServed(f"{name} is a {type(tensor).__qualname__}, not a plain tensor")
+    if len(devices := {str(tensor.device) for tensor in state.values()}) > 1:
+        raise NotServed(f"its weights are on several devices: {', '.join(sorted(devices))}")
+    return state
+
+
+def _canonical(
+    state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], keys: Callable[[str], list[str]]
+) -> dict[str, Tensor]:
+    """The weights `state` under the names of `shapes`, each made of those that `keys` names."""
+    result: dict[str, Tensor] = {}
+    used: set[str] = set()
+    for name, shape in shapes.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        names = keys(name)
+        if not names:  # transformers project outside of the tower
+            result[name] = torch.eye(*shape, device=next(iter(state.values())).device)
+            continue
+        if missing := [key for key in names if key not in state]:
+            raise NotServed(f"the tower has no {missing[0]}")
+        parts = [state[key] for key in names]
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if tensor.shape != shape:
+            raise NotServed(f"{names[0]} is {list(tensor.shape)}, expected {list(shape)}")
+        result[name] = tensor
+        used.update(names)
+    spare = [key for key in state if key not in used and not key.endswith(("num_batches_tracked", "position_ids"))]
+    if spare:
+        raise NotServed(f"the tower has an unknown weight {spare[0]}")
+    return result
+
+
+def _transformers_keys(name: str) -> list[str]:
+    return [] if name == "proj" else [key.removeprefix("vision_model.") for key in hugging_face_keys(name)]
+
+
+def _check_modules(tower: Any) -> None:
+    for name, module in _named(tower).items():
+        name = name or "the tower"
+        if name.endswith((".gelu", ".activation_fn")):
+            continue  # looked at in `_activation`
+        if _class(module) not in _KNOWN:
+            raise NotServed(f"{name} is a {_class(module)}")
+        if method := instance.replaced_method(module):
+            raise NotServed(f"{name} has a {method} of its own")
+        eps: float | None = getattr(module, "eps", None)
+        expected = LAYER_NORM_EPS if isinstance(module, nn.LayerNorm) else BATCH_NORM_EPS
+        if eps is not None and eps != expected:
+            raise NotServed(f"{name} has eps {eps}, expected {expected}")
+
+
+def _named(tower: Any) -> dict[str, nn.Module]:
+    modules: Iterable[tuple[str, nn.Module]] = tower.named_modules()
+    return dict(modules)
+
+
+def _check_wiring(tower: nn.Module, plain: nn.Module) -> None:
+    """What no weight tells of openai-clip's and open_clip's towers: strides, pools, and what a `Sequential` runs."""
+    twins, modules = _named(plain), _named(tower)
+    for name, module in modules.items():
+        twin, leaf = twins.get(name), name.rpartition(".")[2]
+        if isinstance(module, nn.Sequential):
+            children = [child for child, _ in module.named_children()]
+            expected = [child for child, _ in twin.named_children()] if twin is not None else []
+            if isinstance(twin, reference.Mlp):
+                expected.insert(1, "gelu")
+            _require(children == expected, f"{name} runs {children}, expected {expected}")
+        if leaf.startswith(("relu", "act")):
+            _require(type(module) is nn.ReLU, f"{name} is a {_class(module)}")
+        elif isinstance(twin, nn.Conv2d | nn.AvgPool2d | nn.Identity):
+            _require(_geometry(module) == _geometry(twin), f"{name} is {module}, expected {twin}")
+
+
+def _geometry(module: nn.Module) -> tuple[object, ...]:
+    names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "ceil_mode", "count_include_pad")
+    return type(module), *(_pair(getattr(module, name, None)) for name in names)
+
+
+def _pair(value: object) -> object:
+    return (value, value) if isinstance(value, int) else value
+
+
+# --- shapes ----------------------------------------------------------------------------------------------------------
+
+
+def _require(condition: bool, problem: str) -> None:
+    if not condition:
+        raise NotServed(problem)
+
+
+def _square(name: str, value: Any) -> int:
+    if not isinstance(value, int):
+        _require(value[0] == value[1], f"{name} is not square, but {tuple(value)}")
+        value = value[0]
+    return int(value)
+
+
+def _only(name: str, values: Iterator[Any]) -> Any:
+    different = set(values)
+    _require(len(different) == 1, f"blocks differ in their {name}: {sorted(map(str, different))}")
+    return different.pop()
+
+
+def _patch_size(convolution: Any) -> int:
+    patch = _square("the patch", convolution.kernel_size)
+    plain = tuple(convolution.stride) == (patch, patch) and convolution.padding in ((0, 0), "valid", 0)
+    _require(plain and convolution.bias is None, "the patch convolution has a bias, or overlapping or padded patches")
+    _require(convolution.in_channels == 3, f"images have {convolution.in_channels} channels, expected 3")
+    return patch
+
+
+def _vit_config(tower: Any) -> VitConfig:
+    """Of openai-clip or open_clip."""
+    blocks = list(tower.transformer.resblocks)
+    for i, block in enumerate(blocks):
+        where = f"transformer.resblocks.{i}"
+        for name in ("ls_1", "ls_2"):
+            scale = getattr(block, name, None)
+            _require(scale is None or type(scale) is nn.Identity, f"{where}.{name} is a {type(scale).__name__}")
+        _require(type(block.attn) is nn.MultiheadAttention, f"{where}.attn is a {_class(block.attn)}")
+        _require(getattr(block, "attn_mask", None) is None, f"{where} has an attention mask")
+        _require(block.attn.in_proj_weight is not None, f"{where}.attn has keys and values of another width")
+        _require(not block.attn.add_zero_attn, f"{where}.attn attends to a zero as well")
+    _require(getattr(tower, "attn_pool", None) is None, "attn_pool is an attentional pooler")
+    pool = getattr(tower, "pool_type", "tok")
+    _require(pool == "tok", f"pool_type is {pool!r}, expected 'tok'")
+    _require(isinstance(tower.ln_pre, nn.LayerNorm), "the tower has no ln_pre")
+    _require(not getattr(tower, "final_ln_after_pool", False), "ln_post comes after the pooling")
+    _require(tower.proj is not None, "the tower has no proj")
+    size = tower.input_resolution if hasattr(tower, "input_resolution") else tower.image_size
+    return VitConfig(
+        image_size=_square("the image", size),
+        patch_size=_patch_size(tower.conv1),
+        width=tower.conv1.out_channels,
+        layers=len(blocks),
+        heads=_only("heads", (block.attn.num_heads for block in blocks)),
+        embed_dim=tower.proj.shape[1],
+        mlp_ratio=blocks[0].mlp.c_fc.out_features / tower.conv1.out_channels,
+        activation=_only("activation", (_activation(block.mlp.gelu) for block in blocks)),
+    )
+
+
+def _transformers_config(tower: Any) -> VitConfig:
+    """The projection is outside of the tower: here it is the identity."""
+    layers = list(tower.encoder.layers)
+    attention = settings(tower)
+    _require(attention in _ATTENTIONS, f"its attention is {attention!r}, not one of transformers' own")
+    embeddings = tower.embeddings
+    width = embeddings.patch_embedding.out_channels
+    return VitConfig(
+        image_size=_square("the image", embeddings.image_size),
+        patch_size=_patch_size(embeddings.patch_embedding),
+        width=width,
+        layers=len(layers),
+        heads=_only("heads", (layer.self_attn.num_heads for layer in layers)),
+        embed_dim=width,
+        mlp_ratio=layers[0].mlp.fc1.out_features / width,
+        activation=_only("activation", (_activation(layer.mlp.activation_fn) for layer in layers)),
+    )
+
+
+def _resnet_config(tower: Any) -> ResNetConfig:
+    stages = (tower.layer1, tower.layer2, tower.layer3, tower.layer4)
+    a, b, c, d = (len(stage) for stage in stages)
+    return ResNetConfig(
+        layers=(a, b, c, d),
+        width=tower.conv3.out_channels,
+        heads=tower.attnpool.num_heads,
+        image_size=_square("the image", getattr(tower, "input_resolution", None) or tower.image_size),
+        embed_dim=tower.attnpool.c_proj.out_features,
+    )
+
+
+def _activation(module: nn.Module) -> Activation:
+    """Which function it computes, told by its values."""
+    _require(not any(True for _ in module.parameters()), f"the activation {_class(module)} has weights")
+    x = torch.linspace(-40, 40, 1281, dtype=torch.float64, device="cpu")  # far enough for those that are cut off
+    with torch.no_grad():
+        y = module(x)
+    quick_gelu = x * torch.sigmoid(1.702 * x)
+    known: dict[Activation, Tensor] = {"quick_gelu": quick_gelu, "gelu": F.gelu(x)}
+    for name, values in known.items():
+        if torch.allclose(y, values, rtol=0, atol=1e-9):
+            return name
+    raise NotServed(f"the activation {_class(module)} is neither QuickGELU nor GELU")
+
+
+def may_act_otherwise_in_training(module: nn.Module) -> bool:
+    """Whether `acts_otherwise_in_training` may come true for a module, whose settings can change."""
+    return _has_a_mode(module) or hasattr(module, "dropout")
+
+
+def acts_otherwise_in_training(module: nn.Module) -> bool:
+    """Whether a module of a tower computes something else in training mode."""
+    dropout = getattr(module, "dropout", None)
+    return _has_a_mode(module) or (isinstance(dropout, float) and dropout > 0)
+
+
+def _has_a_mode(module: nn.Module) -> bool:
+    return isinstance(module, nn.BatchNorm2d) or _class(module) == "open_clip.transformer.PatchDropout"

@@ -1,0 +1,133 @@
+"""The end-to-end benchmark: every system computes the same function, and what fails is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench import end_to_end, systems
+from bench.environment import environment
+from bench.systems import BASELINE, OURS, SYSTEMS, System, Task, Unavailable
+from bench.timing import Ceilings
+from clip_fast import reference
+from clip_fast.config import Config, ResNetConfig, VitConfig
+
+VIT = VitConfig(image_size=32, patch_size=16, width=64, layers=2, heads=1, embed_dim=32)
+RESNET = ResNetConfig(layers=(1, 1, 1, 1), width=8, heads=4, image_size=64, embed_dim=32)
+CPU = torch.device("cpu")
+LIMITS = Ceilings({"fp32": 1e12}, 1e11)
+EAGER = [system for system in SYSTEMS if "compiled" not in system.name]
+
+
+@pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
+def test_every_system_computes_the_same(config: Config) -> None:
+    rows = end_to_end.compare("tiny", config, [1, 3], "fp32", 2, LIMITS, CPU, EAGER)
+    assert [row["batch"] for row in rows] == [1] * len(EAGER) + [3] * len(EAGER)
+    by_name = {row["system"]: row for row in rows[len(EAGER) :]}
+    for name in (OURS, BASELINE, "open_clip"):
+        row = by_name[name]
+        assert row["error"] < 1e-5
+        assert row["cosine"] > 1 - 1e-9
+        assert row["images_per_second"] == pytest.approx(3 / row["seconds"])
+        assert row["to_baseline"] == pytest.approx(by_name[BASELINE]["seconds"] / row["seconds"])
+    for row in rows:  # whatever else is installed computes the same too, or says what hinders it
+        assert row["failed"] if "failed" in row else row["error"] < 1e-5
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_towers_of_timm_and_transformers_take_the_weights(activation: str) -> None:
+    config = VitConfig(32, 16, 64, 2, 1, 32, activation=activation)  # type: ignore[arg-type]
+    tower = reference.build(config)
+    task = Task(config, tower.state_dict(), CPU, "fp32")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        wanted = tower(images)
+        torch.testing.assert_close(systems._timm_tower(task)(images), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(systems._transformers(task)(images), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_what_fails_is_listed() -> None:
+    def raising(task: Task) -> systems.Encode:
+        raise OSError("no library of that name")
+
+    def wrong(task: Task) -> systems.Encode:
+        return lambda images: torch.randn(len(images), VIT.embed_dim)
+
+    def late(task: Task) -> systems.Encode:
+        def encode(images: Tensor) -> Tensor:
+            raise RuntimeError("first call\nsecond line")
+
+        return encode
+
+    contestants = [
+        SYSTEMS[0],
+        System("raising", None, raising),
+        System("wrong", None, wrong),
+        System("late", None, late),
+        System("missing", "a-package-that-is-not", raising),
+        System("narrow", None, raising, precisions=("bf16",)),
+        System("elsewhere", None, raising, devices=("cuda",)),
+    ]
+    rows = end_to_end.compare("tiny", VIT, [2], "fp32", 1, LIMITS, CPU, contestants)
+    reasons = {row["system"]: row.get("failed") for row in rows}
+    assert reasons.pop("wrong").startswith("computes something else: relative error")  # type: ignore[union-attr]
+    assert reasons == {
+        OURS: None,
+        "raising": "OSError: no library of that name",
+        "late": "RuntimeError: first call",
+        "missing": "a-package-that-is-not is not installed",
+        "narrow": "has no fp32",
+    }
+    text = end_to_end.markdown(rows, environment(CPU))
+    assert "- late: RuntimeError: first call" in text
+    assert "| **clip_fast** |" in text
+
+
+def test_resnets_are_refused_where_there_are_none() -> None:
+    with pytest.raises(Unavailable, match="timm has no ResNets"):
+        systems._timm_tower(Task(RESNET, {}, CPU, "fp32"))
+
+
+def test_the_command_line_writes_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(end_to_end.MODELS, "tiny", VIT)
+    monkeypatch.setattr(end_to_end, "ceilings", lambda device, precisions: LIMITS)
+    monkeypatch.setattr(end_to_end, "bf16_on_cpu", lambda: False)
+    file = tmp_path / "results" / "cpu.json"
+    end_to_end.main(
+        ["--models", "tiny", "--batches", "2", "--precisions", "fp32,bf16", "--systems", f"{OURS};{BASELINE}",
+         "--rounds", "2", "--device", "cpu", "--json", str(file)]
+    )  # fmt: skip
+    content = json.loads(file.read_text())
+    assert content["bench"] == "end_to_end"
+    assert [row["system"] for row in content["rows"]] == [OURS, BASELINE]
+    assert {row["precision"] for row in content["rows"]} == {"fp32"}  # no bf16 without the instructions
+    assert content["environment"]["cpu"]
+    assert "batch 2, fp32" in file.with_suffix(".md").read_text()
+
+
+def test_a_resumed_run_measures_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(end_to_end.MODELS, "tiny", VIT)
+    monkeypatch.setattr(end_to_end, "ceilings", lambda device, precisions: LIMITS)
+    file = tmp_path / "cpu.json"
+
+    def rows(batches: str, *more: str) -> list[dict[str, object]]:
+        end_to_end.main(
+            ["--models", "tiny", "--batches", batches, "--precisions", "fp32", "--systems", OURS, "--rounds", "1",
+             "--device", "cpu", "--json", str(file), "--resume", *more]
+        )  # fmt: skip
+        return json.loads(file.read_text())["rows"]
+
+    first = rows("1")
+    assert rows("1,2", "--minutes", "0") == first
+    both = rows("1,2")
+    assert both[0] == first[0]  # not measured again
+    assert [row["batch"] for row in both] == [1, 2]
+    content = json.loads(file.read_text())
+    content["environment"]["python"] = "2.7"
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"cannot resume .*another python"):
+        rows("4")

@@ -1,0 +1,65 @@
+"""Pictures of results: what was measured is in them, what failed is not."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import plot
+from bench.environment import environment
+
+pytest.importorskip("matplotlib")
+
+
+def row(system: str, batch: int, seconds: float, model: str = "ViT-B/32") -> dict[str, Any]:
+    return {
+        "model": model, "batch": batch, "precision": "fp32", "system": system, "seconds": seconds,
+        "images_per_second": batch / seconds, "to_roofline": batch / seconds / 400,
+    }  # fmt: skip
+
+
+ROWS = [row("clip_fast", 1, 0.01), row("clip_fast", 8, 0.04), row("openai-clip", 1, 0.02), row("openai-clip", 8, 0.1)]
+FAILED = {"model": "ViT-B/32", "batch": 1, "precision": "fp32", "system": "OpenVINO", "failed": "not installed"}
+
+
+def document(rows: list[dict[str, Any]], bench: str = "end_to_end") -> dict[str, Any]:
+    return {"bench": bench, "environment": asdict(environment(torch.device("cpu"))), "ceilings": None, "rows": rows}
+
+
+def texts(svg: str) -> str:
+    return " ".join(
+        "".join(element.itertext()) for element in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")
+    )
+
+
+def test_throughput_and_latency() -> None:
+    drawn = plot.pictures(document([*ROWS, FAILED]))
+    assert set(drawn) == {"throughput-fp32.svg", "latency-fp32.svg"}
+    throughput = texts(drawn["throughput-fp32.svg"])
+    for wanted in ("clip_fast", "openai-clip", "200", "80", "roofline 400", "ViT-B/32, batch 8", "torch"):
+        assert wanted in throughput, wanted
+    assert "OpenVINO" not in throughput
+    assert "openai-clip" in texts(drawn["latency-fp32.svg"])
+    assert plot.pictures(document([*ROWS, FAILED])) == drawn  # the same picture is the same file
+
+
+def test_a_panel_for_each_model() -> None:
+    drawn = plot.pictures(document([*ROWS, row("clip_fast", 4, 0.1, "RN50")]))
+    assert "RN50, batch 4" in texts(drawn["throughput-fp32.svg"])
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "cpu.json"
+    file.write_text(json.dumps(document(ROWS)))
+    assert plot.main([str(file)]) == 0
+    assert (tmp_path / "throughput-fp32.svg").exists()
+    for rows, bench, message in ((ROWS, "kernels", "expected results of"), ([FAILED], "end_to_end", "nothing was")):
+        file.write_text(json.dumps(document(rows, bench)))
+        assert plot.main([str(file)]) == 1
+        assert message in capsys.readouterr().err

@@ -1,0 +1,96 @@
+"""Interleaved rounds, and the counts that rooflines follow from."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench import timing
+from bench.report import table
+from bench.roofline import images_per_second, operations, weights
+from bench.timing import Ceilings, Failed, Times, interleaved, measure
+from clip_fast import reference
+from clip_fast.config import OPENAI_MODELS, Config, VitConfig
+
+CPU = torch.device("cpu")
+
+
+def test_every_round_has_everyone_and_another_first() -> None:
+    order: list[str] = []
+
+    def sample(name: str) -> timing.Sampler:
+        def take() -> float:
+            order.append(name)
+            return float(len(order))
+
+        return take
+
+    results = interleaved({name: sample(name) for name in "abc"}, 4)
+    assert "".join(order) == "abcbcacababc"
+    assert results["a"] == Times((1.0, 6.0, 8.0, 10.0))
+
+
+def test_who_fails_stops_and_the_others_go_on() -> None:
+    calls = 0
+
+    def breaks() -> float:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise ValueError("worn out")
+        return 1.0
+
+    results = interleaved({"good": lambda: 2.0, "breaks": breaks}, 5)
+    assert results["breaks"] == Failed("ValueError: worn out")
+    assert results["good"] == Times((2.0,) * 5)
+    assert calls == 2
+
+    def at_once() -> object:
+        raise RuntimeError
+
+    assert measure({"a": [at_once]}, CPU, 2) == {"a": Failed("RuntimeError")}
+
+
+def test_a_sample_is_seconds_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def call() -> None:
+        nonlocal now
+        now += 0.003
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    results = measure({"two buffers": [call, call]}, CPU, 3)
+    times = results["two buffers"]
+    assert isinstance(times, Times)
+    assert times.median == pytest.approx(0.003)
+    assert times.spread == pytest.approx(0)
+
+
+@pytest.mark.parametrize("name", ["ViT-B/32", "RN50"])
+def test_operations_are_those_that_pytorch_counts(name: str) -> None:
+    """Less what one query saves, which the plain towers do not."""
+    config: Config = OPENAI_MODELS[name]
+    if isinstance(config, VitConfig):
+        config = dataclasses.replace(config, layers=4)
+    with torch.device("meta"):
+        tower, images = reference.build(config), torch.empty(1, 3, config.image_size, config.image_size)
+        with FlopCounterMode(display=False) as counter:
+            tower(images)
+    counted = counter.get_total_flops()
+    assert 0.7 * counted < operations(config) < counted
+    assert weights(config) == sum(parameter.numel() for parameter in tower.parameters())
+
+
+def test_the_lower_ceiling_counts() -> None:
+    config = OPENAI_MODELS["ViT-B/32"]
+    compute = images_per_second(config, 8, "bf16", Ceilings({"bf16": 1e12}, 1e30))
+    assert compute == pytest.approx(1e12 / operations(config))
+    moved = 2 * (weights(config) + 8 * (3 * 224**2 + 512))
+    assert images_per_second(config, 8, "bf16", Ceilings({"bf16": 1e30}, 1e12)) == pytest.approx(8e12 / moved)
+
+
+def test_tables() -> None:
+    assert table(["a", "b"], [["x|y", "1"]]) == "| a | b |\n| --- | ---: |\n| x/y | 1 |"

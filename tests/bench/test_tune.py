@@ -1,0 +1,250 @@
+"""The tuner without a GPU: its steps, what wins, what the machine code condemns, and the table that it writes."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from bench import tune
+from bench.models import MODELS
+from bench.timing import Failed, Times
+from clip_fast.kernels import targets
+from clip_fast.kernels.reference import STATISTICS_TILE
+from clip_fast.kernels.targets import TABLE, TARGETS, Launch
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+ENTRIES = {entry.name: entry for entry in tune.entries()}
+TOY = replace(ENTRIES["linear float32"], models={"toy": MODELS["toy"]})
+SETTINGS = tune.Settings(CPU, [1], 1, math.inf, 1)
+A, B = (Launch(64, n, 32, num_warps=4, num_stages=2) for n in (64, 128))
+
+
+@pytest.fixture(autouse=True)
+def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def committed() -> Iterator[None]:
+    """The table is afterwards what it was."""
+    before = {op: {kind: dict(launches) for kind, launches in kinds.items()} for op, kinds in TABLE.items()}
+    yield
+    for op, kinds in before.items():
+        for kind, launches in kinds.items():
+            TABLE[op][kind].clear()
+            TABLE[op][kind].update(launches)
+
+
+def imported(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("written_targets", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look their annotations up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_entry_of_the_table_is_tuned() -> None:
+    assert {(entry.op, entry.kind) for entry in ENTRIES.values()} == {(op, kind) for op in TABLE for kind in TABLE[op]}
+
+
+def test_every_entry_has_machine_code_and_shapes() -> None:
+    known = {case.name for case in tune.cases()}
+    for entry in ENTRIES.values():
+        assert known.issuperset(entry.cases)
+        assert entry.shapes([1])
+
+
+def test_a_shape_weighs_what_its_model_spends_on_it() -> None:
+    shapes = ENTRIES["linear half"].shapes([256, 1])
+    assert (shapes[0].model, shapes[0].batch, shapes[0].count) == ("ViT-L/14", 256, 23)
+    assert {"ViT-L/14", "ViT-B/32", "ViT-B/16"} == {shape.model for shape in shapes}
+    assert not any("last block" in shape.part or "ln_post" in shape.part or shape.batch == 1 for shape in shapes)
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_what_is_tried(name: str) -> None:
+    entry = ENTRIES[name]
+    current = targets.entry(entry.op, entry.kind, TARGETS["sm_90"])
+    candidates = entry.candidates(current)
+    assert candidates[0] == current
+    assert len(set(candidates)) == len(candidates) > 20
+    assert {launch.block_k for launch in candidates} == {current.block_k}  # the reduction step stays
+    assert {launch.num_warps for launch in candidates} == {4, 8, 16}
+    if entry.op == "linear":  # half a tile has its statistics
+        assert all(launch.block_n // 2 >= STATISTICS_TILE for launch in candidates)
+
+
+def test_a_trial_ends() -> None:
+    entry = ENTRIES["linear half"]
+    before = dict(TABLE["linear"]["half"])
+    for arch in ("sm_90", "sm_89"):  # one that the table has, and one that it has not
+        with tune.trial(entry, arch, A):
+            assert targets.entry("linear", "half", targets.TARGETS[arch]) == A
+        assert TABLE["linear"]["half"] == before
+
+
+def finals(shape: str, count: int, **samples: list[float] | str) -> list[tune.Row]:
+    """Of launches A and B at one shape: samples, or why there are none."""
+    rows = []
+    for launch, found in zip((A, B), samples.values(), strict=True):
+        row = {"stage": "final", "shape": shape, "count": count, "launch": asdict(launch)}
+        rows.append(row | ({"failed": found} if isinstance(found, str) else {"samples": found}))
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        (finals("one", 1, a=[1.0], b=[0.9]), B),
+        (finals("one", 1, a=[1.0], b=[1.1]), None),
+        (finals("slow", 1, a=[1.0], b=[0.9]) + finals("fast", 1, a=[0.01], b=[0.02]), B),  # seconds decide, not ratios
+        (finals("rare", 1, a=[1.0], b=[0.9]) + finals("often", 23, a=[0.1], b=[0.12]), None),  # and how often
+        (finals("one", 1, a=[1.0, 1.1, 0.9], b=[0.99, 1.06, 0.89]), None),  # within the noise
+        (finals("one", 1, a=[1.0, 1.01, 0.99], b=[0.9, 0.91, 0.89]), B),
+        # the noise is that of the sum: a light shape's own does not hide what a heavy one shows
+        (finals("heavy", 1, a=[1.0] * 3, b=[0.9] * 3) + finals("light", 1, a=[0.01, 0.02, 0.03], b=[0.02] * 3), B),
+        (finals("one", 1, a=[1.0], b=[0.9]) + finals("large", 1, a=[1.0], b="too large"), None),
+        (finals("one", 1, a=[1.0], b=[2.0]) + finals("large", 1, a="too large", b=[2.0]), B),
+        (finals("one", 1, a=[1.0], b=[0.9]) + finals("large", 1, a="too large", b="too large"), B),
+        (finals("one", 1, a="too large", b="too large"), None),
+    ],
+)  # fmt: skip
+def test_what_wins(rows: list[tune.Row], expected: Launch | None) -> None:
+    assert tune.winner(rows) == expected
+
+
+def test_the_table_stands_in_its_file_as_it_is_written(tmp_path: Path) -> None:
+    assert tune.rendered(TABLE) in tune.TARGETS_FILE.read_text()
+    copied = tmp_path / "targets.py"
+    copied.write_text(tune.TARGETS_FILE.read_text())
+    changed = {op: {kind: dict(launches) for kind, launches in kinds.items()} for op, kinds in TABLE.items()}
+    changed["linear"]["half"] |= {"sm_90": A, "sm_89": B}
+    tune.write_table(copied, changed)
+    written = imported(copied)
+    assert {name: asdict(launch) for name, launch in written.TABLE["linear"]["half"].items()} == {
+        name: asdict(launch) for name, launch in changed["linear"]["half"].items()
+    }
+    tune.write_table(copied, TABLE)
+    assert copied.read_text() == tune.TARGETS_FILE.read_text()
+    copied.write_text("nothing")
+    with pytest.raises(ValueError, match="has no TABLE"):
+        tune.write_table(copied, TABLE)
+
+
+def test_a_launch_that_fails_has_its_reason() -> None:
+    current = targets.entry(TOY.op, TOY.kind, TARGETS["sm_80"])
+    broken = replace(current, block_n=48)  # no power of two
+    shape = TOY.shapes([1])[-1]
+    found = tune._times(TOY, TARGETS["sm_80"], shape, [current, broken, B], 1, CPU)
+    assert [type(found[launch]) for launch in (current, broken, B)] == [Times, Failed, Times]
+
+
+class Steps:
+    """In place of times: notes what is timed, B being the fastest, and counts steps down from `left`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.timed: list[tuple[str, Launch]] = []
+        self.left = 0.0
+        monkeypatch.setattr(tune, "_times", self.times)
+        monkeypatch.setattr(tune.Settings, "in_time", lambda settings: self.left > 0)
+        monkeypatch.setattr(tune, "_AT_A_TIME", 2)
+        monkeypatch.setattr(tune.Entry, "candidates", lambda entry, current: [current, A, B])
+
+    def times(self, entry: object, target: object, shape: tune.Contest, launches: list[Launch], *_: object) -> object:
+        self.left -= 1
+        self.timed += [(shape.name, launch) for launch in launches]
+        return {launch: Times((0.5 if launch == B else 1.0,)) for launch in launches}
+
+
+@pytest.mark.usefixtures("committed")
+def test_a_search_stops_in_time_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two screenings and two finals in three calls, none twice; then the winner is found again without timing any."""
+    steps, table, file = Steps(monkeypatch), tmp_path / "targets.py", tmp_path / "tune.json"
+    before = tune.TARGETS_FILE.read_text()
+    current = TABLE["linear"]["float32"]["sm_80"]
+
+    def call(left: float) -> Launch:
+        TABLE["linear"]["float32"]["sm_80"] = current
+        table.write_text(before)
+        steps.left = left
+        tune.tune([TOY, ENTRIES["patch_embed float32"]], SETTINGS, file, True, table, only="linear")
+        return imported(table).TABLE["linear"]["float32"]["sm_80"]
+
+    assert asdict(call(1)) == asdict(current)
+    assert "linear float32: out of time" in capsys.readouterr().out
+    assert asdict(call(2)) == asdict(current)
+    assert asdict(call(1)) == asdict(B)  # the last step ends the search, though the time is over
+    heavy, next_one = (shape.name for shape in TOY.shapes([1])[:2])
+    screened = [(heavy, launch) for launch in (current, A, B)]
+    last = [(shape, launch) for shape in (heavy, next_one) for launch in (current, A, B)]
+    assert sorted(map(str, steps.timed)) == sorted(map(str, screened + last))
+    assert asdict(call(0)) == asdict(B)
+    assert len(steps.timed) == len(screened + last)
+    assert "patch_embed" not in capsys.readouterr().out
+
+
+def test_what_is_condemned_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = Steps(monkeypatch)
+    steps.left = math.inf
+    asked: list[Launch] = []
+
+    def problems_of(entry: object, arch: str, launches: list[Launch], workers: int) -> dict[Launch, list[str]]:
+        asked.extend(launches)
+        return {launch: ["spills 8 bytes a thread"] if launch == A else [] for launch in launches}
+
+    monkeypatch.setattr(tune, "problems_of", problems_of)
+    rows: list[tune.Row] = []
+    settings = replace(SETTINGS, device=torch.device("cuda"))
+    list(tune.search(TOY, TARGETS["sm_80"], rows, settings))
+    assert asked == [A, B]  # what runs today is not judged
+    assert A not in {launch for _, launch in steps.timed}
+    assert [row["failed"] for row in rows if row["launch"] == asdict(A)] == ["spills 8 bytes a thread"]
+    assert tune.finished(TOY, TARGETS["sm_80"], rows, settings)
+    assert tune.winner(rows) == B
+
+
+def test_what_the_machine_code_condemns() -> None:
+    """In a process of its own, in which Triton compiles."""
+    program = """
+from bench import tune
+from clip_fast.kernels.targets import Launch
+entry = tune.Entry("flash_attention_64", "half", ("flash_attention fp16 N=50 D=64",), {})
+sound = Launch(128, 64, 0, num_warps=4, num_stages=3)
+large = Launch(128, 128, 0, num_warps=8, num_stages=4)
+odd = Launch(64, 48, 0, num_warps=4, num_stages=2)
+problems = tune.problems_of(entry, "sm_86", [sound, large, odd], 2)
+assert problems[sound] == [], problems
+assert "of shared memory, 101376 are there" in problems[large][0], problems
+assert problems[odd][0].startswith("is not compiled: CompilationError"), problems
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_process_that_dies_or_hangs_takes_nothing_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert tune.isolated(len, "four") == 4
+    with pytest.raises(ChildProcessError, match="TypeError"):
+        tune.isolated(len, 4)
+    with pytest.raises(ChildProcessError, match="died"):
+        tune.isolated(os.abort)
+    monkeypatch.setattr(tune, "_COMPILE_SECONDS", 0.1)
+    with pytest.raises(ChildProcessError, match="not within"):
+        tune.isolated(time.sleep, 600)

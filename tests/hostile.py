@@ -1,0 +1,38 @@
+"""Items that do to their decoder what broken images might; in a module of their own, for worker processes to import."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from clip_fast.sources import Item
+
+
+@dataclass(frozen=True, slots=True)
+class Hanging(Item):
+    def source(self) -> Path:
+        while True:
+            time.sleep(1)
+
+
+@dataclass(frozen=True, slots=True)
+class Killing(Item):
+    def source(self) -> Path:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("alive")
+
+
+@dataclass(frozen=True, slots=True)
+class KillingOnce(Item):
+    """Kills its decoder unless `marker` is there, which it then is."""
+
+    marker: str
+
+    def source(self) -> Path:
+        if not Path(self.marker).exists():
+            Path(self.marker).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return Path(self.location)

@@ -1,0 +1,65 @@
+"""`Clip`: what `clip.load`'s model gives, from the checkpoint that `clip.load` reads."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from towers import relative_error
+
+import clip_fast
+
+clip_model = pytest.importorskip("clip.model")
+
+
+def make(vision_layers: int | tuple[int, ...]) -> nn.Module:
+    patch = 16 if isinstance(vision_layers, int) else None
+    width = 128 if patch else 32
+    return clip_model.CLIP(48, 64, vision_layers, width, patch, 77, 49408, 64, 1, 2).eval()
+
+
+@pytest.mark.parametrize("vision_layers", [2, (1, 1, 1, 1)], ids=["vit", "resnet"])
+def test_a_drop_in_for_clips_model(vision_layers: int | tuple[int, ...], tmp_path: Path) -> None:
+    theirs = make(vision_layers)
+    torch.save(theirs.state_dict(), tmp_path / "clip.pt")
+    ours, _ = clip_fast.load(tmp_path / "clip.pt", "cpu", activation="quick_gelu")
+    assert isinstance(ours, clip_fast.Clip)
+    images = torch.randn(3, 3, 64, 64)
+    tokens = clip_fast.tokenize(["a dog", "two cats", "a beach at night", "nothing"])
+    with torch.inference_mode():
+        assert relative_error(ours.encode_text(tokens), theirs.encode_text(tokens)) < 1e-5
+        assert relative_error(ours.encode_image(images), theirs.encode_image(images)) < 1e-5
+        for copied in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+            for got, wanted in zip(copied(images, tokens), theirs(images, tokens), strict=True):
+                assert relative_error(got, wanted) < 1e-5
+    assert torch.equal(ours.logit_scale, theirs.logit_scale)
+
+
+def test_in_half_precision(tmp_path: Path) -> None:
+    theirs = make(2)
+    torch.save(theirs.state_dict(), tmp_path / "clip.pt")
+    ours, _ = clip_fast.load(tmp_path / "clip.pt", "cpu", torch.bfloat16, activation="quick_gelu")
+    assert isinstance(ours, clip_fast.Clip)
+    tokens = clip_fast.tokenize(["a dog", "two cats"])
+    embeddings = ours.encode_text(tokens)
+    assert embeddings.dtype == torch.bfloat16
+    assert relative_error(embeddings, theirs.encode_text(tokens)) < 0.05
+
+
+def test_without_its_text_tower_a_checkpoint_gives_the_image_encoder(tmp_path: Path) -> None:
+    visual = {name: tensor for name, tensor in make(2).state_dict().items() if name.startswith("visual.")}
+    torch.save(visual, tmp_path / "clip.pt")
+    model, _ = clip_fast.load(tmp_path / "clip.pt", "cpu", activation="quick_gelu")
+    assert type(model) is clip_fast.ImageEncoder
+
+
+def test_a_damaged_text_tower_is_named(tmp_path: Path) -> None:
+    state = make(2).state_dict()
+    state["ln_final.weight"] = state["ln_final.weight"][:-1]
+    torch.save(state, tmp_path / "clip.pt")
+    with pytest.raises(ValueError, match=r"ln_final.weight must have shape \[64\], got \[63\]"):
+        clip_fast.load(tmp_path / "clip.pt", "cpu", activation="quick_gelu")

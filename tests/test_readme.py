@@ -1,0 +1,202 @@
+"""README's recipes for ten images, ten million, a cluster and search, run as they are written, at small size.
+
+What makes them small: tars of one tiny picture each, the CPU in place of GPUs, and under the name ViT-L/14 a small
+checkpoint, for child processes and Ray's workers too. Ray's own commands are for the whole machine: they are parsed,
+and a cluster of the test's stands for what they start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+import shlex
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clip_fast import cli, config, reference
+from clip_fast.config import TextConfig, VitConfig
+from clip_fast.search import Index
+from clip_fast.text import TextEncoder
+
+pytest.importorskip("pyarrow")
+
+README = Path(__file__).parent.parent / "README.md"
+TARS = 1000
+WANTED = 345  # of the tars, which holds the picture that is searched for
+
+IMAGE_TOWER = VitConfig(image_size=32, patch_size=16, width=64, layers=2, heads=1, embed_dim=24)
+TEXT_TOWER = TextConfig(context_length=77, vocabulary=49408, width=64, heads=1, layers=1, embed_dim=24)
+
+SITECUSTOMIZE = """
+from importlib.machinery import PathFinder
+import sys
+
+class Finder(PathFinder):  # of the one module that says which file is ViT-L/14, when it is imported
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        spec = super().find_spec(name, path, target) if name == "clip_fast.config" else None
+        if spec is not None:
+            execute = spec.loader.exec_module
+
+            def then_rename(module):
+                execute(module)
+                module.OPENAI_CHECKPOINTS["ViT-L/14"] = module.Pretrained({url!r}, {sha256!r})
+
+            spec.loader.exec_module = then_rename
+        return spec
+
+sys.meta_path.insert(0, Finder)
+"""
+
+
+def commands(heading: str) -> list[list[str]]:
+    """The arguments of each command in the bash blocks below a heading, up to the next."""
+    section = re.split(r"^#+ ", README.read_text("utf-8").partition(f"\n### {heading}\n")[2], maxsplit=1, flags=re.M)[0]
+    blocks = re.findall(r"^```bash\n(.*?)^```$", section, flags=re.M | re.S)
+    lines = "".join(blocks).replace("\\\n", "").splitlines()
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+ENCODING = commands("From ten images to ten million")
+SEARCHING = commands("Search at once")
+
+
+def run(command: list[str]) -> int:
+    assert command[0] == "clip-fast"
+    return cli.main(command[1:])
+
+
+def png(number: int) -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """ViT-L/14 is a small CLIP in OpenAI's form, where the official one would be kept."""
+    home = tmp_path_factory.mktemp("home")
+    published = config.OPENAI_CHECKPOINTS["ViT-L/14"]
+    path = home / ".cache" / "clip" / published.filename
+    path.parent.mkdir(parents=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        state = {f"visual.{name}": tensor for name, tensor in reference.build(IMAGE_TOWER).state_dict().items()}
+        state |= dict(TextEncoder(TEXT_TOWER).state_dict())
+    torch.save(state, path)
+    small = config.Pretrained(published.url, hashlib.sha256(path.read_bytes()).hexdigest())
+    (home / "sitecustomize.py").write_text(SITECUSTOMIZE.format(url=small.url, sha256=small.sha256))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(home))
+        patch.setenv("PYTHONPATH", str(home))
+        patch.setitem(config.OPENAI_CHECKPOINTS, "ViT-L/14", small)
+        yield
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with photos/, data/0000.tar to data/0999.tar and query.jpg."""
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "photos").mkdir()
+    (folder / "data").mkdir()
+    for i in range(10):
+        (folder / "photos" / f"{i}.png").write_bytes(png(i))
+    for i in range(TARS):
+        data = png(i)
+        member = tarfile.TarInfo("picture.png")
+        member.size = len(data)
+        with tarfile.open(folder / "data" / f"{i:04}.tar", "w") as tar:
+            tar.addfile(member, io.BytesIO(data))
+    (folder / "query.jpg").write_bytes(png(WANTED))
+    return folder
+
+
+@pytest.fixture
+def working_folder(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for path in pictures.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "_device", lambda text: torch.device("cpu"))  # GPUs 0 and 1, that is
+    return tmp_path
+
+
+def search_as_written(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
+    """Both commands, in an index of all tars whose paths begin with `folder`."""
+    pytest.importorskip("tokenizers")
+    assert len(Index("embeddings/")) == TARS
+    capsys.readouterr()
+    words, image = SEARCHING
+    assert run(words) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 10
+    assert run(image) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 100
+    assert lines[0] == f"1.0000\t{folder / 'data'}/{WANTED:04}.tar/picture.png"
+    assert Path("found.html").read_text().count("<img ") == 101
+
+
+def test_these_are_the_recipes() -> None:
+    """None is left out by the tests below, and none is lost from README."""
+    tars = ["clip-fast", "encode", "data/{0000..0999}.tar", "--model", "ViT-L/14", "--output", "embeddings/"]
+    index = ["--index", "embeddings/"]
+    found = ENCODING + SEARCHING
+    assert found == [
+        ["clip-fast", "encode", "photos/", "--model", "ViT-L/14", "--output", "embeddings.npy"],
+        [*tars, "--devices", "0,1", "--embedding-dtype", "float16", "--normalize", "--resume"],
+        ["ray", "start", "--head"],
+        ["ray", "start", "--address=HEAD:6379"],
+        [*tars, "--ray", "auto", "--normalize"],
+        ["ray", "stop"],
+        ["clip-fast", "search", "a dog on a beach", *index],
+        ["clip-fast", "search", "--image", "query.jpg", *index, "-k", "100", "--html", "found.html"],
+    ]
+
+
+def test_ten_images(working_folder: Path) -> None:
+    assert run(ENCODING[0]) == 0
+    assert np.load("embeddings.npy").shape == (10, 24)
+    assert Path("paths.txt").read_text().splitlines() == [f"photos/{i}.png" for i in range(10)]
+
+
+@pytest.mark.slow
+def test_ten_million(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(ENCODING[1]) == 0
+    assert json.loads(Path("embeddings/manifest.json").read_text())["done"] == {
+        "images": TARS,
+        "failed": 0,
+        "shards": 1,
+    }
+    rows = np.load("embeddings/img_emb/img_emb_0000.npy")
+    assert rows.dtype == np.float16
+    assert np.abs(np.linalg.norm(rows.astype(np.float32), axis=1) - 1).max() < 2**-10
+    search_as_written(capsys, Path())
+    assert run(ENCODING[1]) == 0  # what the same command continues is all there
+
+
+@pytest.mark.slow
+def test_a_cluster(working_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray.data")
+    from ray.cluster_utils import Cluster
+    from ray.scripts import scripts
+
+    start_head, start_other, encode, stop = ENCODING[2:]
+    for command, name in ((scripts.start, start_head), (scripts.start, start_other), (scripts.stop, stop)):
+        command.make_context(name[1], name[2:])
+    small = {"num_cpus": 2, "num_gpus": 0, "object_store_memory": 100 * 2**20}
+    nodes = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
+    try:
+        nodes.add_node(**small)
+        monkeypatch.setenv("RAY_ADDRESS", nodes.address)  # where `auto` looks first: another cluster may be here
+        assert run(encode) == 0
+    finally:
+        nodes.shutdown()
+    search_as_written(capsys, working_folder)
