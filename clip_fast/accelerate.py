@@ -46,7 +46,8 @@ def accelerate(model: _Model, *, precision: Precision | None = None, cuda_graphs
     """
     if precision is not None and precision not in get_args(Precision):
         raise ValueError(f"precision must be one of {get_args(Precision)} or None, got {precision!r}")
-    if isinstance(model, ImageEncoder):
+    if isinstance(model, ImageEncoder):  # which is fast as it is
+        model.refresh()
         return model
     found = [Forward(tower, precision, cuda_graphs) for tower in towers.find(model)]
     for forward in found:

@@ -73,10 +73,13 @@ class ImageEncoder(nn.Module):
             self.visual = reference.build(config)
             self.visual.load_state_dict(state_dict)
             self.to(device=device, dtype=dtype).eval().requires_grad_(False)
-        self._reset()
+        self.refresh()
 
-    def _reset(self) -> None:
-        """Looks through the tower as it is now."""
+    def refresh(self) -> None:
+        """Looks through the tower as it is now, and reads its weights anew at the next call.
+
+        Needed only after writes that leave no trace: to `weight.data`, or through NumPy.
+        """
         visual = self.visual
         self._problem = _difference(visual, self.config)
         self._watch = Watch(visual, called=False)
@@ -89,7 +92,7 @@ class ImageEncoder(nn.Module):
         self._warned: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: all but what `_reset` makes."""
+        """For copies and pickles: all but what `refresh` makes."""
         made = ("_problem", "_watch", "_norms", "_engine", "_name", "_warned")
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
@@ -99,7 +102,7 @@ class ImageEncoder(nn.Module):
             weights: dict[str, Tensor] = self.state_dict()
             if any(tensor.is_inference() for tensor in weights.values()):
                 self.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, assign=True)
-        self._reset()
+        self.refresh()
 
     @property
     def precision(self) -> Precision | None:
@@ -177,7 +180,7 @@ class ImageEncoder(nn.Module):
                 return self._plain(images, task, *arguments)
             return compiled(self._name, images, task, *arguments)
         if self.visual is not self._watch.modules[0] or self._watch.replaced():
-            self._reset()
+            self.refresh()
         engine = self._engine
         if len(images) == 0:
             return engine.empty(images, task)

@@ -335,6 +335,15 @@ def test_a_change_of_dtype_is_seen(images: Tensor) -> None:
     assert relative_error(model.double().encode_image(images), exact(model, images)) < 1e-12
 
 
+@pytest.mark.parametrize("again", [ImageEncoder.refresh, clip_fast.accelerate])
+def test_writes_without_a_trace_are_read_when_asked(again: Callable[[ImageEncoder], object], images: Tensor) -> None:
+    model = make()
+    model.encode_image(images)
+    model.visual.proj.data.mul_(2)  # type: ignore[union-attr, operator]
+    again(model)
+    assert relative_error(model.encode_image(images), exact(model, images)) < 1e-5
+
+
 def test_weights_are_prepared_once(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[object] = []
     prepare = vit_cpu.prepare

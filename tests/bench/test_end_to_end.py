@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,18 @@ LIMITS = Ceilings({"fp32": 1e12}, 1e11)
 EAGER = [system for system in SYSTEMS if "compiled" not in system.name]
 
 
+def rows_of(
+    config: Config, batches: Sequence[int], rounds: int, contestants: Sequence[System], ours: System | None = None
+) -> list[end_to_end.Row]:
+    lacking = dict.fromkeys(batches, contestants)
+    rows = [row for heat in end_to_end.heats("tiny", config, "fp32", lacking, rounds, CPU, ours) for row in heat]
+    end_to_end.add_ratios(rows, LIMITS)
+    return rows
+
+
 @pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
 def test_every_system_computes_the_same(config: Config) -> None:
-    rows = end_to_end.compare("tiny", config, [1, 3], "fp32", 2, LIMITS, CPU, EAGER)
+    rows = rows_of(config, [1, 3], 2, EAGER)
     assert [row["batch"] for row in rows] == [1] * len(EAGER) + [3] * len(EAGER)
     by_name = {row["system"]: row for row in rows[len(EAGER) :]}
     for name in (OURS, BASELINE, "open_clip"):
@@ -70,9 +80,8 @@ def test_what_fails_is_listed() -> None:
         System("late", None, late),
         System("missing", "a-package-that-is-not", raising),
         System("narrow", None, raising, precisions=("bf16",)),
-        System("elsewhere", None, raising, devices=("cuda",)),
     ]
-    rows = end_to_end.compare("tiny", VIT, [2], "fp32", 1, LIMITS, CPU, contestants)
+    rows = rows_of(VIT, [2], 1, contestants)
     reasons = {row["system"]: row.get("failed") for row in rows}
     assert reasons.pop("wrong").startswith("computes something else: relative error")  # type: ignore[union-attr]
     assert reasons == {
@@ -85,6 +94,38 @@ def test_what_fails_is_listed() -> None:
     text = end_to_end.markdown(rows, environment(CPU))
     assert "- late: RuntimeError: first call" in text
     assert "| **clip_fast** |" in text
+
+
+def test_rows_of_different_heats_are_compared_by_our_time_in_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(end_to_end, "_HEAT", 0.0)  # a heat for every system
+    chosen = [SYSTEMS[0], SYSTEMS[1], SYSTEMS[2]]
+    heats = end_to_end.heats("tiny", VIT, "fp32", {2: chosen}, 2, CPU, SYSTEMS[0])
+    rows = [row for heat in heats for row in heat]
+    assert [row["system"] for row in rows] == [system.name for system in chosen]
+    for row, ours, theirs in zip(rows, (1.0, 2.0, 4.0), (1.0, 3.0, 20.0), strict=True):
+        row |= {"beside": ours, "seconds": theirs}  # the machine got slower from heat to heat
+    end_to_end.add_ratios(rows, LIMITS)
+    assert [row["to_baseline"] for row in rows] == pytest.approx([1.5, 1.0, 0.3])
+    assert rows[0]["to_best_rival"] == pytest.approx(1.5)
+    assert rows[0]["to_roofline"] == pytest.approx(rows[2]["to_roofline"] * 20)
+
+
+def test_each_compiled_system_has_a_graph_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though two are the same code: what is pinned when the second is compiled is not what the first was."""
+    compiled: list[torch.fx.GraphModule] = []
+
+    def record(graph: torch.fx.GraphModule, examples: object, options: object) -> object:
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch._inductor, "compile", record)
+    tower = reference.build(VIT).eval()
+    images = torch.randn(1, 3, 32, 32)
+    with torch.inference_mode(), systems.compilations():
+        for attention in (None, "MATH"):
+            encode = systems._compiled(lambda task: tower, attention)(Task(VIT, {}, CPU, "fp32"))
+            torch.testing.assert_close(encode(images), tower(images))
+    assert len(compiled) == 2
 
 
 def test_resnets_are_refused_where_there_are_none() -> None:
@@ -131,3 +172,18 @@ def test_a_resumed_run_measures_what_is_missing(tmp_path: Path, monkeypatch: pyt
     file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"cannot resume .*another python"):
         rows("4")
+
+
+def test_a_resumed_run_asks_only_the_systems_that_lack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(end_to_end.MODELS, "tiny", VIT)
+    monkeypatch.setattr(end_to_end, "ceilings", lambda device, precisions: LIMITS)
+    file = tmp_path / "cpu.json"
+    arguments = ["--models", "tiny", "--batches", "2", "--precisions", "fp32", "--rounds", "1", "--device", "cpu"]
+    found: list[list[dict[str, object]]] = []
+    for chosen in (OURS, f"{OURS};{BASELINE}"):
+        end_to_end.main([*arguments, "--systems", chosen, "--json", str(file), "--resume"])
+        found.append(json.loads(file.read_text())["rows"])
+    (first,), both = found
+    assert [row["system"] for row in both] == [OURS, BASELINE]
+    assert both[0]["seconds"] == first["seconds"]
+    assert both[1]["beside"] != first["seconds"]  # our time in its own rounds

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -21,17 +22,21 @@ def run(*arguments: str, python: str = sys.executable) -> subprocess.CompletedPr
 @pytest.mark.slow
 @pytest.mark.timeout(580)
 def test_a_dry_run_does_every_stage(tmp_path: Path) -> None:
-    done = run("--dry-run", "--output", str(tmp_path))
+    archive = tmp_path / "all.tar.gz"
+    done = run("--dry-run", "--output", str(tmp_path / "out"), "--archive", str(archive))
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    for name in ("end_to_end_eager", "end_to_end", "kernels", "pipeline"):
-        rows = json.loads((tmp_path / f"{name}.json").read_text())["rows"]
+    with tarfile.open(archive) as whole:
+        whole.extractall(tmp_path / "unpacked", filter="data")
+    folder = tmp_path / "unpacked"
+    for name in ("end_to_end", "kernels", "pipeline"):
+        rows = json.loads((folder / f"{name}.json").read_text())["rows"]
         ours = [row for row in rows if row["system"] == "clip_fast"]
         assert ours
         assert not any("failed" in row for row in ours), ours
-        assert (tmp_path / f"{name}.md").read_text()
-    assert "linear float32" in (tmp_path / "tune.log").read_text()
-    assert "passed" in (tmp_path / "tests.log").read_text()
-    assert (tmp_path / "throughput-fp32.svg").exists()
+        assert (folder / f"{name}.md").read_text()
+    assert "linear float32" in (folder / "tune.log").read_text()
+    assert "passed" in (folder / "tests.log").read_text()
+    assert (folder / "throughput-fp32.svg").exists()
 
 
 def test_a_stage_that_fails_is_said_and_the_next_one_runs(tmp_path: Path) -> None:
