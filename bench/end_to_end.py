@@ -29,7 +29,7 @@ from .environment import Environment, bf16_on_cpu, chosen_device, environment
 from .models import MODELS
 from .report import document, highest, resumed, save, table
 from .roofline import least_seconds, operations, traffic
-from .systems import BASELINE, OURS, SYSTEMS, Encode, System, Task, Unavailable, compilations
+from .systems import BASELINE, FLOAT32, OURS, SYSTEMS, Encode, System, Task, Unavailable, compilations
 from .timing import WARM_UP, Ceilings, Failed, Times, ceilings, measure, memory_of, products_in, reason
 
 BATCHES = (1, 8, 32, 256, 1024)
@@ -169,6 +169,7 @@ def add_ratios(rows: Sequence[Row], limits: Ceilings) -> None:
         for row in done:
             taken = times[row["system"]]
             row["to_baseline"] = times[BASELINE] / taken if BASELINE in times else None
+            row["to_float32"] = times[FLOAT32] / taken if FLOAT32 in times else None
             row["to_best_rival"] = best / taken if best else None
             least = least_seconds(row["operations"], row["traffic"], row["precision"], limits)
             row["to_roofline"] = least / row["seconds"]
@@ -184,51 +185,48 @@ def _contests(rows: Sequence[Row]) -> list[list[Row]]:
 
 # --- tables ----------------------------------------------------------------------------------------------------------
 
-_HEADER = (
-    "system", "ms", "± %", "img/s", f"× {BASELINE}", "× best rival", "of roofline", "error", "1 − cosine", "memory",
-)  # fmt: skip
-
 
 def markdown(rows: Sequence[Row], where: Environment) -> str:
     """A table for every model, batch and precision, the fastest system first, what failed below.
 
     Where it was taken, the time of a call whose result is waited for stands beside the time that calls take one after
-    the other.
+    the other. Columns in which nothing was measured are left out.
     """
     parts: list[str] = []
     for these in _contests(rows):
         done = sorted((row for row in these if "failed" not in row), key=lambda row: row["seconds"])
         failed = [f"- {row['system']}: {row['failed']}" for row in these if "failed" in row]
-        header, lines = list(_HEADER), [_cells(row) for row in done]
-        if any(row["latency"] for row in done):
-            header.insert(2, "ms, waited for")
-            for line, row in zip(lines, done, strict=True):
-                line.insert(2, f"{row['latency'] * 1e3:.4g}" if row["latency"] else "")
+        lines = [_cells(row) for row in done]
         first = these[0]
-        title = f"**{first['model']}, batch {first['batch']}, {first['precision']}**"
-        parts.append(f"{title}\n\n{table(header, lines)}")
+        parts.append(f"**{first['model']}, batch {first['batch']}, {first['precision']}**")
+        if lines:
+            header = [name for name in lines[0] if any(line[name] for line in lines)]
+            parts.append(table(header, [[line[name] for name in header] for line in lines]))
         if failed:
             parts.append("Not measured:\n\n" + "\n".join(failed))
     return "\n\n".join([*parts, f"{where.line()}."]) + "\n"
 
 
-def _cells(row: Row) -> list[str]:
-    def ratio(name: str) -> str:
-        return "" if row[name] is None else f"{row[name]:.2f}"
+def _cells(row: Row) -> dict[str, str]:
+    """A row of a table by its columns; empty where nothing was measured."""
 
-    memory = row["peak_memory"]
-    return [
-        f"**{row['system']}**" if row["system"] == OURS else row["system"],
-        f"{row['seconds'] * 1e3:.4g}",
-        f"{row['spread'] * 100:.0f}",
-        f"{row['images_per_second']:.4g}",
-        ratio("to_baseline"),
-        ratio("to_best_rival"),
-        f"{row['to_roofline'] * 100:.0f} %",
-        f"{row['error']:.1e}",
-        f"{max(0.0, 1 - row['cosine']):.0e}",
-        "" if memory is None else f"{memory / 2**20:.0f} MiB",
-    ]
+    def number(name: str, scale: float = 1.0, form: str = ".2f") -> str:
+        return "" if row[name] is None else format(row[name] * scale, form)
+
+    return {
+        "system": f"**{row['system']}**" if row["system"] == OURS else row["system"],
+        "ms": number("seconds", 1e3, ".4g"),
+        "ms, waited for": number("latency", 1e3, ".4g"),
+        "± %": number("spread", 100, ".0f"),
+        "img/s": number("images_per_second", form=".4g"),
+        f"× {BASELINE}": number("to_baseline"),
+        f"× {FLOAT32}": number("to_float32"),
+        "× best rival": number("to_best_rival"),
+        "of roofline, %": number("to_roofline", 100, ".0f"),
+        "error": number("error", form=".1e"),
+        "1 − cosine": f"{max(0.0, 1 - row['cosine']):.0e}",
+        "memory, MiB": number("peak_memory", 2**-20, ".0f"),
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -12,7 +12,7 @@ import importlib.metadata
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,11 @@ def _openai_clip(task: Task) -> Encode:
         if isinstance(module, nn.LayerNorm):
             module.float()  # which its forward takes for granted; convert_weights leaves them so, too
     return tower
+
+
+def _in_float32(task: Task) -> Encode:
+    encode = _openai_clip(replace(task, precision="fp32"))
+    return lambda images: encode(images.float())
 
 
 def _open_clip_tower(task: Task) -> nn.Module:
@@ -232,8 +237,9 @@ def _onnx_runtime(task: Task) -> Encode:
 def _openvino(task: Task) -> Encode:
     ov: Any = importlib.import_module("openvino")
     size = task.config.image_size
-    wide = Task(task.config, task.state_dict, task.device, "fp32")
-    model = ov.convert_model(_open_clip_tower(wide), example_input=torch.zeros(2, 3, size, size))
+    model = ov.convert_model(
+        _open_clip_tower(replace(task, precision="fp32")), example_input=torch.zeros(2, 3, size, size)
+    )
     hints = {
         "INFERENCE_PRECISION_HINT": "bf16" if task.precision == "bf16" else "f32",
         "PERFORMANCE_HINT": "LATENCY",
@@ -259,12 +265,14 @@ def _stand_in_for_torchvision_operators() -> None:
 
 OURS = "clip_fast"
 BASELINE = "openai-clip"
+FLOAT32 = "openai-clip, fp32"  # as it runs on a CPU, beside what computes in less there
 _CPU: tuple[str, ...] = ("cpu",)
 _CUDA: tuple[str, ...] = ("cuda",)
 
 SYSTEMS = (  # those that are compiled last: that takes minutes each
     System(OURS, None, _ours),
     System(BASELINE, "openai-clip", _openai_clip),
+    System(FLOAT32, "openai-clip", _in_float32, _CPU, ("bf16",)),
     System("open_clip", "open_clip_torch", _open_clip_tower),
     System("transformers", "transformers", _transformers),
     System("open_clip, compiled", "open_clip_torch", _compiled(_open_clip_tower)),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bench import end_to_end, systems
 from bench.environment import environment
-from bench.systems import BASELINE, OURS, SYSTEMS, System, Task, Unavailable
+from bench.systems import BASELINE, FLOAT32, OURS, SYSTEMS, System, Task, Unavailable
 from bench.timing import Ceilings
 from clip_fast import reference
 from clip_fast.config import Config, ResNetConfig, VitConfig
@@ -98,7 +98,7 @@ def test_what_fails_is_listed() -> None:
 
 def test_rows_of_different_heats_are_compared_by_our_time_in_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(end_to_end, "_HEAT", 0.0)  # a heat for every system
-    chosen = [SYSTEMS[0], SYSTEMS[1], SYSTEMS[2]]
+    chosen = [system for system in SYSTEMS if system.name in (OURS, BASELINE, "open_clip")]
     heats = end_to_end.heats("tiny", VIT, "fp32", {2: chosen}, 2, CPU, SYSTEMS[0])
     rows = [row for heat in heats for row in heat]
     assert [row["system"] for row in rows] == [system.name for system in chosen]
@@ -108,6 +108,18 @@ def test_rows_of_different_heats_are_compared_by_our_time_in_each(monkeypatch: p
     assert [row["to_baseline"] for row in rows] == pytest.approx([1.5, 1.0, 0.3])
     assert rows[0]["to_best_rival"] == pytest.approx(1.5)
     assert rows[0]["to_roofline"] == pytest.approx(rows[2]["to_roofline"] * 20)
+
+
+def test_on_a_cpu_float32_stands_beside_half_precision() -> None:
+    chosen = [system for system in EAGER if system.name in (OURS, BASELINE, FLOAT32)]
+    (rows,) = end_to_end.heats("tiny", VIT, "bf16", {2: chosen}, 1, CPU)
+    end_to_end.add_ratios(rows, Ceilings({"bf16": 1e12}, 1e11))
+    ours, halves, wide = rows
+    assert wide["error"] < min(ours["error"], halves["error"])
+    assert ours["to_float32"] == pytest.approx(wide["seconds"] / ours["seconds"])
+    text = end_to_end.markdown(rows, environment(CPU))
+    assert f"× {BASELINE} | × {FLOAT32} |" in text
+    assert "memory" not in text  # of which a CPU's libraries tell nothing
 
 
 def test_each_compiled_system_has_a_graph_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
