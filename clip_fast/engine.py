@@ -262,10 +262,11 @@ def _fingerprint(tensors: list[Tensor]) -> object:
     """Changes whenever a weight is written to, or another tensor takes its place.
 
     Every tensor counts the writes to it, in its version; one that stands for another has another address, as long as
-    the other is not gone. Tensors made in inference mode count nothing: with one of them, nothing is known.
+    the other is not gone, or is a view of it and another object. Tensors made in inference mode count nothing: with one
+    of them, nothing is known.
     """
     try:
-        return tuple(map(torch.Tensor.data_ptr, tensors)), tuple(map(_version, tensors))
+        return tuple(map(id, tensors)), tuple(map(torch.Tensor.data_ptr, tensors)), tuple(map(_version, tensors))
     except RuntimeError:  # a tensor made in inference mode
         warnings.warn(
             "weights were made in inference mode, where PyTorch counts no changes: clip_fast prepares them at every "

@@ -120,7 +120,8 @@ def test_training_mode(make: Callable[[], Any], change: Callable[[nn.Module], No
             change(model)
         model.train()
         assert not close(falls_back(model, images, "in training mode, with dropout or batch norms"), before, 1e-3)
-        assert close(stays_fast(model.eval(), images), before)
+        after = stays_fast(model.eval(), images)  # of the statistics that training has left
+        assert close(after, embeddings(clip_fast.restore(model), images))
 
 
 @pytest.mark.parametrize("make", [openai_vit, open_clip_vit, hugging_face])
@@ -200,9 +201,9 @@ def test_an_attention_of_the_users_own(images: Tensor) -> None:
 
 def test_float64_and_trained_weights_need_no_warning(images: Tensor) -> None:
     model = open_clip_vit().double()
-    wanted = embeddings(model, images.double())
-    clip_fast.accelerate(model)
     with torch.no_grad():
+        wanted = embeddings(model, images.double())
+        clip_fast.accelerate(model)
         assert torch.equal(stays_fast(model, images.double()), wanted)
         assert why_original(tower(model), images.double()) == "it computes in float64"
     model = clip_fast.accelerate(openai_vit()).train()
@@ -290,7 +291,7 @@ def _quantise(model: nn.Module) -> None:
 CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
     "a module in the place of another": (_wrap, "has no transformer.resblocks.1.mlp.c_fc.weight"),
     "a weight of another shape": (_cut, r"proj is \[128, 32\], expected \[128, 64\]"),
-    "a weight of another class": (_quantise, "transformer.resblocks.0.mlp.c_fc.weight is a Doubled"),
+    "a weight of another class": (_quantise, "transformer.resblocks.0.mlp.c_fc.weight is a .*Doubled"),
     "no weight": (lambda model: setattr(tower(model), "proj", None), "the tower has no proj"),
     "another pool": (lambda model: setattr(tower(model), "pool_type", "avg"), "pool_type is 'avg'"),
     "ln_post last": (lambda model: setattr(tower(model), "final_ln_after_pool", True), "ln_post comes after"),

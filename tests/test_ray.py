@@ -229,7 +229,7 @@ def test_the_command_writes_the_rows_of_a_run_without_ray(
     for i in range(3):
         Path("photos/below", f"{i}.png").write_bytes(encoded(picture(i)))
     Path("photos/notes.txt").write_text("no image, and not taken for one")
-    Path("odd").write_bytes(encoded(picture(3)))
+    Path("odd").write_bytes(encoded(Image.radial_gradient("L")))  # like none of the others
     for number in range(2):
         images = {f"{number}0.png": encoded(picture(number)), f"{number}1.jpg": encoded(picture(10 + number))}
         write_tar(Path(f"{number:02}.tar"), images | {f"{number}2.json": b"{}", f"{number}3.WebP": b"broken"})
