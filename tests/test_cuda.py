@@ -1,6 +1,7 @@
 """Whole encoders on a GPU, compiled kernels, graphs and all, against the plain tower in float64 on the same GPU.
 
-Each check takes the device: under Triton's interpreter a small encoder passes them on a CPU, too.
+Without one a small encoder goes through the same checks under Triton's interpreter, so that no check breaks for the
+first time on a GPU.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from clip_fast.config import Config, ResNetConfig, VitConfig
 from clip_fast.encoder import ImageEncoder
 from clip_fast.kernels import ops
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CUDA = torch.device("cuda")
 PRECISIONS = ("fp32", "tf32", "fp16", "bf16")
 
@@ -83,19 +84,24 @@ def check_resnet(config: ResNetConfig, precision: str, device: torch.device, tow
     assert min(cosine for *_, cosine in found) >= 0.9999
 
 
-def check_one_row_one_result(config: VitConfig, precision: str, device: torch.device, raw: bool) -> None:
-    """An image's embedding has the same bits alone, among others, at another place, replayed and launched."""
+def check_one_row_one_result(
+    config: VitConfig, precision: str, device: torch.device, raw: bool, others: int = 60
+) -> None:
+    """An image's embedding has the same bits alone, among others, at another place, replayed and launched.
+
+    With 60 others a batch is larger than the largest bucket.
+    """
     tower = random_tower(config)
     model, launched = (encoder(tower, config, precision, device, graphs) for graphs in (True, False))
     images = _images(7, config, DTYPES[precision], device, raw)
     alone = torch.cat([model.encode_image(image[None]) for image in images])
     order = [3, 6, 0, 5, 1, 2, 4]
-    many = torch.cat([_images(60, config, DTYPES[precision], device, raw), images])  # more than the largest bucket
+    many = torch.cat([_images(others, config, DTYPES[precision], device, raw), images])
     ways: dict[str, Callable[[], Tensor]] = {
         "in a batch of 7": lambda: model.encode_image(images),
         "at other places": lambda: model.encode_image(images[order])[torch.tensor(order, device=device).argsort()],
         "in a bucket that is full": lambda: model.encode_image(images[[0, 1, 2, 3, 4, 5, 6, 0]])[:7],
-        "in a large batch": lambda: model.encode_image(many)[60:],
+        "in a large batch": lambda: model.encode_image(many)[others:],
         "launched alone": lambda: torch.cat([launched.encode_image(image[None]) for image in images]),
         "launched in a batch of 7": lambda: launched.encode_image(images),
     }
@@ -103,10 +109,12 @@ def check_one_row_one_result(config: VitConfig, precision: str, device: torch.de
         assert_same_bits(encode(), alone)
 
 
-def check_every_run_is_the_same(config: VitConfig, precision: str, device: torch.device, runs: int = 100) -> None:
+def check_every_run_is_the_same(
+    config: VitConfig, precision: str, device: torch.device, runs: int = 100, large: int = 70
+) -> None:
     """Other batches run between; those of 5 are padded with what these left behind."""
     model = encoder(random_tower(config), config, precision, device)
-    batches = {batch: _images(batch, config, DTYPES[precision], device, raw=False) for batch in (5, 70)}
+    batches = {batch: _images(batch, config, DTYPES[precision], device, raw=False) for batch in (5, large)}
     first = {batch: model.encode_image(images).clone() for batch, images in batches.items()}
     for _ in range(runs):
         model.encode_image(_images(8, config, DTYPES[precision], device, raw=False))
@@ -130,6 +138,7 @@ def published(name: str, layers: int | None = None) -> VitConfig:
     return config if layers is None else dataclasses.replace(config, layers=layers)
 
 
+@needs_gpu
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", VITS)
 def test_vit(name: str, precision: str) -> None:
@@ -137,6 +146,7 @@ def test_vit(name: str, precision: str) -> None:
     check_vit(published(name, layers=4 if wide else None), precision, CUDA)
 
 
+@needs_gpu
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", RESNETS)
 def test_resnet(name: str, precision: str) -> None:
@@ -145,6 +155,7 @@ def test_resnet(name: str, precision: str) -> None:
     check_resnet(config, precision, CUDA)
 
 
+@needs_gpu
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_outlier_channels(precision: str) -> None:
     """Of a residual stream of several hundred, as trained networks have. Each tower is a draw of few numbers."""
@@ -153,6 +164,7 @@ def test_outlier_channels(precision: str) -> None:
     assert statistics.geometric_mean(error / plain for error, plain, _ in found) <= 1.1
 
 
+@needs_gpu
 @pytest.mark.parametrize("raw", [False, True], ids=["floats", "raw pixels"])
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ["ViT-B/32", "ViT-L/14@336px", "ViT-H-14"])
@@ -160,7 +172,29 @@ def test_one_row_one_result(name: str, precision: str, raw: bool) -> None:
     check_one_row_one_result(published(name, layers=4), precision, CUDA, raw)
 
 
+@needs_gpu
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ["ViT-B/32", "ViT-L/14"])
 def test_every_run_is_the_same(name: str, precision: str) -> None:
     check_every_run_is_the_same(published(name), precision, CUDA)
+
+
+# --- interpreted -----------------------------------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+TINY_VIT = VitConfig(image_size=32, patch_size=16, width=64, layers=2, heads=1, embed_dim=32)
+TINY_RESNET = ResNetConfig(layers=(1, 1, 1, 1), width=8, heads=4, image_size=64, embed_dim=32)
+CHECKS: dict[str, Callable[[], None]] = {
+    "vit": lambda: check_vit(TINY_VIT, "fp32", CPU, towers=2, batch=2),
+    "resnet": lambda: check_resnet(TINY_RESNET, "fp32", CPU, towers=1, batch=2),
+    "one row, floats": lambda: check_one_row_one_result(TINY_VIT, "fp16", CPU, raw=False, others=2),
+    "one row, raw pixels": lambda: check_one_row_one_result(TINY_VIT, "bf16", CPU, raw=True, others=2),
+    "every run": lambda: check_every_run_is_the_same(TINY_VIT, "fp32", CPU, runs=1, large=6),
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU goes through them")
+@pytest.mark.parametrize("check", CHECKS)
+def test_cuda_checks_interpreted(check: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    CHECKS[check]()
