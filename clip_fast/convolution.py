@@ -1,7 +1,8 @@
 """Convolution, bias, residual and ReLU in one pass, by the library that is fastest on the device.
 
 All maps are channels-last: a 1 × 1 convolution is then a product of the map's rows, and runs on the project's own GEMM
-wherever Triton runs. Larger windows are cuDNN's on an NVIDIA GPU and oneDNN's on a CPU, which does the small ones too.
+wherever Triton runs, unless `kernels/targets.py` gives it to cuDNN. Larger windows are cuDNN's on an NVIDIA GPU and
+oneDNN's on a CPU, which does the small ones too.
 
 Shapes: B images, C input and O output channels, an h × w map.
 """
@@ -15,6 +16,7 @@ from torch import Tensor
 from .cpu import can_fuse
 from .kernels import ops
 from .kernels.ops import Precision
+from .kernels.targets import POINTWISE, kind_of
 
 
 def by_kernels(weight: Tensor) -> bool:
@@ -56,7 +58,8 @@ class Convolution:
         self.precision: Precision = precision
         self.padding = size // 2 if padding is None else padding
         self._run = Convolution._plain  # not bound to this instance, which would hold on to itself
-        if size == stride == 1 and by_kernels(folded):
+        ours = POINTWISE[kind_of(dtype, precision)] == "linear"
+        if size == stride == 1 and ours and by_kernels(folded):
             self._run, self.weight = Convolution._by_product, weight.flatten(1).to(dtype).contiguous()
             wide = torch.promote_types(dtype, torch.float32)
             self.scale, self.bias = scale.to(wide), bias.to(wide)

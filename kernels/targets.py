@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import torch
 
@@ -121,6 +122,10 @@ TABLE: Table = {
         },
     },
 }
+# Whose a 1 × 1 convolution is on a GPU, by kind of dtype: "linear" is the project's own GEMM on the map's rows. This is
+# reasoned, not yet measured; `bench.kernels` measures both on a ResNet.
+POINTWISE: dict[str, Literal["linear", "cudnn"]] = {"half": "linear", "float32": "linear", "tf32": "linear"}
+
 _LIKE = {"sm_86": "sm_80", "sm_89": "sm_86", "sm_90": "sm_80", "sm_100": "sm_90", "gfx942": "sm_80"}
 
 _assumed: ContextVar[Target | None] = ContextVar("assumed", default=None)
@@ -143,7 +148,12 @@ def assume(name: str) -> Iterator[Target]:
 
 def launch_for(op: str, dtype: torch.dtype, target: Target, precision: str = "ieee") -> Launch:
     """The table's entry for `op` in `dtype` on `target`."""
-    return entry(op, "half" if dtype.itemsize == 2 else "tf32" if precision == "tf32" else "float32", target)
+    return entry(op, kind_of(dtype, precision), target)
+
+
+def kind_of(dtype: torch.dtype, precision: str) -> str:
+    """The kind of dtype that tables know: "half", "float32" or "tf32"."""
+    return "half" if dtype.itemsize == 2 else "tf32" if precision == "tf32" else "float32"
 
 
 def entry(op: str, kind: str, target: Target) -> Launch:

@@ -9,6 +9,7 @@ from towers import relative_error
 
 from clip_fast import convolution
 from clip_fast.convolution import Convolution
+from clip_fast.kernels import ops, targets
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 GEOMETRIES = [(1, 1, None), (3, 1, None), (3, 2, None), (3, 2, 0)]  # size, stride, padding
@@ -55,3 +56,18 @@ def test_convolution(
     walk = terms**0.5 * torch.finfo(dtype).eps
     wide = dtype.itemsize >= 4
     assert relative_error(got, exact) <= (walk if wide else 1.2 * relative_error(plain, exact))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_table_says_whose_a_pointwise_convolution_is(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolution, "by_kernels", lambda weight: True)
+    products: list[torch.Tensor] = []
+    linear = ops.linear
+    monkeypatch.setattr(ops, "linear", lambda x, *rest, **options: products.append(x) or linear(x, *rest, **options))
+    x = torch.randn(2, 8, 4, 4).to(dtype).contiguous(memory_format=torch.channels_last)
+    operands = (torch.randn(16, 8, 1, 1).to(dtype), torch.ones(16).double(), torch.zeros(16).double(), dtype)
+    wanted = Convolution(*operands)(x)
+    assert len(products) == 1
+    monkeypatch.setitem(targets.POINTWISE, targets.kind_of(dtype, "ieee"), "cudnn")
+    assert relative_error(Convolution(*operands)(x), wanted) < 2 * torch.finfo(dtype).eps
+    assert len(products) == 1

@@ -29,6 +29,9 @@ Compute = Callable[[Operands], Tensor]
 OURS = "clip_fast"
 SEPARATE = "separate passes"
 COMPILED = "compiled"  # torch.compile(mode="max-autotune") of the separate passes
+CONVOLUTION = (
+    "cuDNN's convolution"  # of 1×1, with bias, residual and ReLU fused: the other way that a ResNet could take
+)
 PRODUCT = "product alone"  # what the library needs without what we fuse into it: no rival, a bound
 OPS = ("linear", "flash_attention", "patch_embed", "layer_norm", "attention_pool", "mean_token")
 
@@ -124,11 +127,12 @@ def _linears(model: str, config: Config, batch: int, precision: str) -> Iterator
         planes, rows = config.width << stage, batch * grid**2
         pooled = grid if stage == 0 else grid // 2  # by the first block, after its second convolution
         rows_out = batch * pooled**2
-        block = {"scaled": True, "activation": "relu"}
-        yield contest(f"stage {stage + 1}, first 1x1+relu of the first block", 1, rows, planes, width, **block)
+        first = {"scaled": True, "activation": "relu", "grid": grid}
+        block = {"scaled": True, "activation": "relu", "grid": pooled}
+        yield contest(f"stage {stage + 1}, first 1x1+relu of the first block", 1, rows, planes, width, **first)
         if layers > 1:
             yield contest(f"stage {stage + 1}, first 1x1+relu", layers - 1, rows_out, planes, 4 * planes, **block)
-        yield contest(f"stage {stage + 1}, shortcut", 1, rows_out, 4 * planes, width, scaled=True)
+        yield contest(f"stage {stage + 1}, shortcut", 1, rows_out, 4 * planes, width, scaled=True, grid=pooled)
         part = f"stage {stage + 1}, last 1x1+residual+relu"
         yield contest(part, layers, rows_out, 4 * planes, planes, residual=True, **block)
         width, grid = 4 * planes, pooled
@@ -139,9 +143,10 @@ def _linears(model: str, config: Config, batch: int, precision: str) -> Iterator
 def _linear(
     model: str, part: str, count: int, batch: int, precision: str, m: int, n: int, k: int, *, norm: bool = False,
     scaled: bool = False, residual: bool = False, activation: ops.Activation = "none", x_step: int = 1,
-    residual_step: int = 1,
+    residual_step: int = 1, grid: int = 0,
 ) -> Contest:  # fmt: skip
-    """Rows of x, or of the residual, are each the first of so many in memory, as class tokens are among all tokens."""
+    """Rows of x, or of the residual, are each the first of so many in memory, as class tokens are among all tokens; or
+    the positions of maps of side `grid`."""
     dtype = DTYPES[precision]
 
     def operands(device: torch.device) -> dict[str, Tensor]:
@@ -182,10 +187,25 @@ def _linear(
         y = product({**o, "x": F.layer_norm(o["x"], (k,), o["gain"], o["shift"], _EPS)} if norm else o)
         return _activation(y + o["residual"] if residual else y, activation)
 
+    def as_map(rows: Tensor) -> Tensor:
+        return rows.view(batch, grid, grid, -1).permute(0, 3, 1, 2)  # channels-last
+
+    def convolution(o: Operands) -> Tensor:
+        x, weight, once = as_map(o["x"]), o["scaled"][:, :, None, None], ([1, 1], [0, 0], [1, 1], 1)
+        if residual:
+            y = torch.cudnn_convolution_add_relu(x, weight, as_map(o["residual"]), 1.0, o["bias"], *once)
+        elif activation == "relu":
+            y = torch.cudnn_convolution_relu(x, weight, o["bias"], *once)
+        else:
+            y = torch.cudnn_convolution(x, weight, [0, 0], [1, 1], [1, 1], 1, False, True, precision == "tf32")
+            y = y.add_(o["bias"][:, None, None])
+        return y.permute(0, 2, 3, 1).flatten(0, 2)
+
     elements = m * k + n * k + m * n * (2 if residual else 1)
+    systems: dict[str, Compute] = {OURS: ours, SEPARATE: separate, COMPILED: _compiled(separate), PRODUCT: product}
     return Contest(
         "linear", model, part, count, batch, precision, operands,
-        {OURS: ours, SEPARATE: separate, COMPILED: _compiled(separate), PRODUCT: product},
+        systems | {CONVOLUTION: convolution} if grid else systems,
         2 * m * n * k, elements * dtype.itemsize,
     )  # fmt: skip
 
