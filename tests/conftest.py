@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 
 import numpy as np
 import pytest
@@ -42,5 +43,6 @@ def _declare_torchvision_operators() -> None:
 
 
 _declare_torchvision_operators()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background is started to ignore
 if not torch.cuda.is_available():
     import_kernels_interpreted()

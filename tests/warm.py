@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 
@@ -41,6 +42,7 @@ if __name__ == "__main__":
             child = os.fork()
             if child == 0:
                 os.setsid()
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # which tests in the background ignore
                 status = 70
                 try:
                     status = cli.main(request["start"])
