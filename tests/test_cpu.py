@@ -25,6 +25,13 @@ def fresh(rows: int, dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(*shape, dtype=dtype) for shape in ((rows, 96), (160, 96), (160,), (rows, 160))]
 
 
+def bound(plain: Tensor, exact: Tensor) -> float:
+    """Of the error: twice the plain product's; or, since a library sums in its own order and the plain product may be a
+    tree of sums, a random walk of as many roundings as there are terms."""
+    walk = 98**0.5 * torch.finfo(plain.dtype).eps / 2
+    return max(2 * relative_error(plain, exact), walk if plain.dtype.itemsize >= 4 else 0)
+
+
 @pytest.mark.parametrize("rows", [1, FEW, FEW + 1, 300])  # on both sides of the change of library
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -35,7 +42,7 @@ def test_a_product_and_its_activation(rows: int, activation: str, dtype: torch.d
     plain = torch.stack([act(F.linear(*draw)) for draw in draws])
     exact = torch.stack([act(F.linear(*(tensor.double() for tensor in draw))) for draw in draws])
     assert got.dtype == dtype
-    assert relative_error(got, exact) <= max(2 * relative_error(plain, exact), 1e-14)
+    assert relative_error(got, exact) <= bound(plain, exact)
 
 
 @pytest.mark.parametrize("rows", [1, FEW, FEW + 1, 300])
@@ -45,7 +52,7 @@ def test_a_product_and_its_residual(rows: int, dtype: torch.dtype) -> None:
     got = torch.stack([Product(weight, bias)(x, residual=residual.clone()) for x, weight, bias, residual in draws])
     plain = torch.stack([F.linear(*draw[:3]) + draw[3] for draw in draws])
     exact = torch.stack([F.linear(*(t.double() for t in draw[:3])) + draw[3].double() for draw in draws])
-    assert relative_error(got, exact) <= max(2 * relative_error(plain, exact), 1e-14)
+    assert relative_error(got, exact) <= bound(plain, exact)
 
 
 def test_a_scale_enters_the_weight_in_the_dtype_to_compute_in() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from statistics import geometric_mean
 
 import pytest
 import torch
@@ -48,27 +50,41 @@ def test_a_block_is_five_launches(launches: list[str]) -> None:
     assert launches == ["_patch_embed_kernel", "_layer_norm_kernel", *block, *block, *last, "_linear_kernel"]
 
 
-@pytest.mark.parametrize("outliers", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_accuracy(name: str, dtype: torch.dtype, outliers: bool, guards: Guards) -> None:
-    """With outliers a few roundings decide, of the plain tower's and of ours: one draw of a ratio between 0.5 and 2.
+def test_accuracy(name: str, dtype: torch.dtype, guards: Guards) -> None:
+    got, plain, wanted = map(torch.cat, zip(*draws(CONFIGS[name], dtype, 4), strict=True))
+    assert relative_error(got, wanted) <= (2.5 if dtype == torch.float32 else 1.1) * relative_error(plain, wanted)
+    assert worst_cosine(got, wanted) >= 0.9999
 
-    That the ratio is no more than 1 over many towers is shown in `test_vit.py` of the tests above.
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_outlier_channels(name: str, dtype: torch.dtype, guards: Guards) -> None:
+    """A few roundings decide, of the plain tower's and of ours: a tower's ratio of errors is a draw, by a factor of 1.7
+    up or down. Of eight towers the typical one is within 2.5, four deviations of its logarithm.
+
+    That it is no more than 1.1 over many towers is shown in `test_vit.py` of the tests above.
     """
-    config = CONFIGS[name]
-    ours, theirs, exact = [], [], []
-    for _ in range(4):  # the ratio of two errors scatters by 7 % from tower to tower
+    ratios, apart, plain_apart = [], [], []
+    for got, plain, wanted in draws(CONFIGS[name], dtype, 8, outliers=True):
+        ratios.append(relative_error(got, wanted) / relative_error(plain, wanted))
+        apart.append(max(1 - worst_cosine(got, wanted), 1e-16))
+        plain_apart.append(max(1 - worst_cosine(plain, wanted), 1e-16))
+    assert geometric_mean(ratios) <= 2.5
+    # One less the cosine goes with the square of the error.
+    assert geometric_mean(apart) <= max(1e-4, 2.5**2 * geometric_mean(plain_apart))
+
+
+def draws(
+    config: VitConfig, dtype: torch.dtype, towers: int, outliers: bool = False
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of fresh towers and images: embeddings by the kernels, by the plain tower in `dtype`, and by it in float64."""
+    for _ in range(towers):
         tower, weights = prepared(config, dtype, outliers)
         x = images(config, 2).to(dtype)
-        ours.append(vit.encode(weights, x))
-        exact.append(tower.double()(x.double()))
-        theirs.append(tower.to(dtype)(x))
-    got, plain, wanted = torch.cat(ours), torch.cat(theirs), torch.cat(exact)
-    limit = 1.1 if dtype != torch.float32 and not outliers else 2.5
-    assert relative_error(got, wanted) <= limit * relative_error(plain, wanted)
-    # One less the cosine goes with the square of the error.
-    assert 1 - worst_cosine(got, wanted) <= max(1e-4, limit**2 * (1 - worst_cosine(plain, wanted)) if outliers else 0)
+        got, wanted = vit.encode(weights, x), tower.double()(x.double())
+        yield got, tower.to(dtype)(x), wanted
 
 
 @pytest.mark.parametrize("head_dim", [88, 104])
@@ -76,14 +92,7 @@ def test_accuracy(name: str, dtype: torch.dtype, outliers: bool, guards: Guards)
 def test_head_sizes_that_are_no_power_of_two(head_dim: int, dtype: torch.dtype, guards: Guards) -> None:
     """Those of ViT-g/14 and ViT-bigG/14."""
     config = VitConfig(28, 14, width=head_dim, layers=2, heads=1, embed_dim=64, mlp_ratio=4.9231, activation="gelu")
-    ours, theirs, exact = [], [], []
-    for _ in range(8):
-        tower, weights = prepared(config, dtype)
-        x = images(config, 2).to(dtype)
-        ours.append(vit.encode(weights, x))
-        exact.append(tower.double()(x.double()))
-        theirs.append(tower.to(dtype)(x))
-    got, plain, wanted = torch.cat(ours), torch.cat(theirs), torch.cat(exact)
+    got, plain, wanted = map(torch.cat, zip(*draws(config, dtype, 8), strict=True))
     assert relative_error(got, wanted) <= (2.5 if dtype == torch.float32 else 1.1) * relative_error(plain, wanted)
 
 
