@@ -58,6 +58,7 @@ class Forward:
         self._warned: set[str] = set()
         named = inspect.signature(cast(Any, type(tower)).forward).parameters.values()
         self._named = tuple(p.name for p in named if p.kind is p.POSITIONAL_OR_KEYWORD)[2:]  # after self and the images
+        self._takes_any_option = any(p.kind is p.VAR_KEYWORD for p in named)
         self._name = register(self, Forward._run, Forward._empty)
 
     def attach(self) -> None:
@@ -82,7 +83,8 @@ class Forward:
     def hidden_states(self, pixel_values: Tensor | None = None, *more: Any, **options: Any) -> Any:
         """For transformers: (B, 3, H, W) -> what the tower returns, its projection being outside of it."""
         given = dict(zip(self._named, more, strict=False))
-        if pixel_values is None or len(given) < len(more) or any(name in options for name in given):
+        twice = any(name in options for name in given)
+        if pixel_values is None or len(given) < len(more) or twice or not all(map(self._takes, options)):
             return self._original(pixel_values, *more, **options)  # which raises the error of such a call
         options |= given
         all_states = self._setting(options, "output_hidden_states")
@@ -95,7 +97,12 @@ class Forward:
             pooler_output=self.tower.post_layernorm(results[-1][:, 0]),
             hidden_states=results if all_states else None,
         )
-        return output if self._setting(options, "return_dict") is not False else output.to_tuple()
+        wants_tuple = self._takes("return_dict") and self._setting(options, "return_dict") is False
+        return output.to_tuple() if wants_tuple else output
+
+    def _takes(self, option: str) -> bool:
+        """Whether the tower's own forward knows an option; in some releases only the model around it does."""
+        return self._takes_any_option or option in self._named
 
     def _setting(self, options: Mapping[str, Any], name: str) -> Any:
         """What a call of a transformers tower sets, or its configuration."""
@@ -246,7 +253,8 @@ class Forward:
                 results = as_tuple(self._original(images))
             else:
                 all_states = task == "hidden_states"
-                output = self._original(images, output_hidden_states=all_states, return_dict=True)
+                options = {"return_dict": True} if self._takes("return_dict") else {}
+                output = self._original(images, output_hidden_states=all_states, **options)
                 results = output.hidden_states if all_states else (output.last_hidden_state,)
             dtype = towers.weight(self.tower).dtype
             return tuple(result.to(dtype).contiguous() for result in results)
