@@ -178,7 +178,10 @@ def test_calls_of_transformers(
     configuration, positional, keywords = CALLS[name]
     model = hugging_face(kind=kind, **configuration)
     with torch.no_grad():
-        wanted = model(images, *positional, **keywords)
+        try:
+            wanted = model(images, *positional, **keywords)
+        except AttributeError as error:
+            pytest.skip(f"this release of transformers cannot do it itself: {error}")
         no_original_but_for(clip_fast.accelerate(model))
         got = model(images, *positional, **keywords)
     assert type(got) is type(wanted)
