@@ -36,6 +36,7 @@ from .config import Activation
 from .decode import Decoder
 from .encoder import default_dtype
 from .pipeline import weights_digest
+from .shards import Record, as_text, table_of
 from .sources import (
     IMAGE_COLUMN,
     PARQUET_SUFFIX,
@@ -275,26 +276,16 @@ class _TableEncoder(ImageEncoder):
     """For `encode`: from the rows of `_read_places` or `_read_urls` to a table with the columns of the output."""
 
     def __call__(self, batch: Batch) -> Any:
-        arrow, _ = pyarrow()
         if "item" in batch:
             items: list[Item] = [pickle.loads(item) for item in batch["item"]]
         else:
             items = [_item(*row) for row in zip(batch["image"], batch["key"], batch["image_path"], strict=True)]
         added = self.embed(items)
-        embeddings = added["embedding"]
-        return arrow.table(
-            {
-                "key": arrow.array([_text(item.key) for item in items], arrow.string()),
-                "image_path": arrow.array([_text(item.location) for item in items], arrow.string()),
-                "width": arrow.array(added["width"]),
-                "height": arrow.array(added["height"]),
-                "status": arrow.array(added["status"], arrow.string()),
-                "error": arrow.array([error or None for error in added["error"]], arrow.string()),
-                "embedding": arrow.FixedSizeListArray.from_arrays(
-                    arrow.array(embeddings.reshape(-1)), embeddings.shape[1]
-                ),
-            }
-        )
+        records = [
+            Record(item.key, item.location, int(width), int(height), error or None)
+            for item, width, height, error in zip(items, added["width"], added["height"], added["error"], strict=True)
+        ]
+        return table_of(added["embedding"], records)
 
 
 def _ray() -> Any:
@@ -322,11 +313,6 @@ def _absolute(path: str) -> str:
 def _last_line(error: Exception) -> str:
     """Of Ray's errors, which are the worker's whole traceback."""
     return str(error).rstrip().rpartition("\n")[2] or type(error).__name__
-
-
-def _text(name: str) -> str:
-    """`name` as UTF-8 can hold it: bytes that are none are shown as backslash escapes."""
-    return name.encode("utf-8", "backslashreplace").decode()
 
 
 # --- Reading: images are read as bytes and decoded beside the encoder, not by Ray, where a broken one ends the job ---
@@ -394,7 +380,7 @@ def _one_sample(member: str) -> str:
 def _members(table: Any) -> Any:
     """Keys and places as `sources.Tar` has them."""
     arrow, _ = pyarrow()
-    members = [_text(bytes.fromhex(key).decode("utf-8", "surrogateescape")) for key in table[_KEY].to_pylist()]
+    members = [as_text(bytes.fromhex(key).decode("utf-8", "surrogateescape")) for key in table[_KEY].to_pylist()]
     keys = [os.path.join(folder, name.partition(".")[0]) for folder, name in map(os.path.split, members)]
     places = [f"{tar}/{member}" for tar, member in zip(table[_PATH].to_pylist(), members, strict=True)]
     return arrow.table({"key": keys, "image_path": places, "image": table["image"]})

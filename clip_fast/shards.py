@@ -261,9 +261,8 @@ class ParquetFile:
 
     def write(self, shard: Shard) -> None:
         """Appends a shard as a row group."""
-        arrow, parquet = pyarrow()
-        rows = arrow.FixedSizeListArray.from_arrays(arrow.array(shard.rows.reshape(-1)), shard.rows.shape[1])
-        table = _columns(shard.records).append_column("embedding", rows)
+        _, parquet = pyarrow()
+        table = table_of(shard.rows, shard.records)
         if self._writer is None:
             self._writer = parquet.ParquetWriter(self._new.file, table.schema)
         self._writer.write_table(table)
@@ -286,6 +285,13 @@ class ParquetFile:
             with suppress(OSError, ValueError):  # it would write its footer, for which a full disk may have no room
                 self._writer.close()
         self._new.discard()
+
+
+def table_of(rows: NDArray[Any], records: list[Record]) -> Any:
+    """Records and their embeddings (n, embed_dim), a list of fixed size each, as one Arrow table."""
+    arrow, _ = pyarrow()
+    embeddings = arrow.FixedSizeListArray.from_arrays(arrow.array(rows.reshape(-1)), rows.shape[1])
+    return _columns(records).append_column("embedding", embeddings)
 
 
 def read_records(path: Path) -> list[Record]:
@@ -342,7 +348,7 @@ def _sync_folder(folder: Path) -> None:
 def _digest(named: Sequence[Item | Record]) -> str:
     digest = sha256()
     for each in named:
-        digest.update(f"{_text(each.key)}\0{_text(each.location)}\n".encode())
+        digest.update(f"{as_text(each.key)}\0{as_text(each.location)}\n".encode())
     return digest.hexdigest()
 
 
@@ -362,8 +368,8 @@ def _columns(records: list[Record]) -> Any:
     arrow, _ = pyarrow()
     return arrow.table(
         {
-            "key": arrow.array([_text(record.key) for record in records], arrow.string()),
-            "image_path": arrow.array([_text(record.location) for record in records], arrow.string()),
+            "key": arrow.array([as_text(record.key) for record in records], arrow.string()),
+            "image_path": arrow.array([as_text(record.location) for record in records], arrow.string()),
             "width": arrow.array([record.width for record in records], arrow.int32()),
             "height": arrow.array([record.height for record in records], arrow.int32()),
             "status": arrow.array(["ok" if record.error is None else "failed" for record in records], arrow.string()),
@@ -375,7 +381,7 @@ def _columns(records: list[Record]) -> Any:
 def _error_lines(records: list[Record]) -> bytes:
     lines = (
         json.dumps(
-            {"key": _text(record.key), "image_path": _text(record.location), "reason": record.error},
+            {"key": as_text(record.key), "image_path": as_text(record.location), "reason": record.error},
             ensure_ascii=False,
         )
         for record in records
@@ -384,6 +390,6 @@ def _error_lines(records: list[Record]) -> bytes:
     return "".join(f"{line}\n" for line in lines).encode()
 
 
-def _text(name: str) -> str:
+def as_text(name: str) -> str:
     """`name` as UTF-8 can hold it: bytes that are none are shown as backslash escapes."""
     return name.encode("utf-8", "backslashreplace").decode()
