@@ -193,8 +193,9 @@ class Engine:
         """How many of the images are encoded together."""
         config = self.config
         if images.device.type == "cpu":
-            rows = vit_cpu.ROWS_AT_A_TIME if isinstance(config, VitConfig) else resnet.ROWS_AT_A_TIME
-            return max(1, rows // config.tokens)
+            return (
+                vit_cpu.images_at_a_time(config) if isinstance(config, VitConfig) else resnet.images_at_a_time(config)
+            )
         if len(images) <= _WHOLE_BATCH or not images.is_cuda or torch.cuda.is_current_stream_capturing():
             return max(1, len(images))
         free = torch.cuda.mem_get_info(images.device)[0]

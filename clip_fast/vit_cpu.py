@@ -5,8 +5,8 @@ its bias, residual and activation along (`Product`), attention is PyTorch's flas
 is taken for the class token alone, as in `vit.py`.
 
 Both fast libraries know swish, x · σ(x), but no QuickGELU, x · σ(1.702 x). The first is made the second by scaling the
-weights around it, QuickGELU(x) = swish(1.702 x) / 1.702, in float32; in half precision the scaled weights' rounding
-would show, and the activation is a pass of its own.
+weights around it, QuickGELU(x) = swish(1.702 x) / 1.702, before they are rounded to the dtype. Weights that come in a
+half precision and stay in it would be rounded by that alone: there the activation is a pass of its own.
 
 Shapes: B images, N = 1 + G tokens, W width, H heads, D = W / H, E embed_dim.
 """
@@ -22,11 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import LAYER_NORM_EPS, VitConfig
-from .cpu import Product, one_query_attention
+from .cpu import QUICK_GELU_SLOPE, Product, one_query_attention
 
 ROWS_AT_A_TIME = 1600  # tokens that are encoded together: more are no faster, and their activations leave the caches
-
-_QUICK_GELU_SLOPE = 1.702
 
 
 @dataclass(frozen=True)
@@ -55,6 +53,11 @@ class Weights:
     proj: Tensor  # (W, E)
 
 
+def images_at_a_time(config: VitConfig) -> int:
+    """How many images are encoded together."""
+    return max(1, ROWS_AT_A_TIME // config.tokens)
+
+
 def prepare(state_dict: dict[str, Tensor], config: VitConfig, dtype: torch.dtype) -> Weights:
     """Casts canonical weights to `dtype`, those of the products when they are first needed.
 
@@ -66,32 +69,44 @@ def prepare(state_dict: dict[str, Tensor], config: VitConfig, dtype: torch.dtype
     def pair(name: str) -> tuple[Tensor, Tensor]:
         return source[f"{name}.weight"].to(dtype), source[f"{name}.bias"].to(dtype)
 
-    # QuickGELU(x) = swish(1.702 x) / 1.702, where the weights' dtype can bear it
-    as_swish = config.activation == "quick_gelu" and dtype.itemsize >= 4
-    slope, activation = (_QUICK_GELU_SLOPE, "swish") if as_swish else (1.0, config.activation)
+    # QuickGELU(x) = swish(1.702 x) / 1.702
+    given = source["transformer.resblocks.0.mlp.c_fc.weight"].dtype
+    rounded_anyway = torch.finfo(given).eps < torch.finfo(dtype).eps
+    as_swish = config.activation == "quick_gelu" and (rounded_anyway or dtype.itemsize >= 4)
+    slope, activation = (QUICK_GELU_SLOPE, "swish") if as_swish else (1.0, config.activation)
+    wide = torch.promote_types(dtype, torch.float32)
 
-    def block(prefix: str) -> Block:
-        fc1, fc1_bias = source[f"{prefix}.mlp.c_fc.weight"], source[f"{prefix}.mlp.c_fc.bias"].to(dtype)
-        fc2, fc2_bias = pair(f"{prefix}.mlp.c_proj")
+    def product(
+        name: str, rows: tuple[int, ...], activation: str = "none", scale: float = 1.0, bias_scale: float = 1.0
+    ) -> Product:
+        bias = source[f"{name}bias"].to(wide) * bias_scale
+        return Product(source[f"{name}weight"], bias.to(dtype), activation, scale, rows)
+
+    images = images_at_a_time(config)
+
+    def block(i: int) -> Block:
+        prefix = f"transformer.resblocks.{i}"
+        tokens = 1 if i == config.layers - 1 else config.tokens  # of an image, that the block is taken for
+        rows = (tokens, images * tokens)
         return Block(
             ln_1=pair(f"{prefix}.ln_1"),
             ln_2=pair(f"{prefix}.ln_2"),
-            qkv=Product(source[f"{prefix}.attn.in_proj_weight"], source[f"{prefix}.attn.in_proj_bias"].to(dtype)),
-            out=Product(*pair(f"{prefix}.attn.out_proj")),
-            fc1=Product(fc1, fc1_bias * slope, activation, scale=slope),
-            fc2=Product(fc2, fc2_bias, scale=1 / slope),
+            qkv=product(f"{prefix}.attn.in_proj_", rows),
+            out=product(f"{prefix}.attn.out_proj.", rows),
+            fc1=product(f"{prefix}.mlp.c_fc.", rows, activation, scale=slope, bias_scale=slope),
+            fc2=product(f"{prefix}.mlp.c_proj.", rows, scale=1 / slope),
         )
 
-    position = source["positional_embedding"].to(torch.promote_types(dtype, torch.float32), copy=True)
+    position = source["positional_embedding"].to(wide, copy=True)
     position[0] += source["class_embedding"]
-    patch = source["conv1.weight"].flatten(1)
+    patch, patches = source["conv1.weight"].flatten(1), config.grid**2
     last = f"transformer.resblocks.{config.layers - 1}.attn.in_proj"
     return Weights(
         config=config,
-        patch=Product(patch, patch.new_zeros(config.width, dtype=dtype)),
+        patch=Product(patch, patch.new_zeros(config.width, dtype=dtype), usual_rows=(patches, images * patches)),
         position=position.to(dtype),
         ln_pre=pair("ln_pre"),
-        blocks=tuple(block(f"transformer.resblocks.{i}") for i in range(config.layers)),
+        blocks=tuple(map(block, range(config.layers))),
         last_qkv=(source[f"{last}_weight"].to(dtype), source[f"{last}_bias"].to(dtype)),
         ln_post=pair("ln_post"),
         proj=source["proj"].to(dtype),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 
@@ -43,6 +44,9 @@ def _declare_torchvision_operators() -> None:
 
 
 _declare_torchvision_operators()
+if "PYTEST_XDIST_WORKER" in os.environ:  # processes that each take all cores slow each other fiftyfold
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
 signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background is started to ignore
 if not torch.cuda.is_available():
     import_kernels_interpreted()

@@ -55,11 +55,47 @@ def test_a_product_and_its_residual(rows: int, dtype: torch.dtype) -> None:
     assert relative_error(got, exact) <= bound(plain, exact)
 
 
-def test_a_scale_enters_the_weight_in_the_dtype_to_compute_in() -> None:
-    """A weight in half precision is widened first: 1.702 times it has no half-precision form."""
-    weight = torch.randn(160, 96).half()
-    product = Product(weight, torch.zeros(160), scale=1.702)
-    assert torch.equal(product.weight, weight.float() * 1.702)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scaled_weight_is_rounded_once(dtype: torch.dtype) -> None:
+    """1.702 times a weight has no half-precision form: it is scaled as wide as float32, and then cast."""
+    for weight in (torch.randn(160, 96), torch.randn(160, 96).half()):
+        product = Product(weight, torch.zeros(160, dtype=dtype), scale=1.702)
+        assert torch.equal(product.weight, (weight.float() * 1.702).to(dtype))
+
+
+@pytest.mark.skipif(not cpu.can_pack_for_mkl(), reason="no Intel CPU with MKL")
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("rows", [1, 50, 300])
+def test_packed_for_mkl(rows: int, activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With as many rows as weights were packed for; and on any number of threads, whatever they were packed by."""
+    act = ACTIVATIONS[activation]
+    launched: list[int] = []
+    mkl_linear = torch.ops.mkl._mkl_linear
+
+    def watched(*operands: Tensor) -> Tensor:
+        launched.append(len(operands[0]))
+        return mkl_linear(*operands)
+
+    monkeypatch.setattr(torch.ops.mkl, "_mkl_linear", watched)
+    threads = torch.get_num_threads()
+    draws = [fresh(rows, torch.float32) for _ in range(DRAWS)]
+    got, added = [], []
+    for x, weight, bias, residual in draws:
+        product = Product(weight, bias, activation, usual_rows=(rows, 7))
+        product(x)
+        torch.set_num_threads(threads % 2 + 1)
+        got.append(product(x))
+        torch.set_num_threads(threads)
+        added.append(Product(weight, bias, usual_rows=(rows,))(x, residual=residual.clone()))
+        product(x[:-1])  # rows that nothing was packed for
+    assert launched == [rows] * 3 * DRAWS
+    for values, wanted in (
+        (got, lambda x, weight, bias, _: act(F.linear(x, weight, bias))),
+        (added, lambda x, weight, bias, residual: F.linear(x, weight, bias) + residual),
+    ):
+        plain = torch.stack([wanted(*draw) for draw in draws])
+        exact = torch.stack([wanted(*(tensor.double() for tensor in draw)) for draw in draws])
+        assert relative_error(torch.stack(values), exact) <= bound(plain, exact)
 
 
 def test_one_layout_is_made_for_one_library() -> None:

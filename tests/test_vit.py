@@ -145,6 +145,38 @@ def test_no_less_accurate_than_open_clip_itself_in_half_precision(line: Line, dt
     assert relative_error(got, exact) <= 1.1 * relative_error(own, exact)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("given", [torch.float32, torch.float16])
+@pytest.mark.parametrize("outliers", [False, True])
+def test_weights_that_are_rounded_anyway(given: torch.dtype, outliers: bool) -> None:
+    """To bfloat16 from more bits: QuickGELU's slope goes into them on the way, which is no less exact.
+
+    The typical ratio of the error against the unrounded weights to the plain bfloat16 tower's.
+    """
+    config = VitConfig(image_size=32, patch_size=16, width=128, layers=2, heads=2, embed_dim=64)
+    ratios = []
+    for _ in range(300):
+        tower = random_tower(config, outliers)
+        state = {name: tensor.to(given) for name, tensor in tower.state_dict().items()}
+        tower.load_state_dict(state)
+        images = torch.randn(4, 3, 32, 32).bfloat16()
+        assert {block.fc1.activation for block in vit_cpu.prepare(state, config, torch.bfloat16).blocks} == {"swish"}
+        got = by_cpu(state, config, torch.bfloat16, images, "encode")
+        assert isinstance(got, Tensor)
+        exact = tower.double()(images.double())
+        ratios.append(relative_error(got, exact) / relative_error(tower.bfloat16()(images), exact))
+    assert statistics.geometric_mean(ratios) <= 1.1
+
+
+def test_weights_that_would_be_rounded_twice() -> None:
+    """Those that are bfloat16 already are multiplied by as they are."""
+    config = VitConfig(image_size=32, patch_size=16, width=128, layers=2, heads=2, embed_dim=64)
+    state = {name: tensor.bfloat16() for name, tensor in random_tower(config).state_dict().items()}
+    for i, block in enumerate(vit_cpu.prepare(state, config, torch.bfloat16).blocks):
+        assert block.fc1.activation == "quick_gelu"
+        assert torch.equal(block.fc1.weight, state[f"transformer.resblocks.{i}.mlp.c_fc.weight"])
+        assert torch.equal(block.fc2.weight, state[f"transformer.resblocks.{i}.mlp.c_proj.weight"])
+
+
 @pytest.mark.parametrize("line", [by_ops, by_cpu])
 def test_outlier_channels(line: Line) -> None:
     check(line, dataclasses.replace(CONFIGS["ViT-B/32"], image_size=96), torch.float32, outliers=True)
