@@ -76,7 +76,7 @@ class System:
             except importlib.metadata.PackageNotFoundError:
                 raise Unavailable(f"{self.package} is not installed") from None
         if task.precision not in self.precisions:
-            raise Unavailable(f"has no {task.precision}")
+            raise Unavailable(f"is measured in {', '.join(self.precisions)} only")
         return self.build(task)
 
 

@@ -36,7 +36,8 @@ def can_fuse(dtype: torch.dtype) -> bool:
 @cache
 def can_pack_for_mkl() -> bool:
     """Whether this build of PyTorch has MKL's packed products, and this is a CPU of MKL's maker."""
-    if not (torch.backends.mkl.is_available() and hasattr(torch.cpu, "get_capabilities")):
+    built = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
+    if not (built and hasattr(torch.cpu, "get_capabilities")):
         return False
     return str(torch.cpu.get_capabilities().get("cpu_name")).startswith("Intel")
 

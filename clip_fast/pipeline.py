@@ -33,7 +33,7 @@ from .sources import Inputs, Item
 
 WRITES_AHEAD = 8  # batches
 
-_NOT_FINITE = "the embedding has numbers that are not finite: its dtype, or the model's, is too narrow for them"
+NOT_FINITE = "the embedding has numbers that are not finite: its dtype, or the model's, is too narrow for them"
 
 EmbeddingDtype = Literal["float16", "float32"]
 
@@ -151,7 +151,7 @@ class _Gatherer:
 
     def add(self, batch: Batch, sizes: Tensor, errors: dict[int, str], rows: Callable[[], Tensor]) -> Totals:
         embeddings = rows().numpy()
-        errors = dict.fromkeys(map(int, np.flatnonzero(~np.isfinite(embeddings).all(axis=1))), _NOT_FINITE) | errors
+        errors = dict.fromkeys(map(int, np.flatnonzero(~np.isfinite(embeddings).all(axis=1))), NOT_FINITE) | errors
         if batch.start == 0:
             self._rows = np.zeros((batch.length, embeddings.shape[1]), embeddings.dtype)
             self._records = []

@@ -35,7 +35,7 @@ from . import available_models, load
 from .config import Activation
 from .decode import Decoder
 from .encoder import default_dtype
-from .pipeline import weights_digest
+from .pipeline import NOT_FINITE, weights_digest
 from .shards import Record, as_text, table_of
 from .sources import (
     IMAGE_COLUMN,
@@ -143,9 +143,7 @@ class ImageEncoder:
             if self.normalize:
                 embeddings = torch.nn.functional.normalize(embeddings, dim=-1)
             for i in np.flatnonzero(~embeddings.isfinite().all(dim=1).cpu().numpy()):
-                errors[i] = (
-                    errors[i] or "the embedding has numbers that are not finite: the dtype is too narrow for them"
-                )
+                errors[i] = errors[i] or NOT_FINITE
             failed = torch.tensor([error is not None for error in errors], dtype=torch.bool, device=embeddings.device)
             embeddings[failed] = 0
         sizes = np.array([size for size, _ in found], np.int32).reshape(-1, 2)
