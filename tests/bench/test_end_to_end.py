@@ -89,7 +89,7 @@ def test_what_fails_is_listed() -> None:
         "raising": "OSError: no library of that name",
         "late": "RuntimeError: first call",
         "missing": "a-package-that-is-not is not installed",
-        "narrow": "has no fp32",
+        "narrow": "is measured in bf16 only",
     }
     text = end_to_end.markdown(rows, environment(CPU))
     assert "- late: RuntimeError: first call" in text
