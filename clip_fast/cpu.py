@@ -8,7 +8,8 @@ from functools import cache, cached_property
 import torch
 from torch import Tensor
 
-QUICK_GELU_SLOPE = 1.702
+from .reference import QUICK_GELU_SLOPE
+
 _FEW_ROWS = 128  # up to which oneDNN's packed products are faster than BLAS in float32
 # activation -> oneDNN's name of it, and of the algorithm where there are several
 _FUSED = {"none": ("none", ""), "swish": ("swish", ""), "gelu": ("gelu", "none")}
@@ -24,6 +25,11 @@ _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "quick_gelu": _quick_gelu_,
     "gelu": torch.ops.aten.gelu_.default,
 }
+
+
+def images_at_a_time(rows: int, tokens: int) -> int:
+    """How many images of so many tokens are encoded together, where that many rows are."""
+    return max(1, rows // tokens)
 
 
 def can_fuse(dtype: torch.dtype) -> bool:
@@ -68,8 +74,9 @@ class Product:
         self.bias = bias
         self.activation = activation
         self._source, self._scale = weight, scale
-        self._fuses = bias.device.type == "cpu" and can_fuse(bias.dtype)
-        by_mkl = bias.device.type == "cpu" and bias.dtype == torch.float32 and can_pack_for_mkl()
+        on_cpu = bias.device.type == "cpu"
+        self._fuses = on_cpu and can_fuse(bias.dtype)
+        by_mkl = on_cpu and bias.dtype == torch.float32 and can_pack_for_mkl()
         self._packed_for: dict[int, Tensor | None] = dict.fromkeys(usual_rows if by_mkl else ())
         # What MKL would multiply other counts of rows by: here it reads the shape alone.
         self._unpacked = bias.new_full((), torch.nan).expand(weight.shape)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from . import graphs, resnet, vit, vit_cpu
+from . import cpu, graphs, resnet, vit, vit_cpu
 from .config import IMAGE_MEAN, IMAGE_STD, Config, ResNetConfig, Rgb, VitConfig
 from .graphs import Results
 from .kernels import ops
@@ -193,9 +193,8 @@ class Engine:
         """How many of the images are encoded together."""
         config = self.config
         if images.device.type == "cpu":
-            return (
-                vit_cpu.images_at_a_time(config) if isinstance(config, VitConfig) else resnet.images_at_a_time(config)
-            )
+            rows = vit_cpu.ROWS_AT_A_TIME if isinstance(config, VitConfig) else resnet.ROWS_AT_A_TIME
+            return cpu.images_at_a_time(rows, config.tokens)
         if len(images) <= _WHOLE_BATCH or not images.is_cuda or torch.cuda.is_current_stream_capturing():
             return max(1, len(images))
         free = torch.cuda.mem_get_info(images.device)[0]

@@ -22,10 +22,12 @@ from torch import Tensor, nn
 
 from .config import BATCH_NORM_EPS, LAYER_NORM_EPS, Config, ResNetConfig, TextConfig, VitConfig
 
+QUICK_GELU_SLOPE = 1.702
+
 
 def quick_gelu(x: Tensor) -> Tensor:
     """x sigmoid(1.702 x), the approximation of the GELU that OpenAI's models were trained with."""
-    return x * torch.sigmoid(1.702 * x)
+    return x * torch.sigmoid(QUICK_GELU_SLOPE * x)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}

@@ -80,11 +80,6 @@ class Weights:
     pool: Pool
 
 
-def images_at_a_time(config: ResNetConfig) -> int:
-    """How many images are encoded together on a CPU."""
-    return max(1, ROWS_AT_A_TIME // config.tokens)
-
-
 def prepare(
     state_dict: dict[str, Tensor],
     config: ResNetConfig,

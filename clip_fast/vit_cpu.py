@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import LAYER_NORM_EPS, VitConfig
-from .cpu import QUICK_GELU_SLOPE, Product, one_query_attention
+from .cpu import Product, images_at_a_time, one_query_attention
+from .reference import QUICK_GELU_SLOPE
 
 ROWS_AT_A_TIME = 1600  # tokens that are encoded together: more are no faster, and their activations leave the caches
 
@@ -53,11 +54,6 @@ class Weights:
     proj: Tensor  # (W, E)
 
 
-def images_at_a_time(config: VitConfig) -> int:
-    """How many images are encoded together."""
-    return max(1, ROWS_AT_A_TIME // config.tokens)
-
-
 def prepare(state_dict: dict[str, Tensor], config: VitConfig, dtype: torch.dtype) -> Weights:
     """Casts canonical weights to `dtype`, those of the products when they are first needed.
 
@@ -82,7 +78,7 @@ def prepare(state_dict: dict[str, Tensor], config: VitConfig, dtype: torch.dtype
         bias = source[f"{name}bias"].to(wide) * bias_scale
         return Product(source[f"{name}weight"], bias.to(dtype), activation, scale, rows)
 
-    images = images_at_a_time(config)
+    images = images_at_a_time(ROWS_AT_A_TIME, config.tokens)
 
     def block(i: int) -> Block:
         prefix = f"transformer.resblocks.{i}"

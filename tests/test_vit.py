@@ -159,9 +159,9 @@ def test_weights_that_are_rounded_anyway(given: torch.dtype, outliers: bool) -> 
         state = {name: tensor.to(given) for name, tensor in tower.state_dict().items()}
         tower.load_state_dict(state)
         images = torch.randn(4, 3, 32, 32).bfloat16()
-        assert {block.fc1.activation for block in vit_cpu.prepare(state, config, torch.bfloat16).blocks} == {"swish"}
-        got = by_cpu(state, config, torch.bfloat16, images, "encode")
-        assert isinstance(got, Tensor)
+        weights = vit_cpu.prepare(state, config, torch.bfloat16)
+        assert {block.fc1.activation for block in weights.blocks} == {"swish"}
+        got = vit_cpu.encode(weights, images)
         exact = tower.double()(images.double())
         ratios.append(relative_error(got, exact) / relative_error(tower.bfloat16()(images), exact))
     assert statistics.geometric_mean(ratios) <= 1.1
