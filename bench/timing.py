@@ -3,7 +3,9 @@
     results = measure({"ours": [lambda: f(x)], "theirs": [lambda: g(x)]}, device, rounds=7, graph=True)
 
 Clocks, temperatures and neighbours change during a run. So every rival is timed once a round, the first of a round
-being another each time, and what changes meets all of them. A rival that fails is a `Failed` in its place.
+being another each time, and what changes meets all of them. Before a sample a rival runs once untimed, as it does in a
+loop over one's images: it then finds its own weights in the caches, and no core taken by its predecessor's threads, which
+spin for a while before they sleep. A rival that fails is a `Failed` in its place.
 
 On a GPU a sample is the device's time by events, over as many calls as fill a few milliseconds; on a CPU wall time.
 """
@@ -123,7 +125,7 @@ def _as_it_is(once: Call) -> Call:
 def sampler(
     calls: Sequence[Call], device: torch.device, prepare: Callable[[Call], Call] = _as_it_is, *, awaited: bool = False
 ) -> Sampler:
-    """Warms `calls` up and returns what times them: seconds of one call, the mean over enough of them."""
+    """Warms `calls` up and returns what times them: seconds of one call, the mean over enough of them, one untimed."""
 
     def once() -> list[object]:
         return [call() for call in calls]
@@ -132,7 +134,12 @@ def sampler(
     elapsed = _by_events(run) if device.type == "cuda" and not awaited else _by_the_clock(run, device)
     estimate = [elapsed(1) for _ in range(WARM_UP)][-1]
     repeats = max(1, math.ceil(_SAMPLE_SECONDS / max(estimate, 1e-9)))
-    return lambda: elapsed(repeats) / (repeats * len(calls))
+
+    def sample() -> float:
+        elapsed(1)  # untimed
+        return elapsed(repeats) / (repeats * len(calls))
+
+    return sample
 
 
 def _by_the_clock(once: Call, device: torch.device) -> Callable[[int], float]:

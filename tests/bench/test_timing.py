@@ -69,6 +69,21 @@ def test_a_sample_is_seconds_of_one_call(monkeypatch: pytest.MonkeyPatch) -> Non
     assert times.spread == pytest.approx(0)
 
 
+def test_what_the_rival_before_left_behind_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, last = 0.0, ""
+
+    def call(name: str) -> None:
+        nonlocal now, last
+        now += 0.1 if name == last else 0.9  # it does not find its weights in the caches
+        last = name
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
+    results = measure({"a": [lambda: call("a")], "b": [lambda: call("b")]}, CPU, 4)
+    for times in results.values():
+        assert isinstance(times, Times)
+        assert times.samples == pytest.approx((0.1,) * 4)
+
+
 @pytest.mark.parametrize("name", ["ViT-B/32", "RN50"])
 def test_operations_are_those_that_pytorch_counts(name: str) -> None:
     """Less what one query saves, which the plain towers do not."""
