@@ -3,9 +3,9 @@
     results = measure({"ours": [lambda: f(x)], "theirs": [lambda: g(x)]}, device, rounds=7, graph=True)
 
 Clocks, temperatures and neighbours change during a run. So every rival is timed once a round, the first of a round
-being another each time, and what changes meets all of them. Before a sample a rival runs once untimed, as it does in a
-loop over one's images: it then finds its own weights in the caches, and no core taken by its predecessor's threads, which
-spin for a while before they sleep. A rival that fails is a `Failed` in its place.
+being another each time, and what changes meets all of them. Before a sample a rival runs once untimed, as in a loop
+over images: it then finds its own weights in the caches, and no core taken by its predecessor's threads, which spin for
+a while before they sleep. A rival that fails is a `Failed` in its place.
 
 On a GPU a sample is the device's time by events, over as many calls as fill a few milliseconds; on a CPU wall time.
 """

@@ -54,8 +54,9 @@ class Product:
     oneDNN, its weights packed and everything fused, serves bfloat16, and in float32 the few rows of a single image: but
     for the activation, which costs it a quarter of a float32 product and PyTorch a twentieth, in place. For many rows
     in float32 BLAS is faster, with the residual as the product's initial value. On Intel's CPUs MKL is the fastest in
-    float32 with weights that were packed for just as many rows, as they are for `usual_rows`. Each has a layout of W of
-    its own, made when it is first needed.
+    float32 with weights that were packed for just as many rows, as they are for `usual_rows`, and as many threads: by
+    weights that one thread has packed, one thread multiplies. Each has a layout of W of its own, made when it is first
+    needed.
 
     Args:
         weight: (N, K), of any float dtype; multiplied by `scale`, then cast to the bias's dtype.
@@ -77,7 +78,8 @@ class Product:
         on_cpu = bias.device.type == "cpu"
         self._fuses = on_cpu and can_fuse(bias.dtype)
         by_mkl = on_cpu and bias.dtype == torch.float32 and can_pack_for_mkl()
-        self._packed_for: dict[int, Tensor | None] = dict.fromkeys(usual_rows if by_mkl else ())
+        self._usual_rows = frozenset(usual_rows if by_mkl else ())
+        self._packed_for: dict[tuple[int, int], Tensor] = {}  # (rows, threads) -> W as MKL multiplies by it
         # What MKL would multiply other counts of rows by: here it reads the shape alone.
         self._unpacked = bias.new_full((), torch.nan).expand(weight.shape)
 
@@ -98,9 +100,12 @@ class Product:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(M, K) -> (M, N). The residual (M, N) is the caller's to lose: the result may be written over it."""
-        if len(x) in self._packed_for:
+        rows = x.shape[
+            0
+        ]  # len(x) is a function of Python's, four times as slow: this runs fifty times an image
+        if rows in self._usual_rows:
             return self._by_mkl(x, residual)
-        if self._fuses and (len(x) <= _FEW_ROWS or x.dtype != torch.float32):
+        if self._fuses and (rows <= _FEW_ROWS or x.dtype != torch.float32):
             return self._by_onednn(x, residual)
         if residual is not None and x.dtype.itemsize >= 4:  # in half precision the sums between would be rounded
             return residual.add_(self.bias).addmm_(x, self._transposed)
@@ -109,9 +114,10 @@ class Product:
         return _IN_PLACE[self.activation](torch.addmm(self.bias, x, self._transposed))
 
     def _by_mkl(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        rows = len(x)
-        if (packed := self._packed_for[rows]) is None:
-            packed = self._packed_for[rows] = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, rows)
+        rows = x.shape[0]
+        key = rows, torch.get_num_threads()
+        if (packed := self._packed_for.get(key)) is None:
+            packed = self._packed_for[key] = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, rows)
         y = torch.ops.mkl._mkl_linear(x, packed, self._unpacked, self.bias, rows)
         return _IN_PLACE[self.activation](y) if residual is None else residual.add_(y)
 

@@ -345,7 +345,7 @@ class Watch:
 
     def hooked(self) -> bool:
         """Whether a user hooked a module whose hooks the fast path would not run."""
-        return any(hooks and _foreign(hooks) for hooks in self._hooks)
+        return any(self._hooks) and any(map(_foreign, self._hooks))
 
 
 def _foreign(hooks: dict[int, Any]) -> bool:

@@ -164,7 +164,7 @@ def _embed(weights: Weights, images: Tensor) -> Tensor:
 
 def _attention(qkv: Tensor) -> Tensor:
     """softmax(q kᵀ / √D) v of every head: (B, N, 3, H, D) -> (B · N, W)."""
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -67,15 +69,23 @@ def test_a_scaled_weight_is_rounded_once(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("rows", [1, 50, 300])
 def test_packed_for_mkl(rows: int, activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With as many rows as weights were packed for; and on any number of threads, whatever they were packed by."""
+    """With as many rows as weights were packed for, and by as many threads."""
     act = ACTIVATIONS[activation]
     launched: list[int] = []
-    mkl_linear = torch.ops.mkl._mkl_linear
+    packed_by: dict[int, int] = {}  # identity of a packed weight -> threads that packed it
+    reorder, mkl_linear = torch.ops.mkl._mkl_reorder_linear_weight, torch.ops.mkl._mkl_linear
 
-    def watched(*operands: Tensor) -> Tensor:
-        launched.append(len(operands[0]))
-        return mkl_linear(*operands)
+    def packing(weight: Tensor, rows: int) -> Tensor:
+        packed = reorder(weight, rows)
+        packed_by[id(packed)] = torch.get_num_threads()
+        return packed
 
+    def watched(x: Tensor, packed: Tensor, *operands: Any) -> Tensor:
+        assert packed_by[id(packed)] == torch.get_num_threads()
+        launched.append(len(x))
+        return mkl_linear(x, packed, *operands)
+
+    monkeypatch.setattr(torch.ops.mkl, "_mkl_reorder_linear_weight", packing)
     monkeypatch.setattr(torch.ops.mkl, "_mkl_linear", watched)
     threads = torch.get_num_threads()
     draws = [fresh(rows, torch.float32) for _ in range(DRAWS)]
