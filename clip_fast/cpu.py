@@ -100,9 +100,7 @@ class Product:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(M, K) -> (M, N). The residual (M, N) is the caller's to lose: the result may be written over it."""
-        rows = x.shape[
-            0
-        ]  # len(x) is a function of Python's, four times as slow: this runs fifty times an image
+        rows = x.shape[0]  # len(x) is a function of Python's, four times as slow: this runs fifty times an image
         if rows in self._usual_rows:
             return self._by_mkl(x, residual)
         if self._fuses and (rows <= _FEW_ROWS or x.dtype != torch.float32):
