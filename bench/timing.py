@@ -3,9 +3,9 @@
     results = measure({"ours": [lambda: f(x)], "theirs": [lambda: g(x)]}, device, rounds=7, graph=True)
 
 Clocks, temperatures and neighbours change during a run. So every rival is timed once a round, the first of a round
-being another each time, and what changes meets all of them. Before a sample a rival runs once untimed, as in a loop
-over images: it then finds its own weights in the caches, and no core taken by its predecessor's threads, which spin for
-a while before they sleep. A rival that fails is a `Failed` in its place.
+being another each time, and what changes meets all of them. Before a sample a rival runs untimed, as in a loop over
+images: it then finds its own weights in the caches, and no core taken by its predecessor's threads, which spin for a
+while before they sleep. A rival that fails is a `Failed` in its place.
 
 On a GPU a sample is the device's time by events, over as many calls as fill a few milliseconds; on a CPU wall time.
 """
@@ -31,6 +31,7 @@ DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "
 
 WARM_UP = 3  # calls before the first sample: libraries choose their algorithms, compilers compile
 _SAMPLE_SECONDS = 0.01  # that a sample takes at least
+_UNTIMED_SECONDS = 0.1  # before a sample on a CPU: ONNX Runtime's threads spin for half as long
 _CACHES = 4  # second-level caches that a rotation fills
 _MOST_COPIES = 1024  # in a rotation
 _MOST_MEMORY = 1 / 8  # of the device's, for a rotation
@@ -125,7 +126,7 @@ def _as_it_is(once: Call) -> Call:
 def sampler(
     calls: Sequence[Call], device: torch.device, prepare: Callable[[Call], Call] = _as_it_is, *, awaited: bool = False
 ) -> Sampler:
-    """Warms `calls` up and returns what times them: seconds of one call, the mean over enough of them, one untimed."""
+    """Warms `calls` up and returns what times them: seconds of one call, the mean over enough of them."""
 
     def once() -> list[object]:
         return [call() for call in calls]
@@ -134,9 +135,12 @@ def sampler(
     elapsed = _by_events(run) if device.type == "cuda" and not awaited else _by_the_clock(run, device)
     estimate = [elapsed(1) for _ in range(WARM_UP)][-1]
     repeats = max(1, math.ceil(_SAMPLE_SECONDS / max(estimate, 1e-9)))
+    settled = _UNTIMED_SECONDS if device.type == "cpu" else 0.0
 
     def sample() -> float:
-        elapsed(1)  # untimed
+        untimed = elapsed(1)
+        while untimed < settled:
+            untimed += elapsed(1)
         return elapsed(repeats) / (repeats * len(calls))
 
     return sample

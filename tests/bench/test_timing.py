@@ -70,18 +70,19 @@ def test_a_sample_is_seconds_of_one_call(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_what_the_rival_before_left_behind_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    now, last = 0.0, ""
+    now, busy, last = 0.0, 0.0, ""
 
     def call(name: str) -> None:
-        nonlocal now, last
-        now += 0.1 if name == last else 0.9  # it does not find its weights in the caches
-        last = name
+        nonlocal now, busy, last
+        if name != last:
+            last, busy = name, now + 0.09  # its weights are not in the caches, and its predecessor's threads spin
+        now += 0.04 if now < busy else 0.02
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now)
     results = measure({"a": [lambda: call("a")], "b": [lambda: call("b")]}, CPU, 4)
     for times in results.values():
         assert isinstance(times, Times)
-        assert times.samples == pytest.approx((0.1,) * 4)
+        assert times.samples == pytest.approx((0.02,) * 4)
 
 
 @pytest.mark.parametrize("name", ["ViT-B/32", "RN50"])
