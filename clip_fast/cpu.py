@@ -102,7 +102,7 @@ class Product:
         """(M, K) -> (M, N). The residual (M, N) is the caller's to lose: the result may be written over it."""
         rows = x.shape[0]  # len(x) is a function of Python's, four times as slow: this runs fifty times an image
         if rows in self._usual_rows:
-            return self._by_mkl(x, residual)
+            return self._by_mkl(x, residual, rows)
         if self._fuses and (rows <= _FEW_ROWS or x.dtype != torch.float32):
             return self._by_onednn(x, residual)
         if residual is not None and x.dtype.itemsize >= 4:  # in half precision the sums between would be rounded
@@ -111,8 +111,7 @@ class Product:
             return residual + torch.addmm(self.bias, x, self._transposed)
         return _IN_PLACE[self.activation](torch.addmm(self.bias, x, self._transposed))
 
-    def _by_mkl(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        rows = x.shape[0]
+    def _by_mkl(self, x: Tensor, residual: Tensor | None, rows: int) -> Tensor:
         key = rows, torch.get_num_threads()
         if (packed := self._packed_for.get(key)) is None:
             packed = self._packed_for[key] = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, rows)

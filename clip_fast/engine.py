@@ -334,7 +334,7 @@ class Watch:
         self._children = tuple(vars(module)["_modules"] for module in self.modules)
         self._identities = self._now()
         hooked = self.modules[1:] if called else self.modules
-        self._hooks = tuple(vars(module)[kind] for module in hooked for kind in _HOOKS)
+        self._hooks: tuple[dict[int, Any], ...] = tuple(vars(module)[kind] for module in hooked for kind in _HOOKS)
 
     def _now(self) -> tuple[int, ...]:
         return tuple(map(id, chain.from_iterable(map(dict[str, Any].values, self._children))))
@@ -345,7 +345,7 @@ class Watch:
 
     def hooked(self) -> bool:
         """Whether a user hooked a module whose hooks the fast path would not run."""
-        return any(self._hooks) and any(map(_foreign, self._hooks))
+        return any(map(_foreign, filter(None, self._hooks)))
 
 
 def _foreign(hooks: dict[int, Any]) -> bool:
