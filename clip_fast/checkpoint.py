@@ -51,7 +51,7 @@ from .config import (
     TextConfig,
     VitConfig,
 )
-from .text import TextEncoder
+from .text import VOCABULARY, TextEncoder
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
 
@@ -60,7 +60,7 @@ _CHUNK = 1 << 20  # bytes read at a time, from disk or network
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _HEAD_DIM = 64  # of every OpenAI model, and open_clip's default
-_HEAD_DIMS = {1280: 80, 1408: 88, 1664: 104}  # by width: open_clip's ViT-H, ViT-g, ViT-bigG
+_HEAD_DIMS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}  # by width: images in open_clip's ViT-H, ViT-g, ViT-bigG, ViT-e
 
 
 class CheckpointError(ValueError):
@@ -140,7 +140,7 @@ def read_checkpoint(path: str | os.PathLike[str], activation: Activation | None 
     if tower.layout is _HUGGING_FACE and config_path is None:
         raise CheckpointError(weights, "needs the config.json that transformers writes beside it")
     state_dict = tower.state_dict(config)
-    return Checkpoint(config, state_dict, settings.mean, settings.std, tower.text(activation_of_file))
+    return Checkpoint(config, state_dict, settings.mean, settings.std, tower.text(settings, activation_of_file))
 
 
 # --- Folders and the settings in them --------------------------------------------------------------------------------
@@ -158,6 +158,9 @@ _FOLDER_FILES = {
 _OPEN_CLIP_KEYS = {"image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio", "patch_dropout"}
 _OPEN_CLIP_UNUSED = {"output_tokens", "attn_pooler_queries", "attn_pooler_heads", "pos_embed_type"}
 _OPEN_CLIP_DEFAULTS = {"pool_type": "tok", "block_type": "default", "timm_pool": "avg", "timm_proj": "linear"}
+# The same of its text_cfg. What pool_type there has no use for, eos_id and pad_id, changes nothing either.
+_OPEN_CLIP_TEXT_KEYS = {"context_length", "vocab_size", "width", "heads", "layers", "eos_id", "pad_id"}
+_OPEN_CLIP_TEXT_DEFAULTS = {"mlp_ratio": 4.0, "pool_type": "argmax", "proj_type": "linear", "block_type": "default"}
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,8 @@ class _Settings:
     image_size: int | None = None
     mean: Rgb = IMAGE_MEAN
     std: Rgb = IMAGE_STD
+    text_heads: int | None = None
+    text_as_openai: bool = True
 
 
 def _locate(path: Path) -> tuple[Path, Path | None]:
@@ -228,8 +233,8 @@ def _hugging_face_settings(path: Path, content: dict[str, Any]) -> _Settings:
         _warn_of_preprocessing(beside)
     return _Settings(
         activation,
-        heads=vision.get("num_attention_heads", 12),
-        image_size=vision.get("image_size", 224),
+        heads=_integer(path, vision, "num_attention_heads", 12),
+        image_size=_integer(path, vision, "image_size", 224),
         mean=_triple(beside, processing, "image_mean", IMAGE_MEAN),
         std=_triple(beside, processing, "image_std", IMAGE_STD),
     )
@@ -247,18 +252,31 @@ def _open_clip_settings(path: Path, content: dict[str, Any]) -> _Settings:
     if not bicubic or processing.get("resize_mode", "shortest") != "shortest":
         _warn_of_preprocessing(path)
     width = vision.get("width", 768) * (32 if isinstance(vision.get("layers"), list) else 1)  # of the attention
-    size: int | list[int] = vision.get("image_size", 224)
+    size: Any = vision.get("image_size", 224)
     if isinstance(size, list):
-        if len(set(size)) != 1:
+        if len(set(cast(list[Any], size))) != 1:
             raise CheckpointError(path, f"vision_cfg must have a square image_size, got {size}")
-        size = size[0]
+        vision = {**vision, "image_size": size[0]}
+    text: dict[str, Any] = model.get("text_cfg") or {}
     return _Settings(
         "quick_gelu" if model.get("quick_gelu") else "gelu",
         heads=width // vision.get("head_width", _HEAD_DIM),
-        image_size=size,
+        image_size=_integer(path, vision, "image_size", 224),
         mean=_triple(path, processing, "mean", IMAGE_MEAN),
         std=_triple(path, processing, "std", IMAGE_STD),
+        text_heads=_integer(path, text, "heads", 8) if text else None,
+        text_as_openai=all(
+            key in _OPEN_CLIP_TEXT_KEYS or not value or value == _OPEN_CLIP_TEXT_DEFAULTS.get(key)
+            for key, value in text.items()
+        ),
     )
+
+
+def _integer(path: Path, section: dict[str, Any], key: str, default: int) -> int:
+    value: Any = section.get(key, default)
+    if not isinstance(value, int):
+        raise CheckpointError(path, f"{key} must be an integer, got {value!r}")
+    return value
 
 
 def _triple(path: Path, section: dict[str, Any], key: str, default: Rgb) -> Rgb:
@@ -603,7 +621,7 @@ class _Tower:
         layers = self._count(self.layout.blocks)
         mlp_width = self._shape("transformer.resblocks.0.mlp.c_fc.weight", 2)[0]
         image_size = self._image_size("positional_embedding", patch_size, settings)
-        heads = settings.heads or self._heads(width)
+        heads = self._heads(width, _HEAD_DIMS.get(width, _HEAD_DIM)) if settings.heads is None else settings.heads
         return VitConfig(image_size, patch_size, width, layers, heads, embed_dim, mlp_width / width, activation())
 
     def _resnet_config(self, settings: _Settings) -> ResNetConfig:
@@ -611,23 +629,32 @@ class _Tower:
         layers = self._count("layer1."), self._count("layer2."), self._count("layer3."), self._count("layer4.")
         embed_dim = self._shape("attnpool.c_proj.weight", 2)[0]
         image_size = self._image_size("attnpool.positional_embedding", 32, settings)
-        return ResNetConfig(layers, width, settings.heads or self._heads(32 * width), image_size, embed_dim)
+        heads = self._heads(32 * width, _HEAD_DIM) if settings.heads is None else settings.heads
+        return ResNetConfig(layers, width, heads, image_size, embed_dim)
 
-    def text(self, activation: Callable[[], Activation]) -> tuple[TextConfig, dict[str, Tensor]] | None:
-        """The text tower, where it is named as OpenAI's is and complete, and its activation can be told."""
+    def text(
+        self, settings: _Settings, activation: Callable[[], Activation]
+    ) -> tuple[TextConfig, dict[str, Tensor]] | None:
+        """The text tower, where it is complete, is OpenAI's in its names, its vocabulary and what the config says of
+        it, and its activation can be told."""
         names = ("token_embedding.weight", "positional_embedding", "text_projection", "logit_scale")
         if self.layout is not _OPENAI or not all(name in self.file.entries for name in names):
             return None
         tower = _Tower(self.file, _TEXT)
         vocabulary, width = tower._shape("token_embedding.weight", 2)
+        if vocabulary != VOCABULARY or not settings.text_as_openai:  # it reads other tokens, or reads them otherwise
+            return None
         context_length, embed_dim = tower._shape("positional_embedding", 2)[0], tower._shape("text_projection", 2)[1]
         try:
             told = activation()
         except CheckpointError:  # a ResNet's own needs none
             return None
-        config = TextConfig(
-            context_length, vocabulary, width, tower._count(_TEXT.blocks), tower._heads(width), embed_dim, told
-        )
+        layers = tower._count(_TEXT.blocks)
+        heads = tower._heads(width, _HEAD_DIM) if settings.text_heads is None else settings.text_heads
+        try:
+            config = TextConfig(context_length, vocabulary, width, layers, heads, embed_dim, told)
+        except ValueError as error:
+            raise CheckpointError(self.file.path, f"its text tower makes none: {error}") from error
         with torch.device("meta"):
             wanted = TextEncoder(config).state_dict()
         return config, {name: tower._load(name, like) for name, like in wanted.items()}
@@ -713,8 +740,7 @@ class _Tower:
             )
         return settings.image_size or grid * stride
 
-    def _heads(self, width: int) -> int:
-        head_dim = _HEAD_DIMS.get(width, _HEAD_DIM)
+    def _heads(self, width: int, head_dim: int) -> int:
         if width % head_dim:
             raise CheckpointError(
                 self.file.path,

@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from .config import LAYER_NORM_EPS, TextConfig
 from .reference import Transformer
 
-_VOCABULARY = Path(__file__).parent / "assets" / "vocabulary" / "bpe_simple_vocab_16e6.txt.gz"
-_MERGES = 49152 - 256 - 2  # that are used, for a vocabulary of 49,408: twice 256 bytes, the merges, and the two below
+VOCABULARY = 49408  # tokens: twice 256 bytes, the merges that are used, start and end
+
+_MERGES_FILE = Path(__file__).parent / "assets" / "vocabulary" / "bpe_simple_vocab_16e6.txt.gz"
+_MERGES = VOCABULARY - 2 * 256 - 2
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
@@ -98,7 +100,7 @@ def _clean(text: str) -> str:
 def _tokenizer() -> Any:
     tokenizers = _extra("tokenizers")
     models, pre_tokenizers = tokenizers.models, tokenizers.pre_tokenizers
-    lines = gzip.decompress(_VOCABULARY.read_bytes()).decode().split("\n")
+    lines = gzip.decompress(_MERGES_FILE.read_bytes()).decode().split("\n")
     merges = [(first, second) for first, second in (line.split() for line in lines[1 : 1 + _MERGES])]
     symbols = _byte_symbols()
     words = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *("".join(pair) for pair in merges), _START, _END]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from clip_fast import checkpoint, reference
 from clip_fast.checkpoint import CheckpointError, read_checkpoint, resolve
 from clip_fast.config import IMAGE_MEAN, OPENAI_CHECKPOINTS, Activation, Pretrained, ResNetConfig, VitConfig
+from clip_fast.text import TextEncoder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*TorchScript.*:DeprecationWarning"),
@@ -189,6 +190,46 @@ def test_open_clip_folders(kind: str, quick_gelu: bool, weights: str, tmp_path: 
     with torch.no_grad():
         wanted = model.encode_image(images)
     assert_close(features(tmp_path, images), wanted)
+
+
+@pytest.mark.parametrize(("width", "heads", "configured"), [(128, 4, True), (1280, 20, False), (1280, 20, True)])
+def test_text_towers_of_open_clip(
+    width: int, heads: int, configured: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text of ViT-bigG is as wide as images of ViT-H, but its heads are 64 wide as all texts' are by default."""
+    monkeypatch.setattr(checkpoint, "VOCABULARY", 64)
+    open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
+    text = {"context_length": 8, "vocab_size": 64, "width": width, "heads": heads, "layers": 1}
+    config = {"embed_dim": 32, "vision_cfg": OPEN_CLIP_VISION["vit"], "text_cfg": text}
+    model = randomise(open_clip.CLIP(32, OPEN_CLIP_VISION["vit"], text))
+    if configured:
+        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    write(tmp_path / "open_clip_model.safetensors", model.state_dict())
+    read = read_checkpoint(tmp_path, "gelu")
+    assert read.text is not None
+    ours = TextEncoder(read.text[0])
+    ours.load_state_dict(read.text[1])
+    tokens = torch.randint(64, (5, 8))
+    with torch.no_grad():
+        assert_close(ours(tokens), model.encode_text(tokens))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"pool_type": "eos"}, {"no_causal_mask": True}, {"hf_tokenizer_name": "xlm"}, {"vocab_size": 100}],
+    ids=str,
+)
+def test_other_text_towers_are_not_read(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as MetaCLIP's worldwide ones, with tensors of the same names: the image tower is read without them."""
+    monkeypatch.setattr(checkpoint, "VOCABULARY", 64)
+    open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
+    text = {"context_length": 8, "vocab_size": 64, "width": 64, "heads": 1, "layers": 1} | changes
+    config = {"embed_dim": 32, "vision_cfg": OPEN_CLIP_VISION["vit"], "text_cfg": text}
+    write(tmp_path / "open_clip_model.safetensors", open_clip.CLIP(32, OPEN_CLIP_VISION["vit"], text).state_dict())
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    assert read_checkpoint(tmp_path).text is None
 
 
 def test_a_file_of_open_clip_does_not_say_its_activation(tmp_path: Path) -> None:
@@ -428,6 +469,9 @@ BAD_CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "eps": (vision(layer_norm_eps=1e-6), "layer_norm_eps must be 1e-05, got 1e-06"),
     "image size": (vision(image_size=96), "images of 64 pixels, the config beside it says 96"),
     "heads": (vision(num_attention_heads=3), "heads, got width 128 and heads 3"),
+    "no heads": (vision(num_attention_heads=0), "heads must be positive, got 0"),
+    "heads as text": (vision(num_attention_heads="2"), "num_attention_heads must be an integer, got '2'"),
+    "two sizes": (vision(image_size=[64, 64]), r"image_size must be an integer, got \[64, 64\]"),
     "structure": (lambda c: c | {"vision_config": [1]}, "unexpected structure"),
     "no object": (lambda c: [c], "must hold a JSON object, got list"),
 }
@@ -479,6 +523,7 @@ def test_bad_shards(index: dict[str, Any], message: str, tmp_path: Path) -> None
         ({"pool_type": "avg"}, "sets pool_type to 'avg'"),
         ({"timm_model_name": "vit"}, "sets timm_model_name to 'vit'"),
         ({"image_size": [64, 32]}, "must have a square image_size"),
+        ({"image_size": "64"}, "image_size must be an integer, got '64'"),
     ],
 )
 def test_bad_open_clip_configs(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
