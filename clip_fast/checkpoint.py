@@ -20,6 +20,7 @@ import os
 import pickle
 import re
 import sys
+import time
 import urllib.request
 import uuid
 import warnings
@@ -54,6 +55,8 @@ from .config import (
 from .text import VOCABULARY, TextEncoder
 
 DOWNLOAD_TIMEOUT = 30.0  # seconds without a byte
+
+_ABANDONED = 3600.0  # seconds since a byte, after which nobody downloads to a file any more
 
 _ASSETS = Path(__file__).parent / "assets"
 _CHUNK = 1 << 20  # bytes read at a time, from disk or network
@@ -771,6 +774,9 @@ def _download(source: Pretrained, folder: Path) -> Path:
     partial = folder / f"{source.filename}.{uuid.uuid4().hex}.part"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(f"{source.filename}.*.part"):  # of downloads that were killed
+            if time.time() - leftover.stat().st_mtime > _ABANDONED:
+                leftover.unlink(missing_ok=True)
         received = _fetch(source, partial)
         if received != source.sha256:
             raise CheckpointError(

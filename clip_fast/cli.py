@@ -294,7 +294,8 @@ _NOT_ON_RAY = ("resume", "device", "devices", "shard_size", "embedding_dtype", "
 
 
 def _refuse(arguments: argparse.Namespace, names: Iterable[str], why: str) -> None:
-    given = [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) not in (None, False)]
+    values = [(name, getattr(arguments, name)) for name in names]
+    given = [f"--{name.replace('_', '-')}" for name, value in values if value is not None and value is not False]
     if given:
         raise ValueError(f"{', '.join(given)}: {why}")
 

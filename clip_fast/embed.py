@@ -34,7 +34,8 @@ from PIL import Image
 from torch import Tensor
 
 from .decode import Decoder, failure_reason
-from .files import NewFile
+from .files import NewFile, claimed_file
+from .pipeline import NOT_FINITE
 from .preprocess import Preprocess
 from .sources import Failure, ImageFile, Item, printable
 
@@ -99,7 +100,9 @@ def _embed(model: Encoder, items: list[Item], futures: list[Future[Tensor | Fail
         return Batch([], np.empty((0, 0), np.float32), failures)
     with torch.inference_mode():
         rows = model.encode_image(torch.stack([image for _, image in decoded])).float().cpu().numpy()
-    return Batch([path for path, _ in decoded], rows, failures)
+    good = [i for i, row in enumerate(rows) if np.isfinite(row).all()]
+    failures += [Failure(str(path), NOT_FINITE) for i, (path, _) in enumerate(decoded) if i not in good]
+    return Batch([decoded[i][0] for i in good], rows[good], failures)
 
 
 def _decode(item: Item, preprocess: Preprocess) -> Tensor | Failure:
@@ -141,7 +144,7 @@ class EmbeddingWriter:
         self._open: list[NewFile] = []
         try:
             for target in targets:
-                self._open.append(NewFile(target))
+                self._open.append(claimed_file(target))
         except BaseException:
             self._discard()
             raise

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import os
 import secrets
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 TEMPORARY_SUFFIX = ".tmp"
 
@@ -32,6 +34,43 @@ class NewFile:
         with suppress(OSError):  # closing flushes, for which a full disk may have no room
             self.file.close()
         self._temporary.unlink(missing_ok=True)
+
+
+def claimed_file(target: Path) -> NewFile:
+    """A `NewFile`, locked while it is written; what killed runs left of this target, locked no more, is removed.
+
+    On a file system without locks nothing is removed.
+    """
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.*{TEMPORARY_SUFFIX}"):
+        with suppress(OSError), locked(leftover):
+            leftover.unlink()
+    new = NewFile(target)
+    with suppress(OSError):
+        _lock(new.file)
+    return new
+
+
+def locked(path: Path) -> IO[bytes]:
+    """The open file that holds a lock on `path`.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    file = open(path, "ab")  # noqa: SIM115
+    try:
+        _lock(file)
+    except BlockingIOError:
+        file.close()
+        raise BlockingIOError(f"another process is writing to {path.parent}") from None
+    return file
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Locks an open file; the kernel lets go of it when the process ends, even by kill -9.
+
+    Children that are forked would hold it too: worker processes come from a fork server or are spawned.
+    """
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
@@ -90,8 +90,10 @@ def run(
     encode = _encoder(model, options)
     writer = ThreadPoolExecutor(1, thread_name_prefix="write")
     decoding = decode_batches(decoder, work, workers=options.workers, time_limit=options.time_limit, pin_memory=on_gpu)
+    # The DataLoader's thread that pins memory opens the current device, which would be the first one.
+    current = torch.cuda.device(model.device) if on_gpu else nullcontext()
     try:
-        with closing(work), closing(decoding):
+        with current, closing(work), closing(decoding):
             before = time.perf_counter()
             for batch, decoded in decoding:
                 arrived = time.perf_counter()
@@ -193,8 +195,7 @@ def _encoder(model: ImageEncoder, options: Options) -> Callable[[Tensor], Callab
             images = pixels.to(device, non_blocking=True)
         computing.wait_stream(copying)
         images.record_stream(computing)
-        with torch.cuda.device(device):
-            rows = embed(images)
+        rows = embed(images)
         returning.wait_stream(computing)
         with torch.cuda.stream(returning):
             host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)

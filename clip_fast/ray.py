@@ -45,6 +45,7 @@ from .sources import (
     Inputs,
     Item,
     Parquet,
+    ParquetCell,
     Tar,
     Unreadable,
     find_inputs,
@@ -337,6 +338,8 @@ def _parts(inputs: Inputs) -> Iterator[Sequence[Item] | Tar | Parquet]:
 
 def _list(row: dict[str, Any], folder: str) -> Iterator[dict[str, bytes]]:
     for item in pickle.loads(row["part"]):
+        if isinstance(item, ParquetCell):
+            item = replace(item, folder=folder)
         yield {"item": pickle.dumps(replace(item, location=os.path.join(folder, item.location)))}
 
 

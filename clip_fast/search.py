@@ -10,7 +10,6 @@ and of any number of files; nothing is built beforehand. Rows of images that fai
 from __future__ import annotations
 
 import importlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .ray import MANIFEST_NAME as RAY_MANIFEST_NAME
-from .shards import MANIFEST_NAME, ShardFolder
+from .shards import MANIFEST_NAME, ShardFolder, read_settings
 from .sources import PARQUET_SUFFIX, pyarrow
 
 _BLOCK_ROWS = 1 << 16
@@ -95,7 +94,7 @@ class Index:
                 f"{shards.folder} is no output folder of clip-fast encode, or Ray's is not finished: it has no "
                 f"{MANIFEST_NAME} or {RAY_MANIFEST_NAME}"
             )
-        self.settings: dict[str, Any] = json.loads(manifest.read_text("utf-8"))["settings"]
+        self.settings = read_settings(manifest)
         if manifest.name == MANIFEST_NAME:
             numbered = [(int(path.stem.rpartition("_")[2]), path) for path in shards.all_metadata()]
             self._shards = [_Shard(path, shards.embeddings_path(number)) for number, path in numbered]

@@ -13,7 +13,6 @@ kernel let go of.
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 from collections.abc import Generator, Mapping, Sequence
@@ -22,12 +21,12 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .files import TEMPORARY_SUFFIX, NewFile, new_file
+from .files import TEMPORARY_SUFFIX, claimed_file, locked, new_file
 from .sources import Item, pyarrow
 
 MANIFEST_NAME = "manifest.json"
@@ -148,7 +147,7 @@ class OutputFolder(ShardFolder):
         self._settings: dict[str, Any] = {}
         self._refuse_others()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = _locked(self.folder / LOCK_NAME)
+        self._lock = locked(self.folder / LOCK_NAME)
         if self._manifest.exists() and not resume:
             self.close()
             raise ValueError(f"{self.folder} holds an earlier run: --resume continues it")
@@ -172,7 +171,7 @@ class OutputFolder(ShardFolder):
         """
         self._settings = json.loads(json.dumps(settings))
         if self._manifest.exists():
-            self._compare(json.loads(self._manifest.read_text("utf-8"))["settings"])
+            self._compare(read_settings(self._manifest))
         for folder in (self.folder, self.folder / EMBEDDINGS_FOLDER, self.folder / METADATA_FOLDER):
             for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
                 leftover.unlink()
@@ -237,6 +236,18 @@ class OutputFolder(ShardFolder):
                 file.write(_error_lines(read_records(path)))
 
 
+def read_settings(manifest: Path) -> dict[str, Any]:
+    """What the bytes of an output follow from, of its manifest.
+
+    Raises:
+        ValueError: names the manifest where it is none.
+    """
+    try:
+        return dict(json.loads(manifest.read_text("utf-8"))["settings"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{manifest} is no manifest of clip-fast encode: {error!r}") from error
+
+
 class ParquetFile:
     """Embeddings and records in one parquet file, which appears in `commit`; `embedding` is a fixed-size list.
 
@@ -248,11 +259,7 @@ class ParquetFile:
         pyarrow()
         if not path.parent.is_dir():
             raise FileNotFoundError(f"the output's folder {path.parent} does not exist")
-        for leftover in path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY_SUFFIX}"):
-            with suppress(BlockingIOError), _locked(leftover):  # a run that goes on holds its own
-                leftover.unlink()
-        self._new = NewFile(path)
-        _lock(self._new.file)
+        self._new = claimed_file(path)
         self._writer: Any = None
 
     def finished(self, index: int, items: Sequence[Item]) -> Totals | None:
@@ -310,30 +317,6 @@ def _naming(path: Path) -> Generator[None, None, None]:
         yield
     except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's are some of these
         raise ValueError(f"{path} is damaged: without it, --resume makes the shard again ({error})") from error
-
-
-def _lock(file: IO[bytes]) -> None:
-    """Locks an open file; the kernel lets go of it when the process ends, even by kill -9.
-
-    Children that are forked would hold it too: worker processes come from a fork server or are spawned.
-
-    Raises:
-        BlockingIOError: another process holds it.
-    """
-    import fcntl  # not everywhere
-
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _locked(path: Path) -> IO[bytes]:
-    """The open file that holds the lock."""
-    file = open(path, "ab")  # noqa: SIM115
-    try:
-        _lock(file)
-    except BlockingIOError:
-        file.close()
-        raise BlockingIOError(f"another process is writing to {path.parent}") from None
-    return file
 
 
 def _sync_folder(folder: Path) -> None:

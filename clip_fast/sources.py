@@ -96,6 +96,7 @@ class ParquetCell(Item):
     column: str
     group: int
     row: int  # in its row group
+    folder: str = ""  # that a path in it is relative to, by default the working one
 
     def source(self) -> Path | io.BytesIO:
         value: bytes | dict[str, Any] | None = _column(self.file, self.group, self.column)[self.row]
@@ -103,7 +104,7 @@ class ParquetCell(Item):
         if data is not None:
             return _image_bytes(data, len(data))
         if path is not None:
-            return ImageFile(self.key, path).source()
+            return ImageFile(self.key, os.path.join(self.folder, path)).source()
         raise ValueError("not an image: null")
 
 
@@ -195,7 +196,7 @@ class Tar:
                         key, location = os.path.join(folder, sample), f"{self.path}/{member.name}"
                         yield TarMember(key, location, self.path, member.offset_data, member.size)
                 self._check_end(tar.offset)
-        except (tarfile.TarError, OSError) as error:
+        except (tarfile.TarError, OSError, ValueError, OverflowError) as error:  # tarfile's own, and what escapes it
             yield Unreadable(self.path, self.path, f"not a readable, uncompressed tar: {reason_of(error)}")
 
     def _check_end(self, offset: int) -> None:

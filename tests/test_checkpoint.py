@@ -6,6 +6,7 @@ import functools
 import hashlib
 import http.server
 import json
+import os
 import pickle
 import threading
 import zipfile
@@ -679,3 +680,12 @@ def test_an_interrupted_download_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         resolve("RN50", tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_killed_downloads_left_is_removed(server: _Server, tmp_path: Path) -> None:
+    for name in ("model.pt.1.part", "model.pt.2.part", "other.pt.3.part"):
+        (tmp_path / name).touch()
+    os.utime(tmp_path / "model.pt.1.part", (0, 0))
+    os.utime(tmp_path / "other.pt.3.part", (0, 0))
+    resolve("RN50", tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt", "model.pt.2.part", "other.pt.3.part"]

@@ -301,6 +301,7 @@ def test_no_image_is_an_error_before_any_work(
         (["--output", "photos/"], "photos is not empty and holds no earlier run"),
         (["--output", "gone/e.parquet"], "folder gone does not exist"),
         (["--files-from", "gone.txt"], "gone.txt"),
+        (["--output", "out/", "--ray", "auto", "--max-errors", "0"], "--max-errors: not with --ray"),
     ],
 )
 def test_options_that_do_not_go_together_are_an_error_before_any_work(

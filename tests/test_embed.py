@@ -104,6 +104,21 @@ def test_other_items_than_files_are_embedded_too(tmp_path: Path) -> None:
     assert batch.failures == [Failure("u", "gone")]
 
 
+def test_an_embedding_that_is_not_finite_is_a_failure(tmp_path: Path) -> None:
+    class Overflowing(PixelModel):
+        def encode_image(self, images: Tensor, /) -> Tensor:
+            rows = super().encode_image(images)
+            return torch.where(rows == 7, torch.inf, rows)
+
+    paths = [save(tmp_path / f"{i}.png", i) for i in (3, 7, 9)]
+    (batch,) = embed_files(Overflowing(), preprocess, paths)
+    assert batch.paths == [paths[0], paths[2]]
+    assert_array_equal(batch.rows, [[3, 1, 2], [9, 1, 2]])
+    (failure,) = batch.failures
+    assert failure.path == str(paths[1])
+    assert "not finite" in failure.reason
+
+
 def test_few_images_are_decoded_ahead(tmp_path: Path) -> None:
     decoded: list[int] = []
 
@@ -329,6 +344,18 @@ def test_what_opens_too_late_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(StopIteration):  # at the third file
         EmbeddingWriter(tmp_path / "e.npy")
     assert names(tmp_path) == []
+
+
+def test_what_a_killed_run_left_is_removed_and_another_run_s_is_not(tmp_path: Path) -> None:
+    for name in (".e.npy.1.tmp", ".paths.txt.2.tmp", ".errors.txt.3.tmp", ".other.npy.4.tmp"):
+        (tmp_path / name).touch()
+    with EmbeddingWriter(tmp_path / "e.npy"):
+        running = names(tmp_path)
+        assert len(running) == 4
+        assert ".other.npy.4.tmp" in running
+        EmbeddingWriter(tmp_path / "e.npy").__exit__(None, None, None)
+        assert names(tmp_path) == running
+    assert names(tmp_path) == [".other.npy.4.tmp"]
 
 
 def test_many_rows_are_not_kept_in_memory(tmp_path: Path) -> None:

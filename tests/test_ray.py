@@ -238,13 +238,15 @@ def test_the_command_writes_the_rows_of_a_run_without_ray(
     columns = {"name": ["k0", "k1", "k2"], "photo": [encoded(picture(20)), b"", None], "width": [7, 7, 7]}
     parquet.write_table(pyarrow.table(columns), "bytes.parquet")
     parquet.write_table(pyarrow.table({"name": ["k3"], "photo": ["photos/below/1.png"]}), "paths.parquet")
+    cells = {"name": ["k4"], "photo": [{"bytes": None, "path": "photos/below/2.png"}]}
+    parquet.write_table(pyarrow.table(cells), "cells.parquet")
     inputs = ["photos/**/*.png", "photos", "odd", "nowhere.png", "{00..01}.tar", "cut.tar", "bytes.parquet"]
-    common = [*inputs, "paths.parquet", "--image-column", "photo", "--key-column", "name", "--quiet"]
+    common = [*inputs, "paths.parquet", "cells.parquet", "--image-column", "photo", "--key-column", "name", "--quiet"]
     common += ["--model", "./model.safetensors"]
 
     assert cli.main(["encode", *common, "--output", "here.parquet", "--workers", "0", "--device", "cpu"]) == 1
     wanted = {row["key"]: row for row in parquet.read_table("here.parquet").to_pylist()}
-    assert {wanted[key]["status"] for key in ("00", "01", "10", "11", "odd", "whole", "k0", "k3")} == {"ok"}
+    assert {wanted[key]["status"] for key in ("00", "01", "10", "11", "odd", "whole", "k0", "k3", "k4")} == {"ok"}
     tar = str(tmp_path / "cut.tar")
     wanted[tar] = {**wanted.pop("cut.tar"), "key": tar}  # the place that the end of the archive is known by
     capsys.readouterr()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
 
+from clip_fast.search import Index
 from clip_fast.shards import OutputFolder, ParquetFile, Record, Shard, Totals, read_records
 from clip_fast.sources import ImageFile, Item
 
@@ -118,6 +119,19 @@ def test_an_earlier_run_is_only_resumed_when_asked_and_with_its_settings(tmp_pat
         output.begin({"model": "m", "size": 3, "extra": 1})
     assert contents(tmp_path) == before
     filled(tmp_path, resume=True).close()
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"name": "another tool\'s"}', '{"settings": 1}'])
+def test_a_damaged_manifest_is_named(tmp_path: Path, content: str) -> None:
+    filled(tmp_path).close()
+    (tmp_path / "manifest.json").write_text(content)
+    with (
+        OutputFolder(tmp_path, resume=True) as output,
+        pytest.raises(ValueError, match=r"manifest\.json is no manifest of clip-fast encode"),
+    ):
+        output.begin({"model": "m"})
+    with pytest.raises(ValueError, match=r"manifest\.json is no manifest of clip-fast encode"):
+        Index(tmp_path)
 
 
 def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:

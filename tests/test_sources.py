@@ -9,6 +9,7 @@ import pickle
 import sys
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -332,6 +333,22 @@ def test_what_a_damaged_tar_lost_is_not_passed_over(tmp_path: Path, damage: str)
         last.source()
 
 
+@pytest.mark.parametrize("case", ["size", "sparse"])
+def test_what_tarfile_itself_stumbles_over_is_unreadable(tmp_path: Path, case: str) -> None:
+    member = tarfile.TarInfo("1.png")
+    if case == "size":
+        member.size = 1 << 70
+    else:
+        member.pax_headers = {"GNU.sparse.map": "x,y", "GNU.sparse.size": "1"}
+    path = write_tar(tmp_path / "t.tar", {"0.png": png(0)})
+    header = member.tobuf(tarfile.GNU_FORMAT if case == "size" else tarfile.PAX_FORMAT)
+    path.write_bytes(path.read_bytes()[:1024] + header + bytes(10240))
+    first, *_, last = find_inputs([path])
+    assert value_of(first) == 0
+    with pytest.raises(ValueError, match="not a readable, uncompressed tar"):
+        last.source()
+
+
 @pytest.mark.parametrize("zeros", [512, 1024, 1 << 20])
 def test_a_tar_may_end_with_any_padding(tmp_path: Path, zeros: int) -> None:
     path = write_tar(tmp_path / "t.tar", {f"{i}.png": png(i) for i in range(6)})
@@ -387,6 +404,13 @@ def test_a_parquet_of_hugging_face(tmp_path: Path) -> None:
     assert [value_of(item) for item in items[:2]] == [5, 6]
     with pytest.raises(ValueError, match="null"):
         items[2].source()
+
+
+def test_paths_in_cells_are_relative_to_a_folder(tmp_path: Path) -> None:
+    save(tmp_path / "x.png", 6)
+    (item,) = find_inputs([write_parquet(tmp_path / "t.parquet", image=[{"bytes": None, "path": "x.png"}])])
+    assert isinstance(item, ParquetCell)
+    assert value_of(replace(item, folder=str(tmp_path))) == 6
 
 
 def test_rows_are_right_in_any_order_and_in_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
