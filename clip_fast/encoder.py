@@ -35,8 +35,9 @@ class ImageEncoder(nn.Module):
         state_dict: its weights under canonical names (see `clip_fast.checkpoint`), on any device, of any float dtype.
         device: where to compute.
         dtype: of the weights and of the embeddings.
-        precision: to compute in, by default that of `dtype`: "fp32" is exact float32, "tf32" rounds the operands of
-            float32 products on a GPU (and is "fp32" elsewhere), "fp16" and "bf16" accumulate in float32.
+        precision: to compute in, by default that of `dtype`: "fp32" is exact float32, "tf32" has the operands
+            of float32 products cut to 11 bits on a GPU (and is "fp32" elsewhere), "fp16" and "bf16" accumulate in
+            float32.
         mean, std: of the RGB channels of pixels scaled to [0, 1], with which uint8 images are normalised.
         cuda_graphs: replay small batches on an NVIDIA GPU as CUDA graphs, which keep some of its memory for themselves.
 

@@ -14,6 +14,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -29,6 +30,7 @@ from . import cpu, graphs, resnet, vit, vit_cpu
 from .config import IMAGE_MEAN, IMAGE_STD, Config, ResNetConfig, Rgb, VitConfig
 from .graphs import Results
 from .kernels import ops
+from .kernels.targets import has_tf32
 
 Precision = Literal["fp32", "tf32", "fp16", "bf16"]
 Task = Literal["encode", "encode_tokens", "hidden_state", "hidden_states"]  # methods of the fast towers
@@ -149,7 +151,8 @@ class Engine:
         """A task's results for checked images. Gradients do not flow through it."""
         if len(images) == 0:
             return self.empty(images, task)
-        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+        current = torch.cuda.device(images.device) if images.is_cuda else nullcontext()
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False), current:
             fast = self._fast_path()
             bucket = self._bucket(images)
             if bucket is not None and graphs.allowed():
@@ -160,6 +163,7 @@ class Engine:
                 except RuntimeError as error:
                     self.cuda_graphs = False
                     warnings.warn(f"clip_fast launches its kernels one by one from now on: {error}", stacklevel=2)
+                fast.graphs.release()
             return self.in_parts(images, lambda part: fast.run(part, task, *arguments), task)
 
     def in_parts(self, images: Tensor, run: Callable[[Tensor], Results], task: Task = "encode") -> Results:
@@ -201,7 +205,8 @@ class Engine:
         free += torch.cuda.memory_reserved(images.device) - torch.cuda.memory_allocated(images.device)
         elements = vit.activations(config) if isinstance(config, VitConfig) else resnet.activations(config)
         elements += sum(map(_product, self.row_shapes(task)))
-        return max(1, int(_MEMORY_SHARE * free / (elements * self.compute_dtype.itemsize)))
+        fitting = max(1, int(_MEMORY_SHARE * free / (elements * self.compute_dtype.itemsize)))
+        return fitting if isinstance(config, VitConfig) else min(fitting, resnet.most_images(config))
 
     def empty(self, images: Tensor, task: Task) -> Results:
         """Results without values, of as many rows as there are images."""
@@ -226,7 +231,7 @@ class Engine:
                     storages = tuple(StorageWeakRef(tensor.untyped_storage()) for tensor in tensors)
                     run = self._prepare()
                     if tensors[0].is_cuda and not torch.cuda.is_current_stream_capturing():
-                        torch.cuda.synchronize(tensors[0].device)  # other streams read these weights, and the last ones
+                        graphs.synchronize()  # other streams read these weights, and the last ones
                     prepared = self.prepared = _Prepared(source, storages, run, graphs.Graphs(run))
         return prepared
 
@@ -235,14 +240,14 @@ class Engine:
         config, dtype, result_dtype = self.config, self.compute_dtype, self.dtype
         state = {name: t.clone() if t.is_inference() else t for name, t in self.source.state_dict().items()}
         mean, std = self.mean, self.std
-        precision: ops.Precision = "tf32" if self.precision == "tf32" else "ieee"
+        precision: ops.Precision = "tf32" if self.precision == "tf32" and has_tf32(self.device) else "ieee"
         if isinstance(config, ResNetConfig):
             resnet_weights = resnet.prepare(state, config, dtype, mean, std, precision)
 
             def line(images: Tensor, task: Task, *arguments: int) -> Tensor | Results:
                 return resnet.encode(resnet_weights, images)
         elif ops.triton_can_run(self.device):
-            weights = vit.prepare(state, config, dtype, mean, std)
+            weights = vit.prepare(state, config, dtype, mean, std, precision)
 
             def line(images: Tensor, task: Task, *arguments: int) -> Tensor | Results:
                 return getattr(vit, task)(weights, images, *arguments, precision=precision)
@@ -380,7 +385,8 @@ def compiled(name: str, images: Tensor, task: Task, *arguments: int) -> Results:
     return tuple(torch.ops.clip_fast.encode(images, name, task, list(arguments)))
 
 
-@torch.library.custom_op("clip_fast::encode", mutates_args=())
+# Not in CUDA graphs of torch.compile's, whose replays would see no change of the weights.
+@torch.library.custom_op("clip_fast::encode", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _encode(images: Tensor, name: str, task: str, arguments: list[int]) -> list[Tensor]:
     owner, run, _ = _OWNERS[name]
     with graphs.launches_only():

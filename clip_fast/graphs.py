@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -35,6 +36,18 @@ def bucket_of(batch: int, operations: float | None) -> int | None:
 
 _launches_only: ContextVar[bool] = ContextVar("launches_only", default=False)
 _capture_lock = threading.Lock()  # of the process: one graph is captured at a time
+
+
+@cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """On which all graphs of a device are captured: PyTorch has 32 streams, and a new one may be another thread's."""
+    return torch.cuda.Stream(device)
+
+
+def synchronize() -> None:
+    """Waits for the current device, which nobody may while a graph is captured."""
+    with _capture_lock:
+        torch.cuda.synchronize()
 
 
 @contextmanager
@@ -101,19 +114,26 @@ class Graphs:
             self._done = stream.record_event()
         return results
 
+    def release(self) -> None:
+        """Gives back the memory of all graphs, once they have run."""
+        with self._lock:
+            if self._done is not None:
+                self._done.synchronize()
+            self._captured.clear()
+            self._pool = None
+
     def _capture(self, buffer: Tensor, arguments: tuple[object, ...]) -> _Captured:
         """A graph of `run(buffer, *arguments)`."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            self._run(buffer, *arguments)  # compiles and loads the kernels, which may not happen in a capture
+        stream, current = _capture_stream(torch.cuda.current_device()), torch.cuda.current_stream()
         graph = torch.cuda.CUDAGraph()
         # Not `torch.cuda.graph`, which waits for the whole device and empties PyTorch's cache, other threads' captures
         # or not. "thread_local": other threads may go on allocating memory and launching kernels; only random numbers
-        # on the GPU are PyTorch's to refuse while this lasts.
+        # on the GPU are PyTorch's to refuse while this lasts, and waiting for the whole device is CUDA's.
         with _capture_lock, torch.cuda.stream(stream):
+            stream.wait_stream(current)
+            self._run(buffer, *arguments)  # compiles and loads the kernels, which may not happen in a capture
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 results = self._run(buffer, *arguments)

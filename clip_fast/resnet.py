@@ -29,6 +29,7 @@ from .convolution import Convolution, by_kernels
 from .cpu import Product, one_query_attention
 from .kernels import ops
 from .kernels.ops import Precision
+from .kernels.targets import kind_of
 
 ROWS_AT_A_TIME = 400  # tokens of the pool that are encoded together on a CPU, 8 images of 224 pixels: their first maps
 # are then still below the size that the allocator returns to the system each time
@@ -146,7 +147,8 @@ def _prepare_pool(source: dict[str, Tensor], config: ResNetConfig, dtype: torch.
     kernels = by_kernels(source["attnpool.q_proj.weight"].to(dtype))
 
     def weight(name: str) -> Tensor:
-        return source[f"attnpool.{name}.weight"].to(dtype if kernels else wide)
+        matrix = source[f"attnpool.{name}.weight"].to(dtype if kernels else wide)
+        return ops.to_tf32(matrix) if kernels and kind_of(dtype, precision) == "tf32" else matrix
 
     def product(name: str) -> Callable[[Tensor], Tensor]:
         matrix, bias = weight(name), source[f"attnpool.{name}.bias"].to(wide)
@@ -183,6 +185,11 @@ def activations(config: ResNetConfig) -> int:
     """Elements of an image that are in memory at once, at most: in the first bottleneck two maps of 4 · width channels
     at a quarter of the image's size, and less before it; doubled for what cuDNN works with."""
     return 4 * config.width * (config.image_size // 2) ** 2
+
+
+def most_images(config: ResNetConfig) -> int:
+    """In one call: cuDNN and PyTorch's pools count a map's elements in 32 bits, and the stem's last is the largest."""
+    return (2**31 - 1) // (config.width * (config.image_size // 2) ** 2)
 
 
 def _stem(weights: Weights, images: Tensor) -> Tensor:

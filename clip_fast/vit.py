@@ -65,21 +65,34 @@ class Weights:
     projection: Product
 
 
-def prepare(state_dict: dict[str, Tensor], config: VitConfig, dtype: torch.dtype, mean: Rgb, std: Rgb) -> Weights:
+def prepare(
+    state_dict: dict[str, Tensor],
+    config: VitConfig,
+    dtype: torch.dtype,
+    mean: Rgb,
+    std: Rgb,
+    precision: ops.Precision = "ieee",
+) -> Weights:
     """Folds canonical weights, in float32 or wider, and casts what is multiplied to `dtype` at the end.
 
     Args:
         state_dict: of `reference.VisionTransformer(config)`, any float dtype, any device.
         mean, std: of the RGB channels of pixels scaled to [0, 1], with which `preprocess` normalises.
+        precision: that the encoder is to run in.
     """
     wide = torch.promote_types(dtype, torch.float32)
     source = {name: tensor.detach().to(wide) for name, tensor in state_dict.items()}
 
+    def rounded(weight: Tensor) -> Tensor:
+        """A weight as it is multiplied by."""
+        weight = weight.to(dtype).contiguous()
+        return ops.to_tf32(weight) if dtype == torch.float32 and precision == "tf32" else weight
+
     def product(weight: Tensor, bias: Tensor, norm: str | None = None) -> Product:
         if norm is None:
-            return Product(weight.to(dtype).contiguous(), bias)
+            return Product(rounded(weight), bias)
         gain, shift = source[f"{norm}.weight"], source[f"{norm}.bias"]
-        folded = (weight * gain).to(dtype).contiguous()
+        folded = rounded(weight * gain)
         # summed from the weight as rounded, in float64: the product's means must cancel against exactly these
         return Product(folded, bias + weight @ shift, folded.double().sum(dim=1).to(wide))
 
@@ -100,14 +113,14 @@ def prepare(state_dict: dict[str, Tensor], config: VitConfig, dtype: torch.dtype
     position[0] += source["class_embedding"]
     mu, sigma = (torch.tensor(x, dtype=torch.float64, device=patch.device)[:, None, None] for x in (mean, std))
     # a pixel u enters as u − 128, see ops.patch_embed
-    patch_uint8 = (patch.double() / (255 * sigma)).to(dtype)
+    patch_uint8 = rounded(patch.double() / (255 * sigma))
     shift = (patch_uint8.double() * (128 - 255 * mu)).sum(dim=(1, 2, 3))
     position_uint8 = position.clone()
     position_uint8[1:] += shift.to(wide)
     proj = source["proj"]
     return Weights(
         config=config,
-        patch=_pad_features(patch.to(dtype)),
+        patch=_pad_features(rounded(patch)),
         position=position,
         patch_uint8=_pad_features(patch_uint8),
         position_uint8=position_uint8,

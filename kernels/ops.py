@@ -40,6 +40,16 @@ MAX_HEAD_DIM = 128
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
+def to_tf32(weight: Tensor) -> Tensor:
+    """A float32 weight rounded to TF32, whose significand has 11 bits: nearest, ties away from zero.
+
+    Tensor cores do not round: they take float32 operands as they are and pass over the bits that TF32 has not, which
+    makes every number smaller. A weight that was rounded beforehand they take exactly.
+    """
+    bits = weight.contiguous().view(torch.int32)
+    return torch.where(weight.isfinite(), (bits + 0x1000).bitwise_and_(-0x2000).view(torch.float32), weight)
+
+
 # --- the ops ---------------------------------------------------------------------------------------------------------
 
 
@@ -65,7 +75,7 @@ def patch_embed(
         weight: (W, K′) with features ordered (channel, row, column) and zero-padded from 3 · patch_size² to a multiple
             of PATCH_K_STEP; its dtype is the compute and result dtype. Images are converted to it.
         position: (1 + G, W), any float dtype.
-        precision: of products of float32 operands on a GPU: exact, or rounded to TF32.
+        precision: of products of float32 operands on a GPU: exact, or cut to TF32, see `to_tf32`.
 
     Returns:
         (B, 1 + G, W), contiguous.
@@ -136,7 +146,7 @@ def linear(
             summed from the weight as rounded to its dtype.
         scale: (N,), any float dtype: of the product's columns, as a batch norm's, which here rounds no weight.
         statistics: also return the row statistics of the result.
-        precision: of products of float32 operands on a GPU: exact, or rounded to TF32.
+        precision: of products of float32 operands on a GPU: exact, or cut to TF32, see `to_tf32`.
 
     Returns:
         y (…, N) of x's dtype, contiguous; and its row statistics (…, ⌈N / STATISTICS_TILE⌉, 2), or an empty tensor.
@@ -166,7 +176,7 @@ def flash_attention(qkv: Tensor, scale: float, *, precision: Precision = "ieee",
     Args:
         qkv: (B, N, 3, H, D), contiguous, as one GEMM wrote queries, keys and values; D at most MAX_HEAD_DIM.
         scale: usually 1 / √D; ln 2 where 1 / √D and log2 e were folded into the query weights.
-        precision: of products of float32 operands on a GPU: exact, or rounded to TF32.
+        precision: of products of float32 operands on a GPU: exact, or cut to TF32, see `to_tf32`.
 
     Returns:
         (B, N, H · D), contiguous.
@@ -225,7 +235,7 @@ def attention_pool(
         statistics: (B, 1 + G, T, 2) float32, row statistics of all tokens; where given, every token is normalised with
             them (LayerNorm without gain and shift, which belong into the weights and the biases).
         position: (G, W), any float dtype, added to `rest`.
-        precision: of products of float32 operands on a GPU: exact, or rounded to TF32.
+        precision: of products of float32 operands on a GPU: exact, or cut to TF32, see `to_tf32`.
 
     Returns:
         (B, H · D), contiguous, the tokens' dtype: all heads' results side by side, before the output projection.
@@ -312,15 +322,24 @@ def _call(name: str, impl: Impl, tensors: tuple[Tensor | None, ...], *options: A
     reason = _why_not_triton(name, tensors)
     if reason is not None:
         raise RuntimeError(f"{name} cannot run on Triton: {reason}")
-    return launcher(name)(*tensors, *options)
+    return _launched(name, *tensors, *options)
 
 
 def _dispatch(name: str) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         tensors = tuple(arg for arg in args if isinstance(arg, Tensor))
-        return (getattr(reference, name) if _why_not_triton(name, tensors) else launcher(name))(*args)
+        return getattr(reference, name)(*args) if _why_not_triton(name, tensors) else _launched(name, *args)
 
     return run
+
+
+def _launched(name: str, *args: Any) -> Any:
+    """The kernel's results, launched on its operands' device: Triton by itself takes the current one."""
+    device: torch.device = args[0].device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return launcher(name)(*args)
+    with torch.cuda.device(device):
+        return launcher(name)(*args)
 
 
 def _why_not_triton(name: str, tensors: tuple[Tensor | None, ...]) -> str | None:

@@ -36,6 +36,7 @@ TARGETS: dict[str, Target] = {
         Target("sm_89", 101_376),
         Target("sm_90", 232_448, descriptors=True),
         Target("sm_100", 232_448, descriptors=True),
+        Target("sm_120", 101_376),
         Target("gfx942", 65_536),
     )
 }
@@ -95,6 +96,7 @@ TABLE: Table = {
     "flash_attention_64": {
         "half": {
             "sm_80": Launch(128, 64, 0, num_warps=4, num_stages=3),
+            "sm_120": Launch(128, 64, 0, num_warps=8, num_stages=3),
         },
         "float32": {
             "sm_80": Launch(64, 32, 0, num_warps=8, num_stages=2),
@@ -126,7 +128,7 @@ TABLE: Table = {
 # reasoned, not yet measured; `bench.kernels` measures both on a ResNet.
 POINTWISE: dict[str, Literal["linear", "cudnn"]] = {"half": "linear", "float32": "linear", "tf32": "linear"}
 
-_LIKE = {"sm_86": "sm_80", "sm_89": "sm_86", "sm_90": "sm_80", "sm_100": "sm_90", "gfx942": "sm_80"}
+_LIKE = {"sm_86": "sm_80", "sm_89": "sm_86", "sm_90": "sm_80", "sm_100": "sm_90", "sm_120": "sm_89", "gfx942": "sm_80"}
 
 _assumed: ContextVar[Target | None] = ContextVar("assumed", default=None)
 
@@ -162,6 +164,13 @@ def entry(op: str, kind: str, target: Target) -> Launch:
     while name not in entries:
         name = _LIKE[name]
     return entries[name]
+
+
+@cache
+def has_tf32(device: torch.device) -> bool:
+    """Whether Triton multiplies in TF32 on `device`: of AMD's GPUs, on the MI300 alone."""
+    amd = device.type == "cuda" and torch.version.hip is not None
+    return not amd or torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx942")
 
 
 @cache

@@ -179,6 +179,25 @@ def test_every_run_is_the_same(name: str, precision: str) -> None:
     check_every_run_is_the_same(published(name), precision, CUDA)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("name", ["ViT-B/32", "RN50"])
+def test_the_current_device_does_not_matter(name: str) -> None:
+    """Graphs, launches of small and large batches, and ops called alone, on another device than the current one."""
+    config = published(name)
+    tower = random_tower(config).half()
+    first, second = (encoder(tower, config, "fp16", torch.device("cuda", i)) for i in range(2))
+    for batch in (1, 3, 100):
+        images = torch.randn(batch, 3, config.image_size, config.image_size, dtype=torch.float16)
+        wanted = first.encode_image(images.to("cuda:0"))
+        got = second.encode_image(images.to("cuda:1"))
+        assert got.device == torch.device("cuda", 1)
+        assert relative_error(got.cpu(), wanted.cpu()) < 1e-3
+    x, weight = torch.randn(5, 64, device="cuda:1"), torch.randn(64, 64, device="cuda:1")
+    for impl in ("auto", "triton"):
+        assert relative_error(ops.linear(x, weight, None, impl=impl)[0], x.double() @ weight.double().T) < 1e-5
+    assert torch.cuda.current_device() == 0
+
+
 # --- interpreted -----------------------------------------------------------------------------------------------------
 
 CPU = torch.device("cpu")

@@ -471,6 +471,24 @@ def test_what_fits_into_a_gpus_memory(config: VitConfig | ResNetConfig, monkeypa
         assert engine._fitting(million, "hidden_states") < fitting
 
 
+def test_no_map_of_a_part_outgrows_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make(RESNET)._engine
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**50, 2**50))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    class Images:
+        device, is_cuda = torch.device("cuda"), True
+
+        def __len__(self) -> int:
+            return 10**9
+
+    images: Any = Images()
+    largest = RESNET.width * (RESNET.image_size // 2) ** 2  # of the stem's last map
+    assert engine._fitting(images, "encode") == (2**31 - 1) // largest
+
+
 MODES = ("no_grad", "frozen", "trainable")
 
 

@@ -12,6 +12,7 @@ import threading
 import time
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -171,6 +172,18 @@ def test_a_capture_that_fails_leaves_nothing(replays: Replays) -> None:
     assert not these._lock.locked()
 
 
+def test_released_graphs_are_captured_again(replays: Replays) -> None:
+    these = Graphs(double)
+    images = torch.ones(2, 3, 4, 4)
+    these._done = SimpleNamespace(synchronize=lambda: None)
+    these(2, images)
+    these._done = SimpleNamespace(synchronize=lambda: None)
+    these.release()
+    assert not these._captured
+    assert torch.equal(these(2, images)[0], double(images)[0])
+    assert len(replays.captures) == 2
+
+
 def test_not_while_someone_captures_or_in_a_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     assert graphs.allowed()
@@ -186,6 +199,11 @@ def bucketed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every batch asks for a graph, as small ones on a GPU do."""
     monkeypatch.setattr(Engine, "_bucket", lambda self, images: len(images) if self.cuda_graphs else None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+
+def test_no_graph_of_torch_compile_s_holds_the_encoder() -> None:
+    """Its replays would see no change of the weights."""
+    assert torch.Tag.cudagraph_unsafe in torch.ops.clip_fast.encode.default.tags
 
 
 def test_a_compiled_program_launches(bucketed: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +226,9 @@ def test_where_no_graph_can_be_captured_kernels_are_launched(
     def failing(*args: object) -> Results:
         raise error
 
+    released: list[Graphs] = []
     monkeypatch.setattr(Graphs, "__call__", failing)
+    monkeypatch.setattr(Graphs, "release", lambda self: released.append(self))
     model = ImageEncoder(VIT, random_tower(VIT).state_dict(), torch.device("cpu"), torch.float32)
     images = torch.randn(2, 3, 32, 32)
     with warnings.catch_warnings(record=True) as said:
@@ -220,6 +240,7 @@ def test_where_no_graph_can_be_captured_kernels_are_launched(
         "clip_fast launches its kernels one by one from now on: operation not permitted when capturing"
     ])  # fmt: skip
     assert not model._engine.cuda_graphs
+    assert len(released) == 1
 
 
 @pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
@@ -319,20 +340,14 @@ def test_several_threads_and_streams_replay_on_a_gpu() -> None:
     # Drawn beforehand: while one thread captures, PyTorch refuses another random numbers on the GPU.
     batches = [[torch.randn(1 + i, 3, 32, 32, device="cuda") for _ in range(20)] for i in range(4)]
     torch.cuda.synchronize()
-    wrong: list[int] = []
 
-    def caller(i: int) -> None:
+    def caller(i: int) -> list[bool]:
         with torch.cuda.stream(torch.cuda.Stream()):
-            for images in batches[i]:
-                if not torch.equal(model.encode_image(images), plain.encode_image(images)):
-                    wrong.append(i)
+            return [torch.equal(model.encode_image(images), plain.encode_image(images)) for images in batches[i]]
 
-    threads = [threading.Thread(target=caller, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
+    with ThreadPoolExecutor(4) as pool:  # while one captures, another prepares the weights of `plain`
+        assert all(all(equal) for equal in pool.map(caller, range(4)))
+    assert model._engine.cuda_graphs  # no capture failed
 
 
 @needs_gpu

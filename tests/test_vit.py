@@ -13,6 +13,7 @@ from towers import random_tower, relative_error, worst_cosine
 
 from clip_fast import cpu, reference, vit, vit_cpu
 from clip_fast.config import IMAGE_MEAN, IMAGE_STD, OPEN_CLIP_MODELS, OPENAI_MODELS, VitConfig
+from clip_fast.kernels import ops
 from clip_fast.kernels import reference as kernel_oracles
 
 Line = Callable[[dict[str, Tensor], VitConfig, torch.dtype, Tensor, str], object]
@@ -241,6 +242,23 @@ def test_hidden_states(layer: int) -> None:
     assert relative_error(vit.hidden_state(weights, images, layer), exact) < 1e-13
     cpu_weights = vit_cpu.prepare(tower.state_dict(), SMALL, torch.float64)
     assert relative_error(vit_cpu.hidden_state(cpu_weights, images, layer), exact) < 1e-13
+
+
+def test_weights_for_tf32_are_rounded_to_it() -> None:
+    """Once: tensor cores would cut them. Colsums are of the weights as rounded."""
+    state = random_tower(SMALL).state_dict()
+    weights = vit.prepare(state, SMALL, torch.float32, IMAGE_MEAN, IMAGE_STD, "tf32")
+    exact = vit.prepare(state, SMALL, torch.float32, IMAGE_MEAN, IMAGE_STD)
+    products = [(getattr(a, n), getattr(b, n)) for a, b in zip(weights.blocks, exact.blocks, strict=True)
+                for n in ("qkv", "out", "fc1", "fc2")]  # fmt: skip
+    products.append((weights.projection, exact.projection))
+    pairs = [(ours.weight, wanted.weight) for ours, wanted in products]
+    for ours, wanted in [*pairs, (weights.patch, exact.patch), (weights.patch_uint8, exact.patch_uint8)]:
+        assert torch.equal(ours, ops.to_tf32(wanted))
+        assert not torch.equal(ours, wanted)
+    for ours, _ in products:
+        if ours.colsum is not None:
+            assert torch.equal(ours.colsum, ours.weight.double().sum(dim=1).float())
 
 
 def test_raw_pixels_are_normalised_by_the_weights() -> None:

@@ -12,7 +12,7 @@ import torch
 from kernel_checks import DEVICE, assert_same_bits
 from torch import Tensor, nn
 
-from clip_fast.kernels import ops, reference
+from clip_fast.kernels import ops, reference, targets
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -189,6 +189,31 @@ def test_a_cpu_without_the_interpreter_takes_the_oracle(monkeypatch: pytest.Monk
     assert not launches
     with pytest.raises(RuntimeError, match="no GPU behind cpu and TRITON_INTERPRET is not 1"):
         call("linear with all", impl="triton")
+
+
+def test_to_tf32_is_the_nearest_with_11_bits() -> None:
+    x = torch.cat([torch.randn(10_000) * 10.0 ** torch.randint(-30, 30, (10_000,)), torch.tensor([0.0, -0.0, 1.0])])
+    significand, exponent = x.double().frexp()
+    nearest = ((significand.abs() * 2**11 + 0.5).floor() * significand.sign()).ldexp(exponent - 11)
+    assert torch.equal(ops.to_tf32(x).double(), nearest)
+    assert not (ops.to_tf32(x).view(torch.int32) & 0x1FFF).any()
+    odd = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    assert_same_bits(ops.to_tf32(odd), odd)
+
+
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [((7, 5), "sm_80"), ((8, 0), "sm_80"), ((8, 6), "sm_86"), ((8, 7), "sm_86"), ((8, 9), "sm_89"), ((9, 0), "sm_90"),
+     ((10, 0), "sm_100"), ((10, 3), "sm_100"), ((11, 0), "sm_100"), ((12, 0), "sm_120"), ((12, 1), "sm_120")],
+)  # fmt: skip
+def test_a_gpu_is_launched_for_as_the_newest_that_is_no_newer(
+    capability: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those without a B200's shared memory, too: the one from which an architecture takes a launch has no more."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    target = targets._detect.__wrapped__(torch.device("cuda"))
+    assert target.name == name
 
 
 def test_an_unknown_implementation_is_refused() -> None:
