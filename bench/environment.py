@@ -35,7 +35,10 @@ PACKAGES = (
 )  # fmt: skip
 
 # What decides a result: the code, its rivals, and how they are timed.
-_MEASURED = ("kernels", "clip_fast", "bench/kernels", "bench/systems.py", "bench/timing.py")
+_MEASURED = (
+    "kernels", "clip_fast", "bench/kernels", "bench/end_to_end.py", "bench/models.py", "bench/pipeline.py",
+    "bench/roofline.py", "bench/systems.py", "bench/timing.py",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,10 @@ def bf16_on_cpu() -> bool:
 
 
 def _cpu_model() -> str:
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
+    """Its name, which may be many generations', and what tells them apart."""
+    name = _cpuinfo("model name") or platform.processor() or platform.machine()
+    family, model, stepping = _cpuinfo("cpu family"), _cpuinfo("model"), _cpuinfo("stepping")
+    return f"{name} (family {family}, model {model}, stepping {stepping})" if family else name
 
 
 def _cpuinfo(*names: str) -> str:

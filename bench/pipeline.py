@@ -168,7 +168,8 @@ def ours(job: Job, encoder: ImageEncoder, folder: Path, *, fast: bool) -> Run:
     options = Options(batch_size=job.batch_size, shard_size=len(job.paths), workers=job.workers)
 
     def report(step: Step) -> None:
-        clock.tick(step.done.images)
+        if step.encoding:  # as the others do: when a batch is encoded, not when it has been written
+            clock.tick(min(job.batch_size, len(job.paths) - clock.done))
 
     with OutputFolder(folder) as output:
         output.begin({})
@@ -423,8 +424,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{options.workers} decoding processes"
     )
     job_of_rows = {"model": options.model, "precision": options.precision, "about": about}
-    earlier = resumed(options.json, "pipeline", where) if options.resume and options.json else []
-    earlier = [row for row in earlier if row["about"] == about]
+    kept = resumed(options.json, "pipeline", where) if options.resume and options.json else []
+    earlier = [row for row in kept if row["about"] == about]
+    others = [row for row in kept if row["about"] != about]
     state = {name: tensor.detach() for name, tensor in build(config).state_dict().items()}
     text = markdown(earlier, about, where)
     with tempfile.TemporaryDirectory() as folder:
@@ -433,7 +435,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for rows in compare(job, options.rounds, earlier, ends):
             text = markdown(rows, about, where)
             if options.json:  # after each: a run that is cut short keeps what it has
-                save(options.json, document("pipeline", where, None, [job_of_rows | row for row in rows]))
+                save(options.json, document("pipeline", where, None, [*others, *(job_of_rows | row for row in rows)]))
                 save(options.json.with_suffix(".md"), text)
     print(text)
     return 0

@@ -49,10 +49,13 @@ def highest(path: Path, limits: Ceilings) -> Ceilings:
     earlier = json.loads(path.read_text())["ceilings"] if path.exists() else None
     if earlier is None:
         return limits
-    flops = dict(earlier["flops"])
-    for precision, reached in limits.flops.items():
-        flops[precision] = max(reached, flops.get(precision, 0.0))
-    return Ceilings(flops, max(limits.bytes, earlier["bytes"]))
+    return higher(limits, Ceilings(earlier["flops"], earlier["bytes"]))
+
+
+def higher(one: Ceilings, other: Ceilings) -> Ceilings:
+    """The higher of two measurements of the same device, for each precision that either has."""
+    flops = {name: max(one.flops.get(name, 0.0), other.flops.get(name, 0.0)) for name in {**one.flops, **other.flops}}
+    return Ceilings(flops, max(one.bytes, other.bytes))
 
 
 def save(path: Path, text: str) -> None:

@@ -11,15 +11,16 @@ import importlib
 import importlib.metadata
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._dynamo.config
 import torch._inductor
+import torch._inductor.config
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -186,20 +187,20 @@ def _compiled(build: Callable[[Task], Encode], attention: str | None = None) -> 
     """torch.compile of a system, as hard as it tries; with scaled_dot_product_attention pinned to a backend."""
 
     def compiled(task: Task) -> Encode:
-        if task.device.type == "cuda":
-            options = torch._inductor.list_mode_options("max-autotune")
-        else:
-            options = {"freezing": True}  # weights packed once
+        on_gpu = task.device.type == "cuda"
+        options = torch._inductor.list_mode_options("max-autotune") if on_gpu else {}
         encode = torch.compile(build(task), backend=_inductor(options), dynamic=False)
-        if attention is None:
+        if attention is None and on_gpu:
             return encode
-        backend = getattr(SDPBackend, attention)
+        # With weights that are constants, which Inductor packs once. Dynamo must know, too: it is no option of a graph.
+        frozen = nullcontext if on_gpu else partial(torch._inductor.config.patch, freezing=True)
+        pinned = partial(sdpa_kernel, [getattr(SDPBackend, attention)]) if attention else nullcontext
 
-        def pinned(images: Tensor) -> Tensor:
-            with sdpa_kernel([backend]):
+        def with_settings(images: Tensor) -> Tensor:
+            with frozen(), pinned():
                 return encode(images)
 
-        return pinned
+        return with_settings
 
     return compiled
 
@@ -220,33 +221,38 @@ def _inductor(options: dict[str, Any]) -> Callable[..., Any]:
 def _onnx_runtime(task: Task) -> Encode:
     ort: Any = importlib.import_module("onnxruntime")
     tower = _open_clip_tower(task)
-    size = task.config.image_size
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "tower.onnx"
-        with contextlib.redirect_stdout(None):
-            torch.onnx.export(
-                tower, (torch.zeros(2, 3, size, size),), str(file), input_names=["images"], output_names=["embeddings"],
-                dynamo=True, dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), external_data=True,
-            )  # fmt: skip
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+    @cache
+    def session(shape: torch.Size) -> Any:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "tower.onnx"
+            with contextlib.redirect_stdout(None):
+                torch.onnx.export(
+                    tower, (torch.zeros(shape),), str(file), input_names=["images"], output_names=["embeddings"],
+                    dynamo=True, external_data=True,
+                )  # fmt: skip
+            options = ort.SessionOptions()
+            options.intra_op_num_threads = torch.get_num_threads()
+            return ort.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+    return lambda images: torch.from_numpy(session(images.shape).run(None, {"images": images.numpy()})[0])
 
 
 def _openvino(task: Task) -> Encode:
     ov: Any = importlib.import_module("openvino")
-    size = task.config.image_size
-    model = ov.convert_model(
-        _open_clip_tower(replace(task, precision="fp32")), example_input=torch.zeros(2, 3, size, size)
-    )
+    tower = _open_clip_tower(replace(task, precision="fp32"))
     hints = {
         "INFERENCE_PRECISION_HINT": "bf16" if task.precision == "bf16" else "f32",
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
     }
-    compiled = ov.compile_model(model, "CPU", hints)
-    return lambda images: torch.from_numpy(compiled(images.float().numpy())[0].copy())
+
+    @cache
+    def compiled(shape: torch.Size) -> Any:
+        model = ov.convert_model(tower, example_input=torch.zeros(shape), input=[list(shape)])
+        return ov.compile_model(model, "CPU", hints)
+
+    return lambda images: torch.from_numpy(compiled(images.shape)(images.float().numpy())[0].copy())
 
 
 _REGISTERED: list[torch.library.Library] = []  # held for as long as the process lives

@@ -329,7 +329,7 @@ def winner(rows: Sequence[Row]) -> Launch | None:
     for launch in dict.fromkeys(map(_launch, finals)):
         weighed = [[row["count"] * seconds for seconds in row["samples"]] for row in finals if _launch(row) == launch]
         if len(weighed) == len(shapes):
-            totals[launch] = Times(tuple(map(sum, zip(*weighed, strict=True))))
+            totals[launch] = Times(tuple(map(sum, zip(*weighed, strict=False))))  # a resumed run may have more rounds
     if not totals:
         return None
     best = min(totals, key=lambda launch: totals[launch].median)

@@ -44,8 +44,11 @@ def test_every_system_computes_the_same(config: Config) -> None:
         assert row["cosine"] > 1 - 1e-9
         assert row["images_per_second"] == pytest.approx(3 / row["seconds"])
         assert row["to_baseline"] == pytest.approx(by_name[BASELINE]["seconds"] / row["seconds"])
-    for row in rows:  # whatever else is installed computes the same too, or says what hinders it
-        assert row["failed"] if "failed" in row else row["error"] < 1e-5
+    for row in rows:  # whatever else is installed and has such a model computes the same too
+        if "failed" in row:
+            assert any(why in row["failed"] for why in ("is not installed", "is measured in", "has no ResNets"))
+        else:
+            assert row["error"] < 1e-5
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
@@ -123,11 +126,15 @@ def test_on_a_cpu_float32_stands_beside_half_precision() -> None:
 
 
 def test_each_compiled_system_has_a_graph_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though two are the same code: what is pinned when the second is compiled is not what the first was."""
+    """Though two are the same code: what is pinned when the second is compiled is not what the first was.
+
+    Its weights are constants, which Inductor packs: of inputs it has the images alone.
+    """
     compiled: list[torch.fx.GraphModule] = []
 
-    def record(graph: torch.fx.GraphModule, examples: object, options: object) -> object:
+    def record(graph: torch.fx.GraphModule, examples: list[Tensor], options: object) -> object:
         compiled.append(graph)
+        assert [tuple(example.shape) for example in examples] == [(1, 3, 32, 32)]
         return graph.forward
 
     monkeypatch.setattr(torch._inductor, "compile", record)
