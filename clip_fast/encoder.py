@@ -10,10 +10,24 @@ from typing import Any, Literal, get_args, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook  # pyright: ignore[reportPrivateUsage]
 
 from . import reference
 from .config import IMAGE_MEAN, IMAGE_STD, Config, Rgb, VitConfig
-from .engine import Engine, NotServed, Precision, Source, Task, Watch, as_tuple, compiled, normalised, register
+from .engine import (
+    Engine,
+    NotServed,
+    Precision,
+    Source,
+    Task,
+    Watch,
+    as_tuple,
+    compiled,
+    normalised,
+    register,
+    transformed,
+    without_values,
+)
 from .graphs import Results
 
 
@@ -35,7 +49,8 @@ class ImageEncoder(nn.Module):
         state_dict: its weights under canonical names (see `clip_fast.checkpoint`), on any device, of any float dtype.
         device: where to compute.
         dtype: of the weights and of the embeddings.
-        precision: to compute in, by default that of `dtype`: "fp32" is exact float32, "tf32" has the operands
+        precision: to compute in, by default that of `dtype`: "fp32" is exact float32 (on a CPU
+            unless `torch.set_float32_matmul_precision` says otherwise), "tf32" has the operands
             of float32 products cut to 11 bits on a GPU (and is "fp32" elsewhere), "fp16" and "bf16" accumulate in
             float32.
         mean, std: of the RGB channels of pixels scaled to [0, 1], with which uint8 images are normalised.
@@ -71,9 +86,9 @@ class ImageEncoder(nn.Module):
         self._precision: Precision | None = precision
         self._cuda_graphs = cuda_graphs
         with torch.inference_mode(False):  # tensors made in inference mode have no version to tell changes by
-            self.visual = reference.build(config)
+            self.visual = reference.build(config).to(dtype)  # before: the default dtype may be a narrower one
             self.visual.load_state_dict(state_dict)
-            self.to(device=device, dtype=dtype).eval().requires_grad_(False)
+            self.to(device).eval().requires_grad_(False)
         self.refresh()
 
     def refresh(self) -> None:
@@ -177,9 +192,11 @@ class ImageEncoder(nn.Module):
         if torch.compiler.is_exporting():  # a program must stand on its own
             return self._plain(images, task, *arguments)
         if torch.compiler.is_compiling():
-            if self._engine.gradients_wanted(images):
+            if self._engine.gradients_wanted(images) or transformed():
                 return self._plain(images, task, *arguments)
             return compiled(self._name, images, task, *arguments)
+        if transformed() or without_values(images):
+            return self._plain(images, task, *arguments)
         if self.visual is not self._watch.modules[0] or self._watch.replaced():
             self.refresh()
         engine = self._engine
@@ -206,7 +223,7 @@ class ImageEncoder(nn.Module):
         """Why the plain tower must run, apart from gradients."""
         if self._problem:
             return self._problem
-        if self._watch.hooked():
+        if self._watch.hooked() or _has_any_global_hook():
             return "hooks are registered inside the tower"
         if any(norm.training for norm in self._norms):
             return "its batch norms are in training mode"

@@ -2,9 +2,9 @@
 
 Whose the tower is does not matter here: its weights are an `ImageEncoder`'s, or a module's of another package that
 `accelerate` serves. They are folded into the form that the fast path reads when first needed, and again whenever they
-have changed: a weight's version counts the writes to it. Two things leave no trace there. Fused optimisers' steps are
-counted by a hook of ours; writes to `weight.data` are nowhere to be seen, and `clip_fast.accelerate(model)` called
-again reads everything anew.
+have changed: a weight's version counts the writes to it. Two things leave no trace there. Steps of optimisers that are
+fused, or write to `weight.data`, are counted by a hook of ours; other such writes are nowhere to be seen, and
+`clip_fast.accelerate(model)` called again reads everything anew.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -39,6 +40,12 @@ _COMPUTE_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.f
 _MEMORY_SHARE = 0.8  # of a GPU's free memory that a batch may take
 _WHOLE_BATCH = 64  # images, up to which nobody asks how much is free
 
+# PyTorch has no public name for what is at work in these.
+_forward_ad: Any = torch.autograd.forward_ad
+_functorch: Any = torch._C._functorch  # pyright: ignore
+_FAKE: Any = torch._C._TorchDispatchModeKey.FAKE  # pyright: ignore
+_mode: Callable[[Any], object] = torch._C._get_dispatch_mode  # pyright: ignore
+
 _version, _cdata = attrgetter("_version"), attrgetter("cdata")
 # What `StorageWeakRef.expired` asks, without its time.
 _expired: Any = torch.UntypedStorage._expired  # pyright: ignore[reportPrivateUsage, reportUnknownMemberType, reportUnknownVariableType]
@@ -46,6 +53,20 @@ _expired: Any = torch.UntypedStorage._expired  # pyright: ignore[reportPrivateUs
 
 def _requires_grad(tensor: Tensor) -> bool:
     return tensor.requires_grad
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation sees more in tensors than their values."""
+    return _forward_ad._current_level >= 0 or _functorch.maybe_current_level() is not None
+
+
+def without_values(images: Tensor) -> bool:
+    """Whether a trace is recorded, or tensors are fake: nothing may be prepared from them, or kept."""
+    return (
+        torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+        or isinstance(images, FakeTensor)
+        or _mode(_FAKE) is not None
+    )
 
 
 class NotServed(ValueError):
@@ -102,8 +123,9 @@ class Engine:
         self._dtype = dtype
         self._lock = threading.Lock()
         self._slots = [vars(m)[kind] for m in source.modules for kind in ("_parameters", "_buffers") if vars(m)[kind]]
-        _ENGINES.add(self)
-        _follow_fused_optimisers()
+        with _engines_lock:
+            _ENGINES.add(self)
+        _follow_optimisers()
 
     @property
     def device(self) -> torch.device:
@@ -305,19 +327,21 @@ def as_tuple(result: Tensor | Results) -> Results:
 # --- optimisers ------------------------------------------------------------------------------------------------------
 
 _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
+_engines_lock = threading.Lock()
 
 
 @cache
-def _follow_fused_optimisers() -> None:
-    """Counts the steps of fused optimisers in the versions of our weights, as other optimisers' steps count there."""
-    register_optimizer_step_post_hook(_count_fused_step)  # pyright: ignore[reportUnknownMemberType]
+def _follow_optimisers() -> None:
+    """Counts optimisers' steps in the versions of our weights, which those that are fused do not."""
+    register_optimizer_step_post_hook(_count_step)  # pyright: ignore[reportUnknownMemberType]
 
 
-def _count_fused_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    fused = [p for group in optimizer.param_groups if group.get("fused") for p in group["params"]]
-    if fused:
-        ours = {id(tensor) for engine in list(_ENGINES) for tensor in engine._tensors()}  # pyright: ignore[reportPrivateUsage]
-        torch.autograd.graph.increment_version([p for p in fused if id(p) in ours])
+def _count_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    with _engines_lock:
+        engines = list(_ENGINES)
+    ours = {id(tensor) for engine in engines for tensor in engine._tensors()}  # pyright: ignore[reportPrivateUsage]
+    stepped = [p for group in optimizer.param_groups for p in group["params"] if id(p) in ours]
+    torch.autograd.graph.increment_version(stepped)
 
 
 # --- the modules of a tower ------------------------------------------------------------------------------------------
@@ -390,7 +414,7 @@ def compiled(name: str, images: Tensor, task: Task, *arguments: int) -> Results:
 def _encode(images: Tensor, name: str, task: str, arguments: list[int]) -> list[Tensor]:
     owner, run, _ = _OWNERS[name]
     with graphs.launches_only():
-        return list(run(owner(), images, cast(Task, task), *arguments))
+        return [result.contiguous() for result in run(owner(), images, cast(Task, task), *arguments)]
 
 
 @_encode.register_fake  # pyright: ignore[reportUnknownMemberType]

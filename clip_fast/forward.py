@@ -18,12 +18,21 @@ from torch.nn.modules.module import _has_any_global_hook  # pyright: ignore[repo
 
 from . import instance, towers
 from .config import IMAGE_MEAN, IMAGE_STD, Rgb
-from .engine import Engine, NotServed, Precision, Source, Task, Watch, as_tuple, compiled, normalised, register
+from .engine import (
+    Engine,
+    NotServed,
+    Precision,
+    Source,
+    Task,
+    Watch,
+    as_tuple,
+    compiled,
+    normalised,
+    register,
+    transformed,
+    without_values,
+)
 from .graphs import Results
-
-# PyTorch has no public name for what is at work in either.
-_forward_ad: Any = torch.autograd.forward_ad
-_functorch: Any = torch._C._functorch  # pyright: ignore
 
 # Reasons for the original forward that need no warning: nothing else serves, and training is meant to be exact.
 _DOUBLE = "it computes in float64"
@@ -40,6 +49,7 @@ class _Reading:
 
     watch: Watch
     inside: tuple[dict[str, Any], ...]  # the attributes of every module in it: more where a method is replaced
+    settings: tuple[tuple[dict[str, Any], str], ...]  # of these, what `towers.read` has judged
     stamp: object  # another once anything that was read has changed, but for what the watch sees
     in_training: tuple[nn.Module, ...]  # that may compute something else in training mode
     engine: Engine | None  # without autocast; None where there is a problem
@@ -132,10 +142,12 @@ class Forward:
 
     def _results(self, images: Tensor, task: Task, *arguments: int, problem: str | None = None) -> Results | None:
         """A task's results; None where the original forward must give them, `problem` among the reasons."""
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        if torch.compiler.is_exporting() or isinstance(images, torch.fx.Proxy):
             return None  # a program must stand on its own
         if torch.compiler.is_compiling():
             return None if problem else self._compiled(images, task, *arguments)
+        if without_values(images):
+            return None
         results = self._attempt(images, task, *arguments, problem=problem)
         if not isinstance(results, str):
             return results
@@ -162,7 +174,7 @@ class Forward:
 
     def choice(self, images: Tensor, problem: str | None = None) -> Engine | str:
         """What encodes `images`, or why the original forward must, `problem` among the reasons."""
-        if _transformed():
+        if transformed():
             return "a transform of torch.func, or forward-mode differentiation, is at work"
         reading = self._reading()
         engine = reading.engine
@@ -195,16 +207,19 @@ class Forward:
     def _reading(self) -> _Reading:
         """What is in the tower, looked through again where a module, a method or a setting has been replaced."""
         last = self._last
-        if last is None or last.stamp != self._stamp(last.inside) or last.watch.replaced():
+        if last is None or last.stamp != self._stamp(last) or last.watch.replaced():
             self._last = last = self._read(last)
         return last
 
-    def _stamp(self, inside: tuple[dict[str, Any], ...]) -> object:
-        return tuple(map(len, inside)), instance.count(self.tower), towers.settings(self.tower)
+    def _stamp(self, reading: _Reading) -> object:
+        inside = tuple(map(type, reading.watch.modules)), tuple(map(len, reading.inside))
+        judged = tuple([towers.judged(attributes, name) for attributes, name in reading.settings])
+        return inside, judged, instance.count(self.tower), towers.settings(self.tower)
 
     def _read(self, last: _Reading | None) -> _Reading:
         watch = Watch(self.tower)
-        inside = tuple(map(vars, watch.modules[1:]))
+        every = tuple(map(vars, watch.modules))
+        settings = tuple((attributes, name) for attributes in every for name in towers.JUDGED if name in attributes)
         engine, problem = None, None
         try:
             source = towers.read(self.tower)
@@ -213,7 +228,8 @@ class Forward:
         else:
             engine = self._new_engine(source, self._precision)
         in_training = tuple(filter(towers.may_act_otherwise_in_training, watch.modules))
-        reading = _Reading(watch, inside, self._stamp(inside), in_training, engine, problem)
+        reading = _Reading(watch, every[1:], settings, None, in_training, engine, problem)
+        reading = replace(reading, stamp=self._stamp(reading))
         if last is None or last.engine is None or engine is None:
             return reading
         same = last.watch.modules == watch.modules and last.engine.config == engine.config
@@ -233,7 +249,7 @@ class Forward:
     def _compiled(self, images: Tensor, task: Task, *arguments: int) -> Results | None:
         """The operator that makes `_attempt` when the graph runs; None for the original forward, traced."""
         engine = None if self._last is None else self._last.engine
-        if engine is None or engine.gradients_wanted(images) or _transformed():
+        if engine is None or engine.gradients_wanted(images) or transformed():
             return None
         weight = engine.source.weight()
         if weight.is_meta or (self._precision is None and weight.dtype == torch.float64):
@@ -273,7 +289,7 @@ class Forward:
         return forward(self.tower, images if images is None else self._floats(images), *more, **options)
 
     def _floats(self, images: Tensor) -> Tensor:
-        if images.dtype != torch.uint8:
+        if isinstance(images, torch.fx.Proxy) or images.dtype != torch.uint8:
             return images
         if images.ndim == 4 and images.shape[-1] == 3 and images.shape[1] != 3:
             images = images.permute(0, 3, 1, 2)
@@ -295,11 +311,6 @@ def _users_level() -> int:
     while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _PACKAGES:
         level, frame = level + 1, frame.f_back
     return level
-
-
-def _transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation sees more in tensors than their values."""
-    return _forward_ad._current_level >= 0 or _functorch.maybe_current_level() is not None
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:

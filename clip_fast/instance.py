@@ -8,12 +8,14 @@ call only.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from torch import nn
 
 _ATTACHED = "_clip_fast"  # attribute: what was put on an instance, by name
+_copying = threading.RLock()  # while a module is copied, its methods are off
 
 
 def attach(module: nn.Module, methods: Mapping[str, Callable[..., Any]], renew: Callable[[nn.Module], object]) -> None:
@@ -21,11 +23,12 @@ def attach(module: nn.Module, methods: Mapping[str, Callable[..., Any]], renew: 
     own = vars(module)
 
     def deepcopy(memo: dict[int, Any]) -> nn.Module:
-        taken = detach(module)
-        try:
-            other = copy.deepcopy(module, memo)
-        finally:
-            own.update(taken)
+        with _copying:
+            taken = detach(module)
+            try:
+                other = copy.deepcopy(module, memo)
+            finally:
+                own.update(taken)
         renew(other)
         return other
 

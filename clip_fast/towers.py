@@ -7,6 +7,7 @@ class (an adapter, a quantised layer), a method of its own, another epsilon, str
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -95,13 +96,10 @@ def read(tower: nn.Module) -> Source:
     Raises:
         NotServed: something in it is not known.
     """
-    part: Any = tower
-    if is_transformers(tower):
-        config: Config = _transformers_config(part)
-    elif hasattr(tower, "attnpool"):
-        config = _resnet_config(part)
-    else:
-        config = _vit_config(part)
+    try:
+        config = _config(tower)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise NotServed(f"its parts are not those that its class makes: {error}") from error
     with torch.device("meta"):
         plain: nn.Module = reference.build(config)
     _check_modules(tower)
@@ -109,14 +107,26 @@ def read(tower: nn.Module) -> Source:
     keys: Callable[[str], list[str]] = _transformers_keys if is_transformers(tower) else lambda name: [name]
 
     def state_dict() -> dict[str, Tensor]:
-        return _canonical(_checked(tower.state_dict()), shapes, keys)
+        return _canonical(_checked(_weights(tower)), shapes, keys)
 
-    state = {name: tensor.to("meta") for name, tensor in _checked(tower.state_dict()).items()}
+    state = {name: tensor.to("meta") for name, tensor in _checked(_weights(tower)).items()}
     _canonical(state, shapes, keys)  # has it all?
     if is_clip(tower):
         _check_wiring(tower, plain)
     convolution = _convolution(tower)
     return Source(config, tuple(tower.modules()), state_dict, lambda: convolution.weight)
+
+
+def _config(tower: Any) -> Config:
+    if is_transformers(tower):
+        return _transformers_config(tower)
+    return _resnet_config(tower) if hasattr(tower, "attnpool") else _vit_config(tower)
+
+
+def _weights(tower: nn.Module) -> dict[str, Tensor]:
+    """As `state_dict` gives them, without its hooks: FSDP's shards what is whole."""
+    named = tower.named_parameters(remove_duplicate=False), tower.named_buffers(remove_duplicate=False)
+    return {name: tensor.detach() for name, tensor in chain(*named)}
 
 
 def _convolution(tower: nn.Module) -> Any:
@@ -127,6 +137,15 @@ def _convolution(tower: nn.Module) -> Any:
 def weight(tower: nn.Module) -> Tensor:
     """One of a tower's weights, whose dtype and device are the tower's, whatever has been put in its modules' place."""
     return next(_convolution(tower).parameters())
+
+
+JUDGED = ("eps", "num_heads", "attn_mask", "scale", "is_causal", "input_resolution", "image_size")  # by `read`
+
+
+def judged(attributes: Mapping[str, Any], name: str) -> object:
+    """A module's attribute of JUDGED; of a mask, whether there is one."""
+    value = attributes.get(name)
+    return value is None if name == "attn_mask" else value
 
 
 def settings(tower: nn.Module) -> object:
@@ -294,6 +313,14 @@ def _transformers_config(tower: Any) -> VitConfig:
     attention = settings(tower)
     _require(attention in _ATTENTIONS, f"its attention is {attention!r}, not one of transformers' own")
     embeddings = tower.embeddings
+    for i, layer in enumerate(layers):
+        own = layer.self_attn
+        plain = getattr(own, "scale", None) in (None, own.head_dim**-0.5) and not getattr(own, "is_causal", False)
+        _require(plain, f"encoder.layers.{i}.self_attn is causal, or has a scale of its own")
+    order: Tensor | None = getattr(embeddings, "position_ids", None)
+    if order is not None and not order.is_meta:
+        in_order = torch.arange(order.numel(), device=order.device)
+        _require(torch.equal(order.flatten().to(in_order), in_order), "its position_ids are not in order")
     width = embeddings.patch_embedding.out_channels
     return VitConfig(
         image_size=_square("the image", embeddings.image_size),

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -100,27 +101,31 @@ def _of_tower(tower: nn.Module, images: Tensor | None) -> Verdict:
         with torch.no_grad():
             if problem := why_original(tower, images):
                 raise NotServed(problem)
-        return _verdict(
-            tower, source, lambda x: _embeddings(part.forward(x)), lambda x: _embeddings(original(tower, x)), images
+        fast, plain = part.forward, partial(original, tower)
+        index = 1 if towers.is_transformers(tower) else 0  # of the embeddings in a tuple
+        embed: tuple[_Embed, _Embed] = (
+            lambda x: _embeddings(fast(x), index),
+            lambda x: _embeddings(plain(x), index),
         )
+        return _verdict(tower, source, *embed, images)
     finally:
         if borrowed:
             restore(tower)
 
 
-def _embeddings(output: Any) -> Tensor:
-    """What a tower returns besides: patch tokens, hidden states."""
+def _embeddings(output: Any, index: int) -> Tensor:
+    """Of what a tower returns, without patch tokens and hidden states."""
     if isinstance(output, Tensor):
         return output
-    first: Tensor = cast(Any, output)[0] if type(output) is tuple else output.pooler_output
-    return first
+    embeddings: Tensor = cast(Any, output)[index] if type(output) is tuple else output.pooler_output
+    return embeddings
 
 
 def _sample(source: Source, images: Tensor | None) -> Tensor:
     """The images to compare with, as the tower takes them."""
     if images is None:
         size = source.config.image_size
-        images = torch.randn(_IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0))
+        images = torch.randn(_IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0), device="cpu")
     if len(images) == 0:
         raise ValueError("there is no image to compare with")
     weight = source.weight()
