@@ -489,6 +489,57 @@ def test_no_map_of_a_part_outgrows_32_bits(monkeypatch: pytest.MonkeyPatch) -> N
     assert engine._fitting(images, "encode") == (2**31 - 1) // largest
 
 
+def test_transforms_of_torch_func_see_the_plain_tower(images: Tensor) -> None:
+    model = make()
+    plain = model.visual
+    tangent = torch.randn_like(images)
+    for encode in (model.encode_image, model.forward):
+        assert torch.equal(
+            torch.func.jvp(encode, (images,), (tangent,))[1], torch.func.jvp(plain, (images,), (tangent,))[1]
+        )
+        together = torch.vmap(lambda image, encode=encode: encode(image[None])[0])(images)
+        assert relative_error(together, exact(model, images)) < 1e-5
+    models = [make(), make()]
+    stacked = torch.func.stack_module_state(models)
+    both = torch.vmap(lambda *state: torch.func.functional_call(model, state, images))(*stacked)
+    for got, each in zip(both, models, strict=True):
+        assert relative_error(got, exact(each, images)) < 1e-5
+
+
+def test_traces_and_fake_tensors_leave_nothing_behind(images: Tensor) -> None:
+    model = make()
+    with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True):
+        model.encode_image(images)
+    assert relative_error(model.encode_image(images), exact(model, images)) < 1e-5
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated
+        program = torch.jit.trace(model, images)
+    assert relative_error(program(images), exact(model, images)) < 1e-5
+
+
+def test_hooks_of_all_modules_run(images: Tensor) -> None:
+    model = make()
+    seen: list[object] = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        with pytest.warns(UserWarning, match="hooks are registered"):
+            model.encode_image(images)
+    finally:
+        handle.remove()
+    assert {model.visual, model.visual.conv1, model.visual.ln_post} <= set(seen)
+
+
+def test_the_default_dtype_does_not_round_weights() -> None:
+    state = random_tower(VIT).state_dict()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = ImageEncoder(VIT, state, CPU, torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for name, tensor in model.visual.state_dict().items():
+        assert torch.equal(tensor, state[name])
+
+
 MODES = ("no_grad", "frozen", "trainable")
 
 

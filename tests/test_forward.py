@@ -23,6 +23,7 @@ from models import (
     transformers,
 )
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from towers import random_tower
 
@@ -265,6 +266,68 @@ def test_an_exported_program_stands_on_its_own(make: Callable[[], nn.Module], im
     assert close(got, wanted)
 
 
+def test_what_torch_fx_and_fake_tensors_record_stands_on_its_own(images: Tensor) -> None:
+    """And nothing of it is kept."""
+    model = open_clip_vit().requires_grad_(False)
+    wanted = embeddings(model, images)
+    part = tower(clip_fast.accelerate(model))
+    assert close(torch.fx.symbolic_trace(nn.Sequential(part))(images), wanted)
+    for used in (False, True):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert type(part(images)) is FakeTensor
+        program = torch.fx.experimental.proxy_tensor.make_fx(part, tracing_mode="fake", _allow_non_fake_inputs=True)(
+            images
+        )
+        assert "clip_fast" not in str(program.graph)
+        assert close(program(images), wanted)
+        assert close(stays_fast(model, images), wanted), used
+
+
+def test_a_mask_that_comes_later_is_seen(images: Tensor) -> None:
+    model = clip_fast.accelerate(openai_vit())
+    with torch.no_grad():
+        stays_fast(model, images)
+        for block in tower(model).transformer.resblocks:
+            block.attn_mask = torch.full((17, 17), -torch.inf).triu(1)
+        got = falls_back(model, images, "transformer.resblocks.0 has an attention mask")
+        clip_fast.restore(model)
+        assert torch.equal(got, embeddings(model, images))
+
+
+@pytest.mark.parametrize("name", ["scale", "is_causal", "position_ids"])
+def test_settings_of_transformers_that_are_not_clips(name: str, images: Tensor) -> None:
+    model = hugging_face()
+    if name == "position_ids":
+        tower(model).embeddings.position_ids = tower(model).embeddings.position_ids.flip(-1)
+    else:
+        setattr(tower(model).encoder.layers[1].self_attn, name, {"scale": 1.0, "is_causal": True}[name])
+    with pytest.raises(
+        NotServed, match=r"position_ids are not in order|layers\.1\.self_attn is causal, or has a scale"
+    ):
+        clip_fast.accelerate(model)
+
+
+@pytest.mark.parametrize("make", [openai_vit, openai_resnet])
+def test_an_optimiser_that_writes_to_data(make: Callable[[], nn.Module], images: Tensor) -> None:
+    class Plain(torch.optim.Optimizer):
+        def step(self, closure: object = None) -> None:  # type: ignore[override]
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.data.add_(parameter.grad, alpha=-0.1)
+
+    model = clip_fast.accelerate(make())
+    with torch.no_grad():
+        before = stays_fast(model, images)
+    embeddings(model.train(), images).square().sum().backward()
+    Plain(model.parameters(), {}).step()
+    with torch.no_grad():
+        got = stays_fast(model.eval(), images)
+        clip_fast.restore(model)
+        assert close(got, embeddings(model, images))
+        assert not close(got, before, 1e-4)
+
+
 # --- changes since it was read ---------------------------------------------------------------------------------------
 
 
@@ -288,6 +351,16 @@ def _quantise(model: nn.Module) -> None:
     layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Doubled))
 
 
+def _subclass(model: nn.Module) -> None:
+    block = tower(model).transformer.resblocks[1]
+
+    class Doubling(type(block)):
+        def forward(self, *arguments: Any, **options: Any) -> Tensor:
+            return 2 * super().forward(*arguments, **options)
+
+    block.__class__ = Doubling
+
+
 CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
     "a module in the place of another": (_wrap, "has no transformer.resblocks.1.mlp.c_fc.weight"),
     "a weight of another shape": (_cut, r"proj is \[128, 32\], expected \[128, 64\]"),
@@ -302,6 +375,12 @@ CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
     "a block's forward": (
         lambda model: setattr(tower(model).transformer.resblocks[1], "forward", lambda x, *_, **__: 2 * x),
         "transformer.resblocks.1 has a forward of its own",
+    ),
+    "another epsilon": (lambda model: setattr(tower(model).ln_pre, "eps", 0.1), "ln_pre has eps 0.1, expected 1e-05"),
+    "another class": (_subclass, "transformer.resblocks.1 is a .*Doubling"),
+    "an MLP that is none": (
+        lambda model: setattr(tower(model).transformer.resblocks[1], "mlp", nn.Identity()),
+        "its parts are not those that its class makes: 'Identity' object has no attribute",
     ),
     "a tower's method": (
         lambda model: setattr(tower(model), "_pool", lambda x: (x[:, 1], x[:, 1:])), "the tower has a _pool of its own"
