@@ -25,6 +25,7 @@ from models import (
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from towers import random_tower
 
 import clip_fast
@@ -275,9 +276,7 @@ def test_what_torch_fx_and_fake_tensors_record_stands_on_its_own(images: Tensor)
     for used in (False, True):
         with FakeTensorMode(allow_non_fake_inputs=True):
             assert type(part(images)) is FakeTensor
-        program = torch.fx.experimental.proxy_tensor.make_fx(part, tracing_mode="fake", _allow_non_fake_inputs=True)(
-            images
-        )
+        program = make_fx(part, tracing_mode="fake", _allow_non_fake_inputs=True)(images)
         assert "clip_fast" not in str(program.graph)
         assert close(program(images), wanted)
         assert close(stays_fast(model, images), wanted), used
@@ -301,9 +300,7 @@ def test_settings_of_transformers_that_are_not_clips(name: str, images: Tensor) 
         tower(model).embeddings.position_ids = tower(model).embeddings.position_ids.flip(-1)
     else:
         setattr(tower(model).encoder.layers[1].self_attn, name, {"scale": 1.0, "is_causal": True}[name])
-    with pytest.raises(
-        NotServed, match=r"position_ids are not in order|layers\.1\.self_attn is causal, or has a scale"
-    ):
+    with pytest.raises(NotServed, match=r"position_ids are not in order|layers\.1\.self_attn is causal"):
         clip_fast.accelerate(model)
 
 
