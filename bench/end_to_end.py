@@ -274,17 +274,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ours = here[OURS] if OURS in chosen else None
             for found in heats(model, config, precision, lacking, options.rounds, device, ours, ends):
                 rows += found
-                add_ratios(rows, limits)
                 print("\n".join(_line(row) for row in found), flush=True)
-                if options.json:  # after each: a run that is cut short keeps what it has
-                    save(options.json, document("end_to_end", where, limits, rows))
-                    save(options.json.with_suffix(".md"), markdown(rows, where))
+                _keep(options.json, rows, where, limits)  # after each: a run that is cut short keeps what it has
     limits = higher(limits, ceilings(device, precisions))  # the machine may have been busy at the beginning
-    add_ratios(rows, limits)
-    if options.json:
-        save(options.json, document("end_to_end", where, limits, rows))
-        save(options.json.with_suffix(".md"), markdown(rows, where))
+    _keep(options.json, rows, where, limits)
     print(markdown(rows, where))
+
+
+def _keep(file: Path | None, rows: Sequence[Row], where: Environment, limits: Ceilings) -> None:
+    """Relates the rows to each other and to the ceilings, and writes them where a file is named."""
+    add_ratios(rows, limits)
+    if file:
+        save(file, document("end_to_end", where, limits, rows))
+        save(file.with_suffix(".md"), markdown(rows, where))
 
 
 def _line(row: Row) -> str:

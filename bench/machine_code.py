@@ -480,9 +480,7 @@ def _problems(row: Row, descriptors: bool) -> list[str]:
         problems.append(f"spills {row.spilled} bytes a thread")
     if row.shared > row.shared_limit:
         problems.append(f"wants {row.shared} bytes of shared memory, {row.shared_limit} are there")
-    exact_float = (
-        row.case.split()[1] == "fp32"
-    )  # float32 products that must be exact have no matrix instruction on NVIDIA
+    exact_float = row.case.split()[1] == "fp32"  # such products have no matrix instruction on NVIDIA
     if row.kernel not in _NO_MATRIX and not exact_float and not row.matrix:
         problems.append("has no matrix instruction")
     if row.arch == "sm_90" and row.kernel == "_linear_kernel" and not exact_float and "HGMMA" not in row.matrix:

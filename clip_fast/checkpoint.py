@@ -236,8 +236,8 @@ def _hugging_face_settings(path: Path, content: dict[str, Any]) -> _Settings:
         _warn_of_preprocessing(beside)
     return _Settings(
         activation,
-        heads=_integer(path, vision, "num_attention_heads", 12),
-        image_size=_integer(path, vision, "image_size", 224),
+        heads=_integer(path, "num_attention_heads", vision.get("num_attention_heads", 12)),
+        image_size=_integer(path, "image_size", vision.get("image_size", 224)),
         mean=_triple(beside, processing, "image_mean", IMAGE_MEAN),
         std=_triple(beside, processing, "image_std", IMAGE_STD),
     )
@@ -246,10 +246,8 @@ def _hugging_face_settings(path: Path, content: dict[str, Any]) -> _Settings:
 def _open_clip_settings(path: Path, content: dict[str, Any]) -> _Settings:
     model: dict[str, Any] = content["model_cfg"]
     vision: dict[str, Any] = model["vision_cfg"]
-    for key, value in vision.items():
-        served = key in _OPEN_CLIP_KEYS | _OPEN_CLIP_UNUSED or not value or value == _OPEN_CLIP_DEFAULTS.get(key)
-        if not served:
-            raise CheckpointError(path, f"vision_cfg sets {key} to {value!r}, which is not served")
+    for key, value in _special(vision, _OPEN_CLIP_KEYS | _OPEN_CLIP_UNUSED, _OPEN_CLIP_DEFAULTS).items():
+        raise CheckpointError(path, f"vision_cfg sets {key} to {value!r}, which is not served")
     processing: dict[str, Any] = content.get("preprocess_cfg", {})
     bicubic = processing.get("interpolation", "bicubic") == "bicubic"
     if not bicubic or processing.get("resize_mode", "shortest") != "shortest":
@@ -257,26 +255,28 @@ def _open_clip_settings(path: Path, content: dict[str, Any]) -> _Settings:
     width = vision.get("width", 768) * (32 if isinstance(vision.get("layers"), list) else 1)  # of the attention
     size: Any = vision.get("image_size", 224)
     if isinstance(size, list):
-        if len(set(cast(list[Any], size))) != 1:
-            raise CheckpointError(path, f"vision_cfg must have a square image_size, got {size}")
-        vision = {**vision, "image_size": size[0]}
+        sizes = cast(list[Any], size)
+        if len(set(sizes)) != 1:
+            raise CheckpointError(path, f"vision_cfg must have a square image_size, got {sizes}")
+        size = sizes[0]
     text: dict[str, Any] = model.get("text_cfg") or {}
     return _Settings(
         "quick_gelu" if model.get("quick_gelu") else "gelu",
         heads=width // vision.get("head_width", _HEAD_DIM),
-        image_size=_integer(path, vision, "image_size", 224),
+        image_size=_integer(path, "image_size", size),
         mean=_triple(path, processing, "mean", IMAGE_MEAN),
         std=_triple(path, processing, "std", IMAGE_STD),
-        text_heads=_integer(path, text, "heads", 8) if text else None,
-        text_as_openai=all(
-            key in _OPEN_CLIP_TEXT_KEYS or not value or value == _OPEN_CLIP_TEXT_DEFAULTS.get(key)
-            for key, value in text.items()
-        ),
+        text_heads=_integer(path, "heads", text.get("heads", 8)) if text else None,
+        text_as_openai=not _special(text, _OPEN_CLIP_TEXT_KEYS, _OPEN_CLIP_TEXT_DEFAULTS),
     )
 
 
-def _integer(path: Path, section: dict[str, Any], key: str, default: int) -> int:
-    value: Any = section.get(key, default)
+def _special(section: dict[str, Any], known: set[str], defaults: dict[str, Any]) -> dict[str, Any]:
+    """What a section of open_clip's sets besides `known` keys, empty values and harmless `defaults`."""
+    return {k: v for k, v in section.items() if k not in known and v and v != defaults.get(k)}
+
+
+def _integer(path: Path, key: str, value: Any) -> int:
     if not isinstance(value, int):
         raise CheckpointError(path, f"{key} must be an integer, got {value!r}")
     return value
@@ -624,7 +624,7 @@ class _Tower:
         layers = self._count(self.layout.blocks)
         mlp_width = self._shape("transformer.resblocks.0.mlp.c_fc.weight", 2)[0]
         image_size = self._image_size("positional_embedding", patch_size, settings)
-        heads = self._heads(width, _HEAD_DIMS.get(width, _HEAD_DIM)) if settings.heads is None else settings.heads
+        heads = self._heads(settings.heads, width, _HEAD_DIMS.get(width, _HEAD_DIM))
         return VitConfig(image_size, patch_size, width, layers, heads, embed_dim, mlp_width / width, activation())
 
     def _resnet_config(self, settings: _Settings) -> ResNetConfig:
@@ -632,7 +632,7 @@ class _Tower:
         layers = self._count("layer1."), self._count("layer2."), self._count("layer3."), self._count("layer4.")
         embed_dim = self._shape("attnpool.c_proj.weight", 2)[0]
         image_size = self._image_size("attnpool.positional_embedding", 32, settings)
-        heads = self._heads(32 * width, _HEAD_DIM) if settings.heads is None else settings.heads
+        heads = self._heads(settings.heads, 32 * width)
         return ResNetConfig(layers, width, heads, image_size, embed_dim)
 
     def text(
@@ -653,7 +653,7 @@ class _Tower:
         except CheckpointError:  # a ResNet's own needs none
             return None
         layers = tower._count(_TEXT.blocks)
-        heads = tower._heads(width, _HEAD_DIM) if settings.text_heads is None else settings.text_heads
+        heads = tower._heads(settings.text_heads, width)
         try:
             config = TextConfig(context_length, vocabulary, width, layers, heads, embed_dim, told)
         except ValueError as error:
@@ -743,7 +743,9 @@ class _Tower:
             )
         return settings.image_size or grid * stride
 
-    def _heads(self, width: int, head_dim: int) -> int:
+    def _heads(self, told: int | None, width: int, head_dim: int = _HEAD_DIM) -> int:
+        if told is not None:
+            return told
         if width % head_dim:
             raise CheckpointError(
                 self.file.path,

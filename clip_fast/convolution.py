@@ -60,9 +60,7 @@ class Convolution:
         self._run = Convolution._plain  # not bound to this instance, which would hold on to itself
         ours = POINTWISE[kind_of(dtype, precision)] == "linear"
         if size == stride == 1 and ours and by_kernels(folded):
-            self._run, self.weight = Convolution._by_product, weight.flatten(1).to(dtype).contiguous()
-            if kind_of(dtype, precision) == "tf32":
-                self.weight = ops.to_tf32(self.weight)
+            self._run, self.weight = Convolution._by_product, ops.operand(weight.flatten(1), dtype, precision)
             wide = torch.promote_types(dtype, torch.float32)
             self.scale, self.bias = scale.to(wide), bias.to(wide)
         elif weight.is_cuda and torch.version.cuda is not None and dtype != torch.float64:

@@ -189,13 +189,13 @@ class ImageEncoder(nn.Module):
 
     def _run(self, images: Tensor, task: Task, *arguments: int) -> Results:
         """A task's results: by the engine wherever it serves, else by the plain tower."""
-        if torch.compiler.is_exporting():  # a program must stand on its own
+        if torch.compiler.is_exporting() or transformed():  # a program must stand on its own
             return self._plain(images, task, *arguments)
         if torch.compiler.is_compiling():
-            if self._engine.gradients_wanted(images) or transformed():
+            if self._engine.gradients_wanted(images):
                 return self._plain(images, task, *arguments)
             return compiled(self._name, images, task, *arguments)
-        if transformed() or without_values(images):
+        if without_values(images):
             return self._plain(images, task, *arguments)
         if self.visual is not self._watch.modules[0] or self._watch.replaced():
             self.refresh()

@@ -214,7 +214,7 @@ class Forward:
     def _stamp(self, reading: _Reading) -> object:
         inside = tuple(map(type, reading.watch.modules)), tuple(map(len, reading.inside))
         judged = tuple([towers.judged(attributes, name) for attributes, name in reading.settings])
-        return inside, judged, instance.count(self.tower), towers.settings(self.tower)
+        return inside, judged, instance.count(self.tower), towers.attention(self.tower)
 
     def _read(self, last: _Reading | None) -> _Reading:
         watch = Watch(self.tower)

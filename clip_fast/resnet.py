@@ -29,7 +29,6 @@ from .convolution import Convolution, by_kernels
 from .cpu import Product, one_query_attention
 from .kernels import ops
 from .kernels.ops import Precision
-from .kernels.targets import kind_of
 
 ROWS_AT_A_TIME = 400  # tokens of the pool that are encoded together on a CPU, 8 images of 224 pixels: their first maps
 # are then still below the size that the allocator returns to the system each time
@@ -147,8 +146,8 @@ def _prepare_pool(source: dict[str, Tensor], config: ResNetConfig, dtype: torch.
     kernels = by_kernels(source["attnpool.q_proj.weight"].to(dtype))
 
     def weight(name: str) -> Tensor:
-        matrix = source[f"attnpool.{name}.weight"].to(dtype if kernels else wide)
-        return ops.to_tf32(matrix) if kernels and kind_of(dtype, precision) == "tf32" else matrix
+        matrix = source[f"attnpool.{name}.weight"]
+        return ops.operand(matrix, dtype, precision) if kernels else matrix.to(wide)
 
     def product(name: str) -> Callable[[Tensor], Tensor]:
         matrix, bias = weight(name), source[f"attnpool.{name}.bias"].to(wide)

@@ -139,7 +139,10 @@ def weight(tower: nn.Module) -> Tensor:
     return next(_convolution(tower).parameters())
 
 
-JUDGED = ("eps", "num_heads", "attn_mask", "scale", "is_causal", "input_resolution", "image_size")  # by `read`
+JUDGED = (  # attributes, by `read`
+    "eps", "num_heads", "attn_mask", "scale", "is_causal", "input_resolution", "image_size", "pool_type",
+    "final_ln_after_pool",
+)  # fmt: skip
 
 
 def judged(attributes: Mapping[str, Any], name: str) -> object:
@@ -148,12 +151,9 @@ def judged(attributes: Mapping[str, Any], name: str) -> object:
     return value is None if name == "attn_mask" else value
 
 
-def settings(tower: nn.Module) -> object:
-    """What a tower looks up in its attributes at every call, and `read` has judged."""
-    attributes = vars(tower)
-    if "config" in attributes:
-        return getattr(attributes["config"], "_attn_implementation", None)
-    return attributes.get("pool_type"), attributes.get("final_ln_after_pool")
+def attention(tower: nn.Module) -> object:
+    """The implementation that a tower of transformers looks up at every call, and `read` has judged."""
+    return getattr(vars(tower).get("config"), "_attn_implementation", None)
 
 
 def _checked(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -310,8 +310,8 @@ def _vit_config(tower: Any) -> VitConfig:
 def _transformers_config(tower: Any) -> VitConfig:
     """The projection is outside of the tower: here it is the identity."""
     layers = list(tower.encoder.layers)
-    attention = settings(tower)
-    _require(attention in _ATTENTIONS, f"its attention is {attention!r}, not one of transformers' own")
+    chosen = attention(tower)
+    _require(chosen in _ATTENTIONS, f"its attention is {chosen!r}, not one of transformers' own")
     embeddings = tower.embeddings
     for i, layer in enumerate(layers):
         own = layer.self_attn

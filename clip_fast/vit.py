@@ -83,16 +83,11 @@ def prepare(
     wide = torch.promote_types(dtype, torch.float32)
     source = {name: tensor.detach().to(wide) for name, tensor in state_dict.items()}
 
-    def rounded(weight: Tensor) -> Tensor:
-        """A weight as it is multiplied by."""
-        weight = weight.to(dtype).contiguous()
-        return ops.to_tf32(weight) if dtype == torch.float32 and precision == "tf32" else weight
-
     def product(weight: Tensor, bias: Tensor, norm: str | None = None) -> Product:
         if norm is None:
-            return Product(rounded(weight), bias)
+            return Product(ops.operand(weight, dtype, precision), bias)
         gain, shift = source[f"{norm}.weight"], source[f"{norm}.bias"]
-        folded = rounded(weight * gain)
+        folded = ops.operand(weight * gain, dtype, precision)
         # summed from the weight as rounded, in float64: the product's means must cancel against exactly these
         return Product(folded, bias + weight @ shift, folded.double().sum(dim=1).to(wide))
 
@@ -113,14 +108,14 @@ def prepare(
     position[0] += source["class_embedding"]
     mu, sigma = (torch.tensor(x, dtype=torch.float64, device=patch.device)[:, None, None] for x in (mean, std))
     # a pixel u enters as u − 128, see ops.patch_embed
-    patch_uint8 = rounded(patch.double() / (255 * sigma))
+    patch_uint8 = ops.operand(patch.double() / (255 * sigma), dtype, precision)
     shift = (patch_uint8.double() * (128 - 255 * mu)).sum(dim=(1, 2, 3))
     position_uint8 = position.clone()
     position_uint8[1:] += shift.to(wide)
     proj = source["proj"]
     return Weights(
         config=config,
-        patch=_pad_features(rounded(patch)),
+        patch=_pad_features(ops.operand(patch, dtype, precision)),
         position=position,
         patch_uint8=_pad_features(patch_uint8),
         position_uint8=position_uint8,

@@ -50,6 +50,12 @@ def to_tf32(weight: Tensor) -> Tensor:
     return torch.where(weight.isfinite(), (bits + 0x1000).bitwise_and_(-0x2000).view(torch.float32), weight)
 
 
+def operand(weight: Tensor, dtype: torch.dtype, precision: Precision) -> Tensor:
+    """A weight as kernels multiply by it: contiguous, of `dtype`, and rounded where they would cut it."""
+    weight = weight.to(dtype).contiguous()
+    return to_tf32(weight) if dtype == torch.float32 and precision == "tf32" else weight
+
+
 # --- the ops ---------------------------------------------------------------------------------------------------------
 
 
