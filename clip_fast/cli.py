@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from . import Clip, ImageEncoder, Preprocess, __version__, available_models, load, tokenize
 from .checkpoint import CheckpointError
-from .decode import Decoder
+from .decode import Decoder, start_fork_server
 from .devices import Job, run_on_devices
 from .embed import EmbeddingWriter, embed_files
 from .encoder import default_device, default_dtype
@@ -400,12 +400,14 @@ def _encode_to_npy(arguments: argparse.Namespace) -> int:
 
 def _encode_to_folder(arguments: argparse.Namespace) -> int:
     devices = _chosen_devices(arguments)
+    options = _options(arguments, devices)
+    one = devices[0] if len(devices) == 1 else None  # of several, each process loads its own weights
     with OutputFolder(arguments.output, arguments.resume) as folder:
+        if one and options.workers:
+            start_fork_server()
         inputs = _find(arguments)
         dtype = DTYPES.get(arguments.dtype) or default_dtype(devices[0])
-        one = devices[0] if len(devices) == 1 else None  # of several, each process loads its own weights
         model, preprocess = load(arguments.model, one or "cpu", dtype, activation=arguments.activation)
-        options = _options(arguments, devices)
         folder.begin(_settings(arguments, options, model, devices))
         with _progress(arguments, inputs) as progress:
             if one:
@@ -429,11 +431,13 @@ def _encode_to_parquet(arguments: argparse.Namespace) -> int:
     if arguments.resume or arguments.devices:
         raise ValueError("--resume and --devices are for an --output that is a folder (ending in /)")
     devices = _chosen_devices(arguments)
+    options = _options(arguments, devices)
     with ParquetFile(arguments.output) as file:
+        if options.workers:
+            start_fork_server()
         inputs = _find(arguments)
         dtype = DTYPES.get(arguments.dtype)
         model, preprocess = load(arguments.model, devices[0], dtype, activation=arguments.activation)
-        options = _options(arguments, devices)
         with _progress(arguments, inputs) as progress:
             run(model, Decoder(preprocess, arguments.fast_decode), inputs, file, options, progress)
             file.commit()

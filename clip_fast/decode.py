@@ -19,6 +19,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from typing import NamedTuple
 
@@ -289,3 +290,12 @@ def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     return context
+
+
+def start_fork_server() -> None:
+    """Starts the process that workers come from, which then imports PyTorch, while its caller does something else.
+
+    `decode_batches` starts it where nobody has, and waits for it.
+    """
+    _context()
+    forkserver.ensure_running()

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, Literal, get_args, overload
+from typing import Any, Literal, TypeVar, get_args, overload
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ from .engine import (
     without_values,
 )
 from .graphs import Results
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 def default_device() -> torch.device:
@@ -85,10 +87,10 @@ class ImageEncoder(nn.Module):
         self.mean, self.std = mean, std
         self._precision: Precision | None = precision
         self._cuda_graphs = cuda_graphs
-        with torch.inference_mode(False):  # tensors made in inference mode have no version to tell changes by
-            self.visual = reference.build(config).to(dtype)  # before: the default dtype may be a narrower one
-            self.visual.load_state_dict(state_dict)
-            self.to(device).eval().requires_grad_(False)
+        with torch.device("meta"):  # without drawing random weights first
+            visual = reference.build(config)
+        self.visual = with_weights(visual, state_dict, device, dtype)
+        self.eval()
         self.refresh()
 
     def refresh(self) -> None:
@@ -238,6 +240,17 @@ class ImageEncoder(nn.Module):
         """A task's results by the plain tower, through which gradients flow."""
         method = self.visual if task == "encode" else getattr(self.visual, task)
         return as_tuple(method(normalised(images, self.dtype, self.mean, self.std), *arguments))
+
+
+def with_weights(module: _Module, state_dict: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> _Module:
+    """`module`, which is on the meta device, with copies of these weights, for inference."""
+    with torch.inference_mode(False):  # tensors made in inference mode have no version to tell changes by
+        weights = {
+            name: tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True).contiguous()
+            for name, tensor in state_dict.items()
+        }
+        module.load_state_dict(weights, assign=True)
+        return module.eval().requires_grad_(False)
 
 
 def _difference(tower: Any, config: Config) -> str | None:

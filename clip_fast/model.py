@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import Config, TextConfig
-from .encoder import ImageEncoder
+from .encoder import ImageEncoder, with_weights
 from .text import TextEncoder
 
 
@@ -35,10 +35,9 @@ class Clip(ImageEncoder):
         **options: Any,
     ) -> None:
         super().__init__(config, state_dict, device, dtype, **options)
-        with torch.inference_mode(False):
-            self.text = TextEncoder(text_config)
-            self.text.load_state_dict(text_state_dict)
-            self.text.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        with torch.device("meta"):
+            text = TextEncoder(text_config)
+        self.text = with_weights(text, text_state_dict, device, dtype)
 
     @property
     def logit_scale(self) -> Tensor:

@@ -46,6 +46,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False)
     return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)  # (B, Nq, W)
 
 
+def random_parameter(*shape: int, std: float) -> nn.Parameter:
+    """Normally distributed; without numbers on the meta device, where drawing them would import torch.compile first."""
+    parameter = nn.Parameter(torch.empty(shape))
+    if not parameter.is_meta:
+        nn.init.normal_(parameter, std=std)
+    return parameter
+
+
 # --- Vision Transformer ----------------------------------------------------------------------------------------------
 
 
@@ -109,12 +117,12 @@ class VisionTransformer(nn.Module):
         self.input_resolution, self.output_dim = config.image_size, config.embed_dim
         scale = config.width**-0.5
         self.conv1 = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, bias=False)
-        self.class_embedding = nn.Parameter(scale * torch.randn(config.width))
-        self.positional_embedding = nn.Parameter(scale * torch.randn(config.tokens, config.width))
+        self.class_embedding = random_parameter(config.width, std=scale)
+        self.positional_embedding = random_parameter(config.tokens, config.width, std=scale)
         self.ln_pre = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
         self.transformer = Transformer(config)
         self.ln_post = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
-        self.proj = nn.Parameter(scale * torch.randn(config.width, config.embed_dim))
+        self.proj = random_parameter(config.width, config.embed_dim, std=scale)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.hidden_state(images, len(self.transformer.resblocks))
@@ -180,7 +188,7 @@ class AttentionPool(nn.Module):
         super().__init__()
         features = config.features
         self.heads = config.heads
-        self.positional_embedding = nn.Parameter(features**-0.5 * torch.randn(config.tokens, features))
+        self.positional_embedding = random_parameter(config.tokens, features, std=features**-0.5)
         self.q_proj = nn.Linear(features, features)
         self.k_proj = nn.Linear(features, features)
         self.v_proj = nn.Linear(features, features)

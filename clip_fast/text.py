@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import html
 import importlib
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import LAYER_NORM_EPS, TextConfig
-from .reference import Transformer
+from .reference import Transformer, random_parameter
 
 VOCABULARY = 49408  # tokens: twice 256 bytes, the merges that are used, start and end
 
@@ -36,12 +37,14 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocabulary, config.width)
-        self.positional_embedding = nn.Parameter(0.01 * torch.randn(config.context_length, config.width))
+        self.token_embedding = nn.Embedding.from_pretrained(  # pyright: ignore[reportUnknownMemberType]
+            random_parameter(config.vocabulary, config.width, std=1.0), freeze=False
+        )
+        self.positional_embedding = random_parameter(config.context_length, config.width, std=0.01)
         self.transformer = Transformer(config, causal=True)
         self.ln_final = nn.LayerNorm(config.width, eps=LAYER_NORM_EPS)
-        self.text_projection = nn.Parameter(config.width**-0.5 * torch.randn(config.width, config.embed_dim))
-        self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.text_projection = random_parameter(config.width, config.embed_dim, std=config.width**-0.5)
+        self.logit_scale = nn.Parameter(torch.tensor(-math.log(0.07)))
 
     def forward(self, tokens: Tensor) -> Tensor:
         context_length = len(self.positional_embedding)

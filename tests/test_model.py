@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,20 @@ def test_in_half_precision(tmp_path: Path) -> None:
     embeddings = ours.encode_text(tokens)
     assert embeddings.dtype == torch.bfloat16
     assert relative_error(embeddings, theirs.encode_text(tokens)) < 0.05
+
+
+@pytest.mark.parametrize("vision_layers", [2, (1, 1, 1, 1)], ids=["vit", "resnet"])
+def test_loading_does_not_wait_for_torch_compile(vision_layers: int | tuple[int, ...], tmp_path: Path) -> None:
+    torch.save(make(vision_layers).state_dict(), tmp_path / "clip.pt")
+    code = """if True:
+        import sys, torch, clip_fast
+        heavy = {"torch._dynamo", "sympy"} - set(sys.modules)
+        assert heavy, "torch imports them by itself now: this test tells nothing"
+        model, _ = clip_fast.load(sys.argv[1], "cpu", activation="quick_gelu")
+        model.encode_image(torch.zeros(1, 3, 64, 64))
+        assert not heavy & set(sys.modules), heavy & set(sys.modules)
+    """
+    subprocess.run([sys.executable, "-c", code, tmp_path / "clip.pt"], check=True, timeout=300)
 
 
 def test_without_its_text_tower_a_checkpoint_gives_the_image_encoder(tmp_path: Path) -> None:
