@@ -49,7 +49,7 @@ def accelerate(model: _Model, *, precision: Precision | None = None, cuda_graphs
     if isinstance(model, ImageEncoder):  # which is fast as it is
         model.refresh()
         return model
-    found = [Forward(tower, precision, cuda_graphs) for tower in towers.find(model)]
+    found = [_forward(tower, precision, cuda_graphs) for tower in towers.find(model)]
     for forward in found:
         if problem := forward.read():
             raise NotServed(problem)
@@ -76,8 +76,15 @@ def is_accelerated(model: nn.Module) -> bool:
 
 def why_original(tower: nn.Module, images: Tensor) -> str | None:
     """Why the original forward of an accelerated tower would run for `images`; None: the fast path has just run."""
-    forward: Forward = vars(tower)["forward"].__self__
+    forward = Forward.of(tower)
+    assert forward is not None
     return forward.why_original(images)
+
+
+def _forward(tower: nn.Module, precision: Precision | None, cuda_graphs: bool) -> Forward:
+    """A tower's own, if it is accelerated with the same settings: by its name, compiled graphs know it."""
+    attached = Forward.of(tower)
+    return attached if attached and attached.has(precision, cuda_graphs) else Forward(tower, precision, cuda_graphs)
 
 
 def _is_openai_clip(module: nn.Module) -> bool:

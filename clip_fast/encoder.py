@@ -91,6 +91,7 @@ class ImageEncoder(nn.Module):
             visual = reference.build(config)
         self.visual = with_weights(visual, state_dict, device, dtype)
         self.eval()
+        self._name = register(self, ImageEncoder._run, ImageEncoder._empty)
         self.refresh()
 
     def refresh(self) -> None:
@@ -102,17 +103,23 @@ class ImageEncoder(nn.Module):
         self._problem = _difference(visual, self.config)
         self._watch = Watch(visual, called=False)
         self._norms = [module for module in visual.modules() if isinstance(module, nn.BatchNorm2d)]
-        source = Source(self.config, self._watch.modules, visual.state_dict, lambda: visual.conv1.weight)
+
+        def state_dict() -> dict[str, Tensor]:
+            if problem := _difference(visual, self.config):
+                raise NotServed(problem)
+            return visual.state_dict()
+
+        source = Source(self.config, self._watch.modules, state_dict, lambda: visual.conv1.weight)
         self._engine = Engine(
             source, precision=self._precision, mean=self.mean, std=self.std, cuda_graphs=self._cuda_graphs
         )
-        self._name = register(self, ImageEncoder._run, ImageEncoder._empty)
         self._warned: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: all but what `refresh` makes."""
+        """For copies and pickles: all but what `refresh` makes, and the name."""
         made = ("_problem", "_watch", "_norms", "_engine", "_name", "_warned")
-        return {name: value for name, value in self.__dict__.items() if name not in made}
+        state: dict[str, Any] = super().__getstate__()
+        return {name: value for name, value in state.items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # pyright: ignore[reportUnknownMemberType]
@@ -120,6 +127,7 @@ class ImageEncoder(nn.Module):
             weights: dict[str, Tensor] = self.state_dict()
             if any(tensor.is_inference() for tensor in weights.values()):
                 self.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, assign=True)
+        self._name = register(self, ImageEncoder._run, ImageEncoder._empty)
         self.refresh()
 
     @property
@@ -193,6 +201,8 @@ class ImageEncoder(nn.Module):
         """A task's results: by the engine wherever it serves, else by the plain tower."""
         if torch.compiler.is_exporting() or transformed():  # a program must stand on its own
             return self._plain(images, task, *arguments)
+        if getattr(self, "_is_replica", False):  # of DataParallel: its weights last for this call
+            return self._plain(images.to(self.device), task, *arguments)
         if torch.compiler.is_compiling():
             if self._engine.gradients_wanted(images):
                 return self._plain(images, task, *arguments)

@@ -2,9 +2,9 @@
 
 Whose the tower is does not matter here: its weights are an `ImageEncoder`'s, or a module's of another package that
 `accelerate` serves. They are folded into the form that the fast path reads when first needed, and again whenever they
-have changed: a weight's version counts the writes to it. Two things leave no trace there. Steps of optimisers that are
-fused, or write to `weight.data`, are counted by a hook of ours; other such writes are nowhere to be seen, and
-`clip_fast.accelerate(model)` called again reads everything anew.
+have changed: a weight's version counts the writes to it. Some leave no trace there. Steps of optimisers that are fused,
+or write to `weight.data`, and modules put into a tower are counted by hooks of ours; other such writes are nowhere to be
+seen, and `clip_fast.accelerate(model)` called again reads everything anew.
 """
 
 from __future__ import annotations
@@ -13,18 +13,19 @@ import itertools
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.module import register_module_module_registration_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import cpu, graphs, resnet, vit, vit_cpu
@@ -43,7 +44,7 @@ _WHOLE_BATCH = 64  # images, up to which nobody asks how much is free
 # PyTorch has no public name for what is at work in these.
 _forward_ad: Any = torch.autograd.forward_ad
 _functorch: Any = torch._C._functorch  # pyright: ignore
-_FAKE: Any = torch._C._TorchDispatchModeKey.FAKE  # pyright: ignore
+_MODES: Any = torch._C._TorchDispatchModeKey  # pyright: ignore
 _mode: Callable[[Any], object] = torch._C._get_dispatch_mode  # pyright: ignore
 
 _version, _cdata = attrgetter("_version"), attrgetter("cdata")
@@ -65,7 +66,8 @@ def without_values(images: Tensor) -> bool:
     return (
         torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
         or isinstance(images, FakeTensor)
-        or _mode(_FAKE) is not None
+        or _mode(_MODES.FAKE) is not None
+        or _mode(_MODES.PROXY) is not None
     )
 
 
@@ -125,7 +127,8 @@ class Engine:
         self._slots = [vars(m)[kind] for m in source.modules for kind in ("_parameters", "_buffers") if vars(m)[kind]]
         with _engines_lock:
             _ENGINES.add(self)
-        _follow_optimisers()
+            _PARENTS.update(source.modules)
+        _follow()
 
     @property
     def device(self) -> torch.device:
@@ -244,7 +247,7 @@ class Engine:
     def _fast_path(self) -> _Prepared:
         """The fast path, prepared again where the tower's tensors have changed."""
         tensors = self._tensors()
-        source = (self.precision, ops.triton_can_run(tensors[0].device), _fingerprint(tensors))
+        source = (self.precision, ops.triton_can_run(tensors[0].device), _unseen, _fingerprint(tensors))
         prepared = self.prepared
         if prepared is None or _changed(prepared, source):
             with self._lock, torch.inference_mode(False), torch.no_grad():
@@ -324,29 +327,44 @@ def as_tuple(result: Tensor | Results) -> Results:
     return result if isinstance(result, tuple) else (result,)
 
 
-# --- optimisers ------------------------------------------------------------------------------------------------------
+# --- what changes weights and leaves their versions as they are ------------------------------------------------------
 
 _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
+_PARENTS: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules of their towers
 _engines_lock = threading.Lock()
+_unseen = 0  # events after which any weight may have changed
 
 
 @cache
-def _follow_optimisers() -> None:
-    """Counts optimisers' steps in the versions of our weights, which those that are fused do not."""
+def _follow() -> None:
     register_optimizer_step_post_hook(_count_step)  # pyright: ignore[reportUnknownMemberType]
+    register_module_module_registration_hook(_count_module)
 
 
 def _count_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Counts an optimiser's step in the versions of our weights, which one that is fused does not.
+
+    FSDP's optimisers step shards, from which weights are gathered that keep their identity and version.
+    """
+    global _unseen
     with _engines_lock:
         engines = list(_ENGINES)
     ours = {id(tensor) for engine in engines for tensor in engine._tensors()}  # pyright: ignore[reportPrivateUsage]
-    stepped = [p for group in optimizer.param_groups for p in group["params"] if id(p) in ours]
-    torch.autograd.graph.increment_version(stepped)
+    parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.autograd.graph.increment_version([p for p in parameters if id(p) in ours])
+    _unseen += any(type(p) not in (Tensor, nn.Parameter) for p in parameters)
+
+
+def _count_module(parent: nn.Module, *_: Any) -> None:
+    """Counts what is put into a tower: peft puts adapters around its modules, adds to `weight.data`, and puts the same
+    modules back."""
+    global _unseen
+    _unseen += parent in _PARENTS
 
 
 # --- the modules of a tower ------------------------------------------------------------------------------------------
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_hooks_of = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Watch:
@@ -362,8 +380,7 @@ class Watch:
         self.modules: tuple[nn.Module, ...] = tuple(tower.modules())  # held, so that no other takes an identity
         self._children = tuple(vars(module)["_modules"] for module in self.modules)
         self._identities = self._now()
-        hooked = self.modules[1:] if called else self.modules
-        self._hooks: tuple[dict[int, Any], ...] = tuple(vars(module)[kind] for module in hooked for kind in _HOOKS)
+        self._hooked = tuple(map(vars, self.modules[1:] if called else self.modules))
 
     def _now(self) -> tuple[int, ...]:
         return tuple(map(id, chain.from_iterable(map(dict[str, Any].values, self._children))))
@@ -374,7 +391,8 @@ class Watch:
 
     def hooked(self) -> bool:
         """Whether a user hooked a module whose hooks the fast path would not run."""
-        return any(map(_foreign, filter(None, self._hooks)))
+        hooks: Iterable[dict[int, Any]] = chain.from_iterable(map(_hooks_of, self._hooked))  # which may be new ones
+        return any(map(_foreign, filter(None, hooks)))
 
 
 def _foreign(hooks: dict[int, Any]) -> bool:

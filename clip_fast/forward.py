@@ -6,6 +6,7 @@ graph of torch.compile the whole judgement is one operator's, made when the grap
 
 from __future__ import annotations
 
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
@@ -73,7 +74,23 @@ class Forward:
 
     def attach(self) -> None:
         method = self.embeddings if towers.is_clip(self.tower) else self.hidden_states
-        instance.attach(self.tower, {"forward": method}, self._attach_to_copy)
+
+        @functools.wraps(method)
+        def forward(*arguments: Any, **options: Any) -> Any:  # no method: accelerate would bind it to the tower
+            return method(*arguments, **options)
+
+        instance.attach(self.tower, {"forward": forward}, self._attach_to_copy)
+
+    @staticmethod
+    def of(tower: nn.Module) -> Forward | None:
+        """What is attached to a tower."""
+        method = getattr(vars(tower).get("forward"), "__wrapped__", None)
+        owner = getattr(method, "__self__", None)
+        return owner if isinstance(owner, Forward) else None
+
+    def has(self, precision: Precision | None, cuda_graphs: bool) -> bool:
+        """Whether these are its settings."""
+        return (self._precision, self._cuda_graphs) == (precision, cuda_graphs)
 
     def _attach_to_copy(self, tower: nn.Module) -> None:
         forward = Forward(tower, self._precision, self._cuda_graphs)
@@ -125,6 +142,8 @@ class Forward:
         """Why the original must answer a call of a transformers tower."""
         if self._setting(options, "output_attentions"):
             return "attention weights are asked for"
+        if getattr(self.tower.config, "is_causal", None):
+            return "its config says is_causal"
         if options.get("interpolate_pos_encoding"):
             return "positional encodings are to be interpolated, which transformers does in its own way"
         all_states = self._setting(options, "output_hidden_states")
@@ -201,7 +220,8 @@ class Forward:
     # --- what is in the tower ----------------------------------------------------------------------------------------
 
     def read(self) -> str | None:
-        """Looks through the tower, if need be; what is not served."""
+        """Looks through the tower as it is now, whatever is known of it; what is not served."""
+        self._last = None
         return self._reading().problem
 
     def _reading(self) -> _Reading:

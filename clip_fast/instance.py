@@ -32,6 +32,11 @@ def attach(module: nn.Module, methods: Mapping[str, Callable[..., Any]], renew: 
         renew(other)
         return other
 
+    def state() -> dict[str, Any]:
+        mine = attributes(module)
+        given: dict[str, Any] = cast(Any, type(module)).__getstate__(module)
+        return {name: value for name, value in given.items() if name in mine}
+
     def replicate() -> nn.Module:
         replica: nn.Module = cast(Any, type(module))._replicate_for_data_parallel(module)
         detach(replica)
@@ -40,7 +45,7 @@ def attach(module: nn.Module, methods: Mapping[str, Callable[..., Any]], renew: 
     wanted: dict[str, Any] = {
         **methods,
         "__deepcopy__": deepcopy,
-        "__getstate__": lambda: attributes(module),
+        "__getstate__": state,
         "_replicate_for_data_parallel": replicate,
     }
     ours = {name: method for name, method in wanted.items() if name not in own}

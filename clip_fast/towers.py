@@ -6,6 +6,7 @@ class (an adapter, a quantised layer), a method of its own, another epsilon, str
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
@@ -208,12 +209,23 @@ def _check_modules(tower: Any) -> None:
             continue  # looked at in `_activation`
         if _class(module) not in _KNOWN:
             raise NotServed(f"{name} is a {_class(module)}")
-        if method := instance.replaced_method(module):
+        if method := instance.replaced_method(module) or _patched(type(module)):
             raise NotServed(f"{name} has a {method} of its own")
         eps: float | None = getattr(module, "eps", None)
         expected = LAYER_NORM_EPS if isinstance(module, nn.LayerNorm) else BATCH_NORM_EPS
         if eps is not None and eps != expected:
             raise NotServed(f"{name} has eps {eps}, expected {expected}")
+
+
+def _patched(cls: type) -> str | None:
+    """The name of a method that someone else put on a known class, in the place of its own."""
+    for base in cls.__mro__:
+        if f"{base.__module__}.{base.__qualname__}" in _KNOWN:
+            for name, method in vars(base).items():
+                own = base.__module__, f"{base.__qualname__}.{name}"
+                if inspect.isfunction(method) and (method.__module__, method.__qualname__) != own:
+                    return name
+    return None
 
 
 def _named(tower: Any) -> dict[str, nn.Module]:
@@ -288,6 +300,8 @@ def _vit_config(tower: Any) -> VitConfig:
         _require(getattr(block, "attn_mask", None) is None, f"{where} has an attention mask")
         _require(block.attn.in_proj_weight is not None, f"{where}.attn has keys and values of another width")
         _require(not block.attn.add_zero_attn, f"{where}.attn attends to a zero as well")
+    known = _class(tower).startswith("clip.") or hasattr(tower, "final_ln_after_pool")
+    _require(known, "this release of open_clip is too old, and pools otherwise: update it")
     _require(getattr(tower, "attn_pool", None) is None, "attn_pool is an attentional pooler")
     pool = getattr(tower, "pool_type", "tok")
     _require(pool == "tok", f"pool_type is {pool!r}, expected 'tok'")

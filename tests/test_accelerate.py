@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 import clip_fast
 from clip_fast.accelerate import is_accelerated
+from clip_fast.forward import Forward
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -51,11 +52,14 @@ def images() -> Tensor:
 def no_original(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails where a tower's own forward runs."""
 
-    def forward(self: nn.Module, *_: Any, **options: Any) -> None:
-        pytest.fail(f"the original forward of {type(self)} runs")
-
     for make in MODELS:
-        monkeypatch.setattr(type(tower(make())), "forward", forward)
+        cls = type(tower(make()))
+
+        def forward(self: nn.Module, *_: Any, **options: Any) -> None:
+            pytest.fail(f"the original forward of {type(self)} runs")
+
+        forward.__module__, forward.__qualname__ = cls.__module__, f"{cls.__qualname__}.forward"  # as if it were its own
+        monkeypatch.setattr(cls, "forward", forward)
 
 
 @pytest.fixture
@@ -63,7 +67,7 @@ def no_original_but_for() -> Callable[[Any], None]:
     """Raises where the tower of a model says that its own forward runs."""
 
     def strict(model: Any) -> None:
-        forward = vars(tower(model))["forward"].__self__
+        forward: Any = Forward.of(tower(model))
 
         def warn(problem: str) -> None:
             pytest.fail(problem)

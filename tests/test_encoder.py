@@ -22,6 +22,7 @@ import clip_fast
 from clip_fast import vit_cpu
 from clip_fast.config import IMAGE_MEAN, IMAGE_STD, ResNetConfig, VitConfig
 from clip_fast.encoder import ImageEncoder
+from clip_fast.engine import _OWNERS
 
 VIT = VitConfig(image_size=64, patch_size=16, width=128, layers=3, heads=2, embed_dim=32)
 RESNET = ResNetConfig(layers=(1, 1, 1, 1), width=4, heads=2, image_size=64, embed_dim=32)
@@ -328,6 +329,39 @@ def test_weights_made_in_inference_mode(images: Tensor) -> None:
         assert relative_error(model.encode_image(images), exact(model, images)) < 1e-5
 
 
+def test_weights_that_no_tower_has(images: Tensor) -> None:
+    """The plain tower reads them, or does without."""
+    for change in (
+        lambda visual: setattr(visual.conv1, "bias", torch.nn.Parameter(torch.randn(128))),
+        lambda visual: setattr(visual.transformer.resblocks[0].mlp.c_fc, "bias", None),
+    ):
+        model = make()
+        model.encode_image(images)
+        change(model.visual)
+        with pytest.warns(UserWarning, match="the plain tower runs"), torch.no_grad():
+            got = model.encode_image(images)
+        assert relative_error(got, exact(model, images)) < 1e-5
+
+
+def test_replicas_of_data_parallel_run_the_plain_tower(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make()
+    replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in replicas.items():  # as torch.nn.parallel.replicate, which wants GPUs
+        for name, child in module.named_children():
+            setattr(replica, name, replicas[child])
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(replica, name, 2 * parameter)
+    doubled = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in doubled.parameters():
+            parameter.mul_(2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            got = replicas[model](images)
+        assert relative_error(got, exact(doubled, images)) < 1e-5
+        assert not torch.equal(got, doubled(images))  # by another path
+
+
 def test_a_change_of_dtype_is_seen(images: Tensor) -> None:
     model = make()
     model.encode_image(images)
@@ -384,6 +418,27 @@ def test_copies_and_pickles(images: Tensor) -> None:
             twin.visual.proj.zero_()
         assert twin.encode_image(images).abs().max() == 0
     assert torch.equal(model.encode_image(images), wanted)
+
+
+def test_copies_and_pickles_once_compiled(images: Tensor) -> None:
+    torch.compiler.reset()
+    model = make()
+    model.compile(backend="eager")
+    before = model(images)
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        other.visual.conv1.weight.mul_(2)
+        assert torch.equal(other(images), other.encode_image(images))
+        assert relative_error(other(images), exact(other, images)) < 1e-5
+    assert torch.equal(model(images), before)
+
+
+def test_refreshed_an_encoder_keeps_its_name() -> None:
+    """By which compiled graphs know it."""
+    model = make()
+    names = len(_OWNERS)
+    for _ in range(3):
+        model.refresh()
+    assert len(_OWNERS) == names
 
 
 def test_under_inference_mode_and_autocast(images: Tensor) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +34,7 @@ import clip_fast
 from clip_fast.accelerate import why_original
 from clip_fast.config import VitConfig
 from clip_fast.engine import Engine
+from clip_fast.forward import Forward
 from clip_fast.towers import NotServed
 
 
@@ -83,6 +86,17 @@ def test_hooks_inside_the_tower(make: Callable[[], nn.Module], kind: str, images
         finally:
             hook.remove()
         assert torch.equal(stays_fast(model, images), before)
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_hooks_after_all_were_thrown_away(make: Callable[[], nn.Module], images: Tensor) -> None:
+    """A widespread way to remove hooks puts a new dictionary in the place of the old."""
+    model = clip_fast.accelerate(make())
+    with torch.no_grad():
+        stays_fast(model, images)
+        inner(model)._forward_hooks = OrderedDict()
+        inner(model).register_forward_hook(lambda *_: None)
+        falls_back(model, images, "hooks are registered inside the tower")
 
 
 @pytest.mark.parametrize("make", MODELS)
@@ -414,9 +428,10 @@ def test_weights_are_prepared_once_however_often_the_attention_is_switched(image
     model = clip_fast.accelerate(hugging_face())
     with torch.no_grad():
         stays_fast(model, images)
-        engine = vars(tower(model))["forward"].__self__.choice(images)
+        forward: Any = Forward.of(tower(model))
+        engine = forward.choice(images)
         model.set_attn_implementation("eager")
-        assert vars(tower(model))["forward"].__self__.choice(images) is engine
+        assert forward.choice(images) is engine
 
 
 def test_raw_pixels_reach_the_original_as_floats() -> None:
@@ -559,3 +574,128 @@ def test_what_an_engine_refuses_in_a_call(images: Tensor, monkeypatch: pytest.Mo
         monkeypatch.setattr(Engine, "run", run)
         assert close(falls_back(copy.deepcopy(model), images, "not today"), before)
         assert why_original(tower(model), images) == "not today"
+
+
+# --- what other libraries do to modules and classes ------------------------------------------------------------------
+
+
+class Adapter(nn.Module):
+    """As peft's: around a module, to whose weights it is added in the end."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_adapters_that_came_and_went_between_two_calls(make: Callable[[], nn.Module], images: Tensor) -> None:
+    """The module that is put back is the old one, with an old version of a weight that is new."""
+    model = clip_fast.accelerate(make())
+    name, module = next((n, m) for n, m in tower(model).named_modules() if m is inner(model))
+    parent, leaf = tower(model).get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+    with torch.no_grad():
+        before = stays_fast(model, images)
+        setattr(parent, leaf, Adapter(module))
+        module.weight.data += 0.1 * torch.randn_like(module.weight)
+        setattr(parent, leaf, module)
+        after = stays_fast(model, images)
+        assert not close(after, before, 1e-3)
+        assert close(after, embeddings(clip_fast.restore(model), images))
+
+
+class Sharded(Tensor):
+    """As FSDP's shards are to optimisers."""
+
+
+def test_steps_of_sharded_weights_are_seen(images: Tensor) -> None:
+    """What is gathered from shards lies in the memory of the tensors before, whose versions stay."""
+    model = clip_fast.accelerate(openai_vit())
+    shard = torch.ones(2).as_subclass(Sharded).requires_grad_()
+    optimizer = torch.optim.SGD([shard], lr=0.1)
+    with torch.no_grad():
+        before = stays_fast(model, images)
+    inner(model).weight.data += 0.1 * torch.randn_like(inner(model).weight)
+    shard.grad = torch.ones_like(shard)
+    optimizer.step()
+    with torch.no_grad():
+        after = stays_fast(model, images)
+        assert not close(after, before, 1e-3)
+        assert close(after, embeddings(clip_fast.restore(model), images))
+
+
+@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("part", ["tower", "inside"])
+def test_classes_with_methods_of_others(
+    make: Callable[[], nn.Module], part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make()
+    known = [m for m in tower(model).modules() if not type(m).__module__.startswith("torch.")]
+    patched = type(known[0] if part == "tower" else known[-1])
+
+    def forward(self: nn.Module, *_: Any, **options: Any) -> None:
+        """Something else."""
+
+    monkeypatch.setattr(patched, "forward", forward)
+    with pytest.raises(NotServed, match="has a forward of its own"):
+        clip_fast.accelerate(model)
+
+
+def test_a_causal_configuration_of_transformers(images: Tensor) -> None:
+    model = clip_fast.accelerate(hugging_face())
+    with torch.no_grad():
+        stays_fast(model, images)
+        tower(model).config.is_causal = True
+        got = falls_back(model, images, "is_causal")
+        assert close(got, embeddings(clip_fast.restore(model), images))
+
+
+def test_releases_of_open_clip_that_pool_otherwise() -> None:
+    model = open_clip_vit()
+    del tower(model).final_ln_after_pool
+    with pytest.raises(NotServed, match="too old"):
+        clip_fast.accelerate(model)
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_forward_bound_to_the_tower_once_more(make: Callable[[], nn.Module], images: Tensor) -> None:
+    """As `accelerate`'s `Accelerator.prepare` does with methods."""
+    model = clip_fast.accelerate(make())
+    visual = tower(model)
+    method = visual.forward.__func__.__get__(visual) if hasattr(visual.forward, "__func__") else visual.forward
+    with torch.no_grad():
+        before = stays_fast(model, images)
+        visual.forward = lambda *given, **options: method(*given, **options)
+        assert close(embeddings(model, images), before)
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_copies_and_pickles_of_a_compiled_tower(make: Callable[[], nn.Module], images: Tensor) -> None:
+    torch.compiler.reset()
+    model = clip_fast.accelerate(make())
+    tower(model).compile(backend="eager")
+    with torch.no_grad():
+        before = embeddings(model, images)
+        for copied in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+            inner(copied).weight.mul_(2)
+            assert not close(embeddings(copied, images), before, 1e-3)
+            assert close(embeddings(copied, images), embeddings(clip_fast.restore(copied), images))
+        assert torch.equal(embeddings(model, images), before)
+
+
+def test_accelerated_anew_a_tower_keeps_its_name() -> None:
+    """By which compiled graphs know it; another would have them compiled again."""
+    model = clip_fast.accelerate(openai_vit())
+    before = Forward.of(tower(model))
+    assert before is not None
+    assert Forward.of(tower(clip_fast.accelerate(model))) is before
+    assert Forward.of(tower(clip_fast.accelerate(model, precision="bf16"))) is not before
+
+
+def test_traces_of_real_values_stand_on_their_own(images: Tensor) -> None:
+    """Prepared weights would stay as they are now."""
+    model = clip_fast.accelerate(openai_vit())
+    with torch.no_grad():
+        stays_fast(model, images)
+        graph = make_fx(lambda x: embeddings(model, x))(images)
+        inner(model).weight.mul_(2)
+        assert close(graph(images), stays_fast(model, images))
