@@ -8,8 +8,9 @@ shared memory against what a block may have, the matrix and copy instructions in
 engine moves, the widths of the global loads of its main loop, and how many of a multiprocessor's warps can be resident.
 
 The exit status is 1 where a kernel spills registers, wants more shared memory than there is, is a matrix product
-without matrix instructions, moves its tiles without the copy instructions of its architecture, or loads less than 16
-bytes at a time in its main loop. What is exempt is marked, and the reason printed.
+without matrix instructions, moves its tiles without the copy instructions of its architecture, loads less than 16 bytes
+at a time in its main loop, or writes to registers that a matrix instruction may still be reading. What is exempt is
+marked, and the reason printed.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ def cases() -> Iterator[Case]:
     kinds = (("fp16", HALF, "ieee"), ("bf16", BFLOAT, "ieee"), ("fp32", FLOAT, "ieee"), ("tf32", FLOAT, "tf32"))
     for kind, dtype, precision in kinds:
         for patch in (14, 16, 32):
-            for images in {torch.uint8, dtype}:
+            for images in dict.fromkeys((torch.uint8, dtype, FLOAT)):
                 name = f"patch_embed {kind} P={patch} of {_DTYPE_NAMES[images]}"
                 call = _bind(_patch_embed, patch, images, dtype, precision)
                 yield Case(name, call)
@@ -275,6 +276,7 @@ class Row:
     bulk_stored: int  # and that they store
     occupancy: float  # resident warps, as a fraction of what a multiprocessor holds
     seconds: float
+    overwritten: int = 0  # instructions that write to what a matrix instruction may still be reading
     exempt: str = ""
     problems: list[str] = field(default_factory=list)
 
@@ -355,7 +357,55 @@ def _read_sass(row: Row, cubin: bytes) -> None:
             narrow = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
             width = next((narrow[suffix] for suffix in suffixes if suffix in narrow), 32)
             row.loads[width] = row.loads.get(width, 0) + 1
+    row.overwritten = _overwritten(code)
     row.occupancy = _occupancy(row)
+
+
+def _overwritten(code: Sequence[tuple[int, str, str]]) -> int:
+    """How many instructions of loops write to registers that an HGMMA may still be reading.
+
+    HGMMA, Hopper's, takes its left operand from registers or shared memory, and goes on. Those that end with "gsb0" end
+    a group, and `WARPGROUP.DEPBAR gsb0, N` waits for all groups but the last N. A loop is walked through twice, so that
+    what one pass has begun meets the next.
+    """
+    found: set[int] = set()
+    for start, end in _loops(code):
+        groups: list[set[int]] = [set()]  # registers that each group in flight reads; the last is being made
+        for address, name, operands in [line for line in code if start <= line[0] <= end] * 2:
+            if name.startswith("HGMMA"):
+                if left := re.match(r"R\d+, R(\d+)", operands):
+                    groups[-1] |= set(range(int(left[1]), int(left[1]) + 4))
+                if "gsb0" in operands:
+                    groups.append(set())
+            elif name.startswith("WARPGROUP.DEPBAR"):
+                left_open = int(operands.rpartition("0x")[2], 16)
+                groups = groups[-1 - left_open :]
+            elif _written(name, operands) & set().union(*groups):
+                found.add(address)
+    return len(found)
+
+
+def _written(name: str, operands: str) -> set[int]:
+    """The registers that an instruction writes."""
+    first = re.match(r"R(\d+)\b", operands)
+    if first is None or re.match(r"ST|RED|ATOM|LDGSTS|BRA|BAR", name):
+        return set()
+    kind, *suffixes = name.split(".")
+    count = 4 if "128" in suffixes else 2 if "64" in suffixes or "WIDE" in suffixes else 1
+    if kind == "LDSM":
+        count = int(suffixes[-1]) if suffixes[-1] in ("2", "4") else 1
+    return set(range(int(first[1]), int(first[1]) + count))
+
+
+def _loops(code: Sequence[tuple[int, str, str]]) -> list[tuple[int, int]]:
+    """Where loops begin and end: branches backwards."""
+    loops = []
+    for address, name, operands in code:
+        if name.startswith("BRA") and (target := re.search(r"0x([0-9a-f]+)", operands)):
+            start = int(target[1], 16)
+            if start < address:
+                loops.append((start, address))
+    return loops
 
 
 def _block_bytes(descriptor: str) -> int:
@@ -389,12 +439,7 @@ def _main_loop(code: Sequence[tuple[int, str, str]]) -> Iterable[str]:
     Where a loop of few steps was unrolled and none is left around the matrix instructions, the asynchronous copies of
     the whole code, which feed them; where there are no matrix instructions, all loops.
     """
-    loops = []
-    for address, name, operands in code:
-        if name.startswith("BRA") and (target := re.search(r"0x([0-9a-f]+)", operands)):
-            start = int(target[1], 16)
-            if start < address:
-                loops.append((start, address))
+    loops = _loops(code)
     bodies = [[name for address, name, _ in code if start <= address <= end] for start, end in loops]
     spans = list(zip(loops, bodies, strict=True))
     matrix = [(loop, body) for loop, body in spans if any(_MATRIX_SASS.match(name) for name in body)]
@@ -485,6 +530,8 @@ def _problems(row: Row, descriptors: bool) -> list[str]:
         problems.append("has no matrix instruction")
     if row.arch == "sm_90" and row.kernel == "_linear_kernel" and not exact_float and "HGMMA" not in row.matrix:
         problems.append("has no HGMMA")
+    if row.overwritten:
+        problems.append(f"{row.overwritten} instructions write to what HGMMA may still be reading")
     if descriptors and not {"UTMALDG", "UTMASTG"} <= row.copies.keys():
         problems.append("has descriptors but no UTMALDG and UTMASTG")
     narrow = {width: count for width, count in row.loads.items() if width < _WIDE}

@@ -117,7 +117,8 @@ def entries() -> Iterator[Entry]:
         products = (f"linear {precision} ln+fc1+quick_gelu", f"linear {precision} out+residual")
         yield Entry("linear", kind, products, common)
         yield Entry("flash_attention_64", kind, (f"flash_attention {precision} N=257 D=64",), common)
-        pixels = tuple(f"patch_embed {precision} P=16 of {dtype}" for dtype in (_images(precision), "u8"))
+        images = dict.fromkeys((_images(precision), "u8", "fp32"))
+        pixels = tuple(f"patch_embed {precision} P=16 of {dtype}" for dtype in images)
         yield Entry("patch_embed", kind, pixels, common)
         heads = (f"flash_attention {precision} N=257 D=80", f"flash_attention {precision} N=257 D=104")
         yield Entry("flash_attention_128", kind, heads, wide)
@@ -411,13 +412,11 @@ def tune(
         own = [row for row in rows if (row["op"], row["kind"]) == (entry.op, entry.kind)]
         if only in entry.name:
             for step in search(entry, target, own, settings):
+                if settings.device.type == "cuda":  # a fault on it fails all that follows: nothing is kept of that
+                    torch.cuda.synchronize(settings.device)
                 rows += step
                 if file:
                     save(file, document("tune", where, None, rows))
-                if (
-                    settings.device.type == "cuda"
-                ):  # a fault on the device would fail all that follows, and ends the run
-                    torch.cuda.synchronize(settings.device)
         if not own:
             continue
         if not finished(entry, target, own, settings):

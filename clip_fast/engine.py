@@ -2,9 +2,9 @@
 
 Whose the tower is does not matter here: its weights are an `ImageEncoder`'s, or a module's of another package that
 `accelerate` serves. They are folded into the form that the fast path reads when first needed, and again whenever they
-have changed: a weight's version counts the writes to it. Some leave no trace there. Steps of optimisers that are fused,
-or write to `weight.data`, and modules put into a tower are counted by hooks of ours; other such writes are nowhere to be
-seen, and `clip_fast.accelerate(model)` called again reads everything anew.
+have changed: a weight's version counts the writes to it. Some leave no trace there. Steps of optimisers that are
+fused, or write to `weight.data`, and modules put into a tower are counted by hooks of ours; other such writes are
+nowhere to be seen, and `clip_fast.accelerate(model)` called again reads everything anew.
 """
 
 from __future__ import annotations
@@ -392,7 +392,7 @@ class Watch:
     def hooked(self) -> bool:
         """Whether a user hooked a module whose hooks the fast path would not run."""
         hooks: Iterable[dict[int, Any]] = chain.from_iterable(map(_hooks_of, self._hooked))  # which may be new ones
-        return any(map(_foreign, filter(None, hooks)))
+        return any(_foreign(some) for some in hooks if some)
 
 
 def _foreign(hooks: dict[int, Any]) -> bool:

@@ -73,7 +73,7 @@ class Forward:
         self._name = register(self, Forward._run, Forward._empty)
 
     def attach(self) -> None:
-        method = self.embeddings if towers.is_clip(self.tower) else self.hidden_states
+        method: Callable[..., Any] = self.embeddings if towers.is_clip(self.tower) else self.hidden_states
 
         @functools.wraps(method)
         def forward(*arguments: Any, **options: Any) -> Any:  # no method: accelerate would bind it to the tower

@@ -47,7 +47,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .ops import statistics_tiles
-from .primitives import LOG2_E, TILE, load_row_statistics, online_softmax_update
+from .primitives import LOG2_E, TILE, load_row_statistics, online_softmax_update, stages_from_registers
+from .targets import kind_of, target_of
 
 _MIN_HEADS = 16  # what a tensor core takes at least
 _LINEAR_WARPS = 4
@@ -60,6 +61,10 @@ def _side(dtype: torch.dtype) -> int:
     Without tensor cores, as exact float32 products are, larger tiles than these do not fit into registers.
     """
     return 64 if dtype.itemsize == 2 else 32
+
+
+def _stages(operand: Tensor, precision: str) -> int:
+    return stages_from_registers(_NUM_STAGES, kind_of(operand.dtype, precision), target_of(operand.device))
 
 
 def _token_warps(dtype: torch.dtype) -> int:
@@ -100,16 +105,21 @@ def _head_linear_kernel(
     weight_ptrs = weight_ptr + head * weight_stride_h
     weight_ptrs += columns[None, :] * weight_stride_n + offs_k[:, None] * weight_stride_k
     acc = tl.zeros((BLOCK_B, BLOCK_N), dtype=tl.float32)
+    acc_low = tl.zeros((BLOCK_B, BLOCK_N), dtype=tl.float32)
     for k0 in range(0, K, BLOCK_K):
         inside_k = offs_k < K - k0
         x = tl.load(x_ptrs + k0 * x_stride_k, mask=inside_b[:, None] & inside_k[None, :], other=0.0)
         w = tl.load(weight_ptrs + k0 * weight_stride_k, mask=inside_n[None, :] & inside_k[:, None], other=0.0)
         if x.dtype == w.dtype:
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
-        else:  # float32 rows meet weights in half precision as sums of two numbers of that
+        else:
+            # Float32 rows meet weights in half precision as sums of two numbers of that. Each has an accumulator: two
+            # products into one are miscompiled on Blackwell (github.com/triton-lang/triton/issues/10821).
             high = x.to(w.dtype)
-            acc = tl.dot((x - high.to(tl.float32)).to(w.dtype), w, acc)
+            acc_low = tl.dot((x - high.to(tl.float32)).to(w.dtype), w, acc_low)
             acc = tl.dot(high, w, acc)
+    if x_ptr.dtype.element_ty != weight_ptr.dtype.element_ty:
+        acc += acc_low
 
     if BIAS:
         acc += tl.load(bias_ptr + head * N + columns, mask=inside_n, other=0.0).to(tl.float32)[None, :]
@@ -365,7 +375,7 @@ def attention_pool(
         "BLOCK_H": block_h,
         "BLOCK_N": side,
         "num_warps": _token_warps(query.dtype),
-        "num_stages": _NUM_STAGES,
+        "num_stages": _stages(query, precision),
         "enable_fp_fusion": True,
     }
 
@@ -429,6 +439,6 @@ def _head_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, pr
         BLOCK_N=side,
         BLOCK_K=side,
         num_warps=_LINEAR_WARPS,
-        num_stages=_NUM_STAGES,
+        num_stages=_stages(weight, precision),
         enable_fp_fusion=True,
     )

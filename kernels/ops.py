@@ -18,7 +18,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from typing import Any, Literal
 
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from . import reference
 from .reference import STATISTICS_TILE
+from .targets import has_tensor_cores
 
 Impl = Literal["auto", "triton", "reference"]
 Precision = Literal["ieee", "tf32"]
@@ -308,9 +311,9 @@ def _require_device(**tensors: Tensor | None) -> None:
 
 
 def triton_can_run(device: torch.device) -> bool:
-    """Whether Triton is installed and can launch on `device`: a GPU, or any device under its interpreter."""
+    """Whether Triton is installed and `device` is a GPU that the kernels are for, or a CPU under its interpreter."""
     interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    return (device.type == "cuda" or interpreted) and _triton_is_installed()
+    return (interpreted or (device.type == "cuda" and has_tensor_cores(device))) and _triton_is_installed()
 
 
 @cache
@@ -340,12 +343,17 @@ def _dispatch(name: str) -> Callable[..., Any]:
 
 
 def _launched(name: str, *args: Any) -> Any:
-    """The kernel's results, launched on its operands' device: Triton by itself takes the current one."""
+    """The kernel's results, launched on its operands' device: Triton by itself takes the current one.
+
+    One thread at a time: to the others Triton shows a kernel whose first launch has not yet loaded it.
+    """
     device: torch.device = args[0].device
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with _launching, torch.cuda.device(device) if elsewhere else nullcontext():
         return launcher(name)(*args)
-    with torch.cuda.device(device):
-        return launcher(name)(*args)
+
+
+_launching = threading.RLock()
 
 
 def _why_not_triton(name: str, tensors: tuple[Tensor | None, ...]) -> str | None:

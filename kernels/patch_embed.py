@@ -33,12 +33,15 @@ depend on its image, the weight and the launch table alone.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .targets import launch_for, target_of
+from .primitives import stages_from_registers
+from .targets import kind_of, launch_for, target_of
 
 _IMAGE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 _MIDDLE = tl.constexpr(128.0)  # of the values of a uint8 pixel
@@ -118,7 +121,11 @@ def patch_embed(images: Tensor, weight: Tensor, position: Tensor, patch_size: in
 
     if images.dtype not in _IMAGE_DTYPES:
         images = images.to(weight.dtype)
-    launch = launch_for("patch_embed", weight.dtype, target_of(images.device), precision)
+    target = target_of(images.device)
+    launch = launch_for("patch_embed", weight.dtype, target, precision)
+    if images.dtype != weight.dtype:
+        kind = kind_of(weight.dtype, precision)
+        launch = replace(launch, num_stages=stages_from_registers(launch.num_stages, kind, target))
     m = batch * (tokens - 1)
     _patch_embed_kernel[(triton.cdiv(m, launch.block_m) * triton.cdiv(width, launch.block_n),)](
         images,

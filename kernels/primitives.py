@@ -6,11 +6,23 @@ import triton
 import triton.language as tl
 
 from .reference import STATISTICS_TILE
+from .targets import Target
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _SQRT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
 _QUICK_GELU_SLOPE: tl.constexpr = tl.constexpr(1.702)
 TILE: tl.constexpr = tl.constexpr(STATISTICS_TILE)
+
+_RELEASE = tuple(int(number) for number in triton.__version__.split(".")[:2])
+
+
+def stages_from_registers(num_stages: int, kind: str, target: Target) -> int:
+    """Pipeline stages of a product whose left operand is computed: `num_stages`, or as many as are safe.
+
+    On Hopper such an operand is multiplied from registers, which Triton before 3.9 lets be written over, in a pipeline,
+    while the product still reads them (github.com/triton-lang/triton/issues/9433). One stage waits for every product.
+    """
+    return 1 if target.name == "sm_90" and kind != "float32" and _RELEASE < (3, 9) else num_stages
 
 
 @triton.jit

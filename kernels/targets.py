@@ -174,6 +174,12 @@ def has_tf32(device: torch.device) -> bool:
 
 
 @cache
+def has_tensor_cores(device: torch.device) -> bool:
+    """Whether Triton multiplies on tensor cores on a GPU: on NVIDIA's before Ampere (sm_80) it does not."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@cache
 def multiprocessors(device: torch.device) -> int:
     """How many blocks of a persistent kernel run at once: the device's multiprocessors, one for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -58,7 +58,10 @@ def no_original(monkeypatch: pytest.MonkeyPatch) -> None:
         def forward(self: nn.Module, *_: Any, **options: Any) -> None:
             pytest.fail(f"the original forward of {type(self)} runs")
 
-        forward.__module__, forward.__qualname__ = cls.__module__, f"{cls.__qualname__}.forward"  # as if it were its own
+        forward.__module__, forward.__qualname__ = (
+            cls.__module__,
+            f"{cls.__qualname__}.forward",
+        )  # as if it were its own
         monkeypatch.setattr(cls, "forward", forward)
 
 

@@ -102,13 +102,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             break
         # Where a system is missing all are measured again: rivals are compared within one run.
         found = compare(contest, systems, options.rounds, limits, device)
+        if device.type == "cuda":  # a fault on it fails all that follows: nothing is kept of that
+            torch.cuda.synchronize(device)
         rows = [row for row in rows if row not in before] + found
         print(f"{contest.name}: {_summary(found)}", flush=True)
         if options.json:  # after each: a run that is cut short keeps what it has
             save(options.json, document("kernels", where, limits, rows))
             save(options.json.with_suffix(".md"), markdown(rows, where, limits))
-        if device.type == "cuda":  # a fault on the device would fail all that follows, and ends the run
-            torch.cuda.synchronize(device)
     print(markdown(rows, where, limits))
 
 
