@@ -243,7 +243,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--image", metavar="FILE", help="what to look for, as an image")
     search.add_argument("--index", required=True, metavar="FOLDER", help="that clip-fast encode wrote")
     search.add_argument("--model", metavar="NAME_OR_FILE", help="which made the index (default: as it was named then)")
-    search.add_argument("--activation", choices=("quick_gelu", "gelu"), help="as for encode")
+    search.add_argument("--activation", choices=("quick_gelu", "gelu"), help="as for encode (default: as it was then)")
     search.add_argument("-k", type=_whole(1), default=10, metavar="N", help="how many to find (default: %(default)s)")
     search.add_argument("--html", metavar="FILE", help="write a page with thumbnails, too")
     search.add_argument("--json", action="store_true", help="print one line of JSON for each")
@@ -477,6 +477,7 @@ def _settings(
         "image_column": arguments.image_column,
         "key_column": arguments.key_column,
         "model": arguments.model,
+        "activation": arguments.activation,
         "weights": weights_digest(model),
         "dtype": str(model.dtype).removeprefix("torch."),
         "batch_size": options.batch_size,
@@ -534,11 +535,12 @@ def _search(arguments: argparse.Namespace) -> int:
         raise ValueError("give either a TEXT or an --image to look for")
     index = Index(arguments.index)
     name, dtype = arguments.model or index.settings["model"], index.settings["dtype"]
-    model, preprocess = load(name, arguments.device, DTYPES[dtype], activation=arguments.activation)
+    activation = arguments.activation or index.settings.get("activation")
+    model, preprocess = load(name, arguments.device, DTYPES[dtype], activation=activation)
     if weights_digest(model) != index.settings["weights"]:
         raise ValueError(f"{arguments.index} was made with other weights than those of {name}: name its --model")
     if arguments.dtype not in (None, dtype):  # weights rounded otherwise could not have been compared
-        model, _ = load(name, arguments.device, DTYPES[arguments.dtype], activation=arguments.activation)
+        model, _ = load(name, arguments.device, DTYPES[arguments.dtype], activation=activation)
     hits = index.search(_query(arguments, model, preprocess), arguments.k)
     for hit in hits:
         if arguments.json:

@@ -32,6 +32,8 @@ from .graphs import Results
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
+_DOUBLE = "it computes in float64"
+
 
 def default_device() -> torch.device:
     """A GPU where there is one."""
@@ -209,37 +211,38 @@ class ImageEncoder(nn.Module):
             return compiled(self._name, images, task, *arguments)
         if without_values(images):
             return self._plain(images, task, *arguments)
-        if self.visual is not self._watch.modules[0] or self._watch.replaced():
-            self.refresh()
+        problem = self.why_plain()
         engine = self._engine
         if len(images) == 0:
             return engine.empty(images, task)
         if engine.gradients_wanted(images):
             return self._plain(images, task, *arguments)
-        if problem := self._why_plain():
-            self._warn(problem)
-            return self._plain(images, task, *arguments)
-        if engine.compute_dtype == torch.float64:
+        if problem == _DOUBLE:
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
                 return engine.in_parts(images, lambda part: self._plain(part, task, *arguments), task)
+        if problem:
+            self._warn(problem)
+            return self._plain(images, task, *arguments)
         try:
             return engine.run(images, task, *arguments)
-        except NotServed as problem:
-            self._warn(str(problem))
+        except NotServed as error:
+            self._warn(str(error))
             return self._plain(images, task, *arguments)
 
     def _empty(self, images: Tensor, task: Task) -> Results:
         return self._engine.empty(images, task)
 
-    def _why_plain(self) -> str | None:
-        """Why the plain tower must run, apart from gradients."""
+    def why_plain(self) -> str | None:
+        """Why the plain tower must run, apart from gradients; None where the fast path serves."""
+        if self.visual is not self._watch.modules[0] or self._watch.replaced():
+            self.refresh()
         if self._problem:
             return self._problem
         if self._watch.hooked() or _has_any_global_hook():
             return "hooks are registered inside the tower"
         if any(norm.training for norm in self._norms):
             return "its batch norms are in training mode"
-        return None
+        return _DOUBLE if self._engine.compute_dtype == torch.float64 else None
 
     def _warn(self, problem: str) -> None:
         if problem not in self._warned:

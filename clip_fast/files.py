@@ -55,6 +55,7 @@ def locked(path: Path) -> IO[bytes]:
 
     Raises:
         BlockingIOError: another process holds it.
+        OSError: its file system has no locks.
     """
     file = open(path, "ab")  # noqa: SIM115
     try:
@@ -62,6 +63,12 @@ def locked(path: Path) -> IO[bytes]:
     except BlockingIOError:
         file.close()
         raise BlockingIOError(f"another process is writing to {path.parent}") from None
+    except OSError as error:
+        file.close()
+        raise OSError(
+            f"{path.parent} cannot be locked ({error.strerror}), so that another process might write to it as well: "
+            "choose a folder on a file system that has locks"
+        ) from error
     return file
 
 

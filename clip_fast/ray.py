@@ -60,6 +60,7 @@ _PATH = "path"
 _KEY = "__key__"  # of webdatasets
 
 _FILES_LISTED = 1000  # by a task
+_RETRIES = 5  # of a block, whose images may be what its worker dies of
 _BATCHES_A_BLOCK = 8  # what one call of an actor encodes, one file holds, and is done again where a worker dies
 
 Batch = dict[str, NDArray[Any]]
@@ -170,12 +171,14 @@ def _image_column(names: Sequence[str]) -> str:
 def _item(value: Any, key: str = "", location: str = "") -> Item:
     if isinstance(value, dict):  # Hugging Face's
         cell = cast(dict[str, Any], value)
-        return _item(cell["path"] if cell.get("bytes") is None else cell["bytes"], key, location)
+        return _item(cell.get("path") if cell.get("bytes") is None else cell["bytes"], key, location)
     if isinstance(value, str):
         return ImageFile(key or value, value)
     if isinstance(value, np.ndarray):
         return _Pixels(key, location, cast(NDArray[np.uint8], value))
-    return _Bytes(key, location, bytes(value) if value is not None else b"")
+    if value is None or isinstance(value, bytes):
+        return _Bytes(key, location, value or b"")
+    return Unreadable(key, location, f"a {type(value).__name__} is no image")
 
 
 # --- The command's pipeline ------------------------------------------------------------------------------------------
@@ -247,6 +250,7 @@ def encode(
             compute=data.ActorPoolStrategy(size=workers or gpus or max(1, int(resources.get("CPU", 1)) // 2)),
             num_gpus=1 if gpus else 0,
             num_cpus=1,
+            max_task_retries=_RETRIES,
         ).write_parquet(folder, filesystem=filesystem)
     except ray.exceptions.RayError as error:
         raise RuntimeError(f"the cluster gave up: {_last_line(error)}") from error
@@ -261,6 +265,7 @@ def encode(
         "image_column": image_column,
         "key_column": key_column,
         "model": model,
+        "activation": activation,
         "weights": weights_digest(loaded),
         "dtype": str(dtype).removeprefix("torch."),
         "normalize": normalize,

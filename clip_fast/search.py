@@ -113,7 +113,9 @@ class Index:
         return int(self._starts[-1])
 
     def search(self, query: NDArray[Any], k: int = 10) -> list[Hit]:
-        """The `k` images with the highest cosine to `query` (embed_dim,), best first; of equals the earlier row.
+        """The `k` images with the highest cosine to `query` (embed_dim,), best first.
+
+        Of equals the earlier row is first; where FAISS multiplies, the last of them may be any.
 
         Raises:
             ValueError: for a query of another width, or one that has no direction.

@@ -76,6 +76,8 @@ def verify(model: nn.Module, images: Tensor | None = None, *, show: bool = True)
         ValueError: the model has several image towers, or there is no image.
     """
     if isinstance(model, ImageEncoder):
+        if problem := model.why_plain():
+            raise NotServed(problem)
         plain = model.visual
         source = Source(model.config, (plain,), plain.state_dict, lambda: plain.conv1.weight)
         verdict = _verdict(plain, source, model.encode_image, plain.forward, _sample(source, images))

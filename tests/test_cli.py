@@ -24,6 +24,8 @@ from torch import Tensor
 import clip_fast
 from clip_fast import Preprocess, cli, reference
 from clip_fast.config import VitConfig
+from clip_fast.decode import Decoder
+from clip_fast.pipeline import Options
 
 PHOTOGRAPHS = sorted((Path(__file__).parent / "data").glob("*.jpg"))
 CONFIG = VitConfig(image_size=32, patch_size=16, width=64, layers=2, heads=1, embed_dim=24)
@@ -206,6 +208,70 @@ def test_a_folder_of_shards_and_what_is_said(
     }
     assert encode(checkpoint, "photos", "--output", "out", "--workers", "0", "--resume", "--quiet") == 0
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (["--dtype", "bfloat16"], "dtype"),
+        (["--batch-size", "2"], "batch_size"),
+        (["--shard-size", "2"], "shard_size"),
+        (["--embedding-dtype", "float16"], "embedding_dtype"),
+        (["--normalize"], "normalize"),
+        (["--fast-decode"], "fast_decode"),
+        (["--image-column", "picture"], "image_column"),
+        (["--key-column", "name"], "key_column"),
+    ],
+)
+def test_another_setting_is_not_resumed(
+    folder: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], options: list[str], name: str
+) -> None:
+    """Whatever the bytes of the output follow from."""
+    arguments = ("photos", "--output", "out/", "--workers", "0", "--quiet")
+    assert encode(checkpoint, *arguments) == 0
+    assert encode(checkpoint, *arguments, "--resume", *options) == 2
+    assert f"{name} was " in capsys.readouterr().err
+
+
+def test_other_weights_and_versions_are_not_resumed(
+    folder: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("photos", "--output", "out/", "--workers", "0", "--quiet")
+    assert encode(checkpoint, *arguments) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr("PIL.__version__", "0.0")
+        assert encode(checkpoint, *arguments, "--resume") == 2
+        assert "versions was " in capsys.readouterr().err
+    weights = torch.load(checkpoint, weights_only=True)
+    torch.save(weights | {"visual.proj": weights["visual.proj"] * 2}, folder / "small.pt")
+    assert encode(folder / "small.pt", *arguments, "--resume") == 2
+    assert "weights was " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output", ["{}/", "{}.parquet"])
+def test_decoding_options_reach_the_decoder(
+    folder: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    given: list[tuple[bool, float]] = []
+
+    def run(model: object, decoder: Decoder, inputs: object, sink: object, options: Options, *_: object) -> None:
+        given.append((decoder.fast, options.time_limit))
+        raise RuntimeError("seen")
+
+    monkeypatch.setattr(cli, "run", run)
+    for name, options in (("a", ["--fast-decode", "--time-limit", "7"]), ("b", [])):
+        assert encode(checkpoint, "photos", "--output", output.format(name), "--workers", "0", *options) == 2
+    assert given == [(True, 7.0), (False, 60.0)]
+
+
+def test_too_many_errors_end_a_small_job(folder: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.jpg", "b.jpg"):
+        (folder / "photos" / name).touch()
+    for most in (0, 1):
+        assert encode(checkpoint, "photos", "--quiet", "--max-errors", str(most)) == 3
+        assert "stopped: " in capsys.readouterr().err
+        assert not (folder / "embeddings.npy").exists()
+    assert encode(checkpoint, "photos", "--quiet", "--max-errors", "2") == 1
 
 
 def test_json_of_a_small_job(folder: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

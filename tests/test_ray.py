@@ -322,3 +322,11 @@ def test_errors_of_the_cluster_end_with_status_2(
     assert "the cluster gave up: " in run(f"file://{tmp_path}/cut.tar")  # Ray's own reader takes no broken tar
     assert run("nowhere") == "no image found\n"
     assert "no such file, and no model of that name" in run("cut.tar", "model.pt")
+
+
+def test_cells_that_hold_no_image_are_failures() -> None:
+    cells = np.empty(4, object)
+    cells[:] = [{"bytes": None}, float("nan"), [1, 2], encoded(picture(1))]
+    embedded = ImageEncoder(MODEL, device="cpu", threads=1)({"image": cells})
+    assert list(embedded["status"]) == ["failed", "failed", "failed", "ok"]
+    assert [bool(row.any()) for row in embedded["embedding"]] == [False, False, False, True]

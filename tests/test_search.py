@@ -297,6 +297,14 @@ def test_another_model_is_refused(index: Path, tmp_path: Path, capsys: pytest.Ca
         assert "was made with other weights" in capsys.readouterr().err
 
 
+def test_the_activation_is_as_it_was(index: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["noise.png", "--model", str(checkpoint), "--workers", "0", "--quiet"]
+    assert cli.main(["encode", *arguments, "--output", "gelu/", "--activation", "gelu"]) == 0
+    capsys.readouterr()
+    assert cli.main(["search", "--image", "noise.png", "--index", "gelu/"]) == 0
+    assert capsys.readouterr().out.startswith("1.0000\tnoise.png")
+
+
 def test_the_model_may_search_in_another_precision(
     index: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import sys
@@ -105,6 +106,15 @@ def test_the_lock_keeps_others_out(tmp_path: Path) -> None:
     with filled(tmp_path), pytest.raises(BlockingIOError, match="another process is writing to"):
         OutputFolder(tmp_path, resume=True)
     OutputFolder(tmp_path, resume=True).close()
+
+
+def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match=r"cannot be locked \(Function not implemented\).*choose a folder"):
+        OutputFolder(tmp_path)
 
 
 def test_an_earlier_run_is_only_resumed_when_asked_and_with_its_settings(tmp_path: Path) -> None:

@@ -75,6 +75,17 @@ def test_half_precision_is_judged_in_its_dtype() -> None:
     assert 1e-4 < verdict.error < 2 * verdict.original_error
 
 
+def test_what_keeps_an_encoders_fast_path_from_running_is_named() -> None:
+    model = clip_fast.load("tiny-digits", "cpu")[0]
+    hook = model.visual.ln_post.register_forward_hook(lambda *_: None)
+    with pytest.raises(NotServed, match="hooks are registered"):
+        verify(model)
+    hook.remove()
+    assert verify(model, show=False).error < 1e-5
+    with pytest.raises(NotServed, match="float64"):
+        verify(model.double())
+
+
 def test_what_keeps_the_fast_path_from_running_is_named() -> None:
     model: Any = openai_vit()
     model.visual.transformer.resblocks[0].register_forward_hook(lambda *_: None)
