@@ -349,8 +349,8 @@ def test_replicas_of_data_parallel_run_the_plain_tower(images: Tensor, monkeypat
     for module, replica in replicas.items():  # as torch.nn.parallel.replicate, which wants GPUs
         for name, child in module.named_children():
             setattr(replica, name, replicas[child])
-        for name, parameter in module.named_parameters(recurse=False):
-            setattr(replica, name, 2 * parameter)
+        for name, parameter in vars(module)["_parameters"].items():
+            setattr(replica, name, None if parameter is None else 2 * parameter)
     doubled = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in doubled.parameters():

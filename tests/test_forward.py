@@ -596,7 +596,7 @@ def test_adapters_that_came_and_went_between_two_calls(make: Callable[[], nn.Mod
     with torch.no_grad():
         before = stays_fast(model, images)
         setattr(parent, leaf, Adapter(module))
-        module.weight.data += 0.1 * torch.randn_like(module.weight)
+        module.weight.data += 10 * torch.randn_like(module.weight)  # a ResNet's keys matter little
         setattr(parent, leaf, module)
         after = stays_fast(model, images)
         assert not close(after, before, 1e-3)
@@ -629,8 +629,8 @@ def test_classes_with_methods_of_others(
     make: Callable[[], nn.Module], part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make()
-    known = [m for m in tower(model).modules() if not type(m).__module__.startswith("torch.")]
-    patched = type(known[0] if part == "tower" else known[-1])
+    classes = [type(m) for m in tower(model).modules() if m is tower(model) or type(m).__module__.startswith("torch.")]
+    patched = classes[0 if part == "tower" else -1]
 
     def forward(self: nn.Module, *_: Any, **options: Any) -> None:
         """Something else."""
@@ -676,7 +676,7 @@ def test_copies_and_pickles_of_a_compiled_tower(make: Callable[[], nn.Module], i
     with torch.no_grad():
         before = embeddings(model, images)
         for copied in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
-            inner(copied).weight.mul_(2)
+            inner(copied).weight.mul_(100)
             assert not close(embeddings(copied, images), before, 1e-3)
             assert close(embeddings(copied, images), embeddings(clip_fast.restore(copied), images))
         assert torch.equal(embeddings(model, images), before)
