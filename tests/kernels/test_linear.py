@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from unittest import mock
+
 import pytest
 import torch
 from kernel_checks import DEVICE, DTYPES, Guards, assert_as_accurate, assert_same_bits, assert_statistics_of
 from torch import Tensor
 
-from clip_fast.kernels import ops, reference, targets
+from clip_fast.kernels import linear, ops, reference, targets
 
 EPILOGUES: dict[str, dict[str, bool | str]] = {
     "plain": {},
@@ -29,6 +32,7 @@ CASES = (
     ((17, 512, 768), "ln_qkv"),  # ViT-B, ln_post and projection
     ((98, 80, 320), "conv1_relu"),  # RN50x4
     ((98, 256, 64), "conv3_residual_relu"),  # RN50
+    ((98, 320, 80), "conv3_residual_relu"),  # RN50x4, whose K no step divides, though a descriptor serves it
     ((50, 768, 768), "out_residual"),  # ViT-B/32
     ((50, 1024, 256), "ln_fc1_quick_gelu"),
     ((5, 1664, 1664), "ln_fc1_gelu"),  # ViT-bigG/14, cut
@@ -48,6 +52,17 @@ class Operands:
         self.normed = bool(epilogue.get("norm"))
         self.activation = epilogue.get("activation", "none")
         self.statistics = bool(epilogue.get("statistics"))
+        # Exact float32 travels by pointers everywhere; TF32, which the interpreter multiplies exactly, as halves do.
+        descriptors = targets.target_of(DEVICE).descriptors
+        self.precision = "tf32" if DEVICE.type == "cpu" and dtype == torch.float32 and descriptors else "ieee"
+
+    def by_descriptors(self, gap: int = 0) -> bool:
+        """Whether tiles must travel by descriptors: the target has them, and rows begin at multiples of 16 bytes."""
+        if not targets.target_of(DEVICE).descriptors or (self.x.dtype, self.precision) == (torch.float32, "ieee"):
+            return False
+        n, k = self.weight.shape
+        lengths = [k, k + gap, n, n if self.residual is None else n + gap]
+        return all(length * self.x.itemsize % 16 == 0 for length in lengths)
 
     def norm(self) -> tuple[Tensor, Tensor] | None:
         if not self.normed:
@@ -64,24 +79,29 @@ class Operands:
         x, weight = keep(self.x, gap), keep(self.weight)
         assert x is not None
         assert weight is not None
-        return ops.linear(
-            x, weight, keep(self.bias), residual=keep(self.residual, gap), scale=keep(self.scale),
-            norm=None if norm is None else (guards.copy(norm[0]), guards.copy(norm[1])) if guards else norm,
-            activation=self.activation, statistics=self.statistics, impl="triton",  # type: ignore[arg-type]
-        )  # fmt: skip
+        with mock.patch.object(linear, "_descriptor", wraps=linear._descriptor) as descriptor:
+            results = ops.linear(
+                x, weight, keep(self.bias), residual=keep(self.residual, gap), scale=keep(self.scale),
+                norm=None if norm is None else (guards.copy(norm[0]), guards.copy(norm[1])) if guards else norm,
+                activation=self.activation, statistics=self.statistics, precision=self.precision, impl="triton",
+            )  # type: ignore[arg-type]  # fmt: skip
+        assert descriptor.called == self.by_descriptors(gap)
+        return results
 
     def twin(self) -> Tensor:
-        """Plain PyTorch in the same dtype.
+        """Plain PyTorch on the same operands.
 
-        For half precision LayerNorm first, then the product, as every CLIP package has it: folding must cost nothing.
-        In float32 the plain folded formula, whose product carries the rows' means with it, by design.
+        For half precision it computes in float32 and rounds once, LayerNorm first, then the product: folding must cost
+        nothing, and nothing may be rounded before the epilogue is done. In float32 the plain folded formula, whose
+        product carries the rows' means with it, by design.
         """
-        x, norm = self.x, self.norm()
-        if norm is not None and x.dtype != torch.float32:
+        x, norm = self.x.float(), self.norm()
+        if norm is not None and self.x.dtype != torch.float32:
             x, norm = torch.nn.functional.layer_norm(x, x.shape[-1:]), None
+        residual = None if self.residual is None else self.residual.float()
         return reference.linear(
-            x, self.weight, self.bias, self.residual, *(norm or (None, None)), self.scale, self.activation
-        )[0]  # type: ignore[arg-type]
+            x, self.weight.float(), self.bias, residual, *(norm or (None, None)), self.scale, self.activation
+        )[0].to(self.x.dtype)  # type: ignore[arg-type]
 
     def exact(self) -> Tensor:
         x, weight = self.x.double(), self.weight.double()
@@ -92,13 +112,14 @@ class Operands:
 
 
 @pytest.fixture(params=["pointers", "descriptors"])
-def path(request: pytest.FixtureRequest) -> str:
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
     """How tiles travel. On a GPU only its own architecture's way can run."""
     name = request.param
     if DEVICE.type == "cuda":
         if targets.target_of(DEVICE).descriptors != (name == "descriptors"):
             pytest.skip(f"this GPU does not move tiles by {name}")
-        return name
+        yield name
+        return
     with targets.assume("sm_90" if name == "descriptors" else "sm_80"):
         yield name
 
@@ -144,7 +165,9 @@ def test_a_chain_carries_its_statistics(dtype: torch.dtype, path: str, guards: G
     y, statistics = first.run(guards)
     second.x = y
     colsum = second.weight.double().sum(dim=1).float()
-    z, _ = ops.linear(y, second.weight, second.bias, norm=(statistics, colsum), impl="triton")
+    z, _ = ops.linear(
+        y, second.weight, second.bias, norm=(statistics, colsum), precision=second.precision, impl="triton"
+    )
     assert_as_accurate(z, second.twin(), second.exact())
 
 
@@ -169,8 +192,6 @@ def test_many_programs_walk_over_every_tile(path: str, monkeypatch: pytest.Monke
     one, _ = operands.run(guards)
     assert_as_accurate(one, operands.twin(), operands.exact())
     if DEVICE.type == "cpu":
-        from clip_fast.kernels import linear
-
         monkeypatch.setattr(linear, "multiprocessors", lambda device: 7)
         assert_same_bits(operands.run(guards)[0], one)
 
@@ -225,6 +246,20 @@ def test_activations_over_their_whole_range(activation: str, dtype: torch.dtype,
     operands.bias = torch.linspace(-200, 200, 2048, device=DEVICE)
     y, _ = operands.run(guards)
     assert_as_accurate(y, operands.twin(), operands.exact())
+
+
+def test_eps_is_the_one_given(path: str) -> None:
+    """Of rows whose variance is a tenth of it."""
+    operands = Operands(17, 128, 96, torch.float16, norm=True, bias=True)
+    operands.x *= 0.03
+    statistics, colsum = operands.norm()  # type: ignore[misc]
+    y, _ = ops.linear(operands.x, operands.weight, operands.bias, norm=(statistics, colsum), eps=1e-2, impl="triton")
+    assert operands.bias is not None
+    rows = [
+        torch.nn.functional.layer_norm(x, x.shape[-1:], eps=1e-2) for x in (operands.x.float(), operands.x.double())
+    ]
+    plain, exact = (reference.linear(x, operands.weight.to(x), operands.bias.to(x))[0] for x in rows)
+    assert_as_accurate(y, plain.half(), exact)
 
 
 @pytest.mark.parametrize("leading", [(0,), (), (2, 3), (2, 0, 3)])
