@@ -8,8 +8,9 @@ import pytest
 import torch
 from kernel_checks import DEVICE, DTYPES, Guards, assert_as_accurate, assert_same_bits
 from torch import Tensor
+from towers import relative_error
 
-from clip_fast.kernels import ops, reference
+from clip_fast.kernels import attention_pool, ops, reference
 
 LAUNCHES = ["_head_linear_kernel", "_scores_kernel", "_weighted_sum_kernel", "_head_linear_kernel"]
 
@@ -174,6 +175,28 @@ def test_operands_of_any_strides(guards: Guards) -> None:
         for name, x in operands.items()
     }
     assert_same_bits(ops.attention_pool(**strided, impl="triton"), y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_eps_is_the_one_given(dtype: torch.dtype, guards: Guards) -> None:
+    """Of tokens whose variance is a tenth of it, with larger weights for what it makes of them."""
+    draws = [Pool(2, 2, 32, 72, 40) for _ in range(3)]
+    for pool in draws:
+        pool.tokens *= 0.03
+        pool.key_weight *= 3
+    check(*({**pool.vit(dtype, guards), "eps": 1e-2} for pool in draws))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_float32_rows_meet_weights_in_half_precision(dtype: torch.dtype, guards: Guards) -> None:
+    """In two numbers of their dtype, which together have 16 bits of a row at the least: what launch 4 has z for."""
+    x = guards.copy(torch.randn(70, 2, 200, device=DEVICE))
+    weight = guards.copy((torch.randn(2, 72, 200, device=DEVICE) / 200**0.5).to(dtype))
+    out = guards.empty((70, 2, 72), torch.float32, DEVICE)
+    attention_pool._head_linear(x, weight, None, out, "ieee")
+    exact = torch.einsum("bhk,hnk->bhn", x.double(), weight.double())
+    plain = torch.einsum("bhk,hnk->bhn", x, weight.float())
+    assert relative_error(out, exact) <= max(1.2 * relative_error(plain, exact), 2**-18)
 
 
 # --- hostile values --------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def gain_and_shift(width: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_accuracy(width: int, dtype: torch.dtype, guards: Guards, launches: list[str]) -> None:
-    repeats = 3 + 512 // width  # enough rows for their errors to be a statistic
+    repeats = 3 + 512 // max(width, 32)  # enough rows for their errors to be a statistic
     x = guards.copy(hostile_rows(width, repeats).to(dtype))
     weight, bias = (guards.copy(p) for p in gain_and_shift(width))
     y, statistics = ops.layer_norm(x, weight, bias, statistics=True, impl="triton")
@@ -42,6 +42,15 @@ def test_accuracy(width: int, dtype: torch.dtype, guards: Guards, launches: list
     exact, _ = reference.layer_norm(x.double(), weight.double(), bias.double())
     assert_as_accurate(y, plain, exact)
     assert_statistics_of(statistics, y)
+
+
+def test_eps_is_the_one_given(guards: Guards) -> None:
+    """Of rows whose variance is a tenth of it."""
+    x = 0.03 * torch.randn(17, 200, device=DEVICE)
+    weight, bias = gain_and_shift(200)
+    y, _ = ops.layer_norm(x, weight, bias, eps=1e-2, impl="triton")
+    exact, _ = reference.layer_norm(x.double(), weight.double(), bias.double(), eps=1e-2)
+    assert_as_accurate(y, reference.layer_norm(x, weight, bias, eps=1e-2)[0], exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
