@@ -6,7 +6,8 @@
 
 An `Item` is one image's place, small enough to be sent to another process; its bytes are read where it is decoded.
 Going through `Inputs` again gives the same items in the same order. What cannot be read is an `Unreadable` item in its
-place, never an exception, so that every input has its row.
+place, so that every input has its row. An exception is only what may pass, such as a disk that does not answer while a
+tar is listed: a row in its place would move all rows after it, and stay.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import re
 import stat
 import tarfile
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -39,6 +40,21 @@ _HERE = os.path.join(os.curdir, "")
 _TAR_BLOCK = 512  # bytes; at least one of zeros ends an archive
 _TAR_END = 1 << 20  # at most as many bytes of zeros; tar pads to 10 KiB
 _SLICE = 64  # rows of a parquet file that are read at a time
+_BINARY = {"binary", "large_binary", "binary_view", "null"}  # Arrow's types that hold images, but for text and structs
+_TEXT = {"string", "large_string", "string_view"}
+
+# Of an OSError: what will be the same another time. EINVAL is of a tar whose sizes lead beyond what a file may have.
+_LASTING = {
+    errno.ENOENT,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENXIO,
+    errno.EINVAL,
+}
 
 
 # --- Items -----------------------------------------------------------------------------------------------------------
@@ -58,6 +74,9 @@ class Item:
             OSError, ValueError: where it cannot be read.
         """
         raise NotImplementedError
+
+    def prepare(self) -> None:
+        """Does what takes `source` long for no fault of the image; raises what `source` raises. May be left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +116,9 @@ class ParquetCell(Item):
     group: int
     row: int  # in its row group
     folder: str = ""  # that a path in it is relative to, by default the working one
+
+    def prepare(self) -> None:
+        _column(self.file, self.group, self.column).seek(self.row)  # through the rows before it
 
     def source(self) -> Path | io.BytesIO:
         value: bytes | dict[str, Any] | None = _column(self.file, self.group, self.column)[self.row]
@@ -142,7 +164,11 @@ class Failure:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Items in a fixed order, from files, tars and parquet files; tars and parquet files are read as it is iterated."""
+    """Items in a fixed order, from files, tars and parquet files; tars and parquet files are read as it is iterated.
+
+    Raises:
+        OSError: as it is iterated or counted, where a tar or a parquet file cannot be read at the moment.
+    """
 
     parts: list[Files | Tar | Parquet]
 
@@ -179,7 +205,7 @@ class Tar:
     """The images in an uncompressed tar, in its order, by the suffixes that Pillow reads.
 
     As webdataset has it, a sample's key is the member's path up to the first dot of its name, and what has nothing
-    before that dot is no sample.
+    before that dot is no sample. A sample that is no whole file in it, but a link, is unreadable.
     """
 
     path: str
@@ -192,11 +218,18 @@ class Tar:
                     tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # or all would be kept
                     folder, name = os.path.split(member.name)
                     sample = name.partition(".")[0]
-                    if sample and member.isreg() and os.path.splitext(name)[1].lower() in suffixes:
-                        key, location = os.path.join(folder, sample), f"{self.path}/{member.name}"
+                    if not sample or member.isdir() or os.path.splitext(name)[1].lower() not in suffixes:
+                        continue
+                    key, location = os.path.join(folder, sample), f"{self.path}/{member.name}"
+                    kind = _kind_of(member)
+                    if kind:
+                        yield Unreadable(key, location, f"{kind} in the archive")
+                    else:
                         yield TarMember(key, location, self.path, member.offset_data, member.size)
                 self._check_end(tar.offset)
         except (tarfile.TarError, OSError, ValueError, OverflowError) as error:  # tarfile's own, and what escapes it
+            if _may_pass(error):
+                raise
             yield Unreadable(self.path, self.path, f"not a readable, uncompressed tar: {reason_of(error)}")
 
     def _check_end(self, offset: int) -> None:
@@ -207,6 +240,15 @@ class Tar:
             end = file.read(_TAR_END + 1)
         if not _TAR_BLOCK <= len(end) <= _TAR_END or end.strip(b"\0"):
             raise tarfile.ReadError(f"cut or damaged at byte {offset}, and what may follow is lost")
+
+
+def _kind_of(member: tarfile.TarInfo) -> str | None:
+    """What a member is whose bytes do not simply follow its header; None where they do."""
+    if member.issparse():
+        return "a sparse file"
+    if member.islnk() or member.issym():
+        return "a link"
+    return None if member.isreg() else "no regular file"
 
 
 @dataclass(frozen=True)
@@ -223,13 +265,17 @@ class Parquet:
     def count(self) -> int:
         try:
             return _pyarrow_parquet().read_metadata(self.path).num_rows
-        except _parquet_errors():
+        except _parquet_errors() as error:
+            if _may_pass(error):
+                raise
             return 1
 
     def __iter__(self) -> Iterator[Item]:
         try:
             yield from self._items()
         except _parquet_errors() as error:
+            if _may_pass(error):
+                raise
             yield Unreadable(self.path, self.path, f"not a readable parquet file: {reason_of(error)}")
 
     def _items(self) -> Iterator[Item]:
@@ -239,7 +285,12 @@ class Parquet:
             for name in filter(None, (self.column, self.key_column)):
                 if name not in schema.names:
                     raise ValueError(f"no column {name!r}, only {', '.join(schema.names)}")
-            holds_paths = _is_text(schema.field(self.column).type)
+                if schema.names.count(name) > 1:
+                    raise ValueError(f"several columns {name!r}")
+            kind = schema.field(self.column).type
+            if not _may_hold_images(kind):
+                raise ValueError(f"the column {self.column!r} holds no images: bytes or paths are, it has {kind}")
+            holds_paths = _is_text(kind)
             columns = [name for name in (self.key_column, self.column if holds_paths else None) if name]
             for group in range(file.num_row_groups):
                 count = file.metadata.row_group(group).num_rows
@@ -351,8 +402,8 @@ def find_images(arguments: Iterable[str | os.PathLike[str]]) -> tuple[list[Path]
     are followed. A pattern (`*`, `?`, `[...]`, and `**` for any depth) that is not itself a file's name stands for what
     it matches, sorted, as if the shell had expanded it. A file named or matched is taken whatever its suffix.
 
-    A file reached twice keeps its first place; links to one file are several files. Failures are arguments that name
-    nothing and folders that cannot be listed.
+    A file reached twice keeps its first place; links to one file are several files. Failures are arguments that stand
+    for no file and folders that cannot be listed.
     """
     find = _Finder()
     found = [each for argument in arguments for each in find(os.fspath(argument))]
@@ -370,18 +421,18 @@ class _Finder:
     def __call__(self, argument: str) -> Iterator[str | Failure]:
         is_folder = _is_folder(argument)
         if is_folder is not None:
-            yield from self._new(str(Path(argument)), is_folder)
-            return
-        named = glob.glob(argument, recursive=True)
-        if not named:
-            yield Failure(argument, "no such file or folder")
-        for path in _sorted(str(Path(name)) for name in named):
-            yield from self._new(path, os.path.isdir(path))
-
-    def _new(self, path: str, is_folder: bool) -> Iterator[str | Failure]:
-        for found in self._below(path) if is_folder else [path]:
-            if isinstance(found, Failure) or self._is_new(found):
-                yield found
+            named = {str(Path(argument)): is_folder}
+        else:
+            matched = _sorted(str(Path(name)) for name in glob.glob(argument, recursive=True))
+            named = {path: os.path.isdir(path) for path in matched}
+        nothing = True
+        for path, is_folder in named.items():
+            for found in self._below(path) if is_folder else [path]:
+                nothing = False
+                if isinstance(found, Failure) or self._is_new(found):
+                    yield found
+        if nothing:
+            yield Failure(argument, _nothing_in(named))
 
     def _is_new(self, path: str) -> bool:
         folder, name = os.path.split(path)
@@ -405,6 +456,16 @@ class _Finder:
             entered.update(below.values())
         yield from failures
         yield from _sorted(image.removeprefix(_HERE) for image in images)
+
+
+def _nothing_in(folders: Collection[str]) -> str:
+    """Why an argument that stands for `folders` gives no file."""
+    if not folders:
+        return "no such file or folder"
+    names = (name for folder in folders for _, _, files in os.walk(folder) for name in files)
+    if any(name.endswith((TAR_SUFFIX, PARQUET_SUFFIX)) for name in names):
+        return f"no image below it; {TAR_SUFFIX} and {PARQUET_SUFFIX} files are to be named themselves"
+    return "no image below it"
 
 
 @cache
@@ -442,6 +503,11 @@ def reason_of(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
+def _may_pass(error: Exception) -> bool:
+    """Whether reading may succeed another time. Readers give no number where the contents are to blame."""
+    return isinstance(error, OSError) and error.errno is not None and error.errno not in _LASTING
+
+
 # --- Parquet ---------------------------------------------------------------------------------------------------------
 
 
@@ -469,9 +535,24 @@ def _parquet_errors() -> tuple[type[Exception], ...]:
 
 def _is_text(kind: Any) -> bool:
     """Whether a column of this Arrow type holds strings."""
+    return str(_values(kind)) in _TEXT
+
+
+def _may_hold_images(kind: Any) -> bool:
+    """Whether cells of this Arrow type are what `ParquetCell` reads, or paths."""
     arrow, _ = pyarrow()
-    values = kind.value_type if arrow.types.is_dictionary(kind) else kind
-    return str(values) in ("string", "large_string", "string_view")
+    values = _values(kind)
+    if arrow.types.is_struct(values):
+        return any(values.get_field_index(name) >= 0 for name in ("bytes", "path"))
+    return str(values) in _BINARY | _TEXT or arrow.types.is_fixed_size_binary(values)
+
+
+def _values(kind: Any) -> Any:
+    """The type of the values where `kind` is a dictionary or an extension of it."""
+    arrow, _ = pyarrow()
+    if isinstance(kind, arrow.BaseExtensionType):
+        return _values(kind.storage_type)
+    return kind.value_type if arrow.types.is_dictionary(kind) else kind
 
 
 class _Column:
@@ -494,18 +575,27 @@ class _Column:
 
     def __getitem__(self, row: int) -> Any:
         with self._lock:
-            if self._slices and row < self._slices[0][0]:
-                self._rewind()
-            try:
-                while row >= self._next:
-                    rows = next(self._coming).column(0)
-                    self._slices.append((self._next, rows))
-                    self._next += len(rows)
-            except Exception:
-                self._rewind()  # a stream that broke is at its end, and other rows are to fail for the same reason
-                raise
-            start, rows = next(found for found in reversed(self._slices) if found[0] <= row)
+            start, rows = self._slice(row)
             return rows[row - start].as_py()
+
+    def seek(self, row: int) -> None:
+        """Has the row in memory for who asks next."""
+        with self._lock:
+            self._slice(row)
+
+    def _slice(self, row: int) -> tuple[int, Any]:
+        """The number of the first row, and the rows, of the slice that `row` is in."""
+        if self._slices and row < self._slices[0][0]:
+            self._rewind()
+        try:
+            while row >= self._next:
+                rows = next(self._coming).column(0)
+                self._slices.append((self._next, rows))
+                self._next += len(rows)
+        except Exception:
+            self._rewind()  # a stream that broke is at its end, and other rows are to fail for the same reason
+            raise
+        return next(found for found in reversed(self._slices) if found[0] <= row)
 
 
 _column = lru_cache(maxsize=2)(_Column)  # while their rows are asked for; two, for threads at a group's end

@@ -162,6 +162,22 @@ def test_a_folder_that_cannot_be_listed_is_a_failure(folder: Path, monkeypatch: 
     assert failures == [Failure(os.path.join("photos", "b"), "Permission denied")]
 
 
+def test_a_folder_that_gives_nothing_is_a_failure(folder: Path) -> None:
+    for name in ("empty/deep", "tars/deep"):
+        (folder / name).mkdir(parents=True)
+    (folder / "tars" / "deep" / "0.tar").touch()
+    paths, failures = find_images(["empty", "z.png", "tars", "[et]*", "photos"])
+    assert [path.as_posix() for path in paths] == ["z.png", *IN_PHOTOS]
+    named = "no image below it; .tar and .parquet files are to be named themselves"
+    assert failures == [Failure("empty", "no image below it"), Failure("tars", named), Failure("[et]*", named)]
+
+
+def test_a_folder_whose_images_were_all_named_before_is_no_failure(folder: Path) -> None:
+    assert found("photos", "photos", "photos/b", "p*") == IN_PHOTOS
+    (folder / "empty").mkdir()
+    assert found("*") == [*IN_PHOTOS, "z.png"]  # of what a pattern matches, something is enough
+
+
 # --- find_inputs: files ----------------------------------------------------------------------------------------------
 
 
@@ -349,6 +365,110 @@ def test_what_tarfile_itself_stumbles_over_is_unreadable(tmp_path: Path, case: s
         last.source()
 
 
+@pytest.mark.parametrize("size", [1 << 62, (1 << 63) - 2000])
+def test_a_size_that_leads_beyond_any_file_is_unreadable(tmp_path: Path, size: int) -> None:
+    member = tarfile.TarInfo("1.png")
+    member.size = size
+    path = write_tar(tmp_path / "t.tar", {"0.png": png(0)})
+    path.write_bytes(path.read_bytes()[:1024] + member.tobuf(tarfile.GNU_FORMAT) + bytes(10240))
+    first, *_, last = find_inputs([path])
+    assert value_of(first) == 0
+    assert isinstance(last, Unreadable)
+
+
+PASSING = [errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EMFILE]
+LASTING = [errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES]
+
+
+@pytest.mark.parametrize("number", PASSING)
+def test_a_tar_that_does_not_answer_for_a_moment_is_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    inputs = find_inputs([write_tar(tmp_path / "t.tar", {f"{i}.png": png(i) for i in range(6)})])
+    before = list(inputs)
+    read, reads = tarfile.TarInfo.fromtarfile, []
+
+    def failing(tar: tarfile.TarFile) -> tarfile.TarInfo:
+        reads.append(tar)
+        if len(reads) == 3:
+            raise OSError(number, os.strerror(number))
+        return read(tar)
+
+    monkeypatch.setattr(tarfile.TarInfo, "fromtarfile", failing)
+    listing = iter(inputs)
+    assert [next(listing), next(listing)] == before[:2]
+    with pytest.raises(OSError, match=os.strerror(number)):
+        next(listing)
+    assert list(inputs) == before
+
+
+@pytest.mark.parametrize("number", LASTING)
+def test_a_tar_that_is_not_there_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    inputs = find_inputs([write_tar(tmp_path / "t.tar", {"0.png": png(0)})])
+
+    def failing(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(tarfile, "open", failing)
+    (item,) = inputs
+    with pytest.raises(ValueError, match=os.strerror(number)):
+        item.source()
+
+
+@pytest.mark.parametrize("form", ["old", "0.0", "1.0"])
+def test_a_sparse_file_in_a_tar_is_unreadable(tmp_path: Path, form: str) -> None:
+    member = tarfile.TarInfo("a/1.png")
+    data = png(1)
+    if form == "old":  # GNU's: the map of the parts is in the header
+        header = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+        header[156:157] = tarfile.GNUTYPE_SPARSE
+        header[386:410] = b"%011o\0%011o\0" % (0, len(data))
+        header[483:495] = b"%011o\0" % (len(data) + 1000)
+        header[124:136] = b"%011o\0" % len(data)
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        blocks = bytes(header) + data
+    else:
+        size = str(len(data) + 1000)
+        if form == "0.0":
+            numbers = {"GNU.sparse.map": f"0,{len(data)}", "GNU.sparse.size": size, "GNU.sparse.numblocks": "1"}
+        else:
+            numbers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": size}
+            numbers["GNU.sparse.name"] = member.name
+            data = f"1\n0\n{len(data)}\n".encode().ljust(512, b"\0") + data
+        member.pax_headers = numbers
+        member.size = len(data)
+        blocks = member.tobuf(tarfile.PAX_FORMAT) + data
+    after = write_tar(tmp_path / "after.tar", {"2.png": png(2)}).read_bytes()
+    path = tmp_path / "t.tar"
+    path.write_bytes(blocks + bytes(-len(blocks) % 512) + after)
+    first, second = find_inputs([path])
+    assert (first.key, first.location) == ("a/1", f"{path}/a/1.png")
+    with pytest.raises(ValueError, match="a sparse file in the archive"):
+        first.source()
+    assert value_of(second) == 2
+
+
+def test_what_is_no_file_in_a_tar_is_unreadable_if_it_has_an_images_suffix(tmp_path: Path) -> None:
+    kinds = {
+        "hard.png": tarfile.LNKTYPE,
+        "soft.jpg": tarfile.SYMTYPE,
+        "pipe.png": tarfile.FIFOTYPE,
+        "soft.txt": tarfile.SYMTYPE,
+        "folder.png": tarfile.DIRTYPE,
+    }
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        for name, kind in kinds.items():
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "other.png"
+            tar.addfile(member)
+    items = list(find_inputs([tmp_path / "t.tar"]))
+    assert [item.key for item in items] == ["hard", "soft", "pipe"]
+    for item, reason in zip(items, ("a link", "a link", "no regular file"), strict=True):
+        with pytest.raises(ValueError, match=f"{reason} in the archive"):
+            item.source()
+
+
 @pytest.mark.parametrize("zeros", [512, 1024, 1 << 20])
 def test_a_tar_may_end_with_any_padding(tmp_path: Path, zeros: int) -> None:
     path = write_tar(tmp_path / "t.tar", {f"{i}.png": png(i) for i in range(6)})
@@ -486,6 +606,86 @@ def test_a_parquet_that_cannot_be_read_is_unreadable(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not a readable parquet file"):
         item.source()
     assert inputs.expected() == 1
+
+
+@pytest.mark.parametrize("kind", ["large_binary", "binary_view", "fixed", "dictionary", "null"])
+def test_images_are_known_by_any_type_of_bytes(tmp_path: Path, kind: str) -> None:
+    pa = pytest.importorskip("pyarrow")
+    if kind == "fixed":
+        values = pa.array([png(7)], pa.binary(len(png(7))))
+    elif kind == "dictionary":
+        values = pa.array([png(7)]).dictionary_encode()
+    elif kind == "null":
+        values = pa.array([None])
+    elif not hasattr(pa, kind):
+        pytest.skip(f"this pyarrow has no {kind}")
+    else:
+        values = pa.array([png(7)], getattr(pa, kind)())
+    (item,) = find_inputs([write_parquet(tmp_path / "t.parquet", image=values)])
+    assert isinstance(item, ParquetCell)
+    if kind == "null":
+        with pytest.raises(ValueError, match="null"):
+            item.source()
+    else:
+        assert value_of(item) == 7
+
+
+@pytest.mark.parametrize("cell", [1, 0.5, [1, 2], {"jpg": b""}], ids=str)
+def test_a_column_of_a_type_that_holds_no_images_is_unreadable_at_once(tmp_path: Path, cell: object) -> None:
+    (item,) = find_inputs([write_parquet(tmp_path / "t.parquet", image=[cell] * 5)])
+    with pytest.raises(ValueError, match="the column 'image' holds no images: bytes or paths are, it has"):
+        item.source()
+
+
+def test_columns_of_one_name_are_unreadable(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    arrays = [pa.array([png(1)]), pa.array(["k"]), pa.array(["l"])]
+    for names, column in ((["image", "image", "key"], "image"), (["image", "key", "key"], "key")):
+        pq.write_table(pa.Table.from_arrays(arrays, names=names), tmp_path / "t.parquet")
+        (item,) = find_inputs([tmp_path / "t.parquet"], key_column="key")
+        with pytest.raises(ValueError, match=f"several columns '{column}'"):
+            item.source()
+
+
+@pytest.mark.parametrize("number", [*PASSING, *LASTING])
+@pytest.mark.parametrize("place", ["open", "group"])
+def test_a_parquet_that_does_not_answer_for_a_moment_is_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, number: int
+) -> None:
+    inputs = find_inputs([write_parquet(tmp_path / "t.parquet", image=[png(i) for i in range(5)])])
+    pq = pytest.importorskip("pyarrow.parquet")
+
+    def failing(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        if place == "open":
+            patch.setattr(pq, "ParquetFile", failing)
+            patch.setattr(pq, "read_metadata", failing)
+        else:
+            patch.setattr(pq.ParquetFile, "read_row_group", failing)
+        if number in LASTING:
+            assert [type(item) for item in inputs] == [Unreadable]
+        else:
+            with pytest.raises(OSError, match=os.strerror(number)):
+                list(inputs)
+        if (place, number in LASTING) == ("open", False):
+            with pytest.raises(OSError, match=os.strerror(number)):
+                inputs.expected()
+    assert len(list(inputs)) == inputs.expected() == 5
+
+
+def test_a_cell_that_was_prepared_is_read_without_what_lies_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"image": [png(i) for i in range(200)]}), tmp_path / "t.parquet")
+    *_, last = find_inputs([tmp_path / "t.parquet"])
+    last.prepare()
+
+    column = sources._column(str(tmp_path / "t.parquet"), 0, "image")
+    monkeypatch.setattr(column, "_coming", iter(()))
+    assert value_of(last) == 199
 
 
 def test_without_pyarrow_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
