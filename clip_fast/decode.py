@@ -10,6 +10,7 @@ image that it died of is tried once more, and a second time makes it a failure.
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -18,10 +19,11 @@ import time
 import warnings
 from collections import Counter, deque
 from collections.abc import Generator, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, UnidentifiedImageError
@@ -45,16 +47,32 @@ class SharedMemoryError(RuntimeError):
 
 
 class Decoded(NamedTuple):
-    """A batch: pixels, uint8 (B, 3, image_size, image_size); sizes of the images as they were, int32 (B, 2), width and
-    height; and by position, why an image could not be decoded: it is black then, and of size 0.
+    """A batch: pixels, uint8 (B, 3, image_size, image_size), and what there is to say of them, JSON in uint8.
 
-    Pickled without the tensors it is shorter than PIPE_BUF, but for very many errors: such a write to a pipe is whole
-    or not at all, so that a worker killed in it leaves no half message to wait for.
+    All of it is in tensors, whose memory workers share: pickled without that it is shorter than PIPE_BUF. Such a write
+    to a pipe is whole or not at all, so that a worker killed in it leaves no half message to wait for.
     """
 
     pixels: Tensor
-    sizes: Tensor
-    errors: dict[int, str]
+    notes: Tensor
+
+    @classmethod
+    def of(cls, pixels: Tensor, sizes: list[tuple[int, int]], errors: dict[int, str]) -> Decoded:
+        notes = json.dumps([sizes, list(errors.items())])  # in ASCII: a reason may have bytes that are no text
+        return cls(pixels, torch.frombuffer(bytearray(notes, "ascii"), dtype=torch.uint8))
+
+    @property
+    def sizes(self) -> Tensor:
+        """Of the images as they were, int32 (B, 2), width and height."""
+        return torch.tensor(self._noted()[0], dtype=torch.int32).view(-1, 2)
+
+    @property
+    def errors(self) -> dict[int, str]:
+        """By position, why an image could not be decoded: it is black then, and of size 0."""
+        return dict(self._noted()[1])
+
+    def _noted(self) -> Any:
+        return json.loads(bytes(self.notes.numpy()))
 
 
 @dataclass(frozen=True)
@@ -65,6 +83,34 @@ class Batch:
     shard: int
     start: int
     length: int
+
+
+class _Unremarked:
+    """Keeps Pillow from warning of large images, whose double size is an error, while any thread is inside.
+
+    `warnings.catch_warnings` in each of several threads would have the last to leave put back the filter of another.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._caught = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._caught.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._caught.close()
+
+
+_UNREMARKED = _Unremarked()
 
 
 @dataclass(frozen=True)
@@ -80,14 +126,12 @@ class Decoder:
 
     def __call__(self, item: Item) -> tuple[Tensor, tuple[int, int]]:
         """The item's pixels, uint8 (3, image_size, image_size), and its size. Raises whatever decoders raise."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # twice that size is an error
-            with Image.open(item.source()) as image:
-                size = image.size
-                self.check(size)
-                if self.fast:
-                    image.draft(None, (2 * self.preprocess.image_size,) * 2)  # pyright: ignore[reportArgumentType]
-                return self.preprocess.uint8(image), size
+        with _UNREMARKED, Image.open(item.source()) as image:
+            size = image.size
+            self.check(size)
+            if self.fast:
+                image.draft(None, (2 * self.preprocess.image_size,) * 2)  # pyright: ignore[reportArgumentType]
+            return self.preprocess.uint8(image), size
 
     def check(self, size: tuple[int, int]) -> None:
         """Raises ValueError for an image that would be enlarged beyond what Pillow would open."""
@@ -140,6 +184,7 @@ def decode_batches(
 
     Raises:
         RuntimeError: where workers keep dying for no image's sake, or shared memory is too small for batches.
+        Exception: what `batches` raises.
     """
     waiting: deque[Batch] = deque()  # handed to workers, and not yet decoded
     strikes: Counter[tuple[int, int]] = Counter()
@@ -147,10 +192,11 @@ def decode_batches(
     while True:
         board = torch.full((workers, 2), _IDLE, dtype=torch.int64)
         board.share_memory_()
+        sampler = _Sampler(batches, waiting)
         loader = iter(
             DataLoader(
                 _Batches(decoder, board, time_limit),
-                batch_sampler=_Sampler(batches, waiting),  # pyright: ignore[reportArgumentType]
+                batch_sampler=sampler,  # pyright: ignore[reportArgumentType]
                 num_workers=workers,
                 worker_init_fn=_start_worker,
                 collate_fn=_same,  # pyright: ignore[reportArgumentType]
@@ -170,6 +216,8 @@ def decode_batches(
                 "larger (docker run --shm-size), or have fewer workers or smaller batches"
             ) from error
         except (RuntimeError, OSError, EOFError):
+            if sampler.broken:  # it is not of a worker, even if one is dead too; and batches would be missing
+                raise
             deadline = time.monotonic() + DEATH_SECONDS
             while not (dead := _deaths(board)) and time.monotonic() < deadline:
                 time.sleep(0.01)
@@ -212,10 +260,18 @@ class _Sampler:
     def __init__(self, batches: Iterator[Batch], waiting: deque[Batch]) -> None:
         self._batches = batches
         self._waiting = waiting
+        self.broken = False  # whether an exception came instead of a batch
 
     def __iter__(self) -> Iterator[Batch]:
         yield from list(self._waiting)
-        for batch in self._batches:
+        while True:
+            try:
+                batch = next(self._batches, None)
+            except Exception:
+                self.broken = True
+                raise
+            if batch is None:
+                return
             self._waiting.append(batch)
             yield batch
 
@@ -229,28 +285,47 @@ class _Batches(Dataset[Decoded]):
         self._time_limit = time_limit
 
     def __getitems__(self, batch: Batch) -> Decoded:
-        pixels, sizes = self._decoder.black(len(batch.items)), torch.zeros(len(batch.items), 2, dtype=torch.int32)
+        pixels = self._decoder.black(len(batch.items))
         worker = get_worker_info()
         if worker is not None:
             self._board[worker.id, 0] = os.getpid()
-            try:  # here, where too little of it is an exception that reaches the main process
-                pixels.share_memory_()
-                sizes.share_memory_()
-            except RuntimeError as error:
-                raise SharedMemoryError from error
+            _share(pixels)
+        sizes: list[tuple[int, int]] = []
         errors: dict[int, str] = {}
         for i, item in enumerate(batch.items):
             if worker is not None:
                 self._board[worker.id, 1] = batch.shard * _SPAN + batch.start + i
-                signal.setitimer(signal.ITIMER_REAL, self._time_limit)  # what it does by default is to kill
-            size, error = self._decoder.into(pixels[i], item)
-            sizes[i] = torch.tensor(size)
+            size, error = self._decode(pixels[i], item, limited=worker is not None)
+            sizes.append(size)
             if error is not None:
                 errors[i] = error
+        decoded = Decoded.of(pixels, sizes, errors)
         if worker is not None:
-            signal.setitimer(signal.ITIMER_REAL, 0)
             self._board[worker.id, 1] = _IDLE
-        return Decoded(pixels, sizes, errors)
+            _share(decoded.notes)
+        return decoded
+
+    def _decode(self, pixels: Tensor, item: Item, limited: bool) -> tuple[tuple[int, int], str | None]:
+        """`Decoder.into`, within the time limit but for `Item.prepare`, whose time is not the image's."""
+        try:
+            item.prepare()
+        except Exception as error:  # as in `Decoder.into`
+            return (0, 0), failure_reason(error)
+        if limited:
+            signal.setitimer(signal.ITIMER_REAL, self._time_limit)  # what it does by default is to kill
+        try:
+            return self._decoder.into(pixels, item)
+        finally:
+            if limited:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _share(tensor: Tensor) -> None:
+    """Moves it to shared memory here, where too little of it is an exception that reaches the main process."""
+    try:
+        tensor.share_memory_()
+    except RuntimeError as error:
+        raise SharedMemoryError from error
 
 
 def _start_worker(worker: int) -> None:

@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import pickle
 import select
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from bad_files import BAD_FILES
+from hostile import Killing
 from numpy.testing import assert_array_equal
 from PIL import Image
 
-from clip_fast.decode import Batch, Decoded, Decoder, decode_batches
+from clip_fast import decode
+from clip_fast.decode import Batch, Decoded, Decoder, _Batches, decode_batches
 from clip_fast.preprocess import Preprocess
-from clip_fast.sources import ImageFile, Item
+from clip_fast.sources import ImageFile, Item, Unreadable
 
 DECODER = Decoder(Preprocess(32))
 PHOTOGRAPHS = sorted((Path(__file__).parent / "data").glob("*.jpg"))
@@ -87,10 +98,109 @@ def test_batches_come_in_order_with_their_failures(tmp_path: Path) -> None:
     assert results[1][1].sizes.tolist() == [[5, 4], [0, 0]]
 
 
-def test_a_decoded_batch_without_its_tensors_fits_a_pipe() -> None:
-    empty = torch.empty(0)
-    errors = dict.fromkeys(range(0, 1024, 64), "not an image, or not in a format that Pillow reads")
-    assert len(pickle.dumps(Decoded(empty, empty, errors))) < select.PIPE_BUF // 2  # tensors go as some 500 bytes each
+def test_what_goes_through_the_pipe_fits_it_whatever_the_reasons() -> None:
+    errors = {i: f"{i} \udce9 {'x' * 1000}" for i in range(1024)}
+    decoded = Decoded.of(DECODER.black(1).share_memory_(), [(5, 4)] * 1024, errors)
+    decoded.notes.share_memory_()
+    assert len(ForkingPickler.dumps(decoded)) < select.PIPE_BUF // 2
+    assert decoded.errors == errors
+    assert decoded.sizes.dtype == torch.int32
+    assert decoded.sizes.tolist() == [[5, 4]] * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_worker_that_dies_while_a_long_result_waits_to_be_read_is_replaced(tmp_path: Path) -> None:
+    Image.new("RGB", (5, 4)).save(tmp_path / "x.png")
+    good, reason = item(tmp_path / "x.png"), "x" * (1 << 20)  # more than any pipe holds
+    items = [good, Unreadable("u", "u", reason), Killing("k", "k"), good]
+    results = decode_batches(DECODER, (Batch([each], 0, i, 4) for i, each in enumerate(items)), workers=1, time_limit=9)
+    errors = [next(results)[1].errors]
+    time.sleep(2)  # the worker goes on, and dies
+    errors += [decoded.errors for _, decoded in results]
+    assert [bool(each) for each in errors] == [False, True, True, False]
+    assert errors[1] == {0: reason}
+    assert "a decoder died of it" in errors[2][0]
+
+
+@dataclass(frozen=True, slots=True)
+class Slow(ImageFile):
+    """Notes what is asked of it."""
+
+    asked: list[object]
+
+    def prepare(self) -> None:
+        self.asked.append("prepare")
+        if self.key == "bad":
+            raise ValueError("broken before it")
+
+    def source(self) -> Path:
+        self.asked.append("source")
+        return Path(self.location)
+
+
+def test_the_time_limit_is_for_what_comes_after_preparing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (5, 4)).save(tmp_path / "x.png")
+    asked: list[object] = []
+    items: list[Item] = [Slow(key, str(tmp_path / "x.png"), asked) for key in ("good", "bad", "good")]
+    monkeypatch.setattr(decode, "get_worker_info", lambda: SimpleNamespace(id=0))
+    monkeypatch.setattr(signal, "setitimer", lambda _, seconds: asked.append(seconds))
+    batches = _Batches(DECODER, torch.zeros(1, 2, dtype=torch.int64), 7.0)
+    decoded = batches.__getitems__(Batch(items, 0, 0, 3))
+    one = ["prepare", 7.0, "source", 0]
+    assert asked == [*one, "prepare", *one]
+    assert decoded.errors == {1: "broken before it"}
+    assert decoded.sizes.tolist() == [[5, 4], [0, 0], [5, 4]]
+
+
+def test_what_batches_raise_is_no_death_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    def batches() -> Iterator[Batch]:
+        yield Batch([Unreadable("u", "u", "gone")], 0, 0, 2)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(decode, "_deaths", lambda board: [decode._IDLE])  # there is one as well
+    results = decode_batches(DECODER, batches(), workers=0, time_limit=1)
+    next(results)
+    with pytest.raises(OSError, match="Input/output error"):
+        next(results)
+
+
+@dataclass(frozen=True, slots=True)
+class Held(ImageFile):
+    """Says that its decoding began, and waits."""
+
+    begun: threading.Event
+    going_on: threading.Event
+
+    def source(self) -> Path:
+        self.begun.set()
+        assert self.going_on.wait(30)
+        return Path(self.location)
+
+
+def test_large_images_are_no_warnings_and_threads_leave_the_filters_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    Image.new("RGB", (40, 40)).save(tmp_path / "large.png")
+    Image.new("RGB", (50, 50)).save(tmp_path / "bomb.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before = list(warnings.filters)
+        held = [
+            Held("h", str(tmp_path / name), threading.Event(), threading.Event()) for name in ("large.png", "bomb.png")
+        ]
+        with ThreadPoolExecutor(2) as pool:
+            first, second = [pool.submit(DECODER.into, DECODER.black(1)[0], each) for each in held]
+            for each in held:
+                assert each.begun.wait(30)
+            held[0].going_on.set()  # who came first also leaves first
+            assert first.result(30) == ((40, 40), None)
+            held[1].going_on.set()
+            assert "decompression bomb" in str(second.result(30)[1])
+        assert warnings.filters == before
+        with pytest.raises(Image.DecompressionBombWarning):
+            Image.open(tmp_path / "large.png")
 
 
 def test_nothing_to_decode() -> None:
