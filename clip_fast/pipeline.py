@@ -81,7 +81,8 @@ def run(
 ) -> None:
     """Embeds `inputs` into `sink`: of the shards that are not finished, each `parts`-th from `part` on.
 
-    `report` is called after every batch; what it raises ends the run. Shards that were written stay.
+    `report` is called after every batch; what it raises ends the run, and so does an OSError where `inputs` cannot be
+    listed at the moment: the borders of shards follow from all items before them. Shards that were written stay.
     """
     on_gpu = model.device.type == "cuda"
     writes: deque[Future[Totals]] = deque()

@@ -430,6 +430,32 @@ def test_ctrl_c_leaves_what_can_be_resumed(
     assert contents(output) == undisturbed
 
 
+def test_a_disk_that_does_not_answer_while_a_tar_is_listed_ends_the_run_and_it_goes_on(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = sorted(photos.iterdir())
+    for number in range(2):
+        with tarfile.open(tmp_path / f"{number}.tar", "w") as tar:
+            for path in files[number * 20 : number * 20 + 20]:
+                tar.add(path, path.name)
+    tars = str(tmp_path / "{0,1}.tar")
+    assert cli.main(command(tars, tmp_path / "undisturbed", "--workers", "0")) == 1
+    read = tarfile.TarInfo.fromtarfile
+
+    def failing(tar: tarfile.TarFile) -> tarfile.TarInfo:
+        if str(tar.name).endswith("1.tar") and tar.offset:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(tar)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile.TarInfo, "fromtarfile", staticmethod(failing))
+        assert cli.main(command(tars, tmp_path / "out", "--workers", "0")) == 2
+    assert os.strerror(errno.EIO) in capsys.readouterr().err
+    assert len(list((tmp_path / "out" / "img_emb").iterdir())) == 2  # of 7 of the first tar's 20 each
+    assert cli.main(command(tars, tmp_path / "out", "--workers", "0", "--resume")) == 1
+    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_at_most_the_unfinished_shards_are_done_again(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], device: str

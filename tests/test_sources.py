@@ -394,7 +394,7 @@ def test_a_tar_that_does_not_answer_for_a_moment_is_no_row(
             raise OSError(number, os.strerror(number))
         return read(tar)
 
-    monkeypatch.setattr(tarfile.TarInfo, "fromtarfile", failing)
+    monkeypatch.setattr(tarfile.TarInfo, "fromtarfile", staticmethod(failing))
     listing = iter(inputs)
     assert [next(listing), next(listing)] == before[:2]
     with pytest.raises(OSError, match=os.strerror(number)):
