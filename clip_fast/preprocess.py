@@ -1,7 +1,8 @@
 """PIL image -> tensor (3, image_size, image_size), bit for bit what openai-clip's own transform makes of it.
 
 That transform is torchvision's Resize(bicubic) -> CenterCrop -> RGB -> ToTensor -> Normalize. Its pixels come from
-Pillow, its arithmetic from PyTorch; what is rebuilt here is the geometry: which size, which crop, in which order.
+Pillow, its arithmetic from PyTorch; what is rebuilt here is the geometry: which size, which crop, in which order. With
+`squash`, it is open_clip's with resize_mode "squash": Resize to the square, no crop.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ class Preprocess:
     """Turns a PIL image of any mode and shape into the input of an image tower.
 
     `image_size` is the side of the square result in pixels; `mean` and `std` are per RGB channel of pixels scaled to
-    [0, 1], those of the model's training. An EXIF orientation is not applied, as `clip` does not.
+    [0, 1], those of the model's training. `squash` resizes the whole image to the square, whatever its aspect ratio, as
+    some models were trained; otherwise the middle is cut out. An EXIF orientation is not applied, as `clip` does not.
 
-    As in `clip`, the whole image is resized before the crop, so memory grows with the aspect ratio: about
+    As in `clip`, the whole image is resized before that crop, so memory grows with the aspect ratio: about
     4 image_size² bytes times long side / short side.
     """
 
     image_size: int
     mean: tuple[float, float, float] = IMAGE_MEAN
     std: tuple[float, float, float] = IMAGE_STD
+    squash: bool = False
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
@@ -49,7 +52,7 @@ class Preprocess:
         return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
 
     def uint8(self, image: Image.Image) -> Tensor:
-        """The resized and cropped image in RGB, before scaling and normalising: a quarter of the bytes to move.
+        """The resized square in RGB, before scaling and normalising: a quarter of the bytes to move.
 
         Args:
             image: not changed, apart from being loaded where it was opened lazily.
@@ -75,12 +78,14 @@ class Preprocess:
         return torch.as_tensor(np.array(rgb), device="cpu").permute(2, 0, 1).contiguous()
 
     def _square(self, image: Image.Image) -> Image.Image:
-        """The middle of `image` in its own mode, after its shorter side was resized to image_size.
+        """The middle of `image` in its own mode, after its shorter side was resized to image_size; or all, squashed.
 
         Before the conversion to RGB, because clip does so and the order shows: a palette is resized by nearest
         neighbour, transparent pixels do not bleed into opaque ones, 16-bit pixels are clipped to 8 bits last.
         """
         side = self.image_size
+        if self.squash:
+            return image.resize((side, side), Image.Resampling.BICUBIC)
         scaled_long = int(side * max(image.size) / min(image.size))  # rounds down; never less than side
         size = (side, scaled_long) if image.width <= image.height else (scaled_long, side)
         left, top = (round((length - side) / 2) for length in size)  # a half goes to the even neighbour

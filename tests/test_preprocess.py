@@ -1,4 +1,4 @@
-"""Preprocessing against openai-clip's own transform, bit for bit, and what does not need that package to be seen."""
+"""Preprocessing against openai-clip's and open_clip's own transforms, bit for bit, and what needs no such package."""
 
 from __future__ import annotations
 
@@ -74,17 +74,19 @@ def assert_as_clip(actual: Tensor, expected: Tensor) -> None:
     assert torch.equal(actual, expected), f"{int((actual != expected).sum())} of {expected.numel()} values differ"
 
 
-def assert_as_clip_or_refused(make: Callable[[], Image.Image], clip_transform: ClipTransform) -> None:
+def assert_as_clip_or_refused(
+    make: Callable[[], Image.Image], clip_transform: ClipTransform, squash: bool = False
+) -> None:
     """A new image for each, so that neither sees what the other loaded."""
-    image = make()
+    image, preprocess = make(), Preprocess(28, squash=squash)
     try:
         expected = clip_transform(28)(make())
     except ValueError as error:
         refusal = f"cannot make RGB pixels of an image of mode '{image.mode}', {image.width}x{image.height}: {error}"
         with pytest.raises(ValueError, match=f"^{re.escape(refusal)}$"):
-            Preprocess(28)(image)
+            preprocess(image)
     else:
-        assert_as_clip(Preprocess(28)(image), expected)
+        assert_as_clip(preprocess(image), expected)
 
 
 # --- Against openai-clip ---------------------------------------------------------------------------------------------
@@ -198,6 +200,54 @@ def test_another_mean_and_std_are_as_in_torchvision(clip_transform: ClipTransfor
     assert_as_clip(Preprocess(28, mean, std)(image), expected)
 
 
+# --- Squashed, against open_clip and transformers --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def squash_transform() -> ClipTransform:
+    open_clip = pytest.importorskip("open_clip", reason="open_clip, to compare with")
+    return cache(lambda size: open_clip.image_transform(size, is_train=False, resize_mode="squash"))
+
+
+@pytest.mark.parametrize("image_size", [28, 224, 378])
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+def test_squashed_photographs_are_as_in_open_clip(name: str, image_size: int, squash_transform: ClipTransform) -> None:
+    preprocess = Preprocess(image_size, squash=True)
+    with Image.open(DATA / name) as image:
+        assert_as_clip(preprocess(image), squash_transform(image_size)(image))
+        pixels = preprocess.uint8(image)
+        upright = image.transpose(Image.Transpose.ROTATE_90)
+        for step in squash_transform(image_size).transforms[:2]:  # to its size, to RGB
+            image = step(image)
+    assert_as_clip(preprocess(upright), squash_transform(image_size)(upright))
+    assert torch.equal(pixels, torch.from_numpy(np.array(image)).permute(2, 0, 1))
+    assert pixels.is_contiguous()
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+def test_squashed_sizes_are_as_in_open_clip(size: tuple[int, int], squash_transform: ClipTransform) -> None:
+    image = noise("RGB", *size)
+    for image_size in (28, 224, 225):
+        assert_as_clip(Preprocess(image_size, squash=True)(image), squash_transform(image_size)(image))
+
+
+@pytest.mark.parametrize("size", [(45, 33), (28, 28)], ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize("mode", MODES + MODES_16_BIT)
+def test_squashed_modes_are_as_in_open_clip(mode: str, size: tuple[int, int], squash_transform: ClipTransform) -> None:
+    assert_as_clip_or_refused(lambda: noise(mode, *size), squash_transform, squash=True)
+
+
+@pytest.mark.parametrize("name", PHOTOGRAPHS)
+def test_squashed_photographs_are_as_in_transformers(name: str) -> None:
+    """With its image processor that resizes by Pillow; its arithmetic after that is in another order."""
+    clip = pytest.importorskip("transformers.models.clip.image_processing_pil_clip", reason="transformers 5")
+    processor = clip.CLIPImageProcessorPil(size={"height": 224, "width": 224}, do_center_crop=False)
+    with Image.open(DATA / name) as image:
+        rgb = image.convert("RGB")
+    expected = torch.as_tensor(processor(rgb, return_tensors="np")["pixel_values"][0])
+    assert torch.allclose(Preprocess(224, squash=True)(rgb), expected, rtol=0, atol=1e-5)
+
+
 # --- By itself -------------------------------------------------------------------------------------------------------
 
 
@@ -259,11 +309,20 @@ def test_the_default_dtype_and_device_do_not_matter() -> None:
 
 def test_pickle_repr_and_equality() -> None:
     preprocess = Preprocess(28, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
-    copy = pickle.loads(pickle.dumps(preprocess))
+    squashing = Preprocess(28, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), squash=True)
     image = noise("RGB", 45, 33)
-    assert torch.equal(copy(image), preprocess(image))
-    assert copy == preprocess != Preprocess(28)
-    assert repr(preprocess) == "Preprocess(image_size=28, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))"
+    for original in (preprocess, squashing):
+        copy = pickle.loads(pickle.dumps(original))
+        assert torch.equal(copy(image), original(image))
+        assert copy == original != Preprocess(28)
+    assert squashing != preprocess == Preprocess(28, preprocess.mean, preprocess.std, False)
+    assert repr(preprocess) == "Preprocess(image_size=28, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25), squash=False)"
+
+
+def test_what_was_pickled_before_there_was_squashing() -> None:
+    old = Preprocess(28)
+    del old.__dict__["squash"]
+    assert torch.equal(pickle.loads(pickle.dumps(old))(noise("RGB", 45, 33)), Preprocess(28)(noise("RGB", 45, 33)))
 
 
 @pytest.mark.parametrize(
