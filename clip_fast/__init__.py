@@ -85,4 +85,4 @@ def load(
         model = ImageEncoder(config, state_dict, device, dtype, **options)
     else:
         model = Clip(config, state_dict, *checkpoint.text, device, dtype, **options)
-    return model, Preprocess(config.image_size, checkpoint.mean, checkpoint.std)
+    return model, Preprocess(config.image_size, checkpoint.mean, checkpoint.std, checkpoint.squash)

@@ -63,6 +63,7 @@ _CHUNK = 1 << 20  # bytes read at a time, from disk or network
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _HEAD_DIM = 64  # of every OpenAI model, and open_clip's default
+_RESNET_STRIDE = 32
 _HEAD_DIMS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}  # by width: images in open_clip's ViT-H, ViT-g, ViT-bigG, ViT-e
 
 
@@ -79,8 +80,8 @@ class Checkpoint:
 
     `state_dict` has exactly the names and shapes of `reference.build(config).state_dict()`; its tensors are contiguous,
     on the CPU, independent of the file and of the dtype that they have in it. `mean` and `std` normalise the RGB
-    channels of pixels scaled to [0, 1]. `text` has the text tower's config, and the names and shapes of
-    `text.TextEncoder(config).state_dict()`.
+    channels of pixels scaled to [0, 1], and `squash` is that of `Preprocess`. `text` has the text tower's config, and
+    the names and shapes of `text.TextEncoder(config).state_dict()`.
     """
 
     config: Config
@@ -88,6 +89,7 @@ class Checkpoint:
     mean: Rgb
     std: Rgb
     text: tuple[TextConfig, dict[str, Tensor]] | None = None
+    squash: bool = False
 
 
 def available_models() -> list[str]:
@@ -121,7 +123,8 @@ def read_checkpoint(path: str | os.PathLike[str], activation: Activation | None 
 
     Args:
         path: OpenAI's `.pt` (TorchScript archive or state dict), open_clip's `.pt`, `.bin` or `.safetensors`, or a
-            folder as Hugging Face (`config.json`) or open_clip (`open_clip_config.json`) writes it.
+            folder as Hugging Face (`config.json`) or open_clip (`open_clip_config.json`) writes it. Such a config is
+            heeded beside any weights of the shapes that it describes.
         activation: of a ViT's MLPs; by default what the config beside the weights or the file itself says. A plain
             state dict with OpenAI's names is taken for OpenAI's, "quick_gelu", with a warning.
 
@@ -131,19 +134,18 @@ def read_checkpoint(path: str | os.PathLike[str], activation: Activation | None 
     """
     if activation is not None and activation not in get_args(Activation):
         raise ValueError(f"activation must be one of {get_args(Activation)} or None, got {activation!r}")
-    weights, config_path = _locate(Path(path))
-    settings = _read_settings(config_path) if config_path else _Settings()
-    tower = _Tower(_read(weights))
+    file = _read(_locate(Path(path)))
+    tower = _Tower(file, _layout(file))
+    settings = _settings_beside(tower)
 
     @cache
     def activation_of_file() -> Activation:
-        return activation or settings.activation or _activation(tower.file)
+        return activation or settings.activation or _activation(file)
 
     config = tower.config(settings, activation_of_file)
-    if tower.layout is _HUGGING_FACE and config_path is None:
-        raise CheckpointError(weights, "needs the config.json that transformers writes beside it")
     state_dict = tower.state_dict(config)
-    return Checkpoint(config, state_dict, settings.mean, settings.std, tower.text(settings, activation_of_file))
+    text = tower.text(settings, activation_of_file)
+    return Checkpoint(config, state_dict, settings.mean, settings.std, text, settings.squash)
 
 
 # --- Folders and the settings in them --------------------------------------------------------------------------------
@@ -157,6 +159,14 @@ _FOLDER_FILES = {
     "pytorch_model.bin.index.json": "config.json",
     "open_clip_pytorch_model.bin": "open_clip_config.json",
 }
+_HUGGING_FACE_TYPES = ("clip", "clip_vision_model")
+_STRUCTURE_ERRORS = (
+    AttributeError,
+    KeyError,
+    TypeError,
+    IndexError,
+    ZeroDivisionError,
+)  # of JSON that is not as expected
 # Keys of open_clip's vision_cfg that change nothing here or are read from the weights' shapes, and harmless defaults.
 _OPEN_CLIP_KEYS = {"image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio", "patch_dropout"}
 _OPEN_CLIP_UNUSED = {"output_tokens", "attn_pooler_queries", "attn_pooler_heads", "pos_embed_type"}
@@ -175,21 +185,83 @@ class _Settings:
     image_size: int | None = None
     mean: Rgb = IMAGE_MEAN
     std: Rgb = IMAGE_STD
+    squash: bool = False
     text_heads: int | None = None
     text_as_openai: bool = True
 
 
-def _locate(path: Path) -> tuple[Path, Path | None]:
-    """The weights at `path` or in this folder, and the config beside them where there is one."""
+def _locate(path: Path) -> Path:
+    """The weights at `path` or in this folder."""
     if path.is_dir():
         present = [path / name for name in _FOLDER_FILES if (path / name).is_file()]
         if not present:
             raise CheckpointError(path, f"folder holds none of {', '.join(_FOLDER_FILES)}")
-        path = present[0]
-    elif not path.is_file():
+        return present[0]
+    if not path.is_file():
         raise CheckpointError(path, "no such file")
-    config = path.parent / _FOLDER_FILES.get(path.name, "")
-    return path, config if config.is_file() else None
+    return path
+
+
+def _settings_beside(tower: _Tower) -> _Settings:
+    """What the config beside the weights says; of two, the one whose package names tensors as these are.
+
+    By the files' names, or because Hugging Face's weights cannot do without, a config may have to be that of the
+    weights. Any other may lie there for another model, and is used only where it describes the tower in the file.
+    """
+    weights, hugging_face = tower.file.path, tower.layout is _HUGGING_FACE
+    for name in sorted(set(_FOLDER_FILES.values()), reverse=not hugging_face):
+        path = weights.with_name(name)
+        belongs = _FOLDER_FILES.get(weights.name) == name or (hugging_face and name == "config.json")
+        if path.is_file() and (belongs or _describes(path, tower)):
+            return _read_settings(path)
+    if hugging_face:
+        raise CheckpointError(weights, "needs the config.json that transformers writes beside it")
+    return _Settings()
+
+
+def _describes(path: Path, tower: _Tower) -> bool:
+    """Whether the config at `path` is that of the tower; warns where it is a CLIP's and is not."""
+    held = tower.file.activation, *tower.shape()
+    try:
+        told = _description(path, _read_json(path))
+    except (CheckpointError, *_STRUCTURE_ERRORS) as error:
+        warnings.warn(f"{path}: not used, since it cannot be understood: {_summary(error)}", stacklevel=4)
+        return False
+    if told is None:
+        return False
+    if told[1:] != held[1:] or held[0] not in (None, told[0]):
+        names = "activation", "width", "layers", "patch size", "tokens"
+        differing = [f"{name} {a}, not {b}" for name, a, b in zip(names, told, held, strict=True) if b not in (None, a)]
+        warnings.warn(
+            f"{path}: not used, since it is another model's than {tower.file.path.name}: {', '.join(differing)}",
+            stacklevel=4,
+        )
+        return False
+    return True
+
+
+def _description(path: Path, content: dict[str, Any]) -> tuple[object, ...] | None:
+    """A ViT's or ResNet's activation and `_Tower.shape` by a config; None by one that is no CLIP's.
+
+    What the config leaves out has its package's defaults.
+    """
+    if path.name == "config.json":
+        if content.get("model_type") not in _HUGGING_FACE_TYPES:
+            return None
+        vision = _hugging_face_vision(content)
+        layers, patch_size = vision.get("num_hidden_layers", 12), vision.get("patch_size", 32)
+        width, activation = vision.get("hidden_size", 768), vision.get("hidden_act", "quick_gelu")
+    else:
+        model: dict[str, Any] = content["model_cfg"]
+        vision: dict[str, Any] = model["vision_cfg"]
+        if vision.get("timm_model_name"):
+            return None
+        is_resnet = isinstance(vision.get("layers"), list)
+        layers, patch_size = vision.get("layers", 12), _RESNET_STRIDE if is_resnet else vision.get("patch_size", 16)
+        width, activation = vision.get("width", 768), "quick_gelu" if model.get("quick_gelu") else "gelu"
+    size: Any = vision.get("image_size", 224)
+    side = cast(list[Any], size)[0] if isinstance(size, list) else size
+    return activation, width, layers, patch_size, (side // patch_size) ** 2 + 1
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -208,39 +280,75 @@ def _read_settings(path: Path) -> _Settings:
         if path.name == "config.json":
             return _hugging_face_settings(path, content)
         return _open_clip_settings(path, content)
-    except (AttributeError, KeyError, TypeError, ZeroDivisionError) as error:
+    except _STRUCTURE_ERRORS as error:
         raise CheckpointError(path, f"has an unexpected structure: {error!r}") from error
 
 
 def _hugging_face_settings(path: Path, content: dict[str, Any]) -> _Settings:
     """Of a transformers config; what it leaves out has transformers' defaults."""
-    if content.get("model_type") not in ("clip", "clip_vision_model"):
+    if content.get("model_type") not in _HUGGING_FACE_TYPES:
         raise CheckpointError(
             path, f"model_type must be 'clip' or 'clip_vision_model', got {content.get('model_type')!r}"
         )
-    vision: dict[str, Any] = content
-    if content["model_type"] == "clip":  # early versions of transformers let vision_config_dict overrule vision_config
-        vision = {**(content.get("vision_config") or {}), **(content.get("vision_config_dict") or {})}
+    vision = _hugging_face_vision(content)
     activation = vision.get("hidden_act", "quick_gelu")
     if activation not in get_args(Activation):
         raise CheckpointError(path, f"hidden_act must be one of {get_args(Activation)}, got {activation!r}")
     eps = vision.get("layer_norm_eps", LAYER_NORM_EPS)
     if eps != LAYER_NORM_EPS:
         raise CheckpointError(path, f"layer_norm_eps must be {LAYER_NORM_EPS}, got {eps}")
+    image_size = _integer(path, "image_size", vision.get("image_size", 224))
     processing: dict[str, Any] = {}
     if (beside := path.with_name("preprocessor_config.json")).is_file():
         processing = _read_json(beside)
     elif (beside := path.with_name("processor_config.json")).is_file():
-        processing = _read_json(beside).get("image_processor", {})
-    if processing.get("resample", 3) != 3 or not processing.get("do_normalize", True):
-        _warn_of_preprocessing(beside)
+        processing = _read_json(beside).get("image_processor") or {}
+    squash, other = _hugging_face_preprocessing(processing, image_size)
+    _warn_of_preprocessing(beside, other)
     return _Settings(
         activation,
         heads=_integer(path, "num_attention_heads", vision.get("num_attention_heads", 12)),
-        image_size=_integer(path, "image_size", vision.get("image_size", 224)),
+        image_size=image_size,
         mean=_triple(beside, processing, "image_mean", IMAGE_MEAN),
         std=_triple(beside, processing, "image_std", IMAGE_STD),
+        squash=squash,
     )
+
+
+def _hugging_face_vision(content: dict[str, Any]) -> dict[str, Any]:
+    if content["model_type"] == "clip":  # early versions of transformers let vision_config_dict overrule vision_config
+        return {**(content.get("vision_config") or {}), **(content.get("vision_config_dict") or {})}
+    return content
+
+
+def _hugging_face_preprocessing(processing: dict[str, Any], image_size: int) -> tuple[bool, dict[str, Any]]:
+    """Whether an image processor of transformers squashes, and what else it is set to do otherwise than CLIP's."""
+    set_to: dict[str, Any] = {
+        "do_resize": True,
+        "resample": 3,  # Pillow's bicubic
+        "size": image_size,
+        "do_center_crop": True,
+        "crop_size": image_size,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "do_pad": False,
+    }
+    set_to |= {key: processing[key] for key in set_to if processing.get(key) is not None}
+    square = [image_size, image_size], {"height": image_size, "width": image_size}
+    squash = set_to["size"] in square
+    done = {
+        "do_resize": set_to["do_resize"],
+        "resample": set_to["resample"] == 3,
+        "size": squash or set_to["size"] in (image_size, {"shortest_edge": image_size}),
+        "do_center_crop": set_to["do_center_crop"] or squash,
+        "crop_size": set_to["crop_size"] in (image_size, *square) or not set_to["do_center_crop"],
+        "do_rescale": set_to["do_rescale"],
+        "rescale_factor": math.isclose(set_to["rescale_factor"], 1 / 255, rel_tol=1e-6),
+        "do_normalize": set_to["do_normalize"],
+        "do_pad": not set_to["do_pad"],
+    }
+    return squash, {key: set_to[key] for key in done if not done[key]}
 
 
 def _open_clip_settings(path: Path, content: dict[str, Any]) -> _Settings:
@@ -249,9 +357,12 @@ def _open_clip_settings(path: Path, content: dict[str, Any]) -> _Settings:
     for key, value in _special(vision, _OPEN_CLIP_KEYS | _OPEN_CLIP_UNUSED, _OPEN_CLIP_DEFAULTS).items():
         raise CheckpointError(path, f"vision_cfg sets {key} to {value!r}, which is not served")
     processing: dict[str, Any] = content.get("preprocess_cfg", {})
-    bicubic = processing.get("interpolation", "bicubic") == "bicubic"
-    if not bicubic or processing.get("resize_mode", "shortest") != "shortest":
-        _warn_of_preprocessing(path)
+    served = {
+        "interpolation": (None, "bicubic", "random"),
+        "resize_mode": (None, "shortest", "squash"),
+    }  # random: training
+    other = {key: processing[key] for key, values in served.items() if processing.get(key) not in values}
+    _warn_of_preprocessing(path, other)
     width = vision.get("width", 768) * (32 if isinstance(vision.get("layers"), list) else 1)  # of the attention
     size: Any = vision.get("image_size", 224)
     if isinstance(size, list):
@@ -266,6 +377,7 @@ def _open_clip_settings(path: Path, content: dict[str, Any]) -> _Settings:
         image_size=_integer(path, "image_size", size),
         mean=_triple(path, processing, "mean", IMAGE_MEAN),
         std=_triple(path, processing, "std", IMAGE_STD),
+        squash=processing.get("resize_mode") == "squash",
         text_heads=_integer(path, "heads", text.get("heads", 8)) if text else None,
         text_as_openai=not _special(text, _OPEN_CLIP_TEXT_KEYS, _OPEN_CLIP_TEXT_DEFAULTS),
     )
@@ -289,12 +401,15 @@ def _triple(path: Path, section: dict[str, Any], key: str, default: Rgb) -> Rgb:
     return cast(Rgb, tuple(float(value) for value in values))
 
 
-def _warn_of_preprocessing(path: Path) -> None:
-    warnings.warn(
-        f"{path}: this model's images are not preprocessed as CLIP's (shorter side resized bicubically, normalised); "
-        "the encoder is right, but preprocess images yourself",
-        stacklevel=5,
-    )
+def _warn_of_preprocessing(path: Path, other: dict[str, Any]) -> None:
+    """Warns of the settings that `Preprocess` does not follow."""
+    if other:
+        settings = ", ".join(f"{key} {value!r}" for key, value in other.items())
+        warnings.warn(
+            f"{path}: this model's images are not preprocessed as CLIP's ({settings}), which is not done here; "
+            "the encoder is right, but preprocess images yourself",
+            stacklevel=6,
+        )
 
 
 # --- Files -----------------------------------------------------------------------------------------------------------
@@ -388,6 +503,8 @@ def _read_pickle(path: Path, *, mmap: bool) -> _File:
 
 
 def _from_state_dict(path: Path, entries: dict[str, Any], activation: str | None, training: bool = False) -> _File:
+    # As torch.compile saves, of a whole model or of parts of it, and outside or inside of DistributedDataParallel.
+    entries = {key.replace("_orig_mod.", ""): value for key, value in entries.items()}
     parallel = bool(entries) and all(key.startswith("module.") for key in entries)  # as DistributedDataParallel saves
     if parallel:
         entries = {key.removeprefix("module."): value for key, value in entries.items()}
@@ -576,45 +693,55 @@ _UNSERVED = {  # parts of open_clip's models, by their keys
 }
 
 
+def _layout(file: _File) -> _Layout:
+    """How the image tower in a file is named."""
+    keys = file.entries.keys()
+    for pattern, part in _UNSERVED.items():
+        if key := next((key for key in keys if re.match(pattern, key)), None):
+            raise CheckpointError(file.path, f"{key} belongs to {part}, which is not served")
+    if any(key.startswith("vision_model.") for key in keys):
+        return _HUGGING_FACE
+    if any(key.startswith("visual.") for key in keys):
+        return _OPENAI
+    if "conv1.weight" in keys:
+        return _TOWER_ALONE
+    if "embeddings.patch_embedding.weight" in keys:  # of a CLIPVisionModel, as transformers 5 writes it
+        return _HUGGING_FACE
+    raise CheckpointError(file.path, f"holds no CLIP image tower, only {_listing(sorted(keys)) or 'nothing'}")
+
+
+@dataclass(frozen=True)
 class _Tower:
     """The image tower in a file, by canonical names. Every method raises CheckpointError."""
 
-    def __init__(self, file: _File, layout: _Layout | None = None) -> None:
-        self.file = file
-        if layout is not None:
-            self.layout = layout
-            return
-        keys = file.entries.keys()
-        for pattern, part in _UNSERVED.items():
-            if key := next((key for key in keys if re.match(pattern, key)), None):
-                raise CheckpointError(file.path, f"{key} belongs to {part}, which is not served")
-        if any(key.startswith("vision_model.") for key in keys):
-            self.layout = _HUGGING_FACE
-        elif any(key.startswith("visual.") for key in keys):
-            self.layout = _OPENAI
-        elif "conv1.weight" in keys:
-            self.layout = _TOWER_ALONE
-        elif "embeddings.patch_embedding.weight" in keys:  # of a CLIPVisionModel, as transformers 5 writes it
-            self.layout = _HUGGING_FACE
-        else:
-            raise CheckpointError(file.path, f"holds no CLIP image tower, only {_listing(sorted(keys)) or 'nothing'}")
-        if self.layout is _HUGGING_FACE and "visual_projection.weight" not in keys:
-            raise CheckpointError(
-                file.path,
-                "misses visual_projection.weight: a CLIPVisionModel has no embeddings shared with text, "
-                "save a CLIPModel or a CLIPVisionModelWithProjection",
-            )
+    file: _File
+    layout: _Layout
 
     def config(self, settings: _Settings, activation: Callable[[], Activation]) -> Config:
         """Infers the tower's config from shapes, and from `settings` what shapes cannot tell."""
+        if self.layout is _HUGGING_FACE and not self._has("proj"):
+            raise CheckpointError(
+                self.file.path,
+                "misses visual_projection.weight: a CLIPVisionModel has no embeddings shared with text, "
+                "save a CLIPModel or a CLIPVisionModelWithProjection",
+            )
         try:
-            if self._has("layer1.0.conv1.weight"):
+            if self._is_resnet():
                 return self._resnet_config(settings)
             return self._vit_config(settings, activation)
         except CheckpointError:
             raise
         except ValueError as error:
             raise CheckpointError(self.file.path, f"its tensors' shapes make no tower: {error}") from error
+
+    def shape(self) -> tuple[object, ...]:
+        """Width, layers, patch size and number of tokens, as a config tells them."""
+        if self._is_resnet():
+            width = self._shape("layer1.0.conv1.weight", 4)[0]
+            layers = [self._count(f"layer{stage}.") for stage in (1, 2, 3, 4)]
+            return width, layers, _RESNET_STRIDE, self._shape("attnpool.positional_embedding", 2)[0]
+        width, _, _, patch_size = self._shape("conv1.weight", 4)
+        return width, self._count(self.layout.blocks), patch_size, self._shape("positional_embedding", 2)[0]
 
     def _vit_config(self, settings: _Settings, activation: Callable[[], Activation]) -> VitConfig:
         width, _, _, patch_size = self._shape("conv1.weight", 4)
@@ -631,7 +758,7 @@ class _Tower:
         width = self._shape("layer1.0.conv1.weight", 4)[0]
         layers = self._count("layer1."), self._count("layer2."), self._count("layer3."), self._count("layer4.")
         embed_dim = self._shape("attnpool.c_proj.weight", 2)[0]
-        image_size = self._image_size("attnpool.positional_embedding", 32, settings)
+        image_size = self._image_size("attnpool.positional_embedding", _RESNET_STRIDE, settings)
         heads = self._heads(settings.heads, 32 * width)
         return ResNetConfig(layers, width, heads, image_size, embed_dim)
 
@@ -697,6 +824,9 @@ class _Tower:
 
     def _has(self, name: str) -> bool:
         return all(key in self.file.entries for key in self.layout.keys(name))
+
+    def _is_resnet(self) -> bool:
+        return self._has("layer1.0.conv1.weight")
 
     def _is_transposed(self, name: str) -> bool:
         return name == "proj" and self.layout is _HUGGING_FACE

@@ -8,7 +8,9 @@ import http.server
 import json
 import os
 import pickle
+import re
 import threading
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -193,6 +195,130 @@ def test_open_clip_folders(kind: str, quick_gelu: bool, weights: str, tmp_path: 
     assert_close(features(tmp_path, images), wanted)
 
 
+# --- A config beside weights of any name -----------------------------------------------------------------------------
+
+
+OPEN_CLIP_PREPROCESS = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]}
+HEADS_OF_32 = OPEN_CLIP_VISION["vit"] | {"head_width": 32}
+
+
+def write_open_clip_config(folder: Path, vision: dict[str, Any], **model: Any) -> None:
+    config = {"embed_dim": 32, "vision_cfg": vision, **model}
+    content = {"model_cfg": config, "preprocess_cfg": OPEN_CLIP_PREPROCESS}
+    (folder / "open_clip_config.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("weights", "given"),
+    [
+        *(("finetuned.safetensors", "file"), ("finetuned.pt", "file"), ("model.safetensors", "file")),
+        *(("model.safetensors", "folder"), ("pytorch_model.bin", "folder")),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_open_clips_config_beside_any_file(weights: str, given: str, tmp_path: Path) -> None:
+    open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
+    text = {"context_length": 8, "vocab_size": 64, "width": 64, "heads": 1, "layers": 1}
+    model, path = randomise(open_clip.CLIP(32, HEADS_OF_32, text)), tmp_path / weights
+    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, path) if path.suffix == ".safetensors" else torch.save(state, path)
+    write_open_clip_config(tmp_path, HEADS_OF_32, text_cfg=text)
+    path = tmp_path if given == "folder" else path
+    read = read_checkpoint(path)
+    assert (read.mean, read.std) == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert_close(features(path, images), model.encode_image(images))
+
+
+@pytest.mark.filterwarnings("error")
+def test_open_clips_config_beside_a_resnet(tmp_path: Path) -> None:
+    save_file(state("resnet"), tmp_path / "finetuned.safetensors")
+    write_open_clip_config(tmp_path, {"image_size": [64, 64], "layers": [1, 2, 1, 1], "width": 4, "head_width": 32})
+    read = read_checkpoint(tmp_path / "finetuned.safetensors")
+    assert isinstance(read.config, ResNetConfig)
+    assert (read.config.heads, read.mean) == (4, (0.5, 0.5, 0.5))
+
+
+@pytest.mark.filterwarnings("error")
+def test_hugging_faces_config_beside_any_file(saved: Path, tmp_path: Path) -> None:
+    """Beside its own names, and beside OpenAI's, where transformers' config is all there is."""
+    config = json.loads((saved / "config.json").read_bytes())
+    config["vision_config"] |= {"num_attention_heads": 4, "hidden_act": "gelu"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(load_file(saved / "model.safetensors"), tmp_path / "finetuned.safetensors")
+    save_file(state(), tmp_path / "other.safetensors")
+    for weights in ("finetuned.safetensors", "other.safetensors"):
+        read = read_checkpoint(tmp_path / weights).config
+        assert isinstance(read, VitConfig)
+        assert (read.heads, read.activation) == (4, "gelu")
+
+
+@pytest.mark.filterwarnings("error")
+def test_of_two_configs_that_of_the_layout_counts(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((saved / "config.json").read_bytes())
+    write_open_clip_config(tmp_path, HEADS_OF_32)
+    for weights in ("model.safetensors", "finetuned.safetensors"):
+        save_file(load_file(saved / "model.safetensors"), tmp_path / weights)
+        assert read_checkpoint(tmp_path / weights).config == read_checkpoint(saved).config
+        save_file(state(), tmp_path / weights)
+        read = read_checkpoint(tmp_path / weights)
+        assert isinstance(read.config, VitConfig)
+        assert (read.config.heads, read.config.activation, read.mean) == (4, "gelu", (0.5, 0.5, 0.5))
+
+
+FOREIGN_CONFIGS: dict[str, tuple[str, str, str | None]] = {
+    "BERT": ("config.json", json.dumps({"model_type": "bert", "num_attention_heads": 3}), None),
+    "no model": ("config.json", json.dumps({"compilerOptions": {}}), None),
+    "no JSON": ("config.json", "{ // comment", "cannot be read as JSON"),
+    "no object": ("config.json", "[]", "must hold a JSON object"),
+    "no vision": ("config.json", json.dumps({"model_type": "clip", "vision_config": [1]}), "cannot be understood"),
+    "other shape": (
+        "config.json",
+        json.dumps({"model_type": "clip", "vision_config": {"image_size": 64, "patch_size": 16, "hidden_size": 256}}),
+        "another model's than clip.pt: width 256, not 128, layers 12, not 2",
+    ),
+    "timm": (
+        "open_clip_config.json",
+        json.dumps({"model_cfg": {"vision_cfg": OPEN_CLIP_VISION["vit"] | {"timm_model_name": "vit"}}}),
+        None,
+    ),
+    "structure": ("open_clip_config.json", "{}", "cannot be understood"),
+    **{
+        f"other {key}": (
+            "open_clip_config.json",
+            json.dumps({"model_cfg": {"quick_gelu": True, "vision_cfg": HEADS_OF_32 | {key: value}}}),
+            f"another model's than clip.pt: {key.replace('image_size', 'tokens')}",
+        )
+        for key, value in {"width": 256, "layers": 3, "image_size": 96}.items()
+    },
+    "other activation": (
+        "open_clip_config.json",
+        json.dumps({"model_cfg": {"vision_cfg": HEADS_OF_32}}),
+        "another model's than clip.pt: activation gelu, not quick_gelu",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOREIGN_CONFIGS)
+def test_another_models_config_does_not_change_what_is_read(case: str, tmp_path: Path) -> None:
+    """Such as lies in a folder of downloads; a CLIP's, which might have been meant, is named."""
+    name, content, message = FOREIGN_CONFIGS[case]
+    path = tmp_path / "clip.pt"
+    torch.jit.save(traced(openai_clip("vit")), path)
+    wanted = read_checkpoint(path).config
+    (tmp_path / name).write_text(content)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        assert read_checkpoint(path).config == wanted
+    told = [str(warning.message) for warning in caught if "not used" in str(warning.message)]
+    assert len(told) == (message is not None)
+    assert all(re.search(f"{re.escape(name)}: not used, since .*{message}", text) for text in told), told
+
+
+# --- Text towers of open_clip ----------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(("width", "heads", "configured"), [(128, 4, True), (1280, 20, False), (1280, 20, True)])
 def test_text_towers_of_open_clip(
     width: int, heads: int, configured: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -233,6 +359,27 @@ def test_other_text_towers_are_not_read(
     assert read_checkpoint(tmp_path).text is None
 
 
+@pytest.mark.parametrize(
+    ("prefix", "part"),
+    [("_orig_mod.", ""), ("module._orig_mod.", ""), ("_orig_mod.module.", ""), ("", "visual."), ("module.", "visual.")],
+)
+def test_of_compiled_models(prefix: str, part: str, tmp_path: Path) -> None:
+    """Saved from `torch.compile(model)`, from a model with a compiled tower, and either in DistributedDataParallel."""
+    compiled = {
+        f"{prefix}{key.replace(part, f'{part}_orig_mod.', 1) if part else key}": t for key, t in state().items()
+    }
+    assert all("_orig_mod." in key for key in compiled)
+    torch.save(compiled, tmp_path / "m.pt")
+    read = read_checkpoint(tmp_path / "m.pt", "quick_gelu")
+    assert read.config == VIT
+    assert all(torch.equal(read.state_dict[name], tensor) for name, tensor in _tower_state("vit").items())
+
+
+def test_keys_are_as_torch_compile_makes_them(tmp_path: Path) -> None:
+    torch.save(torch.compile(_Holder(reference.build(VIT))).state_dict(), tmp_path / "m.pt")
+    assert read_checkpoint(tmp_path / "m.pt", "quick_gelu").config == VIT
+
+
 def test_a_file_of_open_clip_does_not_say_its_activation(tmp_path: Path) -> None:
     model, _ = open_clip_model("vit")
     torch.save({"epoch": 1, "state_dict": model.state_dict()}, tmp_path / "epoch_1.pt")
@@ -270,6 +417,101 @@ def test_hugging_face(kind: str, activation: str, sharded: bool, tmp_path: Path)
     assert (tmp_path / "model.safetensors.index.json").exists() == sharded
     images = torch.randn(2, 3, 64, 64)
     assert_close(features(tmp_path, images), hugging_face_features(model, images))
+
+
+# --- Preprocessing ---------------------------------------------------------------------------------------------------
+
+
+SQUASHED = {"size": {"height": 64, "width": 64}, "do_center_crop": False}
+
+
+@pytest.mark.parametrize(
+    ("processing", "squash"),
+    [
+        ({}, False),
+        ({"size": 64, "crop_size": 64, "resample": 3, "do_center_crop": True}, False),
+        ({"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}, "rescale_factor": 1 / 255}, False),
+        ({"size": {"shortest_edge": 64}, "crop_size": [64, 64], "rescale_factor": 0.00392156862745098}, False),
+        ({"size": None, "crop_size": None, "do_resize": None, "do_rescale": None, "do_pad": False}, False),
+        (SQUASHED, True),
+        (SQUASHED | {"crop_size": {"height": 224, "width": 224}, "do_convert_rgb": True}, True),
+        (SQUASHED | {"do_center_crop": True, "crop_size": 64}, True),
+        ({"size": [64, 64], "do_center_crop": False}, True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+@pytest.mark.filterwarnings("error")
+def test_preprocessing_of_hugging_face(
+    processing: dict[str, Any], squash: bool, file: str, saved: Path, tmp_path: Path
+) -> None:
+    write_hugging_face(saved, tmp_path, file, processing)
+    assert read_checkpoint(tmp_path).squash == squash
+
+
+@pytest.mark.parametrize(
+    ("processing", "named"),
+    [
+        ({"do_resize": False}, "do_resize False"),
+        ({"resample": 2}, "resample 2"),
+        ({"size": {"shortest_edge": 72}}, "size {'shortest_edge': 72}"),
+        ({"size": 72, "crop_size": 64}, "size 72"),
+        ({"size": {"shortest_edge": 64, "longest_edge": 96}}, "size {'shortest_edge': 64, 'longest_edge': 96}"),
+        ({"size": {"height": 72, "width": 72}}, "size {'height': 72, 'width': 72}"),
+        ({"size": {"height": 64, "width": 72}}, "size {'height': 64, 'width': 72}"),
+        ({"size": [72, 72]}, "size [72, 72]"),
+        ({"size": 64, "crop_size": 56}, "crop_size 56"),
+        ({"crop_size": {"height": 64, "width": 72}}, "crop_size {'height': 64, 'width': 72}"),
+        (SQUASHED | {"do_center_crop": True, "crop_size": 56}, "crop_size 56"),
+        ({"size": 64, "do_center_crop": False}, "do_center_crop False"),
+        ({"size": {"shortest_edge": 64}, "do_center_crop": False}, "do_center_crop False"),
+        ({"do_rescale": False}, "do_rescale False"),
+        ({"rescale_factor": 1 / 127.5}, f"rescale_factor {1 / 127.5}"),
+        ({"do_normalize": False}, "do_normalize False"),
+        ({"do_pad": True}, "do_pad True"),
+        ({"do_rescale": False, "do_normalize": False}, "do_rescale False, do_normalize False"),
+    ],
+    ids=str,
+)
+def test_preprocessing_that_is_not_done_is_named(
+    processing: dict[str, Any], named: str, saved: Path, tmp_path: Path
+) -> None:
+    write_hugging_face(saved, tmp_path, "preprocessor_config.json", processing)
+    with pytest.warns(UserWarning, match=rf"\({re.escape(named)}\).*preprocess images yourself") as caught:
+        read_checkpoint(tmp_path)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def write_hugging_face(saved: Path, folder: Path, file: str, processing: dict[str, Any]) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_bytes((saved / name).read_bytes())
+    content = processing if file == "preprocessor_config.json" else {"image_processor": processing}
+    (folder / file).write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("processing", "squash", "named"),
+    [
+        ({}, False, None),
+        ({"resize_mode": "shortest", "interpolation": "bicubic", "size": [64, 64], "fill_color": 0}, False, None),
+        ({"resize_mode": None, "interpolation": "random"}, False, None),
+        ({"resize_mode": "squash", "interpolation": "bicubic"}, True, None),
+        ({"resize_mode": "squash", "interpolation": "bilinear"}, True, "interpolation 'bilinear'"),
+        ({"resize_mode": "longest"}, False, "resize_mode 'longest'"),
+    ],
+    ids=str,
+)
+def test_preprocessing_of_open_clip(
+    processing: dict[str, Any], squash: bool, named: str | None, tmp_path: Path
+) -> None:
+    config = {"model_cfg": {"vision_cfg": OPEN_CLIP_VISION["vit"]}, "preprocess_cfg": processing}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    write(tmp_path / "open_clip_model.safetensors", state())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert read_checkpoint(tmp_path).squash == squash
+    assert [warning.filename for warning in caught] == [__file__] * (named is not None)
+    assert all(f"({named})" in str(warning.message) for warning in caught)
 
 
 def test_hugging_face_normalisation(tmp_path: Path) -> None:

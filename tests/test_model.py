@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 from towers import relative_error
 
@@ -71,6 +74,51 @@ def test_without_its_text_tower_a_checkpoint_gives_the_image_encoder(tmp_path: P
     torch.save(visual, tmp_path / "clip.pt")
     model, _ = clip_fast.load(tmp_path / "clip.pt", "cpu", activation="quick_gelu")
     assert type(model) is clip_fast.ImageEncoder
+
+
+@pytest.mark.parametrize("squash", [False, True])
+@pytest.mark.parametrize("text", [False, True])
+def test_what_is_asked_for_and_what_the_config_says_reach_the_model(text: bool, squash: bool, tmp_path: Path) -> None:
+    """A model with a text tower and one without are made in two places."""
+    state = {name: tensor.contiguous() for name, tensor in make(2).state_dict().items()}
+    save_file(
+        {name: tensor for name, tensor in state.items() if text or name.startswith("visual.")},
+        tmp_path / "open_clip_model.safetensors",
+    )
+    mean, std = (0.5, 0.4, 0.3), (0.25, 0.3, 0.35)
+    config = {
+        "model_cfg": {
+            "quick_gelu": True,
+            "vision_cfg": {"image_size": 64, "patch_size": 16, "width": 128, "layers": 2},
+            "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
+        },
+        "preprocess_cfg": {"mean": mean, "std": std, "resize_mode": "squash" if squash else "shortest"},
+    }
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    model, preprocess = clip_fast.load(tmp_path, "cpu", precision="bf16", cuda_graphs=False)
+    assert isinstance(model, clip_fast.Clip) == text
+    assert preprocess == clip_fast.Preprocess(64, mean, std, squash)
+    assert (model.mean, model.std, model.precision, model.dtype) == (mean, std, "bf16", torch.float32)
+    assert model._engine.cuda_graphs is False
+    pictures = [Image.effect_noise((96, 64), 90).convert("RGB") for _ in range(3)]
+    floats = torch.stack([preprocess(picture) for picture in pictures])
+    pixels = torch.stack([preprocess.uint8(picture) for picture in pictures])
+    plain, _ = clip_fast.load(tmp_path, "cpu")
+    with torch.inference_mode():
+        wanted = plain.encode_image(floats)
+        assert relative_error(plain.encode_image(pixels), wanted) < 1e-4
+        for images in (floats, pixels):
+            assert 1e-4 < relative_error(model.encode_image(images), wanted) < 0.05  # in bfloat16, indeed
+        assert relative_error(plain.encode_image(clip_fast.Preprocess(64)(pictures[0])[None]), wanted[:1]) > 0.05
+    assert plain._engine.cuda_graphs is True
+
+
+def test_jit_is_refused(tmp_path: Path) -> None:
+    torch.save(make(2).state_dict(), tmp_path / "clip.pt")
+    with pytest.raises(ValueError, match="clip_fast has no TorchScript model: pass jit=False"):
+        clip_fast.load(tmp_path / "clip.pt", "cpu", activation="quick_gelu", jit=True)
+    model, _ = clip_fast.load(tmp_path / "clip.pt", "cpu", activation="quick_gelu", jit=False)
+    assert isinstance(model, clip_fast.Clip)
 
 
 def test_a_damaged_text_tower_is_named(tmp_path: Path) -> None:
