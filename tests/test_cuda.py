@@ -179,6 +179,22 @@ def test_every_run_is_the_same(name: str, precision: str) -> None:
     check_every_run_is_the_same(published(name), precision, CUDA)
 
 
+@needs_gpu
+def test_more_elements_than_an_int32_counts() -> None:
+    """Of a residual and a result of 8 GiB each: the last rows have the bits that they have alone."""
+    m, n, k = 2**20 + 1, 4096, 64
+    if torch.cuda.get_device_properties(CUDA).total_memory < 24 * 2**30:
+        pytest.skip("needs 24 GiB of GPU memory")
+    x, weight = torch.randn(m, k, device=CUDA).half(), torch.randn(n, k, device=CUDA).half() / 8
+    residual = torch.zeros(m, n, dtype=torch.float16, device=CUDA)
+    residual[-300:].normal_()
+    y, statistics_ = ops.linear(x, weight, residual=residual, statistics=True, impl="triton")
+    assert y.numel() > 2**32
+    alone, alone_statistics = ops.linear(x[-300:], weight, residual=residual[-300:], statistics=True, impl="triton")
+    assert_same_bits(y[-300:], alone)
+    assert_same_bits(statistics_[-300:], alone_statistics)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("name", ["ViT-B/32", "RN50"])
 def test_the_current_device_does_not_matter(name: str) -> None:

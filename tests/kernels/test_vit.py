@@ -58,16 +58,15 @@ def test_accuracy(name: str, dtype: torch.dtype, guards: Guards) -> None:
     assert worst_cosine(got, wanted) >= 0.9999
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CONFIGS)
-def test_outlier_channels(name: str, dtype: torch.dtype, guards: Guards) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_outlier_channels(dtype: torch.dtype, guards: Guards) -> None:
     """A few roundings decide, of the plain tower's and of ours: a tower's ratio of errors is a draw, by a factor of 1.7
     up or down. Of eight towers the typical one is within 2.5, four deviations of its logarithm.
 
     That it is no more than 1.1 over many towers is shown in `test_vit.py` of the tests above.
     """
     ratios, apart, plain_apart = [], [], []
-    for got, plain, wanted in draws(CONFIGS[name], dtype, 8, outliers=True):
+    for got, plain, wanted in draws(CONFIGS["as B/16"], dtype, 8, outliers=True):
         ratios.append(relative_error(got, wanted) / relative_error(plain, wanted))
         apart.append(max(1 - worst_cosine(got, wanted), 1e-16))
         plain_apart.append(max(1 - worst_cosine(plain, wanted), 1e-16))
