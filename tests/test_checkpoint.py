@@ -255,6 +255,15 @@ def test_hugging_faces_config_beside_any_file(saved: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.filterwarnings("error")
+def test_open_clips_config_beside_hugging_faces_names(saved: Path, tmp_path: Path) -> None:
+    save_file(load_file(saved / "model.safetensors"), tmp_path / "model.safetensors")
+    write_open_clip_config(tmp_path, HEADS_OF_32)
+    read = read_checkpoint(tmp_path).config
+    assert isinstance(read, VitConfig)
+    assert (read.heads, read.activation) == (4, "gelu")
+
+
+@pytest.mark.filterwarnings("error")
 def test_of_two_configs_that_of_the_layout_counts(saved: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes((saved / "config.json").read_bytes())
     write_open_clip_config(tmp_path, HEADS_OF_32)
@@ -722,11 +731,13 @@ BAD_CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 @pytest.mark.parametrize("case", BAD_CONFIGS)
 def test_bad_hugging_face_configs(case: str, saved: Path, tmp_path: Path) -> None:
+    """Of weights of any name: Hugging Face's cannot do without."""
     change, message = BAD_CONFIGS[case]
-    save_file(load_file(saved / "model.safetensors"), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(change(json.loads((saved / "config.json").read_bytes()))))
-    with pytest.raises(CheckpointError, match=message):
-        read_checkpoint(tmp_path)
+    for name in ("model.safetensors", "finetuned.safetensors"):
+        (tmp_path / name).write_bytes((saved / "model.safetensors").read_bytes())
+        with pytest.raises(CheckpointError, match=message):
+            read_checkpoint(tmp_path / name)
 
 
 def test_hugging_face_files_that_are_not_enough(saved: Path, tmp_path: Path) -> None:
