@@ -60,7 +60,6 @@ _PATH = "path"
 _KEY = "__key__"  # of webdatasets
 
 _FILES_LISTED = 1000  # by a task
-_RETRIES = 5  # of a block, whose images may be what its worker dies of
 _BATCHES_A_BLOCK = 8  # what one call of an actor encodes, one file holds, and is done again where a worker dies
 
 Batch = dict[str, NDArray[Any]]
@@ -250,7 +249,6 @@ def encode(
             compute=data.ActorPoolStrategy(size=workers or gpus or max(1, int(resources.get("CPU", 1)) // 2)),
             num_gpus=1 if gpus else 0,
             num_cpus=1,
-            max_task_retries=_RETRIES,
         ).write_parquet(folder, filesystem=filesystem)
     except ray.exceptions.RayError as error:
         raise RuntimeError(f"the cluster gave up: {_last_line(error)}") from error
