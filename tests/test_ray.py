@@ -175,7 +175,7 @@ def raylet(node: Any) -> int:
 def test_nothing_is_lost_and_nothing_is_twice(cluster: Any, tmp_path: Path, lost: str) -> None:
     (tmp_path / "photos").mkdir()
     for i in range(200):  # large enough to take a while
-        picture(i).resize((1200, 900)).save(tmp_path / "photos" / f"{i:03}.png", compress_level=1)
+        picture(i).resize((600, 450)).save(tmp_path / "photos" / f"{i:03}.png", compress_level=1)
     for i in range(0, 200, 50):
         (tmp_path / "photos" / f"{i:03}.png").write_bytes(b"broken")
     written: list[int] = []  # files, when it was lost
