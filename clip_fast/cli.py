@@ -408,7 +408,7 @@ def _encode_to_folder(arguments: argparse.Namespace) -> int:
         inputs = _find(arguments)
         dtype = DTYPES.get(arguments.dtype) or default_dtype(devices[0])
         model, preprocess = load(arguments.model, one or "cpu", dtype, activation=arguments.activation)
-        folder.begin(_settings(arguments, options, model, devices))
+        folder.begin(_settings(arguments, options, model, preprocess, devices))
         with _progress(arguments, inputs) as progress:
             if one:
                 run(model, Decoder(preprocess, arguments.fast_decode), inputs, folder, options, progress)
@@ -469,7 +469,11 @@ def _options(arguments: argparse.Namespace, devices: Sequence[torch.device]) -> 
 
 
 def _settings(
-    arguments: argparse.Namespace, options: Options, model: ImageEncoder, devices: Sequence[torch.device]
+    arguments: argparse.Namespace,
+    options: Options,
+    model: ImageEncoder,
+    preprocess: Preprocess,
+    devices: Sequence[torch.device],
 ) -> dict[str, object]:
     """All that the bytes of the output follow from, for the manifest."""
     return {
@@ -479,6 +483,7 @@ def _settings(
         "model": arguments.model,
         "activation": arguments.activation,
         "weights": weights_digest(model),
+        "squash": preprocess.squash,
         "dtype": str(model.dtype).removeprefix("torch."),
         "batch_size": options.batch_size,
         "shard_size": options.shard_size,

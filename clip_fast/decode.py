@@ -136,7 +136,7 @@ class Decoder:
     def check(self, size: tuple[int, int]) -> None:
         """Raises ValueError for an image that would be enlarged beyond what Pillow would open."""
         limit = Image.MAX_IMAGE_PIXELS
-        if limit is None or 0 in size:
+        if limit is None or 0 in size or self.preprocess.squash:
             return
         long_side = self.preprocess.image_size * max(size) // min(size)
         if long_side * self.preprocess.image_size > 2 * limit:

@@ -205,3 +205,9 @@ def test_large_images_are_no_warnings_and_threads_leave_the_filters_as_they_were
 
 def test_nothing_to_decode() -> None:
     assert list(decode_batches(DECODER, iter([]), workers=0, time_limit=1)) == []
+
+
+def test_a_long_thin_image_that_is_squashed_is_no_trouble() -> None:
+    Decoder(Preprocess(224, squash=True)).check((100_000, 10))
+    with pytest.raises(ValueError, match="too long and thin"):
+        Decoder(Preprocess(224)).check((100_000, 10))
