@@ -46,7 +46,7 @@ from clip_fast.pipeline import Options, Step, run
 from clip_fast.preprocess import Preprocess
 from clip_fast.reference import build
 from clip_fast.shards import OutputFolder
-from clip_fast.sources import find_inputs
+from clip_fast.sources import Unreadable, find_inputs
 
 from .environment import ROOT, Environment, chosen_device, environment
 from .models import MODELS
@@ -390,7 +390,7 @@ def markdown(rows: Sequence[Row], about: str, where: Environment) -> str:
 def _photographs(given: Sequence[str], count: int, folder: Path) -> tuple[Path, ...]:
     """`count` files: those that are given, or this repository's few, copied as often as it takes."""
     found = find_inputs(given or [_PHOTOS])
-    files = [Path(item.location) for item in found]
+    files = [Path(item.location) for item in found if not isinstance(item, Unreadable)]
     if not files:
         raise ValueError(f"no photographs in {', '.join(given)}")
     copies: list[Path] = []

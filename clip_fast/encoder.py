@@ -101,17 +101,17 @@ class ImageEncoder(nn.Module):
 
         Needed only after writes that leave no trace: to `weight.data`, or through NumPy.
         """
-        visual = self.visual
-        self._problem = _difference(visual, self.config)
+        visual, config = self.visual, self.config  # below without `self`, which would then hold on to itself
+        self._problem = _difference(visual, config)
         self._watch = Watch(visual, called=False)
         self._norms = [module for module in visual.modules() if isinstance(module, nn.BatchNorm2d)]
 
         def state_dict() -> dict[str, Tensor]:
-            if problem := _difference(visual, self.config):
+            if problem := _difference(visual, config):
                 raise NotServed(problem)
             return visual.state_dict()
 
-        source = Source(self.config, self._watch.modules, state_dict, lambda: visual.conv1.weight)
+        source = Source(config, self._watch.modules, state_dict, lambda: visual.conv1.weight)
         self._engine = Engine(
             source, precision=self._precision, mean=self.mean, std=self.std, cuda_graphs=self._cuda_graphs
         )
