@@ -127,7 +127,7 @@ class Engine:
         self._slots = [vars(m)[kind] for m in source.modules for kind in ("_parameters", "_buffers") if vars(m)[kind]]
         with _engines_lock:
             _ENGINES.add(self)
-            _PARENTS.update(source.modules)
+            _PARENTS.update((id(module), module) for module in source.modules)
         _follow()
 
     @property
@@ -330,7 +330,7 @@ def as_tuple(result: Tensor | Results) -> Results:
 # --- what changes weights and leaves their versions as they are ------------------------------------------------------
 
 _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
-_PARENTS: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules of their towers
+_PARENTS: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()  # their towers' modules, by id
 _engines_lock = threading.Lock()
 _unseen = 0  # events after which any weight may have changed
 
@@ -357,9 +357,14 @@ def _count_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 def _count_module(parent: nn.Module, *_: Any) -> None:
     """Counts what is put into a tower: peft puts adapters around its modules, adds to `weight.data`, and puts the same
-    modules back."""
+    modules back.
+
+    It is called for every module of this process. Graphs of anyone's in which a module is made, be it a slice of a
+    `ModuleList`, would hold only until the next tower or count, were they to see this.
+    """
     global _unseen
-    _unseen += parent in _PARENTS
+    if not torch.compiler.is_compiling():
+        _unseen += id(parent) in _PARENTS
 
 
 # --- the modules of a tower ------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from models import (
     transformers,
 )
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -601,6 +602,37 @@ def test_adapters_that_came_and_went_between_two_calls(make: Callable[[], nn.Mod
         after = stays_fast(model, images)
         assert not close(after, before, 1e-3)
         assert close(after, embeddings(clip_fast.restore(model), images))
+
+
+def test_graphs_of_others_know_nothing_of_our_towers(images: Tensor) -> None:
+    """Though a module is made in them, of which we are told."""
+    torch.compiler.reset()
+    blocks = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+    counter = CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def first_two(x: Tensor) -> Tensor:
+        for block in blocks[:2]:
+            x = block(x)
+        return x
+
+    model = clip_fast.accelerate(openai_vit())
+    for _ in range(2):
+        first_two(torch.randn(2, 8))
+        tower(model).ln_post = tower(model).ln_post
+        with torch.no_grad():
+            stays_fast(clip_fast.accelerate(openai_vit()), images)
+    assert counter.frame_count == 1
+
+
+def test_modules_of_others_that_have_no_hash(images: Tensor) -> None:
+    with torch.no_grad():
+        stays_fast(clip_fast.accelerate(openai_vit()), images)
+
+    class Unhashable(nn.Module):
+        __hash__ = None  # type: ignore[assignment]
+
+    Unhashable().inner = nn.Linear(2, 2)
 
 
 class Sharded(Tensor):
