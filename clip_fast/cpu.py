@@ -49,7 +49,7 @@ def can_pack_for_mkl() -> bool:
 
 
 class Product:
-    """activation(x Wᵀ + b) + residual, by the library that is faster for the rows at hand.
+    """activation(x Wᵀ + b), or residual + α (x Wᵀ + b), by the library that is faster for the rows at hand.
 
     oneDNN, its weights packed and everything fused, serves bfloat16, and in float32 the few rows of a single image: but
     for the activation, which costs it a quarter of a float32 product and PyTorch a twentieth, in place. For many rows
@@ -61,6 +61,7 @@ class Product:
     Args:
         weight: (N, K), of any float dtype; multiplied by `scale`, then cast to the bias's dtype.
         bias: (N,), of the dtype to compute in.
+        alpha: what a sum with a residual has of the product.
         usual_rows: counts of rows that many calls have.
     """
 
@@ -70,10 +71,12 @@ class Product:
         bias: Tensor,
         activation: str = "none",
         scale: float = 1.0,
+        alpha: float = 1.0,
         usual_rows: tuple[int, ...] = (),
     ) -> None:
         self.bias = bias
         self.activation = activation
+        self.alpha = alpha
         self._source, self._scale = weight, scale
         on_cpu = bias.device.type == "cpu"
         self._fuses = on_cpu and can_fuse(bias.dtype)
@@ -106,9 +109,9 @@ class Product:
         if self._fuses and (rows <= _FEW_ROWS or x.dtype != torch.float32):
             return self._by_onednn(x, residual)
         if residual is not None and x.dtype.itemsize >= 4:  # in half precision the sums between would be rounded
-            return residual.add_(self.bias).addmm_(x, self._transposed)
+            return residual.add_(self.bias, alpha=self.alpha).addmm_(x, self._transposed, alpha=self.alpha)
         if residual is not None:
-            return residual + torch.addmm(self.bias, x, self._transposed)
+            return residual.add_(torch.addmm(self.bias, x, self._transposed), alpha=self.alpha)
         return _IN_PLACE[self.activation](torch.addmm(self.bias, x, self._transposed))
 
     def _by_mkl(self, x: Tensor, residual: Tensor | None, rows: int) -> Tensor:
@@ -116,14 +119,15 @@ class Product:
         if (packed := self._packed_for.get(key)) is None:
             packed = self._packed_for[key] = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, rows)
         y = torch.ops.mkl._mkl_linear(x, packed, self._unpacked, self.bias, rows)
-        return _IN_PLACE[self.activation](y) if residual is None else residual.add_(y)
+        return _IN_PLACE[self.activation](y) if residual is None else residual.add_(y, alpha=self.alpha)
 
     def _by_onednn(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        if residual is not None:
+        if residual is not None and self.alpha == 1:
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._packed, self.bias, "add")
         fused = self.activation if self.activation in _FUSED and x.dtype != torch.float32 else "none"
         y = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, _FUSED[fused][0], [], _FUSED[fused][1])
-        return y if fused == self.activation else _IN_PLACE[self.activation](y)
+        y = y if fused == self.activation else _IN_PLACE[self.activation](y)
+        return y if residual is None else residual.add_(y, alpha=self.alpha)
 
 
 def one_query_attention(

@@ -4,9 +4,10 @@ The line of `vit.py` in the form that a CPU wants: LayerNorm is a pass of its ow
 its bias, residual and activation along (`Product`), attention is PyTorch's flash attention for CPUs, and the last block
 is taken for the class token alone, as in `vit.py`.
 
-Both fast libraries know swish, x · σ(x), but no QuickGELU, x · σ(1.702 x). The first is made the second by scaling the
-weights around it, QuickGELU(x) = swish(1.702 x) / 1.702, before they are rounded to the dtype. Weights that come in a
-half precision and stay in it would be rounded by that alone: there the activation is a pass of its own.
+Both fast libraries know swish, x · σ(x), but no QuickGELU, x · σ(1.702 x). The first is made the second by scaling what
+is around it, QuickGELU(x) = swish(1.702 x) / 1.702: the weights before they are rounded to the dtype; or, where they
+come in bfloat16, stay in it and would be rounded by that alone, the LayerNorm before them, whose gain and shift may be
+float32, and the sum after them. In float16 1.702 x might overflow: there the activation is a pass of its own.
 
 Shapes: B images, N = 1 + G tokens, W width, H heads, D = W / H, E embed_dim.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -62,21 +64,21 @@ def prepare(state_dict: dict[str, Tensor], config: VitConfig, dtype: torch.dtype
     """
     source = {name: tensor.detach() for name, tensor in state_dict.items()}
 
-    def pair(name: str) -> tuple[Tensor, Tensor]:
-        return source[f"{name}.weight"].to(dtype), source[f"{name}.bias"].to(dtype)
-
-    # QuickGELU(x) = swish(1.702 x) / 1.702
-    given = source["transformer.resblocks.0.mlp.c_fc.weight"].dtype
-    rounded_anyway = torch.finfo(given).eps < torch.finfo(dtype).eps
-    as_swish = config.activation == "quick_gelu" and (rounded_anyway or dtype.itemsize >= 4)
-    slope, activation = (QUICK_GELU_SLOPE, "swish") if as_swish else (1.0, config.activation)
     wide = torch.promote_types(dtype, torch.float32)
+    # QuickGELU(x) = swish(1.702 x) / 1.702
+    as_swish = config.activation == "quick_gelu" and dtype != torch.float16
+    slope, activation = (QUICK_GELU_SLOPE, "swish") if as_swish else (1.0, config.activation)
+    given = source["transformer.resblocks.0.mlp.c_fc.weight"].dtype
+    rounded_anyway = dtype.itemsize >= 4 or torch.finfo(given).eps < torch.finfo(dtype).eps
+    in_weights, beside = (slope, 1.0) if rounded_anyway else (1.0, slope)
 
-    def product(
-        name: str, rows: tuple[int, ...], activation: str = "none", scale: float = 1.0, bias_scale: float = 1.0
-    ) -> Product:
+    def pair(name: str, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        gain, shift = (source[f"{name}.{part}"].to(wide) * scale for part in ("weight", "bias"))
+        return (gain, shift) if scale != 1 else (gain.to(dtype), shift.to(dtype))
+
+    def product(name: str, rows: tuple[int, ...], bias_scale: float = 1.0, **options: Any) -> Product:
         bias = source[f"{name}bias"].to(wide) * bias_scale
-        return Product(source[f"{name}weight"], bias.to(dtype), activation, scale, rows)
+        return Product(source[f"{name}weight"], bias.to(dtype), usual_rows=rows, **options)
 
     images = images_at_a_time(ROWS_AT_A_TIME, config.tokens)
 
@@ -86,11 +88,11 @@ def prepare(state_dict: dict[str, Tensor], config: VitConfig, dtype: torch.dtype
         rows = (tokens, images * tokens)
         return Block(
             ln_1=pair(f"{prefix}.ln_1"),
-            ln_2=pair(f"{prefix}.ln_2"),
+            ln_2=pair(f"{prefix}.ln_2", beside),
             qkv=product(f"{prefix}.attn.in_proj_", rows),
             out=product(f"{prefix}.attn.out_proj.", rows),
-            fc1=product(f"{prefix}.mlp.c_fc.", rows, activation, scale=slope, bias_scale=slope),
-            fc2=product(f"{prefix}.mlp.c_proj.", rows, scale=1 / slope),
+            fc1=product(f"{prefix}.mlp.c_fc.", rows, slope, activation=activation, scale=in_weights),
+            fc2=product(f"{prefix}.mlp.c_proj.", rows, beside, scale=1 / in_weights, alpha=1 / beside),
         )
 
     position = source["positional_embedding"].to(wide, copy=True)

@@ -48,12 +48,17 @@ def test_a_product_and_its_activation(rows: int, activation: str, dtype: torch.d
 
 
 @pytest.mark.parametrize("rows", [1, FEW, FEW + 1, 300])
+@pytest.mark.parametrize("alpha", [1, 1 / 1.702])
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_product_and_its_residual(rows: int, dtype: torch.dtype) -> None:
+def test_a_product_and_its_residual(rows: int, alpha: float, packed: bool, dtype: torch.dtype) -> None:
     draws = [fresh(rows, dtype) for _ in range(DRAWS)]
-    got = torch.stack([Product(weight, bias)(x, residual=residual.clone()) for x, weight, bias, residual in draws])
-    plain = torch.stack([F.linear(*draw[:3]) + draw[3] for draw in draws])
-    exact = torch.stack([F.linear(*(t.double() for t in draw[:3])) + draw[3].double() for draw in draws])
+    usual = (rows,) if packed else ()
+    got = torch.stack(
+        [Product(w, bias, alpha=alpha, usual_rows=usual)(x, residual=r.clone()) for x, w, bias, r in draws]
+    )
+    plain = torch.stack([alpha * F.linear(*draw[:3]) + draw[3] for draw in draws])
+    exact = torch.stack([alpha * F.linear(*(t.double() for t in draw[:3])) + draw[3].double() for draw in draws])
     assert relative_error(got, exact) <= bound(plain, exact)
 
 

@@ -153,10 +153,10 @@ def test_no_less_accurate_than_open_clip_itself_in_half_precision(line: Line, dt
     assert relative_error(got, exact) <= 1.1 * relative_error(own, exact)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("given", [torch.float32, torch.float16])
+@pytest.mark.parametrize("given", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("outliers", [False, True])
-def test_weights_that_are_rounded_anyway(given: torch.dtype, outliers: bool) -> None:
-    """To bfloat16 from more bits: QuickGELU's slope goes into them on the way, which is no less exact.
+def test_quick_gelu_as_swish(given: torch.dtype, outliers: bool) -> None:
+    """To bfloat16 from more bits: QuickGELU's slope goes into the weights on the way, which is no less exact.
 
     The typical ratio of the error against the unrounded weights to the plain bfloat16 tower's.
     """
@@ -180,9 +180,24 @@ def test_weights_that_would_be_rounded_twice() -> None:
     config = VitConfig(image_size=32, patch_size=16, width=128, layers=2, heads=2, embed_dim=64)
     state = {name: tensor.bfloat16() for name, tensor in random_tower(config).state_dict().items()}
     for i, block in enumerate(vit_cpu.prepare(state, config, torch.bfloat16).blocks):
-        assert block.fc1.activation == "quick_gelu"
+        assert block.fc1.activation == "swish"
         assert torch.equal(block.fc1.weight, state[f"transformer.resblocks.{i}.mlp.c_fc.weight"])
         assert torch.equal(block.fc2.weight, state[f"transformer.resblocks.{i}.mlp.c_proj.weight"])
+
+
+def test_activations_near_the_largest_float16() -> None:
+    """1.702 times which is infinite."""
+    config = VitConfig(image_size=32, patch_size=16, width=128, layers=2, heads=2, embed_dim=64)
+    tower = random_tower(config)
+    for name, tensor in tower.state_dict().items():
+        if name.endswith("c_fc.bias"):
+            tensor.fill_(50_000)
+        if name.endswith("c_proj.weight"):
+            tensor.mul_(1e-4)
+    images = torch.randn(2, 3, 32, 32)
+    state = {name: tensor.half() for name, tensor in tower.state_dict().items()}
+    got = by_cpu(state, config, torch.float16, images.half(), "encode")
+    assert worst_cosine(got, tower.double()(images.double())) >= 0.999  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("line", [by_ops, by_cpu])
