@@ -2,7 +2,8 @@
 
 The line of `vit.py` in the form that a CPU wants: LayerNorm is a pass of its own (the caches are near), a product takes
 its bias, residual and activation along (`Product`), attention is PyTorch's flash attention for CPUs, and the last block
-is taken for the class token alone, as in `vit.py`.
+is taken for the class token alone, as in `vit.py`. Its attention and the projection, products of one row an image, are
+taken in float32 whatever the dtype: oneDNN is slow to begin a product in half precision.
 
 Both fast libraries know swish, x · σ(x), but no QuickGELU, x · σ(1.702 x). The first is made the second by scaling what
 is around it, QuickGELU(x) = swish(1.702 x) / 1.702: the weights before they are rounded to the dtype; or, where they
@@ -51,9 +52,9 @@ class Weights:
     position: Tensor  # (N, W), the class embedding in its first row
     ln_pre: tuple[Tensor, Tensor]
     blocks: tuple[Block, ...]
-    last_qkv: tuple[Tensor, Tensor]  # of the last block, plain: (3 · W, W) and (3 · W,)
-    ln_post: tuple[Tensor, Tensor]
-    proj: Tensor  # (W, E)
+    last_qkv: tuple[Tensor, Tensor]  # of the last block, plain: (3 · W, W) and (3 · W,), float32 at least
+    ln_post: tuple[Tensor, Tensor]  # float32 at least
+    proj: Tensor  # (W, E), float32 at least
 
 
 def prepare(state_dict: dict[str, Tensor], config: VitConfig, dtype: torch.dtype) -> Weights:
@@ -105,9 +106,9 @@ def prepare(state_dict: dict[str, Tensor], config: VitConfig, dtype: torch.dtype
         position=position.to(dtype),
         ln_pre=pair("ln_pre"),
         blocks=tuple(map(block, range(config.layers))),
-        last_qkv=(source[f"{last}_weight"].to(dtype), source[f"{last}_bias"].to(dtype)),
-        ln_post=pair("ln_post"),
-        proj=source["proj"].to(dtype),
+        last_qkv=(source[f"{last}_weight"].to(wide), source[f"{last}_bias"].to(wide)),
+        ln_post=(source["ln_post.weight"].to(wide), source["ln_post.bias"].to(wide)),
+        proj=source["proj"].to(wide),
     )
 
 
@@ -179,16 +180,17 @@ def _last_block(weights: Weights, x: Tensor) -> Tensor:
     batch, (h, d, w) = len(x), (config.heads, config.head_dim, config.width)
     q_weight, k_weight, v_weight = weights.last_qkv[0].view(3, h, d, w)
     q_bias, _, v_bias = weights.last_qkv[1].view(3, w)  # a bias of the keys drops out of the softmax
-    y = _norm(x, *block.ln_1)
+    y = _norm(x, *block.ln_1).to(q_weight.dtype)
     q = F.linear(y[:, 0], q_weight.flatten(0, 1), q_bias).view(batch, h, d)
-    attended = one_query_attention(q, y, k_weight, v_weight, v_bias)
+    attended = one_query_attention(q, y, k_weight, v_weight, v_bias).to(x.dtype)
     class_token = block.out(attended, residual=x[:, 0].clone())
     return block.fc2(block.fc1(_norm(class_token, *block.ln_2)), residual=class_token)
 
 
 def _project(weights: Weights, class_token: Tensor) -> Tensor:
     """ln_post and projection: (B, W) -> (B, E)."""
-    return _norm(class_token, *weights.ln_post) @ weights.proj
+    projected = _norm(class_token.to(weights.proj.dtype), *weights.ln_post) @ weights.proj
+    return projected.to(class_token.dtype)
 
 
 def _norm(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
