@@ -14,6 +14,8 @@ Rgb = tuple[float, float, float]  # a number per colour channel
 
 LAYER_NORM_EPS = 1e-5  # of every LayerNorm in every CLIP
 BATCH_NORM_EPS = 1e-5  # of every batch norm in every CLIP ResNet
+HEAD_DIM = 64  # of every model of OpenAI's, and open_clip's default
+RESNET_STRIDE = 32  # pixels of the image to one of the last map
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # per RGB channel of pixels scaled to [0, 1], over CLIP's training set
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -114,8 +116,10 @@ class ResNetConfig:
             raise ValueError(f"layers must be four positive numbers, one per stage, got {self.layers}")
         if self.features % self.heads:
             raise ValueError(f"32 * width must be a multiple of heads, got width {self.width} and heads {self.heads}")
-        if self.image_size < 32:
-            raise ValueError(f"image_size must be at least 32, the stride of the tower, got {self.image_size}")
+        if self.image_size < RESNET_STRIDE:
+            raise ValueError(
+                f"image_size must be at least {RESNET_STRIDE}, the stride of the tower, got {self.image_size}"
+            )
 
     @property
     def features(self) -> int:
@@ -125,7 +129,7 @@ class ResNetConfig:
     @property
     def grid(self) -> int:
         """Side of that feature map."""
-        return self.image_size // 32
+        return self.image_size // RESNET_STRIDE
 
     @property
     def tokens(self) -> int:
