@@ -344,15 +344,16 @@ def _follow() -> None:
 def _count_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Counts an optimiser's step in the versions of our weights, which one that is fused does not.
 
-    FSDP's optimisers step shards, from which weights are gathered that keep their identity and version.
+    Between calls FSDP has shards in a tower, which its optimisers step: from them weights are gathered that keep their
+    identity and version.
     """
     global _unseen
     with _engines_lock:
         engines = list(_ENGINES)
     ours = {id(tensor) for engine in engines for tensor in engine._tensors()}  # pyright: ignore[reportPrivateUsage]
-    parameters: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
-    torch.autograd.graph.increment_version([p for p in parameters if id(p) in ours])
-    _unseen += any(type(p) not in (Tensor, nn.Parameter) for p in parameters)
+    stepped: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"] if id(p) in ours]
+    torch.autograd.graph.increment_version(stepped)
+    _unseen += any(type(p) not in (Tensor, nn.Parameter) for p in stepped)
 
 
 def _count_module(parent: nn.Module, *_: Any) -> None:

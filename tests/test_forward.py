@@ -646,13 +646,34 @@ def test_steps_of_sharded_weights_are_seen(images: Tensor) -> None:
     optimizer = torch.optim.SGD([shard], lr=0.1)
     with torch.no_grad():
         before = stays_fast(model, images)
-    inner(model).weight.data += 0.1 * torch.randn_like(inner(model).weight)
+    parameters, gathered = inner(model)._parameters, inner(model).weight
+    gathered.data += 0.1 * torch.randn_like(gathered)
     shard.grad = torch.ones_like(shard)
+    parameters["weight"] = shard  # type: ignore[assignment]
     optimizer.step()
+    parameters["weight"] = gathered
     with torch.no_grad():
         after = stays_fast(model, images)
         assert not close(after, before, 1e-3)
         assert close(after, embeddings(clip_fast.restore(model), images))
+
+
+def test_steps_of_others_sharded_weights_are_nothing_to_a_tower(
+    images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A frozen tower within a model in training is not prepared at every step."""
+    model = clip_fast.accelerate(openai_vit())
+    prepared: list[Engine] = []
+    prepare = Engine._prepare
+    monkeypatch.setattr(Engine, "_prepare", lambda engine: (prepared.append(engine), prepare(engine))[1])
+    shard = torch.ones(2).as_subclass(Sharded).requires_grad_()
+    optimizer = torch.optim.SGD([shard], lr=0.1)
+    for _ in range(3):
+        with torch.no_grad():
+            stays_fast(model, images)
+        shard.grad = torch.ones_like(shard)
+        optimizer.step()
+    assert len(prepared) == 1
 
 
 @pytest.mark.parametrize("make", MODELS)
