@@ -22,11 +22,11 @@ from PIL import Image, features
 from tqdm import tqdm
 
 from . import Clip, ImageEncoder, Preprocess, __version__, available_models, load, tokenize
-from .checkpoint import CheckpointError
 from .decode import Decoder, start_fork_server
 from .devices import Job, run_on_devices
 from .embed import EmbeddingWriter, embed_files
 from .encoder import default_device, default_dtype
+from .errors import CheckpointError
 from .files import new_file
 from .kernels import ops
 from .pipeline import Options, run, weights_digest

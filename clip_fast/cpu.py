@@ -110,24 +110,25 @@ class Product:
             return self._by_onednn(x, residual)
         if residual is not None and x.dtype.itemsize >= 4:  # in half precision the sums between would be rounded
             return residual.add_(self.bias, alpha=self.alpha).addmm_(x, self._transposed, alpha=self.alpha)
-        if residual is not None:
-            return residual.add_(torch.addmm(self.bias, x, self._transposed), alpha=self.alpha)
-        return _IN_PLACE[self.activation](torch.addmm(self.bias, x, self._transposed))
+        return self._finish(torch.addmm(self.bias, x, self._transposed), residual)
 
     def _by_mkl(self, x: Tensor, residual: Tensor | None, rows: int) -> Tensor:
         key = rows, torch.get_num_threads()
         if (packed := self._packed_for.get(key)) is None:
             packed = self._packed_for[key] = torch.ops.mkl._mkl_reorder_linear_weight(self.weight, rows)
         y = torch.ops.mkl._mkl_linear(x, packed, self._unpacked, self.bias, rows)
-        return _IN_PLACE[self.activation](y) if residual is None else residual.add_(y, alpha=self.alpha)
+        return self._finish(y, residual)
 
     def _by_onednn(self, x: Tensor, residual: Tensor | None) -> Tensor:
         if residual is not None and self.alpha == 1:
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self._packed, self.bias, "add")
-        fused = self.activation if self.activation in _FUSED and x.dtype != torch.float32 else "none"
-        y = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, _FUSED[fused][0], [], _FUSED[fused][1])
-        y = y if fused == self.activation else _IN_PLACE[self.activation](y)
-        return y if residual is None else residual.add_(y, alpha=self.alpha)
+        fused = residual is None and self.activation in _FUSED and x.dtype != torch.float32
+        name, algorithm = _FUSED[self.activation if fused else "none"]
+        y = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, name, [], algorithm)
+        return y if fused else self._finish(y, residual)
+
+    def _finish(self, y: Tensor, residual: Tensor | None) -> Tensor:
+        return _IN_PLACE[self.activation](y) if residual is None else residual.add_(y, alpha=self.alpha)
 
 
 def one_query_attention(

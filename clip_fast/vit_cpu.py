@@ -73,9 +73,9 @@ def prepare(state_dict: dict[str, Tensor], config: VitConfig, dtype: torch.dtype
     rounded_anyway = dtype.itemsize >= 4 or torch.finfo(given).eps < torch.finfo(dtype).eps
     in_weights, beside = (slope, 1.0) if rounded_anyway else (1.0, slope)
 
-    def pair(name: str, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    def pair(name: str, dtype: torch.dtype = dtype, scale: float = 1.0) -> tuple[Tensor, Tensor]:
         gain, shift = (source[f"{name}.{part}"].to(wide) * scale for part in ("weight", "bias"))
-        return (gain, shift) if scale != 1 else (gain.to(dtype), shift.to(dtype))
+        return gain.to(dtype), shift.to(dtype)
 
     def product(name: str, rows: tuple[int, ...], bias_scale: float = 1.0, **options: Any) -> Product:
         bias = source[f"{name}bias"].to(wide) * bias_scale
@@ -89,7 +89,7 @@ def prepare(state_dict: dict[str, Tensor], config: VitConfig, dtype: torch.dtype
         rows = (tokens, images * tokens)
         return Block(
             ln_1=pair(f"{prefix}.ln_1"),
-            ln_2=pair(f"{prefix}.ln_2", beside),
+            ln_2=pair(f"{prefix}.ln_2", dtype if beside == 1 else wide, beside),
             qkv=product(f"{prefix}.attn.in_proj_", rows),
             out=product(f"{prefix}.attn.out_proj.", rows),
             fc1=product(f"{prefix}.mlp.c_fc.", rows, slope, activation=activation, scale=in_weights),
@@ -107,7 +107,7 @@ def prepare(state_dict: dict[str, Tensor], config: VitConfig, dtype: torch.dtype
         ln_pre=pair("ln_pre"),
         blocks=tuple(map(block, range(config.layers))),
         last_qkv=(source[f"{last}_weight"].to(wide), source[f"{last}_bias"].to(wide)),
-        ln_post=(source["ln_post.weight"].to(wide), source["ln_post.bias"].to(wide)),
+        ln_post=pair("ln_post", wide),
         proj=source["proj"].to(wide),
     )
 

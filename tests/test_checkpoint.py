@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from clip_fast import checkpoint, reference
-from clip_fast.checkpoint import CheckpointError, read_checkpoint, resolve
+from clip_fast.checkpoint import read_checkpoint, resolve
 from clip_fast.config import IMAGE_MEAN, Activation, ResNetConfig, VitConfig
+from clip_fast.errors import CheckpointError
 from clip_fast.text import TextEncoder
 
 pytestmark = [
