@@ -64,7 +64,7 @@ def assert_same_bits(a: Tensor, b: Tensor) -> None:
 
 
 def _bits(x: Tensor) -> Tensor:
-    return x.detach().contiguous().view(torch.uint8)
+    return x.detach().flatten().view(torch.uint8)  # which views no scalar
 
 
 def poison(buffer: Tensor) -> Tensor:

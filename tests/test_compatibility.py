@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_checks import assert_same_bits
 from torch import Tensor, nn
 
 import clip_fast
@@ -230,7 +231,10 @@ def test_a_family(family: Family) -> None:
         with pytest.raises(NotServed, match=family.refused) as refusal:
             clip_fast.accelerate(model)
         assert not is_accelerated(model)
-        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        after = model.state_dict()
+        assert before.keys() == after.keys()
+        for name, tensor in after.items():
+            assert_same_bits(tensor, before[name])  # CoCa leaves some uninitialised, which may be NaN
         cells["embeddings"] = f"refused: {refusal.value}"
         return
     original = copy.deepcopy(model)

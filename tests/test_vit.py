@@ -147,7 +147,7 @@ def test_no_less_accurate_than_open_clip_itself_in_half_precision(line: Line, dt
     tower = random_tower(config)
     theirs.load_state_dict(tower.state_dict())
     tower.load_state_dict(theirs.state_dict())  # both read the rounded weights
-    images = torch.randn(8, 3, config.image_size, config.image_size).to(dtype)
+    images = torch.randn(24, 3, config.image_size, config.image_size).to(dtype)  # of 8 the ratio scatters by 2 %
     got, own = line(theirs.state_dict(), config, dtype, images, "encode"), theirs(images)
     exact = tower.double()(images.double())
     assert relative_error(got, exact) <= 1.1 * relative_error(own, exact)  # type: ignore[arg-type]

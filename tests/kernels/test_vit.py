@@ -53,7 +53,7 @@ def test_a_block_is_five_launches(launches: list[str]) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_accuracy(name: str, dtype: torch.dtype, guards: Guards) -> None:
-    got, plain, wanted = map(torch.cat, zip(*draws(CONFIGS[name], dtype, 4), strict=True))
+    got, plain, wanted = map(torch.cat, zip(*draws(CONFIGS[name], dtype, 8), strict=True))
     assert relative_error(got, wanted) <= (2.5 if dtype == torch.float32 else 1.1) * relative_error(plain, wanted)
     assert worst_cosine(got, wanted) >= 0.9999
 
@@ -78,10 +78,13 @@ def test_outlier_channels(dtype: torch.dtype, guards: Guards) -> None:
 def draws(
     config: VitConfig, dtype: torch.dtype, towers: int, outliers: bool = False
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of fresh towers and images: embeddings by the kernels, by the plain tower in `dtype`, and by it in float64."""
+    """Of fresh towers and images: embeddings by the kernels, by the plain tower in `dtype`, and by it in float64.
+
+    A ratio of errors is a draw: six images of a tower take hardly longer to interpret than two, and scatter it less.
+    """
     for _ in range(towers):
         tower, weights = prepared(config, dtype, outliers)
-        x = images(config, 2).to(dtype)
+        x = images(config, 6).to(dtype)
         got, wanted = vit.encode(weights, x), tower.double()(x.double())
         yield got, tower.to(dtype)(x), wanted
 
