@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from functools import cache, cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .reference import QUICK_GELU_SLOPE
 
-_FEW_ROWS = 128  # up to which oneDNN's packed products are faster than BLAS in float32
+_FEW_ROWS = 128  # up to which oneDNN's packed products are faster in float32 than a BLAS that knows the CPU
 # activation -> oneDNN's name of it, and of the algorithm where there are several
 _FUSED = {"none": ("none", ""), "swish": ("swish", ""), "gelu": ("gelu", "none")}
 
@@ -40,12 +42,23 @@ def can_fuse(dtype: torch.dtype) -> bool:
 
 
 @cache
+def _capabilities() -> Mapping[str, Any]:
+    """What PyTorch knows of this CPU."""
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+
+
+def _is_intel() -> bool:
+    return str(_capabilities().get("cpu_name")).startswith("Intel")
+
+
 def can_pack_for_mkl() -> bool:
     """Whether this build of PyTorch has MKL's packed products, and this is a CPU of MKL's maker."""
-    built = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
-    if not (built and hasattr(torch.cpu, "get_capabilities")):
-        return False
-    return str(torch.cpu.get_capabilities().get("cpu_name")).startswith("Intel")
+    return torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear") and _is_intel()
+
+
+def blas_leaves_avx512() -> bool:
+    """Whether BLAS is MKL on another maker's CPU that has AVX-512: there it multiplies by AVX2, half as fast."""
+    return torch.backends.mkl.is_available() and bool(_capabilities().get("avx512_f")) and not _is_intel()
 
 
 class Product:
@@ -53,10 +66,10 @@ class Product:
 
     oneDNN, its weights packed and everything fused, serves bfloat16, and in float32 the few rows of a single image: but
     for the activation, which costs it a quarter of a float32 product and PyTorch a twentieth, in place. For many rows
-    in float32 BLAS is faster, with the residual as the product's initial value. On Intel's CPUs MKL is the fastest in
-    float32 with weights that were packed for just as many rows, as they are for `usual_rows`, and as many threads: by
-    weights that one thread has packed, one thread multiplies. Each has a layout of W of its own, made when it is first
-    needed.
+    in float32 BLAS is faster, with the residual as the product's initial value, unless it leaves AVX-512 unused. On
+    Intel's CPUs MKL is the fastest in float32 with weights that were packed for just as many rows, as they are for
+    `usual_rows`, and as many threads: by weights that one thread has packed, one thread multiplies. Each has a layout
+    of W of its own, made when it is first needed.
 
     Args:
         weight: (N, K), of any float dtype; multiplied by `scale`, then cast to the bias's dtype.
@@ -80,6 +93,8 @@ class Product:
         self._source, self._scale = weight, scale
         on_cpu = bias.device.type == "cpu"
         self._fuses = on_cpu and can_fuse(bias.dtype)
+        all_rows = bias.dtype != torch.float32 or blas_leaves_avx512()
+        self._onednn_rows = math.inf if all_rows else _FEW_ROWS  # up to which a product is oneDNN's
         by_mkl = on_cpu and bias.dtype == torch.float32 and can_pack_for_mkl()
         self._usual_rows = frozenset(usual_rows if by_mkl else ())
         self._packed_for: dict[tuple[int, int], Tensor] = {}  # (rows, threads) -> W as MKL multiplies by it
@@ -106,7 +121,7 @@ class Product:
         rows = x.shape[0]  # len(x) is a function of Python's, four times as slow: this runs fifty times an image
         if rows in self._usual_rows:
             return self._by_mkl(x, residual, rows)
-        if self._fuses and (rows <= _FEW_ROWS or x.dtype != torch.float32):
+        if self._fuses and rows <= self._onednn_rows:
             return self._by_onednn(x, residual)
         if residual is not None and x.dtype.itemsize >= 4:  # in half precision the sums between would be rounded
             return residual.add_(self.bias, alpha=self.alpha).addmm_(x, self._transposed, alpha=self.alpha)

@@ -34,6 +34,12 @@ def bound(plain: Tensor, exact: Tensor) -> float:
     return max(2 * relative_error(plain, exact), walk if plain.dtype.itemsize >= 4 else 0)
 
 
+@pytest.fixture(params=[False, True], ids=["BLAS knows the CPU", "BLAS leaves AVX-512"])
+def _blas(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "blas_leaves_avx512", lambda: request.param)
+
+
+@pytest.mark.usefixtures("_blas")
 @pytest.mark.parametrize("rows", [1, FEW, FEW + 1, 300])  # on both sides of the change of library
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -47,6 +53,7 @@ def test_a_product_and_its_activation(rows: int, activation: str, dtype: torch.d
     assert relative_error(got, exact) <= bound(plain, exact)
 
 
+@pytest.mark.usefixtures("_blas")
 @pytest.mark.parametrize("rows", [1, FEW, FEW + 1, 300])
 @pytest.mark.parametrize("alpha", [1, 1 / 1.702])
 @pytest.mark.parametrize("packed", [False, True])
@@ -113,8 +120,30 @@ def test_packed_for_mkl(rows: int, activation: str, monkeypatch: pytest.MonkeyPa
         assert relative_error(torch.stack(values), exact) <= bound(plain, exact)
 
 
-def test_one_layout_is_made_for_one_library() -> None:
+@pytest.mark.parametrize("leaves_avx512", [False, True])
+def test_one_layout_is_made_for_one_library(leaves_avx512: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many rows in float32 are for oneDNN where BLAS makes poor use of the CPU."""
+    monkeypatch.setattr(cpu, "blas_leaves_avx512", lambda: leaves_avx512)
     product = Product(torch.randn(160, 96), torch.zeros(160))
     product(torch.randn(300, 96))
-    assert "_transposed" in vars(product)
-    assert "_packed" not in vars(product)
+    by_onednn = leaves_avx512 and cpu.can_fuse(torch.float32)
+    assert ("_packed" in vars(product)) == by_onednn
+    assert ("_transposed" in vars(product)) != by_onednn
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "mkl", "leaves"),
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_f": True}, True, True),
+        ({"cpu_name": "AMD EPYC", "avx512_f": True}, False, False),  # another BLAS
+        ({"cpu_name": "AMD EPYC", "avx512_f": False}, True, False),
+        ({"cpu_name": "Intel(R) Xeon(R)", "avx512_f": True}, True, False),
+        ({}, True, False),
+    ],
+)
+def test_who_leaves_avx512(
+    capabilities: dict[str, Any], mkl: bool, leaves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: mkl)
+    assert cpu.blas_leaves_avx512() == leaves
