@@ -38,7 +38,14 @@ def can_fuse(dtype: torch.dtype) -> bool:
     """Whether this build of PyTorch has oneDNN's fused products, and this CPU the instructions for `dtype`."""
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and has_instructions(dtype))
+
+
+@cache
+def has_instructions(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies in `dtype`. If not, PyTorch does so number by number, a hundred times as slowly."""
+    known = {torch.float16: "_is_mkldnn_fp16_supported", torch.bfloat16: "_is_mkldnn_bf16_supported"}
+    return dtype not in known or (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, known[dtype])())
 
 
 @cache

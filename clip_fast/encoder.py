@@ -56,7 +56,7 @@ class ImageEncoder(nn.Module):
         precision: to compute in, by default that of `dtype`: "fp32" is exact float32 (on a CPU
             unless `torch.set_float32_matmul_precision` says otherwise), "tf32" has the operands
             of float32 products cut to 11 bits on a GPU (and is "fp32" elsewhere), "fp16" and "bf16" accumulate in
-            float32.
+            float32; a CPU that has no instructions for one of these two computes in float32 instead.
         mean, std: of the RGB channels of pixels scaled to [0, 1], with which uint8 images are normalised.
         cuda_graphs: replay small batches on an NVIDIA GPU as CUDA graphs, which keep some of its memory for themselves.
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from towers import random_tower, relative_error
 
 import clip_fast
-from clip_fast import vit_cpu
+from clip_fast import cpu, vit_cpu
 from clip_fast.config import IMAGE_MEAN, IMAGE_STD, ResNetConfig, VitConfig
 from clip_fast.encoder import ImageEncoder
 from clip_fast.engine import _OWNERS
@@ -66,7 +66,21 @@ def test_precision_is_apart_from_the_embeddings_dtype(
     assert embeddings.dtype == torch.float32
     error = relative_error(embeddings, exact(model, images))
     assert error < bound
-    assert (error > 1e-4) == (precision in ("bf16", "fp16"))  # it was really computed in it
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    assert (error > 1e-4) == (half is not None and cpu.has_instructions(half))  # it was really computed in it
+
+
+@pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_that_the_cpu_has_not(
+    config: VitConfig | ResNetConfig, dtype: torch.dtype, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Computed in float32, of the rounded weights, and rounded once."""
+    monkeypatch.setattr(cpu, "has_instructions", lambda asked: asked not in (torch.float16, torch.bfloat16))
+    model = make(config, dtype)
+    wide = ImageEncoder(config, model.visual.state_dict(), CPU, torch.float32)
+    assert torch.equal(model.encode_image(images), wide.encode_image(images).to(dtype))
+    assert model.encode_image(images).dtype == dtype
 
 
 def test_raw_pixels_in_either_layout() -> None:
