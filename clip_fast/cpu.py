@@ -38,12 +38,15 @@ def can_fuse(dtype: torch.dtype) -> bool:
     """Whether this build of PyTorch has oneDNN's fused products, and this CPU the instructions for `dtype`."""
     if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and has_instructions(dtype))
+    return dtype in (torch.float32, torch.bfloat16) and can_multiply(dtype)
 
 
 @cache
-def has_instructions(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies in `dtype`. If not, PyTorch does so number by number, a hundred times as slowly."""
+def can_multiply(dtype: torch.dtype) -> bool:
+    """Whether a library multiplies in `dtype` on this CPU, be it (bfloat16) by AVX-512's other instructions.
+
+    If not, PyTorch does so number by number, a hundred times as slowly.
+    """
     known = {torch.float16: "_is_mkldnn_fp16_supported", torch.bfloat16: "_is_mkldnn_bf16_supported"}
     return dtype not in known or (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, known[dtype])())
 

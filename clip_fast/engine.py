@@ -142,8 +142,9 @@ class Engine:
     def compute_dtype(self) -> torch.dtype:
         weight = self.source.weight()
         dtype = weight.dtype if self.precision is None else _COMPUTE_DTYPES[self.precision]
-        on_cpu = weight.device.type == "cpu" and not ops.triton_can_run(weight.device)
-        return dtype if not on_cpu or cpu.has_instructions(dtype) else torch.float32
+        if weight.device.type == "cpu" and not cpu.can_multiply(dtype) and not ops.triton_can_run(weight.device):
+            return torch.float32
+        return dtype
 
     def checked(self, images: Tensor) -> Tensor:
         """`images` on the tower's device as (B, 3, H, W).

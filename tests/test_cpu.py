@@ -35,11 +35,12 @@ def bound(plain: Tensor, exact: Tensor) -> float:
 
 
 @pytest.fixture(params=[False, True], ids=["BLAS knows the CPU", "BLAS leaves AVX-512"])
-def _blas(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def leaves_avx512(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     monkeypatch.setattr(cpu, "blas_leaves_avx512", lambda: request.param)
+    return request.param
 
 
-@pytest.mark.usefixtures("_blas")
+@pytest.mark.usefixtures("leaves_avx512")
 @pytest.mark.parametrize("rows", [1, FEW, FEW + 1, 300])  # on both sides of the change of library
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -53,7 +54,7 @@ def test_a_product_and_its_activation(rows: int, activation: str, dtype: torch.d
     assert relative_error(got, exact) <= bound(plain, exact)
 
 
-@pytest.mark.usefixtures("_blas")
+@pytest.mark.usefixtures("leaves_avx512")
 @pytest.mark.parametrize("rows", [1, FEW, FEW + 1, 300])
 @pytest.mark.parametrize("alpha", [1, 1 / 1.702])
 @pytest.mark.parametrize("packed", [False, True])
@@ -120,10 +121,8 @@ def test_packed_for_mkl(rows: int, activation: str, monkeypatch: pytest.MonkeyPa
         assert relative_error(torch.stack(values), exact) <= bound(plain, exact)
 
 
-@pytest.mark.parametrize("leaves_avx512", [False, True])
-def test_one_layout_is_made_for_one_library(leaves_avx512: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_layout_is_made_for_one_library(leaves_avx512: bool) -> None:
     """Many rows in float32 are for oneDNN where BLAS makes poor use of the CPU."""
-    monkeypatch.setattr(cpu, "blas_leaves_avx512", lambda: leaves_avx512)
     product = Product(torch.randn(160, 96), torch.zeros(160))
     product(torch.randn(300, 96))
     by_onednn = leaves_avx512 and cpu.can_fuse(torch.float32)

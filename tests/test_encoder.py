@@ -22,7 +22,7 @@ import clip_fast
 from clip_fast import cpu, vit_cpu
 from clip_fast.config import IMAGE_MEAN, IMAGE_STD, ResNetConfig, VitConfig
 from clip_fast.encoder import ImageEncoder
-from clip_fast.engine import _OWNERS
+from clip_fast.engine import _COMPUTE_DTYPES, _OWNERS
 
 VIT = VitConfig(image_size=64, patch_size=16, width=128, layers=3, heads=2, embed_dim=32)
 RESNET = ResNetConfig(layers=(1, 1, 1, 1), width=4, heads=2, image_size=64, embed_dim=32)
@@ -66,8 +66,8 @@ def test_precision_is_apart_from_the_embeddings_dtype(
     assert embeddings.dtype == torch.float32
     error = relative_error(embeddings, exact(model, images))
     assert error < bound
-    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    assert (error > 1e-4) == (half is not None and cpu.has_instructions(half))  # it was really computed in it
+    served = cpu.can_multiply(_COMPUTE_DTYPES[precision])  # type: ignore[index]
+    assert (error > 1e-4) == (precision in ("bf16", "fp16") and served)  # it was really computed in it
 
 
 @pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
@@ -76,7 +76,7 @@ def test_a_half_precision_that_the_cpu_has_not(
     config: VitConfig | ResNetConfig, dtype: torch.dtype, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Computed in float32, of the rounded weights, and rounded once."""
-    monkeypatch.setattr(cpu, "has_instructions", lambda asked: asked not in (torch.float16, torch.bfloat16))
+    monkeypatch.setattr(cpu, "can_multiply", lambda asked: asked not in (torch.float16, torch.bfloat16))
     model = make(config, dtype)
     wide = ImageEncoder(config, model.visual.state_dict(), CPU, torch.float32)
     assert torch.equal(model.encode_image(images), wide.encode_image(images).to(dtype))
