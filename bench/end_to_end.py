@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clip_fast.config import Config
+from clip_fast.towers.config import Config
 
 from .environment import Environment, bf16_on_cpu, chosen_device, environment
 from .models import MODELS, random_images, random_tower

@@ -37,8 +37,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clip_fast.kernels import ops
-from clip_fast.kernels.targets import TARGETS, assume
+from clip_fast.kernels import dispatch, ops
+from clip_fast.kernels.targets import REGISTERS, SYSTEM_SHARED_MEMORY, TARGETS, assume
 
 from .report import save
 
@@ -78,7 +78,7 @@ def _empty(*shape: int, dtype: torch.dtype = HALF) -> Tensor:
 
 
 def _launch(op: str, *args: object) -> object:
-    return ops.launcher(op)(*args)
+    return dispatch.launcher(op)(*args)
 
 
 def _patch_embed(patch: int, images: torch.dtype, dtype: torch.dtype, precision: str) -> object:
@@ -281,18 +281,6 @@ class Row:
     problems: list[str] = field(default_factory=list)
 
 
-# Per multiprocessor: warps, blocks, bytes of shared memory (CUDA C++ Programming Guide, "Technical specifications per
-# compute capability"). Each block takes 1 KiB of shared memory for the system.
-_RESIDENT = {
-    "sm_80": (64, 32, 167_936),
-    "sm_86": (48, 16, 102_400),
-    "sm_89": (48, 24, 102_400),
-    "sm_90": (64, 32, 233_472),
-    "sm_100": (64, 32, 233_472),
-    "sm_120": (48, 24, 102_400),
-}
-_REGISTERS = 65_536
-
 
 def compile_job(job: Job) -> Row:
     """Compile `job` and judge its machine code."""
@@ -455,15 +443,16 @@ def _main_loop(code: Sequence[tuple[int, str, str]]) -> Iterable[str]:
 
 
 def _occupancy(row: Row) -> float:
-    warps, blocks, shared = _RESIDENT[row.arch]
+    most = TARGETS[row.arch].resident
+    assert most is not None
     registers_per_warp = -(-row.registers * 32 // 256) * 256
     resident = min(
-        blocks,
-        warps // row.num_warps,
-        _REGISTERS // (registers_per_warp * row.num_warps),
-        shared // (row.shared + 1024),
+        most.blocks,
+        most.warps // row.num_warps,
+        REGISTERS // (registers_per_warp * row.num_warps),
+        most.shared_memory // (row.shared + SYSTEM_SHARED_MEMORY),
     )
-    return resident * row.num_warps / warps
+    return resident * row.num_warps / most.warps
 
 
 def _read_amdgcn(row: Row, assembly: str) -> None:

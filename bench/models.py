@@ -6,10 +6,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clip_fast import reference
-from clip_fast.config import OPEN_CLIP_MODELS, OPENAI_MODELS, Config, ResNetConfig, VitConfig
+from clip_fast.checkpoint.published import OPENAI_MODELS
+from clip_fast.towers import reference
+from clip_fast.towers.config import Config, ResNetConfig, VitConfig
 
 _BRANCH = 0.25  # gain of a bottleneck's last batch norm: with one, variances double at every bottleneck
+
+# The ViT family of open_clip from B to bigG, as its model cards give the shapes; trained with the exact GELU.
+OPEN_CLIP_MODELS: dict[str, VitConfig] = {
+    "ViT-B-32": VitConfig(224, 32, width=768, layers=12, heads=12, embed_dim=512, activation="gelu"),
+    "ViT-B-16": VitConfig(224, 16, width=768, layers=12, heads=12, embed_dim=512, activation="gelu"),
+    "ViT-B-16-plus-240": VitConfig(240, 16, width=896, layers=12, heads=14, embed_dim=640, activation="gelu"),
+    "ViT-L-14": VitConfig(224, 14, width=1024, layers=24, heads=16, embed_dim=768, activation="gelu"),
+    "ViT-L-14-336": VitConfig(336, 14, width=1024, layers=24, heads=16, embed_dim=768, activation="gelu"),
+    "ViT-H-14": VitConfig(224, 14, width=1280, layers=32, heads=16, embed_dim=1024, activation="gelu"),
+    "ViT-g-14": VitConfig(
+        224, 14, width=1408, layers=40, heads=16, embed_dim=1024, mlp_ratio=4.3637, activation="gelu"
+    ),
+    "ViT-bigG-14": VitConfig(
+        224, 14, width=1664, layers=48, heads=16, embed_dim=1280, mlp_ratio=4.9231, activation="gelu"
+    ),
+}
 
 PUBLISHED: dict[str, Config] = {**OPENAI_MODELS, **OPEN_CLIP_MODELS}
 MODELS: dict[str, Config] = {

@@ -40,13 +40,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from clip_fast.decode import Decoder
+from clip_fast.bulk.decoder import Decoder
+from clip_fast.bulk.pipeline import Options, Step, run
+from clip_fast.bulk.shards import OutputFolder
 from clip_fast.encoder import ImageEncoder
-from clip_fast.pipeline import Options, Step, run
+from clip_fast.inputs.inputs import find_inputs
+from clip_fast.inputs.items import Unreadable
 from clip_fast.preprocess import Preprocess
-from clip_fast.reference import build
-from clip_fast.shards import OutputFolder
-from clip_fast.sources import Unreadable, find_inputs
+from clip_fast.towers.reference import build
 
 from .environment import ROOT, Environment, chosen_device, environment
 from .models import MODELS

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clip_fast import reference
-from clip_fast.config import OPENAI_MODELS, Config, VitConfig
+from clip_fast.checkpoint.published import OPENAI_MODELS
+from clip_fast.towers import reference
+from clip_fast.towers.config import Config, VitConfig
 
 from .environment import Environment, chosen_device, environment
 from .models import MODELS

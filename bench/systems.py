@@ -24,9 +24,9 @@ import torch._inductor.config
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from clip_fast.checkpoint import hugging_face_keys
-from clip_fast.config import LAYER_NORM_EPS, Config, ResNetConfig, VitConfig
+from clip_fast.checkpoint.layouts import hugging_face_keys
 from clip_fast.encoder import ImageEncoder
+from clip_fast.towers.config import EPS, Config, ResNetConfig, VitConfig
 
 from .timing import DTYPES
 
@@ -140,7 +140,7 @@ def _transformers_model(task: Task) -> nn.Module:
     config = transformers.CLIPVisionConfig(
         hidden_size=c.width, intermediate_size=c.mlp_width, projection_dim=c.embed_dim, num_hidden_layers=c.layers,
         num_attention_heads=c.heads, image_size=c.image_size, patch_size=c.patch_size, hidden_act=c.activation,
-        layer_norm_eps=LAYER_NORM_EPS, attn_implementation="sdpa",
+        layer_norm_eps=EPS, attn_implementation="sdpa",
     )  # fmt: skip
     state: dict[str, Tensor] = {}
     for name, tensor in task.state_dict.items():
@@ -167,7 +167,7 @@ def _timm_tower(task: Task) -> nn.Module:
     tower = timm.VisionTransformer(
         c.image_size, c.patch_size, num_classes=c.embed_dim, global_pool="token", embed_dim=c.width, depth=c.layers,
         num_heads=c.heads, mlp_ratio=c.mlp_ratio, pre_norm=True,
-        norm_layer=partial(layers.LayerNorm, eps=LAYER_NORM_EPS),
+        norm_layer=partial(layers.LayerNorm, eps=EPS),
         act_layer=layers.get_act_layer("quick_gelu" if c.activation == "quick_gelu" else "gelu"),
     )  # fmt: skip
     tower.load_state_dict(timm._convert_openai_clip(dict(task.state_dict), tower, prefix=""))

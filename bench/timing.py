@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from clip_fast.cpu import can_fuse
+from clip_fast.towers.cpu import can_fuse
 
 T = TypeVar("T")
 Call = Callable[[], object]

@@ -1,4 +1,4 @@
-"""Searches the launch table on a GPU, and writes what it finds into `kernels/targets.py`.
+"""Searches the launch table on a GPU, and writes what it finds into `kernels/launches.py`.
 
     python -m bench.tune --minutes 20 --json bench/results/DEVICE-DATE/tune.json
 
@@ -37,12 +37,13 @@ from typing import Any, TypeVar
 
 import torch
 
-from clip_fast.config import Config
-from clip_fast.kernels import targets
-from clip_fast.kernels.reference import STATISTICS_TILE
-from clip_fast.kernels.targets import TABLE, Launch, Table, Target
+from clip_fast.kernels import launches, targets
+from clip_fast.kernels.launches import TABLE
+from clip_fast.kernels.statistics import STATISTICS_TILE
+from clip_fast.kernels.targets import Kind, Launch, LaunchTable, Target
+from clip_fast.towers.config import Config
 
-from .environment import TABLE_LINES, TARGETS_FILE, environment, fingerprint
+from .environment import LAUNCHES_FILE, environment, fingerprint
 from .kernels.comparison import measured
 from .kernels.contests import OURS, SEPARATE, Compute, Contest, Operands, contests
 from .machine_code import Job, cases, compile_job, jobs_of
@@ -53,7 +54,7 @@ from .timing import Failed, Times, reason
 T = TypeVar("T")
 Row = dict[str, Any]
 
-_KINDS = {"half": "bf16", "float32": "fp32", "tf32": "tf32"}  # the precision that stands for each kind of dtype
+_KINDS: dict[Kind, str] = {"half": "bf16", "float32": "fp32", "tf32": "tf32"}  # the precision that stands for each kind of dtype
 _LEAST_WEIGHT = 0.01  # of all arithmetic: a shape with less does not decide anything
 _ACCUMULATOR = (16, 128)  # registers of a thread that a tile of the result may take
 _AT_A_TIME = 8  # launches in a step of the screening
@@ -70,7 +71,7 @@ class Entry:
     """
 
     op: str
-    kind: str
+    kind: Kind
     cases: tuple[str, ...]
     models: Mapping[str, Config]
 
@@ -279,7 +280,7 @@ def finished(entry: Entry, target: Target, rows: Sequence[Row], settings: Settin
 
 def _current(entry: Entry, target: Target, rows: Sequence[Row]) -> Launch:
     """The launch that an entry had when its search began."""
-    return _launch(rows[0]) if rows else targets.entry(entry.op, entry.kind, target)
+    return _launch(rows[0]) if rows else TABLE.entry(entry.op, entry.kind, target)
 
 
 def _times(
@@ -344,30 +345,22 @@ def winner(rows: Sequence[Row]) -> Launch | None:
 # --- the table in its file -------------------------------------------------------------------------------------------
 
 
-def rendered(table: Table) -> str:
-    """The table as it stands in `kernels/targets.py`."""
-    lines = ["TABLE: Table = {"]
+def rendered(table: LaunchTable) -> str:
+    """The whole of `kernels/launches.py` for a table."""
+    lines = [f'"""{launches.__doc__}"""', "", "from __future__ import annotations", ""]
+    lines += ["from .targets import Launch, LaunchTable", "", "TABLE = LaunchTable(", "    {"]
     for op, kinds in table.items():
-        lines.append(f'    "{op}": {{')
-        for kind, launches in kinds.items():
-            lines.append(f'        "{kind}": {{')
-            for arch in sorted(launches, key=list(targets.TARGETS).index):
-                launch = launches[arch]
+        lines.append(f'        "{op}": {{')
+        for kind, entries in kinds.items():
+            lines.append(f'            "{kind}": {{')
+            for arch in sorted(entries, key=list(targets.TARGETS).index):
+                launch = entries[arch]
                 blocks = f"{launch.block_m}, {launch.block_n}, {launch.block_k}"
                 options = f"num_warps={launch.num_warps}, num_stages={launch.num_stages}"
-                lines.append(f'            "{arch}": Launch({blocks}, {options}),')
-            lines.append("        },")
-        lines.append("    },")
-    return "\n".join([*lines, "}\n"])
-
-
-def write_table(file: Path, table: Table) -> None:
-    """Puts `table` in the place of the one in `file`."""
-    text = file.read_text()
-    found = TABLE_LINES.search(text)
-    if found is None:
-        raise ValueError(f"{file} has no TABLE")
-    save(file, text[: found.start()] + rendered(table) + text[found.end() :])
+                lines.append(f'                "{arch}": Launch({blocks}, {options}),')
+            lines.append("            },")
+        lines.append("        },")
+    return "\n".join([*lines, "    }", ")", ""])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -378,14 +371,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing new after as long")
     parser.add_argument("--json", type=Path, help="write all that was timed there")
     parser.add_argument("--resume", action="store_true", help="keep what that file has, and do what it lacks")
-    parser.add_argument("--table", type=Path, default=TARGETS_FILE, help="the file whose table is rewritten")
+    parser.add_argument("--table", type=Path, default=LAUNCHES_FILE, help="the file whose table is rewritten")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, at toy size, changing nothing")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     options = parser.parse_args(arguments)
     everything = list(entries())
     if options.dry_run:
         with tempfile.TemporaryDirectory() as folder:
-            copied = Path(shutil.copy(TARGETS_FILE, folder))
+            copied = Path(shutil.copy(LAUNCHES_FILE, folder))
             toys = [replace(entry, models={"toy": MODELS["toy"]}) for entry in everything if entry.kind == "float32"]
             settings = Settings(torch.device("cpu"), [1], 1, math.inf, options.jobs)
             tune(toys, settings, Path(folder) / "tune.json", False, copied, options.only)
@@ -426,7 +419,7 @@ def tune(
         print(f"{entry.name}: {best or 'the current launch stays'}", flush=True)
         if best is not None:
             TABLE[entry.op][entry.kind][target.name] = best
-            write_table(table_file, TABLE)
+            save(table_file, rendered(TABLE))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""`python -m clip_fast`: the command line, as `clip-fast`."""
+"""Runs the command line as `python -m clip_fast`."""
 
-from .cli import main
+import sys
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+from .cli.main import main
+
+sys.exit(main())

@@ -6,76 +6,61 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook  # pyright: ignore[reportPrivateUsage]
 
-from . import reference
-from .config import IMAGE_MEAN, IMAGE_STD, Config, Rgb, VitConfig
-from .engine import (
-    Engine,
-    NotServed,
-    Precision,
-    Source,
-    Task,
-    Watch,
-    as_tuple,
-    compiled,
-    normalised,
-    register,
-    transformed,
-    without_values,
-)
-from .graphs import Results
+from . import pytorch
+from .engine import route
+from .engine.compiled import register
+from .engine.engine import Engine, checked
+from .engine.tower import Tower, Watch
+from .errors import NotServed
+from .towers import reference
+from .towers.config import ENCODE, ENCODE_TOKENS, IMAGE_MEAN, IMAGE_STD, Config, Rgb, Task, TaskName, hidden_state
+from .towers.fast import Results, normalised
+from .towers.precision import PrecisionName
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
-_DOUBLE = "it computes in float64"
-
-
-def default_device() -> torch.device:
-    """A GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    """Of weights and embeddings: as in `clip`, float16 on a GPU and float32 on a CPU."""
-    return torch.float16 if device.type == "cuda" else torch.float32
+_REPLICA = "it is a replica of DataParallel, whose weights last for one call"
+_SILENT = route.SILENT | {route.TRANSFORMED, route.GRADIENTS, _REPLICA}
 
 
 class ImageEncoder(nn.Module):
-    """CLIP's image encoder: `encode_image(images)` gives one embedding per image.
+    """CLIP's image encoder: `encode_image(images)` gives one embedding for each image.
 
     Args:
         config: the tower's shape.
-        state_dict: its weights under canonical names (see `clip_fast.checkpoint`), on any device, of any float dtype.
+        state_dict: its weights under canonical names (those of `clip_fast.towers.reference`), on any device, of any
+            float dtype.
         device: where to compute.
         dtype: of the weights and of the embeddings.
-        precision: to compute in, by default that of `dtype`: "fp32" is exact float32 (on a CPU
-            unless `torch.set_float32_matmul_precision` says otherwise), "tf32" has the operands
-            of float32 products cut to 11 bits on a GPU (and is "fp32" elsewhere), "fp16" and "bf16" accumulate in
-            float32; a CPU that has no instructions for one of these two computes in float32 instead.
+        precision: to compute in, by default that of `dtype`. "fp32" is exact float32 (on a CPU unless
+            `torch.set_float32_matmul_precision` says otherwise). "tf32" cuts the operands of float32 products to 11
+            bits on a GPU, and is "fp32" elsewhere. "fp16" and "bf16" accumulate in float32; a CPU that has no
+            instructions for one of them computes in float32 instead.
         mean, std: of the RGB channels of pixels scaled to [0, 1], with which uint8 images are normalised.
-        cuda_graphs: replay small batches on an NVIDIA GPU as CUDA graphs, which keep some of its memory for themselves.
+        cuda_graphs: replay small batches on an NVIDIA GPU as CUDA graphs, which keep some of its memory.
 
     On a GPU a ViT's embedding of an image has the same bits alone, in any batch and at any position. On a CPU the
     libraries that PyTorch multiplies with do not keep that, and cuDNN's convolutions in a ResNet do not promise it.
 
     `visual` is the tower in plain PyTorch. It runs instead of the fast path where gradients are wanted (they are
-    enabled, and the images or a weight require them), and, with a warning, where its modules are hooked, replaced by
-    others, or batch norms in training mode.
+    enabled, and the images or a weight require them). It also runs, with a warning, where its modules are hooked or
+    replaced, or where batch norms are in training mode.
     """
 
     def __init__(
         self,
         config: Config,
-        state_dict: dict[str, Tensor],
+        state_dict: Mapping[str, Tensor],
         device: torch.device,
         dtype: torch.dtype,
         *,
-        precision: Precision | None = None,
+        precision: PrecisionName | None = None,
         mean: Rgb = IMAGE_MEAN,
         std: Rgb = IMAGE_STD,
         cuda_graphs: bool = True,
@@ -83,17 +68,17 @@ class ImageEncoder(nn.Module):
         super().__init__()
         if not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point type, got {dtype}")
-        if precision is not None and precision not in get_args(Precision):
-            raise ValueError(f"precision must be one of {get_args(Precision)} or None, got {precision!r}")
+        if precision is not None and precision not in get_args(PrecisionName):
+            raise ValueError(f"precision must be one of {get_args(PrecisionName)} or None, got {precision!r}")
         self.config = config
         self.mean, self.std = mean, std
-        self._precision: Precision | None = precision
+        self._precision: PrecisionName | None = precision
         self._cuda_graphs = cuda_graphs
-        with torch.device("meta"):  # without drawing random weights first
+        with torch.device("meta"):  # so that no random weights are drawn
             visual = reference.build(config)
         self.visual = with_weights(visual, state_dict, device, dtype)
         self.eval()
-        self._name = register(self, ImageEncoder._run, ImageEncoder._empty)
+        self._name = register(self)
         self.refresh()
 
     def refresh(self) -> None:
@@ -101,49 +86,50 @@ class ImageEncoder(nn.Module):
 
         Needed only after writes that leave no trace: to `weight.data`, or through NumPy.
         """
-        visual, config = self.visual, self.config  # below without `self`, which would then hold on to itself
-        self._problem = _difference(visual, config)
+        visual, config = self.visual, self.config  # used below in place of `self`, which would hold on to itself
+        self._difference = _difference(visual, config)
         self._watch = Watch(visual, called=False)
         self._norms = [module for module in visual.modules() if isinstance(module, nn.BatchNorm2d)]
-
-        def state_dict() -> dict[str, Tensor]:
-            if problem := _difference(visual, config):
-                raise NotServed(problem)
-            return visual.state_dict()
-
-        source = Source(config, self._watch.modules, state_dict, lambda: visual.conv1.weight)
-        self._engine = Engine(
-            source, precision=self._precision, mean=self.mean, std=self.std, cuda_graphs=self._cuda_graphs
-        )
         self._warned: set[str] = set()
 
+        def state_dict() -> dict[str, Tensor]:
+            if difference := _difference(visual, config):
+                raise NotServed(difference)
+            return visual.state_dict()
+
+        self._engine: Engine | None = None
+        if self._difference is None:
+            tower = Tower(config, self._watch.modules, state_dict, lambda: visual.conv1.weight)
+            precision, cuda_graphs = self._precision, self._cuda_graphs
+            self._engine = Engine(tower, precision=precision, mean=self.mean, std=self.std, cuda_graphs=cuda_graphs)
+
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles: all but what `refresh` makes, and the name."""
-        made = ("_problem", "_watch", "_norms", "_engine", "_name", "_warned")
+        """The state for copies and pickles: all but what `refresh` makes, and the name."""
+        made = ("_difference", "_watch", "_norms", "_engine", "_warned", "_name")
         state: dict[str, Any] = super().__getstate__()
         return {name: value for name, value in state.items() if name not in made}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # pyright: ignore[reportUnknownMemberType]
-        with torch.inference_mode(False):  # a copy made in inference mode has weights that cannot be told from others
+        with torch.inference_mode(False):  # tensors made in inference mode have no version to tell changes by
             weights: dict[str, Tensor] = self.state_dict()
             if any(tensor.is_inference() for tensor in weights.values()):
                 self.load_state_dict({name: tensor.clone() for name, tensor in weights.items()}, assign=True)
-        self._name = register(self, ImageEncoder._run, ImageEncoder._empty)
+        self._name = register(self)
         self.refresh()
 
     @property
-    def precision(self) -> Precision | None:
-        """What is computed in; None is the weights' dtype."""
+    def precision(self) -> PrecisionName | None:
+        """The precision that is computed in; None is that of the weights' dtype."""
         return self._precision
 
     @property
     def device(self) -> torch.device:
-        return self.visual.conv1.weight.device
+        return next(self.visual.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.visual.conv1.weight.dtype
+        return next(self.visual.parameters()).dtype
 
     @overload
     def encode_image(self, image: Tensor, *, return_patch_tokens: Literal[False] = False) -> Tensor: ...
@@ -165,97 +151,99 @@ class ImageEncoder(nn.Module):
             (B, patches, width).
 
         Raises:
-            ValueError: for another shape, or patch tokens of a ResNet.
-            TypeError: for images of another integer dtype.
+            ValueError: the images have another shape, or patch tokens are wanted of a ResNet.
+            TypeError: the images are of another integer dtype.
         """
-        images = self._engine.checked(image)
         if not return_patch_tokens:
-            return self._run(images, "encode")[0]
-        self._vit_config("patch tokens")
-        embeddings, tokens = self._run(images, "encode_tokens")
+            return self._results(image, ENCODE)[0]
+        self._require("encode_tokens", "patch tokens")
+        embeddings, tokens = self._results(image, ENCODE_TOKENS)
         return embeddings, tokens
 
     def hidden_state(self, images: Tensor, layer: int) -> Tensor:
         """The residual stream of a ViT after `layer` of its blocks: (B, 1 + patches, width) of the encoder's dtype.
 
-        0 is what enters the first block; −1 the last block's output and −2 the one before, as the `hidden_states` of
-        transformers are counted.
+        0 is the input of the first block; −1 the last block's output and −2 the one before, as transformers counts its
+        `hidden_states`.
 
         Raises:
-            ValueError: for images of another shape, a ResNet, or a layer that is not there.
+            ValueError: the images have another shape, the encoder is a ResNet, or there is no such layer.
         """
-        images = self._engine.checked(images)
-        config = self._vit_config("hidden states")
-        index = layer if layer >= 0 else config.layers + 1 + layer
-        if not 0 <= index <= config.layers:
-            raise ValueError(f"layer must be between {-config.layers - 1} and {config.layers}, got {layer}")
-        return self._run(images, "hidden_state", index)[0]
+        self._require("hidden_state", "hidden states")
+        layers: int = getattr(self.config, "layers")  # noqa: B009 (a number in every family with hidden states)
+        index = layer if layer >= 0 else layers + 1 + layer
+        if not 0 <= index <= layers:
+            raise ValueError(f"layer must be between {-layers - 1} and {layers}, got {layer}")
+        return self._results(images, hidden_state(index))[0]
 
     def forward(self, images: Tensor) -> Tensor:
         return self.encode_image(images)
 
-    def _vit_config(self, what: str) -> VitConfig:
-        if not isinstance(self.config, VitConfig):
-            raise ValueError(f"a ResNet has no {what}")
-        return self.config
+    def _require(self, task: TaskName, what: str) -> None:
+        if task not in self.config.tasks:
+            raise ValueError(f"{self.config.family} has no {what}")
 
-    def _run(self, images: Tensor, task: Task, *arguments: int) -> Results:
+    # --- which way a call goes, see `engine.route` -------------------------------------------------------------------
+
+    def _results(self, images: Tensor, task: Task) -> Results:
         """A task's results: by the engine wherever it serves, else by the plain tower."""
-        if torch.compiler.is_exporting() or transformed():  # a program must stand on its own
-            return self._plain(images, task, *arguments)
-        if getattr(self, "_is_replica", False):  # of DataParallel: its weights last for this call
-            return self._plain(images.to(self.device), task, *arguments)
-        if torch.compiler.is_compiling():
-            if self._engine.gradients_wanted(images):
-                return self._plain(images, task, *arguments)
-            return compiled(self._name, images, task, *arguments)
-        if without_values(images):
-            return self._plain(images, task, *arguments)
-        problem = self.why_plain()
-        engine = self._engine
-        if len(images) == 0:
-            return engine.empty(images, task)
-        if engine.gradients_wanted(images):
-            return self._plain(images, task, *arguments)
-        if problem == _DOUBLE:
-            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-                return engine.in_parts(images, lambda part: self._plain(part, task, *arguments), task)
-        if problem:
-            self._warn(problem)
-            return self._plain(images, task, *arguments)
-        try:
-            return engine.run(images, task, *arguments)
-        except NotServed as error:
-            self._warn(str(error))
-            return self._plain(images, task, *arguments)
+        results = route.route(self, images, task)
+        return self._plain(images, task, because=results) if isinstance(results, str) else results
 
-    def _empty(self, images: Tensor, task: Task) -> Results:
-        return self._engine.empty(images, task)
-
-    def why_plain(self) -> str | None:
-        """Why the plain tower must run, apart from gradients; None where the fast path serves."""
+    def _current_engine(self) -> Engine | None:
+        if self._replica():
+            return None
         if self.visual is not self._watch.modules[0] or self._watch.replaced():
             self.refresh()
-        if self._problem:
-            return self._problem
-        if self._watch.hooked() or _has_any_global_hook():
+        return self._engine
+
+    def _traced_engine(self) -> Engine | None:
+        return None if self._replica() else self._engine
+
+    def _problem(self) -> str | None:
+        if self._replica():
+            return _REPLICA
+        if self._difference:
+            return self._difference
+        if self._watch.hooked() or pytorch.has_global_hook():
             return "hooks are registered inside the tower"
         if any(norm.training for norm in self._norms):
             return "its batch norms are in training mode"
-        return _DOUBLE if self._engine.compute_dtype == torch.float64 else None
+        return None
 
-    def _warn(self, problem: str) -> None:
-        if problem not in self._warned:
-            self._warned.add(problem)
-            warnings.warn(f"the plain tower runs, not the fast one: {problem}", stacklevel=5)
+    def _autocast(self) -> str:
+        return ""  # a loaded encoder has its own precision
 
-    def _plain(self, images: Tensor, task: Task, *arguments: int) -> Results:
+    def _run_in_graph(self, images: Tensor, task: Task, autocast: str) -> Results:
+        return self._results(images, task)
+
+    def _without_values(self, images: Tensor, task: Task) -> Results:
+        assert self._engine is not None
+        return self._engine.without_values(images, task)
+
+    def _replica(self) -> bool:
+        return self.__dict__.get("_is_replica", False)  # DataParallel's mark
+
+    def _plain(self, images: Tensor, task: Task, because: str) -> Results:
         """A task's results by the plain tower, through which gradients flow."""
-        method = self.visual if task == "encode" else getattr(self.visual, task)
-        return as_tuple(method(normalised(images, self.dtype, self.mean, self.std), *arguments))
+        if because not in _SILENT and because not in self._warned:
+            self._warned.add(because)
+            warnings.warn(f"the plain tower runs, not the fast one: {because}", stacklevel=4)
+        images = checked(images, self.config.image_size).to(self.device)
+
+        def run(images: Tensor) -> Results:
+            images = normalised(images, self.dtype, self.mean, self.std)
+            return (self.visual(images),) if task == ENCODE else self.visual.results(images, task)
+
+        if because == route.DOUBLE and self._engine is not None and not self._engine.gradients_wanted(images):
+            with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+                return self._engine.in_parts(images, run, task)
+        return run(images)
 
 
-def with_weights(module: _Module, state_dict: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> _Module:
+def with_weights(
+    module: _Module, state_dict: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+) -> _Module:
     """`module`, which is on the meta device, with copies of these weights, for inference."""
     with torch.inference_mode(False):  # tensors made in inference mode have no version to tell changes by
         weights = {
@@ -267,13 +255,14 @@ def with_weights(module: _Module, state_dict: dict[str, Tensor], device: torch.d
 
 
 def _difference(tower: Any, config: Config) -> str | None:
-    """What in a tower is not as `reference.build` makes it."""
+    """The first part of a tower that is not as `reference.build` makes it; None where there is none."""
     with torch.device("meta"):
         wanted: Any = reference.build(config)
     classes: dict[str, type] = {name: type(module) for name, module in wanted.named_modules()}
     for name, module in tower.named_modules():
         if classes.pop(name, None) is not type(module):
-            return f"visual.{name} is a {type(module).__qualname__}"
+            place = f"visual.{name}" if name else "visual"
+            return f"{place} is a {type(module).__qualname__}"
     if classes:
         return f"visual.{next(iter(classes))} is gone"
     shapes: dict[str, torch.Size] = {name: tensor.shape for name, tensor in wanted.state_dict().items()}

@@ -1,15 +1,31 @@
-"""What is wrong with a checkpoint, in an exception that names it."""
+"""The package's own exceptions, and exceptions of others in words for people."""
 
 from __future__ import annotations
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be had or is not sound; the message names the file and what is wrong with it."""
+    """A checkpoint is missing or not sound; the message names the file and what is wrong with it."""
 
     def __init__(self, path: object, problem: str) -> None:
         super().__init__(f"{path}: {problem}")
 
 
+class NotServed(ValueError):
+    """The fast path does not serve a model; the message names the part that keeps it from that."""
+
+
 def summary(error: Exception) -> str:
-    """Another exception in a line."""
+    """An exception in one line, with its type."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+
+
+def reason_of(error: Exception) -> str:
+    """The reason for an exception in one line, for people: without the type and, of an OSError, without the path."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+def printable(text: str) -> str:
+    """`text` on one line: control characters, line breaks and undecodable bytes as backslash escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .config import IMAGE_MEAN, IMAGE_STD
+from .towers.config import IMAGE_MEAN, IMAGE_STD
 
 
 @dataclass(frozen=True)

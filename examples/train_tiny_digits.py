@@ -32,10 +32,11 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from clip_fast import reference
-from clip_fast.config import BUNDLED_MODELS, VitConfig
-from clip_fast.demo import WORDS, digit_image
+from clip_fast.checkpoint.published import BUNDLED_MODELS
+from clip_fast.cli.demo import WORDS, digit_image
 from clip_fast.preprocess import Preprocess
+from clip_fast.towers import reference
+from clip_fast.towers.config import VitConfig
 
 CONFIG = BUNDLED_MODELS["tiny-digits"]
 HELD_OUT = 360  # of 1797 images: one in five

@@ -46,8 +46,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .ops import statistics_tiles
 from .primitives import LOG2_E, TILE, load_row_statistics, online_softmax_update, stages_from_registers
+from .statistics import statistics_tiles
 from .targets import kind_of, target_of
 
 _MIN_HEADS = 16  # what a tensor core takes at least
@@ -285,58 +285,6 @@ def _weighted_sum_kernel(
     z = acc / running_sum[:, None]
     z_ptrs = z_ptr + (image * H + heads[:, None]) * W + channel[None, :]
     tl.store(z_ptrs, z, mask=inside_h[:, None] & inside_w[None, :])
-
-
-@triton.jit
-def _mean_token_kernel(
-    features_ptr,  # (B, G, W)
-    position_ptr,  # (W,)
-    out_ptr,  # (B, W), contiguous
-    G,
-    W,
-    features_stride_b,
-    features_stride_n,
-    features_stride_w,
-    BLOCK_N: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
-    """out = mean over G + position: one program per image and tile of channels."""
-    image = tl.program_id(0).to(tl.int64)
-    channel = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
-    inside_w = channel < W
-
-    acc = tl.zeros((BLOCK_N, BLOCK_W), dtype=tl.float32)
-    for n0 in range(0, G, BLOCK_N):
-        index = n0 + tl.arange(0, BLOCK_N)
-        address = image * features_stride_b + index[:, None] * features_stride_n + channel[None, :] * features_stride_w
-        inside = (index < G)[:, None] & inside_w[None, :]
-        acc += tl.load(features_ptr + address, mask=inside, other=0.0).to(tl.float32)
-
-    # In two steps, so that however a step is taken, few roundings are made at the size of the whole sum.
-    total = tl.sum(tl.sum(tl.reshape(acc, (4, BLOCK_N // 4, BLOCK_W)), axis=1), axis=0)
-    out = total / G + tl.load(position_ptr + channel, mask=inside_w, other=0.0).to(tl.float32)
-    tl.store(out_ptr + image * W + channel, out.to(out_ptr.dtype.element_ty), mask=inside_w)
-
-
-def mean_token(features: Tensor, position: Tensor) -> Tensor:
-    batch, positions, width = features.shape
-    out = features.new_empty((batch, width))
-    if out.numel() == 0:
-        return out
-    side = _side(features.dtype)
-    _mean_token_kernel[(batch, triton.cdiv(width, side))](
-        features,
-        position.contiguous(),
-        out,
-        positions,
-        width,
-        *features.stride(),
-        BLOCK_N=side,
-        BLOCK_W=side,
-        num_warps=_token_warps(features.dtype),
-        enable_fp_fusion=True,
-    )
-    return out
 
 
 def attention_pool(

@@ -17,9 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .ops import empty_statistics
 from .primitives import tile_counts, tile_statistics
-from .reference import STATISTICS_TILE
+from .statistics import STATISTICS_TILE, empty_statistics
 
 _NUM_WARPS = 4  # 1024 columns of 2 bytes are then one 16-byte load a thread
 

@@ -35,10 +35,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .ops import empty_statistics, statistics_tiles
+from .launches import TABLE
 from .primitives import activate, load_row_statistics, tile_counts, tile_statistics
-from .reference import STATISTICS_TILE
-from .targets import Launch, launch_for, multiprocessors, target_of
+from .statistics import STATISTICS_TILE, empty_statistics, statistics_tiles
+from .targets import Launch, multiprocessors, target_of
 
 _GROUP_M = 8  # rows of tiles that share the weight while it is in the cache
 _ALIGNMENT = 16  # bytes; the copy engine wants addresses and strides in multiples of it
@@ -215,7 +215,7 @@ def linear(
         return y, y_statistics
 
     target = target_of(x.device)
-    launch = launch_for("linear", x.dtype, target, precision)
+    launch = TABLE.launch_for("linear", x.dtype, target, precision)
     block_m, block_n, block_k = launch.block_m, launch.block_n, launch.block_k
     operands = [(x_rows, (block_m, block_k)), (weight, (block_n, block_k)), (y.view(m, n), (block_m, block_n // 2))]
     if residual_rows is not None:

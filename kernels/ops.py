@@ -1,10 +1,7 @@
-"""The contract of every op: what it computes, what it takes, which implementation runs.
+"""The contract of every op: what it computes, what it takes, and its shape for PyTorch.
 
 Each op is registered with `torch.library` as `clip_fast::<name>`, so that `torch.compile` and `torch.export` see
-through it, and is called through the function of that name below. The Triton kernel runs where Triton can run: on a
-GPU, or anywhere under its interpreter (`TRITON_INTERPRET=1` in the environment before the first call). Elsewhere, and
-for a dtype or size that no kernel serves, the plain PyTorch oracle in `reference.py` runs, whose results agree to
-rounding.
+through it, and is called through the function of that name below. `dispatch.py` decides which implementation runs.
 `impl="triton"` and `impl="reference"` ask for one of them and never fall back.
 
 The ops are for inference: they carry no derivative formula.
@@ -15,32 +12,21 @@ Kernels take float16, bfloat16 and float32, and accumulate in float32.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import os
-import threading
-from collections.abc import Callable
-from contextlib import nullcontext
-from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from . import reference
-from .reference import STATISTICS_TILE
-from .targets import has_tensor_cores
+from .dispatch import Impl, define
+from .statistics import empty_statistics, statistics_tiles
+from .targets import InputPrecision
 
-Impl = Literal["auto", "triton", "reference"]
-Precision = Literal["ieee", "tf32"]
 Activation = Literal["none", "quick_gelu", "gelu", "relu"]
 
 ACTIVATIONS: tuple[Activation, ...] = ("none", "quick_gelu", "gelu", "relu")
 PATCH_K_STEP = 64  # the patch projection's K is padded with zeros to a multiple of this
 MAX_LAYER_NORM_WIDTH = 2048
 MAX_HEAD_DIM = 128
-
-_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def to_tf32(weight: Tensor) -> Tensor:
@@ -53,13 +39,25 @@ def to_tf32(weight: Tensor) -> Tensor:
     return torch.where(weight.isfinite(), (bits + 0x1000).bitwise_and_(-0x2000).view(torch.float32), weight)
 
 
-def operand(weight: Tensor, dtype: torch.dtype, precision: Precision) -> Tensor:
+def operand(weight: Tensor, dtype: torch.dtype, precision: InputPrecision) -> Tensor:
     """A weight as kernels multiply by it: contiguous, of `dtype`, and rounded where they would cut it."""
     weight = weight.to(dtype).contiguous()
     return to_tf32(weight) if dtype == torch.float32 and precision == "tf32" else weight
 
 
-# --- the ops ---------------------------------------------------------------------------------------------------------
+# --- patch_embed ------------------------------------------------------------------------------------------------------
+
+
+def _fake_patch_embed(images: Tensor, weight: Tensor, position: Tensor, patch_size: int, precision: str) -> Tensor:
+    return weight.new_empty(images.shape[0], position.shape[0], weight.shape[0])
+
+
+_patch_embed = define(
+    "patch_embed",
+    "(Tensor images, Tensor weight, Tensor position, int patch_size, str precision) -> Tensor",
+    _fake_patch_embed,
+    lead=1,
+)
 
 
 def patch_embed(
@@ -68,7 +66,7 @@ def patch_embed(
     position: Tensor,
     patch_size: int,
     *,
-    precision: Precision = "ieee",
+    precision: InputPrecision = "ieee",
     impl: Impl = "auto",
 ) -> Tensor:
     """Images to positioned tokens: out[b, 0] = position[0], out[b, 1 + g] = patch(b, g) @ weightᵀ + position[1 + g].
@@ -102,7 +100,24 @@ def patch_embed(
     _require(min(grid) > 0, f"images must be at least {patch_size} pixels a side, got", images)
     _require(position.shape == (tokens, len(weight)), f"position must be [{tokens}, {len(weight)}], got", position)
     _require_device(images=images, weight=weight, position=position)
-    return _call("patch_embed", impl, (images, weight, position), patch_size, precision)
+    return _patch_embed(impl, (images, weight, position), patch_size, precision)
+
+
+# --- layer_norm -------------------------------------------------------------------------------------------------------
+
+
+def _fake_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, statistics: bool) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(x.shape)
+    return y, empty_statistics(y, statistics)
+
+
+_layer_norm = define(
+    "layer_norm",
+    "(Tensor x, Tensor weight, Tensor bias, float eps, bool statistics) -> (Tensor, Tensor)",
+    _fake_layer_norm,
+    widest=MAX_LAYER_NORM_WIDTH,
+    wide="rows",
+)
 
 
 def layer_norm(
@@ -124,7 +139,35 @@ def layer_norm(
     for name, tensor in (("weight", weight), ("bias", bias)):
         _require(tensor.shape == x.shape[-1:], f"{name} must be [{x.shape[-1]}], got", tensor)
     _require_device(x=x, weight=weight, bias=bias)
-    return _call("layer_norm", impl, (x, weight, bias), eps, statistics)
+    return _layer_norm(impl, (x, weight, bias), eps, statistics)
+
+
+# --- linear -----------------------------------------------------------------------------------------------------------
+
+
+def _fake_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    row_statistics: Tensor | None,
+    colsum: Tensor | None,
+    scale: Tensor | None,
+    activation: str,
+    eps: float,
+    statistics: bool,
+    precision: str,
+) -> tuple[Tensor, Tensor]:
+    y = x.new_empty(*x.shape[:-1], weight.shape[0])
+    return y, empty_statistics(y, statistics)
+
+
+_linear = define(
+    "linear",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? row_statistics, Tensor? colsum, "
+    "Tensor? scale, str activation, float eps, bool statistics, str precision) -> (Tensor, Tensor)",
+    _fake_linear,
+)
 
 
 def linear(
@@ -138,7 +181,7 @@ def linear(
     activation: Activation = "none",
     eps: float = 1e-5,
     statistics: bool = False,
-    precision: Precision = "ieee",
+    precision: InputPrecision = "ieee",
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
     """activation(scale · x weightᵀ + bias + residual), with the LayerNorm of x folded in where `norm` is given.
@@ -176,10 +219,27 @@ def linear(
     _require(scale is None or scale.shape == (n,), f"scale must be [{n}], got", scale)
     _require_device(x=x, weight=weight, bias=bias, residual=residual, statistics=row_stats, colsum=colsum, scale=scale)
     tensors = (x, weight, bias, residual, row_stats, colsum, scale)
-    return _call("linear", impl, tensors, activation, eps, statistics, precision)
+    return _linear(impl, tensors, activation, eps, statistics, precision)
 
 
-def flash_attention(qkv: Tensor, scale: float, *, precision: Precision = "ieee", impl: Impl = "auto") -> Tensor:
+# --- flash_attention --------------------------------------------------------------------------------------------------
+
+
+def _fake_flash_attention(qkv: Tensor, scale: float, precision: str) -> Tensor:
+    batch, tokens, _, heads, head_dim = qkv.shape
+    return qkv.new_empty(batch, tokens, heads * head_dim)
+
+
+_flash_attention = define(
+    "flash_attention",
+    "(Tensor qkv, float scale, str precision) -> Tensor",
+    _fake_flash_attention,
+    widest=MAX_HEAD_DIM,
+    wide="heads",
+)
+
+
+def flash_attention(qkv: Tensor, scale: float, *, precision: InputPrecision = "ieee", impl: Impl = "auto") -> Tensor:
     """softmax(scale · q kᵀ) v for every head (Vaswani et al. 2017, eq. 1), never forming the N × N matrix.
 
     Args:
@@ -193,7 +253,21 @@ def flash_attention(qkv: Tensor, scale: float, *, precision: Precision = "ieee",
     _require_float("qkv", qkv)
     _require(qkv.ndim == 5 and qkv.shape[2] == 3, "qkv must be [batch, tokens, 3, heads, head_dim], got", qkv)
     _require(min(qkv.shape[1:]) > 0, "qkv must have tokens, heads and head_dim, got", qkv)
-    return _call("flash_attention", impl, (qkv,), scale, precision)
+    return _flash_attention(impl, (qkv,), scale, precision)
+
+
+# --- mean_token -------------------------------------------------------------------------------------------------------
+
+
+def _fake_mean_token(features: Tensor, position: Tensor) -> Tensor:
+    return features.new_empty(features.shape[0], features.shape[2])
+
+
+_mean_token = define(
+    "mean_token",
+    "(Tensor features, Tensor position) -> Tensor",
+    _fake_mean_token,
+)
 
 
 def mean_token(features: Tensor, position: Tensor, *, impl: Impl = "auto") -> Tensor:
@@ -210,7 +284,24 @@ def mean_token(features: Tensor, position: Tensor, *, impl: Impl = "auto") -> Te
     _require(features.ndim == 3 and features.shape[1] > 0, "features must be [batch, positions, width], got", features)
     _require(position.shape == features.shape[2:], f"position must be [{features.shape[2]}], got", position)
     _require_device(features=features, position=position)
-    return _call("mean_token", impl, (features, position))
+    return _mean_token(impl, (features, position))
+
+
+# --- attention_pool ---------------------------------------------------------------------------------------------------
+
+
+def _fake_attention_pool(query: Tensor, first: Tensor, *rest: Any) -> Tensor:
+    return first.new_empty(query.shape[0], query.shape[1] * query.shape[2])
+
+
+_attention_pool = define(
+    "attention_pool",
+    "(Tensor query, Tensor first, Tensor rest, Tensor key_weight, Tensor value_weight, "
+    "Tensor value_bias, Tensor? statistics, Tensor? position, float scale, float eps, str precision) -> Tensor",
+    _fake_attention_pool,
+    widest=MAX_HEAD_DIM,
+    wide="heads",
+)
 
 
 def attention_pool(
@@ -225,7 +316,7 @@ def attention_pool(
     statistics: Tensor | None = None,
     position: Tensor | None = None,
     eps: float = 1e-5,
-    precision: Precision = "ieee",
+    precision: InputPrecision = "ieee",
     impl: Impl = "auto",
 ) -> Tensor:
     """Attention with one query per image; keys and values are never formed.
@@ -275,18 +366,10 @@ def attention_pool(
         statistics=statistics, position=position,
     )  # fmt: skip
     tensors = (query, first, rest, key_weight, value_weight, value_bias, statistics, position)
-    return _call("attention_pool", impl, tensors, scale, eps, precision)
+    return _attention_pool(impl, tensors, scale, eps, precision)
 
 
-def statistics_tiles(width: int) -> int:
-    """Number of tiles that the statistics of a row of `width` elements come in."""
-    return -(-width // STATISTICS_TILE)
-
-
-def empty_statistics(x: Tensor, wanted: bool) -> Tensor:
-    """Memory for the row statistics of `x` (…, W): (…, T, 2) float32 (float64 for float64), or empty if not wanted."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty((*x.shape[:-1], statistics_tiles(x.shape[-1]), 2) if wanted else 0, dtype=dtype)
+# --- checks -----------------------------------------------------------------------------------------------------------
 
 
 def _require(holds: bool, message: str, got: Tensor | None = None) -> None:
@@ -305,142 +388,3 @@ def _require_device(**tensors: Tensor | None) -> None:
         raise ValueError(
             f"all operands must be on one device, got {', '.join(f'{n} on {d}' for n, d in devices.items())}"
         )
-
-
-# --- which implementation runs ---------------------------------------------------------------------------------------
-
-
-def triton_can_run(device: torch.device) -> bool:
-    """Whether Triton is installed and `device` is a GPU that the kernels are for, or a CPU under its interpreter."""
-    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    return (interpreted or (device.type == "cuda" and has_tensor_cores(device))) and _triton_is_installed()
-
-
-@cache
-def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _call(name: str, impl: Impl, tensors: tuple[Tensor | None, ...], *options: Any) -> Any:
-    if impl == "auto":
-        return getattr(torch.ops.clip_fast, name).default(*tensors, *options)
-    if impl == "reference":
-        return getattr(reference, name)(*tensors, *options)
-    if impl != "triton":
-        raise ValueError(f"impl must be 'auto', 'triton' or 'reference', got {impl!r}")
-    reason = _why_not_triton(name, tensors)
-    if reason is not None:
-        raise RuntimeError(f"{name} cannot run on Triton: {reason}")
-    return _launched(name, *tensors, *options)
-
-
-def _dispatch(name: str) -> Callable[..., Any]:
-    def run(*args: Any) -> Any:
-        tensors = tuple(arg for arg in args if isinstance(arg, Tensor))
-        return getattr(reference, name)(*args) if _why_not_triton(name, tensors) else _launched(name, *args)
-
-    return run
-
-
-def _launched(name: str, *args: Any) -> Any:
-    """The kernel's results, launched on its operands' device: Triton by itself takes the current one.
-
-    One thread at a time: to the others Triton shows a kernel whose first launch has not yet loaded it.
-    """
-    device: torch.device = args[0].device
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with _launching, torch.cuda.device(device) if elsewhere else nullcontext():
-        return launcher(name)(*args)
-
-
-_launching = threading.RLock()
-
-
-def _why_not_triton(name: str, tensors: tuple[Tensor | None, ...]) -> str | None:
-    """Why the kernel does not serve these operands, or None where it does."""
-    lead = tensors[_LEAD.get(name, 0)]  # the operand whose dtype is computed in
-    assert lead is not None
-    if not triton_can_run(lead.device):
-        return f"there is no GPU behind {lead.device} and TRITON_INTERPRET is not 1, or Triton is not installed"
-    if lead.dtype not in _KERNEL_DTYPES:
-        return f"kernels take float16, bfloat16 and float32, got {lead.dtype}"
-    if name == "layer_norm" and lead.shape[-1] > MAX_LAYER_NORM_WIDTH:
-        return f"rows are at most {MAX_LAYER_NORM_WIDTH} wide, got {lead.shape[-1]}"
-    if name in ("flash_attention", "attention_pool") and lead.shape[-1] > MAX_HEAD_DIM:
-        return f"heads are at most {MAX_HEAD_DIM} wide, got {lead.shape[-1]}"
-    return None
-
-
-_LEAD = {"patch_embed": 1}  # where, among an op's tensors, the one stands whose dtype is computed in, if not first
-
-
-@cache
-def launcher(name: str) -> Callable[..., Any]:
-    """The kernel's launcher, imported at the first use: importing Triton takes a while and is not always possible."""
-    module = importlib.import_module(f".{_MODULES.get(name, name)}", __package__)
-    return getattr(module, name)
-
-
-_MODULES = {"flash_attention": "attention", "mean_token": "attention_pool"}  # ops whose file has another name
-
-
-# --- registration ----------------------------------------------------------------------------------------------------
-
-
-_SCHEMAS = {
-    "patch_embed": "(Tensor images, Tensor weight, Tensor position, int patch_size, str precision) -> Tensor",
-    "layer_norm": "(Tensor x, Tensor weight, Tensor bias, float eps, bool statistics) -> (Tensor, Tensor)",
-    "linear": "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? row_statistics, Tensor? colsum, "
-    "Tensor? scale, str activation, float eps, bool statistics, str precision) -> (Tensor, Tensor)",
-    "flash_attention": "(Tensor qkv, float scale, str precision) -> Tensor",
-    "mean_token": "(Tensor features, Tensor position) -> Tensor",
-    "attention_pool": "(Tensor query, Tensor first, Tensor rest, Tensor key_weight, Tensor value_weight, "
-    "Tensor value_bias, Tensor? statistics, Tensor? position, float scale, float eps, str precision) -> Tensor",
-}
-
-
-def _fake_patch_embed(images: Tensor, weight: Tensor, position: Tensor, patch_size: int, precision: str) -> Tensor:
-    return weight.new_empty(images.shape[0], position.shape[0], weight.shape[0])
-
-
-def _fake_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, statistics: bool) -> tuple[Tensor, Tensor]:
-    y = x.new_empty(x.shape)
-    return y, empty_statistics(y, statistics)
-
-
-def _fake_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    row_statistics: Tensor | None,
-    colsum: Tensor | None,
-    scale: Tensor | None,
-    activation: str,
-    eps: float,
-    statistics: bool,
-    precision: str,
-) -> tuple[Tensor, Tensor]:
-    y = x.new_empty(*x.shape[:-1], weight.shape[0])
-    return y, empty_statistics(y, statistics)
-
-
-def _fake_flash_attention(qkv: Tensor, scale: float, precision: str) -> Tensor:
-    batch, tokens, _, heads, head_dim = qkv.shape
-    return qkv.new_empty(batch, tokens, heads * head_dim)
-
-
-def _fake_mean_token(features: Tensor, position: Tensor) -> Tensor:
-    return features.new_empty(features.shape[0], features.shape[2])
-
-
-def _fake_attention_pool(query: Tensor, first: Tensor, *rest: Any) -> Tensor:
-    return first.new_empty(query.shape[0], query.shape[1] * query.shape[2])
-
-
-_LIBRARY = torch.library.Library("clip_fast", "DEF")
-for _name, _schema in _SCHEMAS.items():
-    _LIBRARY.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for _key in ("CPU", "CUDA"):
-        _LIBRARY.impl(_name, _dispatch(_name), _key)
-    torch.library.register_fake(f"clip_fast::{_name}", globals()[f"_fake_{_name}"], lib=_LIBRARY)

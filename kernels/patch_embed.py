@@ -40,8 +40,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launches import TABLE
 from .primitives import stages_from_registers
-from .targets import kind_of, launch_for, target_of
+from .targets import kind_of, target_of
 
 _IMAGE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 _MIDDLE = tl.constexpr(128.0)  # of the values of a uint8 pixel
@@ -122,7 +123,7 @@ def patch_embed(images: Tensor, weight: Tensor, position: Tensor, patch_size: in
     if images.dtype not in _IMAGE_DTYPES:
         images = images.to(weight.dtype)
     target = target_of(images.device)
-    launch = launch_for("patch_embed", weight.dtype, target, precision)
+    launch = TABLE.launch_for("patch_embed", weight.dtype, target, precision)
     if images.dtype != weight.dtype:
         kind = kind_of(weight.dtype, precision)
         launch = replace(launch, num_stages=stages_from_registers(launch.num_stages, kind, target))

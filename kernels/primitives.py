@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .reference import STATISTICS_TILE
+from .statistics import STATISTICS_TILE
 from .targets import Target
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
@@ -22,7 +22,7 @@ def stages_from_registers(num_stages: int, kind: str, target: Target) -> int:
     On Hopper such an operand is multiplied from registers, which Triton before 3.9 lets be written over, in a pipeline,
     while the product still reads them (github.com/triton-lang/triton/issues/9433). One stage waits for every product.
     """
-    return 1 if target.name == "sm_90" and kind != "float32" and _RELEASE < (3, 9) else num_stages
+    return 1 if target.wgmma and kind != "float32" and _RELEASE < (3, 9) else num_stages
 
 
 @triton.jit

@@ -1,10 +1,10 @@
-"""What a device can do, and how each kernel is launched on it.
+"""The facts of each architecture: what it can do, how much fits, and whose launches it takes.
 
-A committed table, so that nothing is tuned at run time. Block sizes, warps and stages are looked up by op, dtype and
-architecture, never by batch: every row of a result is then reduced in the same order whatever batch it is in.
+Nothing is tuned at run time. Block sizes, warps and stages are looked up in `launches.py` by op, kind of dtype and
+architecture, never by batch: every row of a result is then reduced in the same order in any batch.
 
-The shared-memory limits are those of the CUDA C++ Programming Guide, table "Technical specifications per compute
-capability", and of AMD's CDNA 3 instruction-set reference.
+Sources: the CUDA C++ Programming Guide, table "Technical specifications per compute capability"; AMD's CDNA 3
+instruction-set reference.
 """
 
 from __future__ import annotations
@@ -18,26 +18,51 @@ from typing import Literal
 
 import torch
 
+InputPrecision = Literal["ieee", "tf32"]  # how products of float32 operands are taken on a GPU, in Triton's words
+Kind = Literal["half", "float32", "tf32"]  # a dtype and input precision, as launch tables know it
+
+REGISTERS = 65_536  # of 32 bits, that an NVIDIA multiprocessor has
+SYSTEM_SHARED_MEMORY = 1024  # bytes of shared memory that each block takes beside its own
+
+
+@dataclass(frozen=True)
+class Resident:
+    """The most of each that one multiprocessor holds at a time: warps, blocks, bytes of shared memory."""
+
+    warps: int
+    blocks: int
+    shared_memory: int
+
 
 @dataclass(frozen=True)
 class Target:
-    """An architecture: the bytes of shared memory that one block may have, and whether it has a tensor copy engine."""
+    """An architecture.
+
+    `capability` is the compute capability of an NVIDIA GPU, times ten; None for AMD. `shared_memory` is the bytes that
+    one block may have. `like` is the architecture whose launches it takes where the table does not list its own.
+    `descriptors` tells whether it has a tensor copy engine, `wgmma` whether it multiplies by Hopper's instructions for
+    groups of warps.
+    """
 
     name: str
+    capability: int | None
     shared_memory: int
+    resident: Resident | None
+    like: str | None = None
     descriptors: bool = False
+    wgmma: bool = False
 
 
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target("sm_80", 166_912),
-        Target("sm_86", 101_376),
-        Target("sm_89", 101_376),
-        Target("sm_90", 232_448, descriptors=True),
-        Target("sm_100", 232_448, descriptors=True),
-        Target("sm_120", 101_376),
-        Target("gfx942", 65_536),
+        Target("sm_80", 80, 166_912, Resident(64, 32, 167_936)),
+        Target("sm_86", 86, 101_376, Resident(48, 16, 102_400), like="sm_80"),
+        Target("sm_89", 89, 101_376, Resident(48, 24, 102_400), like="sm_86"),
+        Target("sm_90", 90, 232_448, Resident(64, 32, 233_472), like="sm_80", descriptors=True, wgmma=True),
+        Target("sm_100", 100, 232_448, Resident(64, 32, 233_472), like="sm_90", descriptors=True),
+        Target("sm_120", 120, 101_376, Resident(48, 24, 102_400), like="sm_89"),
+        Target("gfx942", None, 65_536, None, like="sm_80"),
     )
 }
 
@@ -46,7 +71,7 @@ TARGETS: dict[str, Target] = {
 class Launch:
     """How a kernel is launched: tile of the result, reduction step, warps, and pipeline stages.
 
-    `block_m` × `block_n` are rows × columns for a GEMM, queries × keys for attention, images × channels for a pool.
+    `block_m` × `block_n` are rows × columns for a GEMM, queries × keys for attention.
     """
 
     block_m: int
@@ -57,78 +82,43 @@ class Launch:
 
     @property
     def options(self) -> dict[str, int]:
-        """What the compiler is told. Multiply-adds are fused by our word, not by the Triton version's default."""
+        """The compiler's options. Multiply-adds are fused by our word, not by the Triton version's default."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
-Table = dict[str, dict[str, dict[str, Launch]]]  # op -> kind of dtype -> architecture -> launch
+class LaunchTable(dict[str, dict[Kind, dict[str, Launch]]]):
+    """Launches by op, kind of dtype and name of the architecture."""
 
-# What an architecture does not list it takes from the one named in _LIKE. "half" stands for float16 and bfloat16,
-# "tf32" for float32 on tensor cores; "flash_attention_64" for head sizes to 64, "_128" to 128. With one stage where
-# wgmma wants TF32 values transposed: copies of 4 bytes are in its way. `bench/tune.py` writes this.
-TABLE: Table = {
-    "linear": {
-        "half": {
-            "sm_80": Launch(128, 128, 64, num_warps=8, num_stages=3),
-            "sm_86": Launch(128, 128, 32, num_warps=8, num_stages=3),
-            "sm_90": Launch(128, 256, 64, num_warps=8, num_stages=3),
-            "gfx942": Launch(128, 128, 64, num_warps=8, num_stages=2),
-        },
-        "float32": {
-            "sm_80": Launch(64, 128, 32, num_warps=8, num_stages=2),
-        },
-        "tf32": {
-            "sm_80": Launch(128, 128, 32, num_warps=8, num_stages=2),
-        },
-    },
-    "patch_embed": {
-        "half": {
-            "sm_80": Launch(128, 128, 64, num_warps=8, num_stages=3),
-            "gfx942": Launch(128, 128, 64, num_warps=8, num_stages=2),
-        },
-        "float32": {
-            "sm_80": Launch(64, 64, 32, num_warps=8, num_stages=2),
-        },
-        "tf32": {
-            "sm_80": Launch(64, 64, 32, num_warps=4, num_stages=2),
-        },
-    },
-    "flash_attention_64": {
-        "half": {
-            "sm_80": Launch(128, 64, 0, num_warps=4, num_stages=3),
-            "sm_120": Launch(128, 64, 0, num_warps=8, num_stages=3),
-        },
-        "float32": {
-            "sm_80": Launch(64, 32, 0, num_warps=8, num_stages=2),
-        },
-        "tf32": {
-            "sm_80": Launch(64, 32, 0, num_warps=4, num_stages=2),
-            "sm_90": Launch(64, 32, 0, num_warps=4, num_stages=1),
-            "gfx942": Launch(64, 32, 0, num_warps=4, num_stages=1),
-        },
-    },
-    "flash_attention_128": {
-        "half": {
-            "sm_80": Launch(128, 64, 0, num_warps=8, num_stages=3),
-            "sm_86": Launch(128, 64, 0, num_warps=8, num_stages=2),
-            "sm_90": Launch(128, 64, 0, num_warps=8, num_stages=3),
-            "gfx942": Launch(128, 32, 0, num_warps=8, num_stages=2),
-        },
-        "float32": {
-            "sm_80": Launch(64, 16, 0, num_warps=8, num_stages=2),
-        },
-        "tf32": {
-            "sm_80": Launch(64, 32, 0, num_warps=8, num_stages=2),
-            "sm_90": Launch(64, 32, 0, num_warps=8, num_stages=1),
-            "gfx942": Launch(64, 32, 0, num_warps=8, num_stages=1),
-        },
-    },
-}
-# Whose a 1 × 1 convolution is on a GPU, by kind of dtype: "linear" is the project's own GEMM on the map's rows. This is
-# reasoned, not yet measured; `bench.kernels` measures both on a ResNet.
-POINTWISE: dict[str, Literal["linear", "cudnn"]] = {"half": "linear", "float32": "linear", "tf32": "linear"}
+    def entry(self, op: str, kind: Kind, target: Target) -> Launch:
+        """The launch of `op` on `target`, or on the architecture that it is like."""
+        launches = self[op][kind]
+        while target.name not in launches:
+            assert target.like is not None, f"no launch of {op} for {kind}"
+            target = TARGETS[target.like]
+        return launches[target.name]
 
-_LIKE = {"sm_86": "sm_80", "sm_89": "sm_86", "sm_90": "sm_80", "sm_100": "sm_90", "sm_120": "sm_89", "gfx942": "sm_80"}
+    def launch_for(self, op: str, dtype: torch.dtype, target: Target, precision: str) -> Launch:
+        """The launch of `op` in `dtype`, by the input precision "ieee" or "tf32"."""
+        return self.entry(op, kind_of(dtype, precision), target)
+
+
+# The library that runs a 1 × 1 convolution on a GPU: "linear" is the project's own GEMM on the rows of the map. The
+# choice is reasoned, not measured; `bench.kernels` measures both on a ResNet.
+POINTWISE: dict[Kind, Literal["linear", "cudnn"]] = {"half": "linear", "float32": "linear", "tf32": "linear"}
+
+
+def kind_of(dtype: torch.dtype, precision: str) -> Kind:
+    """The kind of dtype that launch tables know.
+
+    Raises:
+        ValueError: no kernel computes in `dtype`.
+    """
+    if dtype in (torch.float16, torch.bfloat16):
+        return "half"
+    if dtype == torch.float32:
+        return "tf32" if precision == "tf32" else "float32"
+    raise ValueError(f"kernels take float16, bfloat16 and float32, got {dtype}")
+
 
 _assumed: ContextVar[Target | None] = ContextVar("assumed", default=None)
 
@@ -148,49 +138,32 @@ def assume(name: str) -> Iterator[Target]:
         _assumed.reset(token)
 
 
-def launch_for(op: str, dtype: torch.dtype, target: Target, precision: str = "ieee") -> Launch:
-    """The table's entry for `op` in `dtype` on `target`."""
-    return entry(op, kind_of(dtype, precision), target)
-
-
-def kind_of(dtype: torch.dtype, precision: str) -> str:
-    """The kind of dtype that tables know: "half", "float32" or "tf32"."""
-    return "half" if dtype.itemsize == 2 else "tf32" if precision == "tf32" else "float32"
-
-
-def entry(op: str, kind: str, target: Target) -> Launch:
-    """The table's entry for `op` in a kind of dtype, or that of the architecture which `target` is like."""
-    entries, name = TABLE[op][kind], target.name
-    while name not in entries:
-        name = _LIKE[name]
-    return entries[name]
-
-
 @cache
 def has_tf32(device: torch.device) -> bool:
-    """Whether Triton multiplies in TF32 on `device`: of AMD's GPUs, on the MI300 alone."""
+    """Whether Triton multiplies in TF32 on `device`: of AMD's GPUs, only on the MI300."""
     amd = device.type == "cuda" and torch.version.hip is not None
     return not amd or torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx942")
 
 
 @cache
 def has_tensor_cores(device: torch.device) -> bool:
-    """Whether Triton multiplies on tensor cores on a GPU: on NVIDIA's before Ampere (sm_80) it does not."""
+    """Whether Triton multiplies on tensor cores on a GPU; on NVIDIA's GPUs before Ampere (sm_80) it does not."""
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """How many blocks of a persistent kernel run at once: the device's multiprocessors, one for the interpreter."""
+    """The number of multiprocessors, on each of which one block of a persistent kernel runs; 1 for the interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @cache
 def _detect(device: torch.device) -> Target:
+    """The newest known architecture that is no newer than the device."""
     if device.type != "cuda":
         return TARGETS["sm_80"]
     if torch.version.hip:
         return TARGETS["gfx942"]
     major, minor = torch.cuda.get_device_capability(device)
-    known = [name for name in TARGETS if name.startswith("sm_") and int(name[3:]) <= 10 * major + minor]
-    return TARGETS[known[-1] if known else "sm_80"]
+    known = [target for target in TARGETS.values() if target.capability and target.capability <= 10 * major + minor]
+    return max(known, key=lambda target: target.capability or 0, default=TARGETS["sm_80"])

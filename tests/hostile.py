@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from clip_fast.sources import Item
+from clip_fast.inputs.items import Item
 
 
 @dataclass(frozen=True, slots=True)

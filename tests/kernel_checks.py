@@ -7,7 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from clip_fast.kernels import reference
+from clip_fast.kernels import oracles
+from clip_fast.kernels.statistics import STATISTICS_TILE, row_statistics
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -37,10 +38,10 @@ def assert_statistics_of(statistics: Tensor, y: Tensor) -> None:
 
     Means count relative to their tile's mean magnitude, squared deviations relative to themselves.
     """
-    exact, plain = reference.row_statistics(y.double()), reference.row_statistics(y)
+    exact, plain = row_statistics(y.double()), row_statistics(y)
     assert statistics.shape == plain.shape
     assert statistics.dtype == plain.dtype
-    tiles = y.double().abs().split(reference.STATISTICS_TILE, dim=-1)
+    tiles = y.double().abs().split(STATISTICS_TILE, dim=-1)
     magnitude = torch.stack([tile.mean(dim=-1) for tile in tiles], dim=-1)
     scale = torch.stack([magnitude, exact[..., 1]], dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
     got, twin = (_rms((x.double() - exact) / scale).item() for x in (statistics, plain))

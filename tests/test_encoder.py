@@ -16,13 +16,14 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from towers import random_tower, relative_error
+from random_towers import random_tower, relative_error
 
 import clip_fast
-from clip_fast import cpu, vit_cpu
-from clip_fast.config import IMAGE_MEAN, IMAGE_STD, ResNetConfig, VitConfig
 from clip_fast.encoder import ImageEncoder
-from clip_fast.engine import _COMPUTE_DTYPES, _OWNERS
+from clip_fast.engine.compiled import _OWNERS
+from clip_fast.engine.engine import _COMPUTE_DTYPES
+from clip_fast.towers import cpu, vit_cpu
+from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD, ResNetConfig, VitConfig
 
 VIT = VitConfig(image_size=64, patch_size=16, width=128, layers=3, heads=2, embed_dim=32)
 RESNET = ResNetConfig(layers=(1, 1, 1, 1), width=4, heads=2, image_size=64, embed_dim=32)

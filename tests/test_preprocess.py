@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clip_fast.config import IMAGE_MEAN, IMAGE_STD
 from clip_fast.preprocess import Preprocess
+from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD
 
 ClipTransform = Callable[[int], Any]  # image_size -> torchvision's Compose of the five steps
 

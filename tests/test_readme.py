@@ -21,10 +21,11 @@ import pytest
 import torch
 from PIL import Image
 
-from clip_fast import cli, config, reference
-from clip_fast.config import TextConfig, VitConfig
-from clip_fast.search import Index
-from clip_fast.text import TextEncoder
+from clip_fast.cli import main as cli
+from clip_fast.search.index import Index
+from clip_fast.towers import config, reference
+from clip_fast.towers.config import TextConfig, VitConfig
+from clip_fast.towers.text import TextEncoder
 
 pytest.importorskip("pyarrow")
 

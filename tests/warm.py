@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 import clip_fast
-from clip_fast import cli
+from clip_fast.cli import main as cli
 
 
 def warm_up() -> None:

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from clip_fast.config import IMAGE_MEAN, IMAGE_STD, Config, ResNetConfig, VitConfig
 from clip_fast.kernels import ops
-from clip_fast.kernels.reference import row_statistics
+from clip_fast.kernels.targets import InputPrecision
+from clip_fast.kernels.statistics import row_statistics
+from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD, Config, ResNetConfig, VitConfig
 
 from ..timing import DTYPES
 
@@ -89,7 +90,7 @@ def _random(device: torch.device, dtype: torch.dtype, *shape: int, scale: float 
     return (torch.randn(shape, device=device) * scale).to(dtype)
 
 
-def _precision(name: str) -> ops.Precision:
+def _precision(name: str) -> InputPrecision:
     return "tf32" if name == "tf32" else "ieee"
 
 

@@ -14,8 +14,8 @@ from bench import end_to_end, systems
 from bench.environment import environment
 from bench.systems import BASELINE, FLOAT32, OURS, SYSTEMS, System, Task, Unavailable
 from bench.timing import Ceilings
-from clip_fast import reference
-from clip_fast.config import Config, ResNetConfig, VitConfig
+from clip_fast.towers import reference
+from clip_fast.towers.config import Config, ResNetConfig, VitConfig
 
 VIT = VitConfig(image_size=32, patch_size=16, width=64, layers=2, heads=1, embed_dim=32)
 RESNET = ResNetConfig(layers=(1, 1, 1, 1), width=8, heads=4, image_size=64, embed_dim=32)

@@ -22,9 +22,9 @@ from bench.kernels.comparison import compare
 from bench.kernels.contests import COMPILED, OPS, OURS, PRODUCT, SEPARATE, Contest, contests
 from bench.models import MODELS, PUBLISHED
 from bench.timing import Ceilings, Times
-from clip_fast import reference, resnet, vit
-from clip_fast.config import IMAGE_MEAN, IMAGE_STD, VitConfig
 from clip_fast.kernels import ops
+from clip_fast.towers import reference, resnet, vit
+from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD, VitConfig
 
 ROOT = Path(__file__).parents[2]
 TOYS = {name: MODELS[name] for name in ("toy", "toy-resnet")}

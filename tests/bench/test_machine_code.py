@@ -191,7 +191,7 @@ def test_a_configuration_too_large_fails() -> None:
     program = """
 import dataclasses, json
 from clip_fast.kernels import targets
-targets.TABLE["linear"]["half"]["sm_90"] = targets.Launch(128, 256, 64, num_warps=8, num_stages=4)
+launches.TABLE["linear"]["half"]["sm_90"] = targets.Launch(128, 256, 64, num_warps=8, num_stages=4)
 from bench import machine_code
 case = next(case for case in machine_code.cases() if case.name == "linear fp16 ln+qkv")
 (job,) = machine_code.jobs_of(case, "sm_90")

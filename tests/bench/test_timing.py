@@ -12,8 +12,9 @@ from bench import timing
 from bench.report import table
 from bench.roofline import least_seconds, operations, traffic, weights
 from bench.timing import Ceilings, Failed, Times, interleaved, measure
-from clip_fast import reference
-from clip_fast.config import OPENAI_MODELS, Config, VitConfig
+from clip_fast.checkpoint.published import OPENAI_MODELS
+from clip_fast.towers import reference
+from clip_fast.towers.config import Config, VitConfig
 
 CPU = torch.device("cpu")
 

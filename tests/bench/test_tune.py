@@ -20,8 +20,9 @@ from bench import tune
 from bench.models import MODELS
 from bench.timing import Failed, Times
 from clip_fast.kernels import targets
-from clip_fast.kernels.reference import STATISTICS_TILE
-from clip_fast.kernels.targets import TABLE, TARGETS, Launch
+from clip_fast.kernels.launches import TABLE
+from clip_fast.kernels.statistics import STATISTICS_TILE
+from clip_fast.kernels.targets import TARGETS, Launch
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -79,7 +80,7 @@ def test_a_shape_weighs_what_its_model_spends_on_it() -> None:
 @pytest.mark.parametrize("name", ENTRIES)
 def test_what_is_tried(name: str) -> None:
     entry = ENTRIES[name]
-    current = targets.entry(entry.op, entry.kind, TARGETS["sm_90"])
+    current = TABLE.entry(entry.op, entry.kind, TARGETS["sm_90"])
     candidates = entry.candidates(current)
     assert candidates[0] == current
     assert len(set(candidates)) == len(candidates) > 20
@@ -94,7 +95,7 @@ def test_a_trial_ends() -> None:
     before = dict(TABLE["linear"]["half"])
     for arch in ("sm_90", "sm_89"):  # one that the table has, and one that it has not
         with tune.trial(entry, arch, A):
-            assert targets.entry("linear", "half", targets.TARGETS[arch]) == A
+            assert TABLE.entry("linear", "half", targets.TARGETS[arch]) == A
         assert TABLE["linear"]["half"] == before
 
 
@@ -147,7 +148,7 @@ def test_the_table_stands_in_its_file_as_it_is_written(tmp_path: Path) -> None:
 
 
 def test_a_launch_that_fails_has_its_reason() -> None:
-    current = targets.entry(TOY.op, TOY.kind, TARGETS["sm_80"])
+    current = TABLE.entry(TOY.op, TOY.kind, TARGETS["sm_80"])
     broken = replace(current, block_n=48)  # no power of two
     shape = TOY.shapes([1])[-1]
     found = tune._times(TOY, TARGETS["sm_80"], shape, [current, broken, B], 1, CPU)

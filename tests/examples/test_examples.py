@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 from test_accelerate import hugging_face, open_clip_vit
-from towers import random_tower
+from random_towers import random_tower
 
 import clip_fast
 from clip_fast import ImageEncoder, Preprocess
-from clip_fast.accelerate import is_accelerated
-from clip_fast.config import VitConfig
+from clip_fast.dropin.accelerate import is_accelerated
+from clip_fast.towers.config import VitConfig
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PHOTOGRAPHS = sorted((Path(__file__).parents[1] / "data").glob("*.jpg"))

@@ -8,9 +8,10 @@ import pytest
 import torch
 from kernel_checks import DEVICE, DTYPES, Guards, assert_as_accurate, assert_same_bits
 from torch import Tensor
-from towers import relative_error
+from random_towers import relative_error
 
-from clip_fast.kernels import attention_pool, ops, reference
+from clip_fast.kernels import attention_pool, ops, oracles
+from clip_fast.kernels.statistics import row_statistics
 
 LAUNCHES = ["_head_linear_kernel", "_scores_kernel", "_weighted_sum_kernel", "_head_linear_kernel"]
 
@@ -46,7 +47,7 @@ class Pool:
             **self._common(dtype, guards),
             "first": hidden[:, 0],
             "rest": hidden[:, 1:],
-            "statistics": guards.copy(reference.row_statistics(hidden)) if statistics else None,
+            "statistics": guards.copy(row_statistics(hidden)) if statistics else None,
         }
 
     def resnet(self, dtype: torch.dtype, guards: Guards, channels_last: bool) -> dict[str, Any]:
@@ -59,7 +60,7 @@ class Pool:
         position = 0.3 * torch.randn(self.tokens.shape[1:], device=DEVICE)
         return {
             **self._common(dtype, guards),
-            "first": guards.copy(reference.mean_token(rest, position[0])),
+            "first": guards.copy(oracles.mean_token(rest, position[0])),
             "rest": rest,
             "position": guards.copy(position[1:]),
         }
@@ -292,7 +293,7 @@ def test_mean_token(
     y = ops.mean_token(features, position, impl="triton")
     assert launches == ["_mean_token_kernel"]
     plain = ops.mean_token(features, position, impl="reference")
-    assert_as_accurate(y, plain, reference.mean_token(features.double(), position.double()))
+    assert_as_accurate(y, plain, oracles.mean_token(features.double(), position.double()))
     assert_same_bits(ops.mean_token(features[-1:], position, impl="triton"), y[-1:])
 
 

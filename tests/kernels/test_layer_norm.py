@@ -7,7 +7,7 @@ import torch
 from kernel_checks import DEVICE, DTYPES, Guards, assert_as_accurate, assert_same_bits, assert_statistics_of
 from torch import Tensor
 
-from clip_fast.kernels import ops, reference
+from clip_fast.kernels import ops, oracles
 
 WIDTHS = (8, 63, 64, 65, 128, 768, 1000, 1024, 1280, 1408, 1664, 2048)
 
@@ -38,8 +38,8 @@ def test_accuracy(width: int, dtype: torch.dtype, guards: Guards, launches: list
     weight, bias = (guards.copy(p) for p in gain_and_shift(width))
     y, statistics = ops.layer_norm(x, weight, bias, statistics=True, impl="triton")
     assert launches == ["_layer_norm_kernel"]
-    plain, _ = reference.layer_norm(x, weight, bias)
-    exact, _ = reference.layer_norm(x.double(), weight.double(), bias.double())
+    plain, _ = oracles.layer_norm(x, weight, bias)
+    exact, _ = oracles.layer_norm(x.double(), weight.double(), bias.double())
     assert_as_accurate(y, plain, exact)
     assert_statistics_of(statistics, y)
 
@@ -49,8 +49,8 @@ def test_eps_is_the_one_given(guards: Guards) -> None:
     x = 0.03 * torch.randn(17, 200, device=DEVICE)
     weight, bias = gain_and_shift(200)
     y, _ = ops.layer_norm(x, weight, bias, eps=1e-2, impl="triton")
-    exact, _ = reference.layer_norm(x.double(), weight.double(), bias.double(), eps=1e-2)
-    assert_as_accurate(y, reference.layer_norm(x, weight, bias, eps=1e-2)[0], exact)
+    exact, _ = oracles.layer_norm(x.double(), weight.double(), bias.double(), eps=1e-2)
+    assert_as_accurate(y, oracles.layer_norm(x, weight, bias, eps=1e-2)[0], exact)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -70,7 +70,7 @@ def test_leading_shapes(shape: tuple[int, ...], guards: Guards) -> None:
     y, statistics = ops.layer_norm(x, weight, bias, statistics=True, impl="triton")
     assert y.shape == shape
     assert statistics.shape == (*shape[:-1], 1, 2)
-    torch.testing.assert_close(y, reference.layer_norm(x, weight, bias)[0])
+    torch.testing.assert_close(y, oracles.layer_norm(x, weight, bias)[0])
 
 
 def test_a_row_does_not_depend_on_its_batch(guards: Guards) -> None:

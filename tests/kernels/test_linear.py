@@ -10,7 +10,8 @@ import torch
 from kernel_checks import DEVICE, DTYPES, Guards, assert_as_accurate, assert_same_bits, assert_statistics_of
 from torch import Tensor
 
-from clip_fast.kernels import linear, ops, reference, targets
+from clip_fast.kernels import linear, ops, oracles, targets
+from clip_fast.kernels.statistics import row_statistics
 
 EPILOGUES: dict[str, dict[str, bool | str]] = {
     "plain": {},
@@ -67,7 +68,7 @@ class Operands:
     def norm(self) -> tuple[Tensor, Tensor] | None:
         if not self.normed:
             return None
-        return reference.row_statistics(self.x), self.weight.double().sum(dim=1).float()
+        return row_statistics(self.x), self.weight.double().sum(dim=1).float()
 
     def run(self, guards: Guards | None = None, gap: int = 0) -> tuple[Tensor, Tensor]:
         """The kernel's result, its operands guarded where `guards` are given, rows of x and residual `gap` apart."""
@@ -99,7 +100,7 @@ class Operands:
         if norm is not None and self.x.dtype != torch.float32:
             x, norm = torch.nn.functional.layer_norm(x, x.shape[-1:]), None
         residual = None if self.residual is None else self.residual.float()
-        return reference.linear(
+        return oracles.linear(
             x, self.weight.float(), self.bias, residual, *(norm or (None, None)), self.scale, self.activation
         )[0].to(self.x.dtype)  # type: ignore[arg-type]
 
@@ -108,7 +109,7 @@ class Operands:
         if self.normed:
             x = torch.nn.functional.layer_norm(x, x.shape[-1:])
         bias, residual, scale = (None if t is None else t.double() for t in (self.bias, self.residual, self.scale))
-        return reference.linear(x, weight, bias, residual, scale=scale, activation=self.activation)[0]  # type: ignore[arg-type]
+        return oracles.linear(x, weight, bias, residual, scale=scale, activation=self.activation)[0]  # type: ignore[arg-type]
 
 
 @pytest.fixture(params=["pointers", "descriptors"])
@@ -258,7 +259,7 @@ def test_eps_is_the_one_given(path: str) -> None:
     rows = [
         torch.nn.functional.layer_norm(x, x.shape[-1:], eps=1e-2) for x in (operands.x.float(), operands.x.double())
     ]
-    plain, exact = (reference.linear(x, operands.weight.to(x), operands.bias.to(x))[0] for x in rows)
+    plain, exact = (oracles.linear(x, operands.weight.to(x), operands.bias.to(x))[0] for x in rows)
     assert_as_accurate(y, plain.half(), exact)
 
 

@@ -12,7 +12,8 @@ import torch
 from kernel_checks import DEVICE, assert_same_bits
 from torch import Tensor, nn
 
-from clip_fast.kernels import ops, reference, targets
+from clip_fast.kernels import ops, oracles, targets
+from clip_fast.kernels.statistics import row_statistics
 
 
 def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -21,7 +22,7 @@ def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 def calls(dtype: torch.dtype = torch.float32) -> dict[str, tuple[str, dict[str, Any]]]:
     """Small sound calls of every op, with and without what is optional: name -> (op, arguments by name)."""
-    row_stats = reference.row_statistics(rand(2, 3, 96, dtype=dtype).to(dtype))
+    row_stats = row_statistics(rand(2, 3, 96, dtype=dtype).to(dtype))
     pool = {
         "query": rand(2, 2, 32, dtype=dtype), "first": rand(2, 64, dtype=dtype), "rest": rand(2, 5, 64, dtype=dtype),
         "key_weight": rand(2, 32, 64, dtype=dtype) / 8, "value_weight": rand(2, 32, 64, dtype=dtype) / 8,
@@ -50,7 +51,7 @@ def calls(dtype: torch.dtype = torch.float32) -> dict[str, tuple[str, dict[str, 
         "mean_token": ("mean_token", {"features": rand(2, 9, 32, dtype=dtype), "position": rand(32)}),
         "attention_pool": ("attention_pool", pool),
         "attention_pool with all": (
-            "attention_pool", pool | {"statistics": reference.row_statistics(tokens), "position": rand(5, 64)},
+            "attention_pool", pool | {"statistics": row_statistics(tokens), "position": rand(5, 64)},
         ),
     }  # fmt: skip
 

@@ -10,7 +10,7 @@ import torch
 from kernel_checks import DEVICE, DTYPES, Guards, assert_as_accurate, assert_same_bits, poison
 from torch import Tensor
 
-from clip_fast.kernels import ops, reference
+from clip_fast.kernels import ops, oracles
 
 NAN = float("nan")
 IMAGE_DTYPES = (torch.uint8, *DTYPES)
@@ -64,7 +64,7 @@ def matmul_in_order(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def in_float64(images: Tensor, weight: Tensor, position: Tensor, patch: int) -> Tensor:
-    return reference.patch_embed(images, weight.double(), position.double(), patch)
+    return oracles.patch_embed(images, weight.double(), position.double(), patch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -85,7 +85,7 @@ def test_accuracy(
     out = ops.patch_embed(images, weight, position, patch, impl="triton")
     assert launches == ["_patch_embed_kernel"]
     assert out.is_contiguous()
-    plain = reference.patch_embed(images, weight, position, patch)
+    plain = oracles.patch_embed(images, weight, position, patch)
     assert_as_accurate(out, plain, in_float64(images, weight, position, patch))
     assert_same_bits(out[:, 0], position[0].to(dtype).expand(batch, -1))
 
@@ -98,7 +98,7 @@ def test_real_images(patch: int, width: int, batch: int, dtype: torch.dtype, gua
     images = guards.copy(images_of(torch.uint8, batch, (224, 224)))
     weight, position = (guards.copy(p) for p in parameters(patch, width, tokens_of(patch, (224, 224)), dtype))
     out = ops.patch_embed(images, weight, position, patch, impl="triton")
-    plain = reference.patch_embed(images, weight, position, patch)
+    plain = oracles.patch_embed(images, weight, position, patch)
     assert_as_accurate(out, plain, in_float64(images, weight, position, patch))
 
 
@@ -108,7 +108,7 @@ def test_position_of_another_dtype(position_dtype: torch.dtype, guards: Guards) 
     weight, position = parameters(16, 100, 7, torch.float32)
     position = guards.copy(position.to(position_dtype))
     out = ops.patch_embed(images, weight, position, 16, impl="triton")
-    plain = reference.patch_embed(images, weight, position, 16)
+    plain = oracles.patch_embed(images, weight, position, 16)
     assert_as_accurate(out, plain, in_float64(images, weight, position, 16))
 
 
@@ -169,7 +169,7 @@ def test_hostile_bytes(kind: str, dtype: torch.dtype, guards: Guards) -> None:
     images = guards.copy(coin * 255 if kind == "extremes" else torch.full_like(coin, constant[kind]))
     weight, position = (guards.copy(p) for p in parameters(14, 100, 10, dtype))
     out = ops.patch_embed(images, weight, position, 14, impl="triton")
-    plain = reference.patch_embed(images, weight, position, 14)
+    plain = oracles.patch_embed(images, weight, position, 14)
     assert_as_accurate(out, plain, in_float64(images, weight, position, 14))
 
 
@@ -188,7 +188,7 @@ def test_hostile_floats(kind: str, dtype: torch.dtype, guards: Guards) -> None:
     images = guards.copy(images)
     weight, position = (guards.copy(p) for p in parameters(14, 100, 10, dtype))
     out = ops.patch_embed(images, weight, position, 14, impl="triton")
-    plain = reference.patch_embed(images, weight, position, 14)
+    plain = oracles.patch_embed(images, weight, position, 14)
     assert_as_accurate(out, plain, in_float64(images, weight, position, 14))
 
 
@@ -240,8 +240,8 @@ def test_normalisation_folds_into_the_weight(patch: int, dtype: torch.dtype, gua
     weight = torch.randn(128, features, dtype=torch.float64, device=DEVICE) / features**0.5
     position = torch.randn(7, 128, dtype=torch.float64, device=DEVICE)
     normalised = (images.double() / 255 - MEAN) / DEVIATION
-    exact = reference.patch_embed(normalised, padded(weight), position, patch)
-    plain = reference.patch_embed(normalised.float(), padded(weight).to(dtype), position.float(), patch)
+    exact = oracles.patch_embed(normalised, padded(weight), position, patch)
+    plain = oracles.patch_embed(normalised.float(), padded(weight).to(dtype), position.float(), patch)
 
     per_channel = weight.view(128, 3, -1)
     shift = (per_channel * ((128 / 255 - MEAN) / DEVIATION).view(3, 1)).sum(dim=(1, 2))
@@ -273,7 +273,7 @@ def test_float64_takes_the_oracle(launches: list[str]) -> None:
     weight, position = parameters(16, 72, 7, torch.float64)
     with pytest.raises(RuntimeError, match="float64"):
         ops.patch_embed(images, weight, position, 16, impl="triton")
-    assert_same_bits(ops.patch_embed(images, weight, position, 16), reference.patch_embed(images, weight, position, 16))
+    assert_same_bits(ops.patch_embed(images, weight, position, 16), oracles.patch_embed(images, weight, position, 16))
     assert launches == []
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from kernel_checks import DEVICE, DTYPES, Guards, assert_same_bits
 from torch import Tensor, nn
-from towers import random_tower, relative_error, worst_cosine
+from random_towers import random_tower, relative_error, worst_cosine
 
-from clip_fast import resnet
-from clip_fast.config import IMAGE_MEAN, IMAGE_STD, ResNetConfig
+from clip_fast.towers import resnet
+from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD, ResNetConfig
 
 CONFIG = ResNetConfig(layers=(1, 1, 2, 1), width=8, heads=4, image_size=96, embed_dim=48)
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from kernel_checks import DEVICE, DTYPES, Guards, assert_same_bits
 from torch import Tensor
-from towers import random_tower, relative_error, worst_cosine
+from random_towers import random_tower, relative_error, worst_cosine
 
-from clip_fast import vit
-from clip_fast.config import IMAGE_MEAN, IMAGE_STD, VitConfig
+from clip_fast.towers import vit
+from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD, VitConfig
 
 # Small enough to interpret. Head sizes 64 and 80, patches of 16 and 14, both activations, tokens 17 and 10.
 CONFIGS = {

@@ -1,0 +1,93 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import os
+import secrets
+from collections.abc import Generator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, BinaryIO
+
+TEMPORARY_SUFFIX = ".tmp"
+
+
+class NewFile:
+    """A file with a temporary name beside `target`, until `move` gives it the target's name or `discard` removes it."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self._temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
+        self.file = open(self._temporary, "xb")  # noqa: SIM115 (`finish` or `discard` closes it)
+
+    def finish(self) -> None:
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+    def move(self) -> None:
+        os.replace(self._temporary, self.target)
+
+    def discard(self) -> None:
+        with suppress(OSError):  # closing flushes, which a full disk may have no room for
+            self.file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+def claimed_file(target: Path) -> NewFile:
+    """A `NewFile` that stays locked while it is written.
+
+    Unlocked temporary files of the same target are left by killed runs; they are removed, except on a file system
+    without locks.
+    """
+    for leftover in target.parent.glob(f".{glob.escape(target.name)}.*{TEMPORARY_SUFFIX}"):
+        with suppress(OSError), locked(leftover):
+            leftover.unlink()
+    new = NewFile(target)
+    with suppress(OSError):
+        _lock(new.file)
+    return new
+
+
+def locked(path: Path) -> IO[bytes]:
+    """The open file that holds a lock on `path`.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+        OSError: the file system has no locks.
+    """
+    file = open(path, "ab")  # noqa: SIM115
+    try:
+        _lock(file)
+    except BlockingIOError:
+        file.close()
+        raise BlockingIOError(f"another process is writing to {path.parent}") from None
+    except OSError as error:
+        file.close()
+        raise OSError(
+            f"{path.parent} cannot be locked ({error.strerror}), so that another process might write to it as well: "
+            "choose a folder on a file system that has locks"
+        ) from error
+    return file
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Locks an open file. The operating system releases the lock when the process ends, even by kill -9.
+
+    Forked children would hold the lock too; worker processes therefore come from a fork server or are spawned.
+    """
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@contextmanager
+def new_file(target: Path) -> Generator[BinaryIO, None, None]:
+    """A file to write to, which becomes `target` at the end of the block. Nothing is left where the block raises."""
+    new = NewFile(target)
+    try:
+        yield new.file
+        new.finish()
+        new.move()
+    finally:
+        new.discard()

@@ -1,0 +1,103 @@
+"""One image to raw pixels: read, decode and resize, with a reason in words where that fails."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from ..errors import reason_of
+from ..inputs.items import Item
+from ..preprocess import Preprocess
+
+
+class _Unremarked:
+    """Silences Pillow's large-image warning (twice the limit stays an error), for any number of threads.
+
+    The warning is off while any thread is inside. With a `warnings.catch_warnings` for each thread, the last to leave
+    would put back the filter that another had set.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._caught = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._caught.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._caught.close()
+
+
+_UNREMARKED = _Unremarked()
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Reads and resizes items as `preprocess` does.
+
+    `fast` lets JPEGs decode at a reduced scale: the smallest of 1/2, 1/4 and 1/8 that has at least twice the pixels
+    needed along each side. Pixels then differ a little from those of `clip`.
+    """
+
+    preprocess: Preprocess
+    fast: bool = False
+
+    def __call__(self, item: Item) -> tuple[Tensor, tuple[int, int]]:
+        """The item's pixels, uint8 (3, image_size, image_size), and its size. Raises whatever decoders raise."""
+        with _UNREMARKED, Image.open(item.source()) as image:
+            size = image.size
+            self.check(size)
+            if self.fast:
+                image.draft(None, (2 * self.preprocess.image_size,) * 2)  # pyright: ignore[reportArgumentType]
+            return self.preprocess.uint8(image), size
+
+    def check(self, size: tuple[int, int]) -> None:
+        """Refuses an image that resizing would make larger than Pillow opens.
+
+        Raises:
+            ValueError: says so.
+        """
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit is None or 0 in size or self.preprocess.squash:
+            return
+        long_side = self.preprocess.image_size * max(size) // min(size)
+        if long_side * self.preprocess.image_size > 2 * limit:
+            raise ValueError(
+                f"too long and thin: {size[0]}x{size[1]} pixels, resized to {self.preprocess.image_size} by {long_side}"
+            )
+
+    def into(self, pixels: Tensor, item: Item) -> tuple[tuple[int, int], str | None]:
+        """Writes the item's pixels and returns its size and None, or (0, 0) and the reason. Never raises."""
+        try:
+            decoded, size = self(item)
+            pixels.copy_(decoded)
+        except Exception as error:  # decoders fed with broken files raise whatever their parsing stumbles on
+            return (0, 0), failure_reason(error)
+        return size, None
+
+    def black(self, count: int) -> Tensor:
+        """Black pixels of a batch, uint8 (count, 3, image_size, image_size), for `into` to write to."""
+        return torch.zeros(count, 3, self.preprocess.image_size, self.preprocess.image_size, dtype=torch.uint8)
+
+
+def failure_reason(error: Exception) -> str:
+    """Why an image could not be decoded, in the same words at every run."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image, or not in a format that Pillow reads"
+    if isinstance(error, UnicodeEncodeError):
+        return "bytes in the name that are not UTF-8"
+    return reason_of(error)

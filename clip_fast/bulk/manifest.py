@@ -1,0 +1,85 @@
+"""The manifest of an output folder: all that its bytes depend on, and the totals once the run is complete."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from hashlib import sha256
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import PIL
+import torch
+from PIL import features
+
+from ..encoder import ImageEncoder
+from ..extras import pyarrow
+from ..kernels.dispatch import triton_can_run
+from ..version import __version__
+from .atomic import new_file
+
+MANIFEST_NAME = "manifest.json"
+RAY_MANIFEST_NAME = "_manifest.json"  # readers of a folder of parquet files skip names that begin with _
+
+
+def read_settings(manifest: Path) -> dict[str, Any]:
+    """The settings that a manifest holds.
+
+    Raises:
+        ValueError: the file is no manifest; the message names it.
+    """
+    try:
+        return dict(json.loads(manifest.read_text("utf-8"))["settings"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{manifest} is no manifest of clip-fast encode: {error!r}") from error
+
+
+def manifest_bytes(manifest: dict[str, Any]) -> bytes:
+    """A manifest as it stands in its file."""
+    return json.dumps(manifest, indent=2, sort_keys=True).encode() + b"\n"
+
+
+def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    """Writes a manifest, whole or not at all."""
+    with new_file(path) as file:
+        file.write(manifest_bytes(manifest))
+
+
+def compare(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Refuses to resume a run that had other settings.
+
+    Raises:
+        ValueError: names each setting that differs, with both values.
+    """
+    names = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    if names:
+        differences = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names)
+        raise ValueError(f"cannot resume {folder} with other settings: {differences}")
+
+
+def weights_digest(model: ImageEncoder) -> str:
+    """SHA-256 of all that a model computes with: its shape, its normalisation, its precision and its weights."""
+    digest = sha256(f"{model.config} {model.mean} {model.std} {model.precision}".encode())
+    for name, tensor in sorted(model.visual.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype}".encode())
+        digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def computer(devices: Sequence[torch.device]) -> dict[str, object]:
+    """The devices and versions that show in an embedding's last bits, or in the bytes of its file."""
+    versions = {
+        "clip_fast": __version__,
+        "torch": torch.__version__,
+        "pillow": PIL.__version__,
+        "libjpeg_turbo": features.version("libjpeg_turbo"),
+        "pyarrow": pyarrow()[0].__version__,
+    }
+    if devices[0].type != "cuda":
+        capability = torch.backends.cpu.get_cpu_capability()
+        return {"device": f"cpu, {capability}", "threads": torch.get_num_threads(), "versions": versions}
+    if triton_can_run(devices[0]):
+        versions["triton"] = import_module("triton").__version__
+    names = [torch.cuda.get_device_name(device) for device in devices]
+    return {"device": names[0] if len(set(names)) == 1 else names, "versions": versions}

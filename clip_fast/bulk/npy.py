@@ -1,0 +1,202 @@
+"""Small jobs: images to one `.npy` file, in this process. `pipeline.py` is for the large ones.
+
+    with EmbeddingWriter("embeddings.npy") as writer:
+        for batch in embed_files(model, preprocess, paths):
+            writer.add(batch)
+        writer.commit()
+
+A file that cannot be embedded is never an exception, always a `Failure` with its reason.
+
+The written files are `embeddings.npy` (or any other name), float32 (n, embed_dim), not normalised; `paths.txt` beside
+it, in UTF-8, whose line i is the path of row i; and `errors.txt`, path TAB reason, only where there are failures. A
+path that does not fit one line of `paths.txt` (it has a line break, or bytes that are no text) is a failure for that
+reason, so the lines need no unescaping. `errors.txt` shows such a path with backslash escapes.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import deque
+from collections.abc import Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from ..errors import printable
+from ..inputs.items import Failure, ImageFile, Item
+from ..preprocess import Preprocess
+from .atomic import NewFile, claimed_file
+from .decoder import Decoder, failure_reason
+from .rows import Encoder, encode_rows, settle
+
+PATHS_NAME = "paths.txt"
+ERRORS_NAME = "errors.txt"
+DECODERS = 8  # threads; the largest photograph that Pillow reads takes each about half a gigabyte
+
+
+@dataclass(frozen=True)
+class EmbeddedBatch:
+    """Embeddings `rows`, float32 (len(paths), E), of `paths`; and the files between them that failed."""
+
+    paths: list[Path]
+    rows: NDArray[np.float32]
+    failures: list[Failure]
+
+
+# --- Embeddings ------------------------------------------------------------------------------------------------------
+
+
+def embed_files(
+    model: Encoder, preprocess: Preprocess, paths: Sequence[Path | Item], batch_size: int = 32
+) -> Generator[EmbeddedBatch, None, None]:
+    """Embeds the images in `paths`, files or other items, in order, `batch_size` at a time.
+
+    Threads decode the next batch at the same time. Of an animation or a multi-page file, the first frame counts. An
+    EXIF orientation is not applied, as `clip` does not. Nothing stops an image that takes very long to decode.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    pool = ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1), thread_name_prefix="decode")
+    upcoming: deque[tuple[list[Item], list[Future[Tensor | Failure]]]] = deque()
+    try:
+        for start in range(0, len(paths), batch_size):
+            items = [
+                each if isinstance(each, Item) else ImageFile(str(each), str(each))
+                for each in paths[start : start + batch_size]
+            ]
+            upcoming.append((items, [pool.submit(_decode, item, preprocess) for item in items]))
+            if len(upcoming) > 1:
+                yield _embed(model, *upcoming.popleft())
+        while upcoming:
+            yield _embed(model, *upcoming.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _embed(model: Encoder, items: list[Item], futures: list[Future[Tensor | Failure]]) -> EmbeddedBatch:
+    results = [future.result() for future in futures]
+    failures = [result for result in results if isinstance(result, Failure)]
+    decoded = [
+        (Path(item.location), result) for item, result in zip(items, results, strict=True) if isinstance(result, Tensor)
+    ]
+    if not decoded:
+        return EmbeddedBatch([], np.empty((0, 0), np.float32), failures)
+    rows = encode_rows(model, torch.stack([image for _, image in decoded])).cpu().numpy()
+    failed = settle(rows, {})
+    failures += [Failure(str(decoded[i][0]), reason) for i, reason in failed.items()]
+    good = [i for i in range(len(decoded)) if i not in failed]
+    return EmbeddedBatch([decoded[i][0] for i in good], rows[good], failures)
+
+
+def _decode(item: Item, preprocess: Preprocess) -> Tensor | Failure:
+    try:
+        item.location.encode()  # raises UnicodeEncodeError for a name that is no text
+        if item.location.splitlines() != [item.location]:
+            raise ValueError(f"a line break in the name, which {PATHS_NAME} cannot hold")
+        with Image.open(item.source()) as image:
+            Decoder(preprocess).check(image.size)
+            return preprocess(image)
+    except Exception as error:  # decoders fed with broken files raise whatever their parsing stumbles on
+        return Failure(item.location, failure_reason(error))
+
+
+# --- Writing ---------------------------------------------------------------------------------------------------------
+
+
+class EmbeddingWriter:
+    """Writes rows as they come; the final names appear in `commit`, whole, or not at all.
+
+    A context manager: leaving it without `commit` removes what was written. Files of an earlier run then stay as they
+    were.
+
+    Raises:
+        OSError: the folder of `output` is missing or cannot be written to.
+        ValueError: a name to write belongs to something other than a regular file, or two of the three names are one.
+    """
+
+    def __init__(self, output: str | os.PathLike[str]) -> None:
+        output = Path(output)
+        targets = [output, output.with_name(PATHS_NAME), output.with_name(ERRORS_NAME)]
+        if output in targets[1:]:
+            raise ValueError(f"{output} is the name of the file beside the embeddings: choose another")
+        if not output.parent.is_dir():
+            raise FileNotFoundError(f"the output's folder {output.parent} does not exist")
+        for target in targets:
+            if target.exists() and not target.is_file():
+                raise ValueError(f"{target} exists and is not a regular file")
+        self._open: list[NewFile] = []
+        try:
+            for target in targets:
+                self._open.append(claimed_file(target))
+        except BaseException:
+            self._discard()
+            raise
+        self._rows, self._paths, self._errors = self._open
+        self.shape = (0, 0)  # of the embeddings so far
+        self.failed = 0  # failures so far
+        self.errors_path = self._errors.target
+
+    def __enter__(self) -> EmbeddingWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._discard()
+
+    def add(self, batch: EmbeddedBatch) -> None:
+        """Appends the rows, paths and failures of `batch`."""
+        self.fail(batch.failures)
+        if not batch.paths:
+            return
+        if not self.shape[0]:
+            self._rows.file.write(_npy_header(batch.rows.shape))  # a placeholder; `commit` knows the number of rows
+        self.shape = (self.shape[0] + batch.rows.shape[0], batch.rows.shape[1])
+        self._rows.file.write(batch.rows.astype("<f4").tobytes())
+        self._paths.file.write("".join(f"{path}\n" for path in batch.paths).encode())
+
+    def fail(self, failures: Iterable[Failure]) -> None:
+        """Appends failures."""
+        for failure in failures:
+            self._errors.file.write(f"{printable(failure.path)}\t{printable(failure.reason)}\n".encode())
+            self.failed += 1
+
+    def commit(self) -> None:
+        """Puts the files in place; without a single row, only `errors.txt`.
+
+        All bytes are on the disk before the first name changes. The old `paths.txt` goes first and the new one comes
+        last: even a run that is killed in between leaves no old list beside new embeddings.
+        """
+        if self.shape[0]:
+            self._rows.file.seek(0)
+            self._rows.file.write(_npy_header(self.shape))
+        for new in self._open:
+            new.finish()
+        if self.shape[0]:
+            self._paths.target.unlink(missing_ok=True)
+            self._rows.move()
+        if self.failed:
+            self._errors.move()
+        else:
+            self._errors.target.unlink(missing_ok=True)
+        if self.shape[0]:
+            self._paths.move()
+
+    def _discard(self) -> None:
+        for new in self._open:
+            new.discard()
+
+
+def _npy_header(shape: tuple[int, ...]) -> bytes:
+    """The start of a `.npy` file of float32 rows. NumPy pads it, so that its length fits any number of rows."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    return header.getvalue()

@@ -1,0 +1,201 @@
+"""From inputs of any number to shards: decoding, encoding and writing at the same time.
+
+    worker processes          this thread                            a writer thread
+    read, decode, resize  ->  copy (side stream), encode, copy back  ->  gather a shard, write, rename
+
+Raw uint8 pixels go between the stages in shared, page-locked memory. Embeddings go with a CUDA event that tells when
+they have arrived. The thread that feeds the GPU waits for pixels only, and for the writer when that is `WRITES_AHEAD`
+batches behind. Batches are cut at the same places in every run, so that a resumed run computes the same bits.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..encoder import ImageEncoder
+from ..inputs.inputs import Inputs
+from ..inputs.items import Item
+from .decoder import Decoder
+from .rows import encode_rows, settle
+from .tables import Record, Shard, Totals
+from .workers import WorkItem, decode_batches
+
+WRITES_AHEAD = 8  # batches
+
+EmbeddingDtype = Literal["float16", "float32"]
+
+
+class Sink(Protocol):
+    """A destination of shards."""
+
+    def finished(self, index: int, items: Sequence[Item], /) -> Totals | None: ...
+
+    def write(self, shard: Shard, /) -> None: ...
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run: sizes are in images, `time_limit` in seconds for an image; `normalize` makes rows of length 1."""
+
+    batch_size: int = 256
+    shard_size: int = 10_000
+    workers: int = 8
+    time_limit: float = 60.0
+    dtype: EmbeddingDtype = "float32"
+    normalize: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """Progress since the last report: counts, and the encoding thread's seconds, apart those of waiting for pixels."""
+
+    done: Totals
+    decoding: float = 0.0
+    encoding: float = 0.0
+    resumed: bool = False  # an earlier run did it
+
+
+def run(
+    model: ImageEncoder,
+    decoder: Decoder,
+    inputs: Inputs,
+    sink: Sink,
+    options: Options,
+    report: Callable[[Step], None],
+    part: int = 0,
+    parts: int = 1,
+) -> None:
+    """Embeds `inputs` into `sink`: every `parts`-th shard from `part` on that is not finished.
+
+    `report` is called after every batch, and an exception of it ends the run. An OSError of `inputs`, which cannot be
+    listed at the moment, ends it too, since the borders of shards depend on all items before them. Shards that were
+    written stay.
+    """
+    on_gpu = model.device.type == "cuda"
+    writes: deque[Future[Totals]] = deque()
+    shards = _Gatherer(sink)
+    work = _batches(inputs, sink, options, report, part, parts)
+    encode = _encoder(model, options)
+    writer = ThreadPoolExecutor(1, thread_name_prefix="write")
+    decoding = decode_batches(decoder, work, workers=options.workers, time_limit=options.time_limit, pin_memory=on_gpu)
+    # The DataLoader's pinning thread opens the current device. Without this it would open the first one.
+    current = torch.cuda.device(model.device) if on_gpu else nullcontext()
+    try:
+        with current, closing(work), closing(decoding):
+            before = time.perf_counter()
+            for batch, decoded in decoding:
+                arrived = time.perf_counter()
+                rows = encode(decoded.pixels)
+                writes.append(writer.submit(shards.add, batch, decoded.sizes, decoded.errors, rows))
+                done = Totals()
+                while writes and (len(writes) > WRITES_AHEAD or writes[0].done()):
+                    done += writes.popleft().result()
+                now = time.perf_counter()
+                report(Step(done, arrived - before, now - arrived))
+                before = now
+        while writes:
+            report(Step(writes.popleft().result()))
+    finally:
+        writer.shutdown(cancel_futures=True)
+
+
+def _batches(
+    inputs: Inputs, sink: Sink, options: Options, report: Callable[[Step], None], part: int, parts: int
+) -> Generator[WorkItem, None, None]:
+    """The batches of the unfinished shards. The next shard's items are listed at the same time."""
+    items = iter(inputs)
+    with ThreadPoolExecutor(1, thread_name_prefix="list") as lister:
+
+        def following() -> Future[list[Item]]:
+            return lister.submit(lambda: list(islice(items, options.shard_size)))
+
+        index, upcoming = 0, following()
+        while chunk := upcoming.result():
+            upcoming = following()
+            if index % parts == part:
+                finished = sink.finished(index, chunk)
+                if finished:
+                    report(Step(finished, resumed=True))
+                else:
+                    for start in range(0, len(chunk), options.batch_size):
+                        yield WorkItem(chunk[start : start + options.batch_size], index, start, len(chunk))
+            index += 1
+
+
+class _Gatherer:
+    """Puts batches together to shards, in the writer's thread."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self._records: list[Record] = []
+        self._rows: NDArray[Any] = np.empty((0, 0))
+
+    def add(self, batch: WorkItem, sizes: Tensor, errors: dict[int, str], rows: Callable[[], Tensor]) -> Totals:
+        embeddings = rows().numpy()
+        failed = settle(embeddings, errors)
+        if batch.start == 0:
+            self._rows = np.zeros((batch.length, embeddings.shape[1]), embeddings.dtype)
+            self._records = []
+        self._rows[batch.start : batch.start + len(embeddings)] = embeddings
+        self._records += [
+            Record(item.key, item.location, int(width), int(height), failed.get(i))
+            for i, (item, (width, height)) in enumerate(zip(batch.items, sizes.numpy(), strict=True))
+        ]
+        complete = len(self._records) == batch.length
+        if complete:
+            self._sink.write(Shard(batch.shard, self._rows, self._records))
+        return Totals(len(batch.items), len(failed), int(complete))
+
+
+def _encoder(model: ImageEncoder, options: Options) -> Callable[[Tensor], Callable[[], Tensor]]:
+    """A function that starts to encode pixels, uint8 (B, 3, H, W), and returns another that waits for the rows."""
+    dtype = torch.float16 if options.dtype == "float16" else torch.float32
+
+    def embed(pixels: Tensor) -> Tensor:
+        return encode_rows(model, pixels, options.normalize).to(dtype)
+
+    if model.device.type != "cuda":
+
+        def encode_here(pixels: Tensor) -> Callable[[], Tensor]:
+            rows = embed(pixels).to("cpu")
+            return lambda: rows
+
+        return encode_here
+
+    device = model.device
+    copying, returning = torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+    def encode_there(pixels: Tensor) -> Callable[[], Tensor]:
+        computing = torch.cuda.current_stream(device)
+        with torch.cuda.stream(copying):
+            images = pixels.to(device, non_blocking=True)
+        computing.wait_stream(copying)
+        images.record_stream(computing)
+        rows = embed(images)
+        returning.wait_stream(computing)
+        with torch.cuda.stream(returning):
+            host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+            host.copy_(rows, non_blocking=True)
+            rows.record_stream(returning)
+            arrived = torch.cuda.Event()
+            arrived.record(returning)
+
+        def wait() -> Tensor:
+            arrived.synchronize()
+            return host
+
+        return wait
+
+    return encode_there

@@ -1,0 +1,80 @@
+"""The progress of a job: a bar while it runs, and a summary."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from tqdm import tqdm
+
+from .pipeline import Step
+from .tables import Totals
+
+
+class TooManyErrors(Exception):
+    """More inputs failed than `--max-errors` allows."""
+
+
+def check_errors(failed: int, limit: int | None) -> None:
+    """Raises TooManyErrors where there is a limit and more failed."""
+    if limit is not None and failed > limit:
+        raise TooManyErrors(f"{failed} errors, more than --max-errors {limit}")
+
+
+class Progress:
+    """Counts the steps that `pipeline.run` reports. A context manager, which shows a bar unless `quiet` is set.
+
+    Calling it raises `TooManyErrors` from the first failure beyond `max_errors` on.
+    """
+
+    def __init__(self, expected: int, *, quiet: bool = False, max_errors: int | None = None) -> None:
+        self.done = Totals()
+        self.resumed = Totals()  # the part of `done` that earlier runs did
+        self._decoding = self._encoding = 0.0
+        self._max_errors = max_errors
+        self._start = time.perf_counter()
+        self._bar = tqdm(total=expected, unit=" images", disable=quiet, file=sys.stderr)
+
+    def __call__(self, step: Step) -> None:
+        self.done += step.done
+        self._decoding += step.decoding
+        self._encoding += step.encoding
+        if step.resumed:
+            self.resumed += step.done
+            if not self._bar.disable:
+                self._bar.initial += step.done.images  # so that the speed is this run's
+        self._bar.set_postfix_str(f"{self.bound}-bound, {self.done.failed} errors", refresh=False)
+        self._bar.update(step.done.images)
+        check_errors(self.done.failed, self._max_errors)
+
+    @property
+    def waiting(self) -> float:
+        """The share of time that the encoding threads of all processes waited for pixels, 0 to 1."""
+        return self._decoding / max(self._decoding + self._encoding, 1e-9)
+
+    @property
+    def bound(self) -> str:
+        """The stage that a faster run would have to speed up."""
+        return "decode" if self.waiting > 0.5 else "encode"
+
+    def summary(self) -> dict[str, object]:
+        """For people and scripts; `images_per_second` is of this run."""
+        seconds = time.perf_counter() - self._start
+        return {
+            "images": self.done.images,
+            "failed": self.done.failed,
+            "resumed": self.resumed.images,
+            "seconds": round(seconds, 3),
+            "images_per_second": round((self.done.images - self.resumed.images) / seconds, 1),
+            "bound": self.bound,
+            "waiting_for_decode": round(self.waiting, 3),
+        }
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.close()

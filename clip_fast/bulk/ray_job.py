@@ -1,0 +1,235 @@
+"""The job of `clip-fast encode --ray`: a pipeline of Ray Data from inputs to parquet files."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pickle
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import torch
+
+from ..checkpoint.published import available_models
+from ..extras import pyarrow, ray
+from ..inputs.containers import IMAGE_COLUMN
+from ..inputs.inputs import Inputs, find_inputs
+from ..inputs.items import Item, Unreadable, image_suffixes
+from ..inputs.parquet import Parquet, ParquetCell
+from ..inputs.tars import Tar
+from ..loading import default_dtype, load
+from ..towers.config import Activation
+from .manifest import RAY_MANIFEST_NAME, manifest_bytes, weights_digest
+from .ray_stage import BYTES, Batch, ImageEncoder, item_of
+from .tables import Record, as_text, table_of
+
+_PATH = "path"
+_KEY = "__key__"  # of webdatasets
+
+_FILES_LISTED = 1000  # files that one task lists
+_BATCHES_A_BLOCK = 8  # batches that one call of an actor encodes, one file holds, and a worker's death repeats
+
+
+# --- The command's pipeline ------------------------------------------------------------------------------------------
+
+
+def encode(
+    paths: Sequence[str],
+    model: str,
+    output: str,
+    *,
+    address: str | None = None,
+    workers: int | None = None,
+    batch_size: int = 256,
+    image_column: str = IMAGE_COLUMN,
+    key_column: str | None = None,
+    dtype: torch.dtype | None = None,
+    activation: Activation | None = None,
+    normalize: bool = False,
+    fast_decode: bool = False,
+) -> dict[str, int]:
+    """Embeds images on a Ray cluster and writes parquet files with the columns that `tables.ParquetWriter` writes.
+
+    Args:
+        paths: places that every worker reaches. On a shared disk, all that `find_inputs` takes; the rows are then those
+            of a run without Ray, in another order and with absolute places. Or URLs that Ray reads, s3://…, all of one
+            kind: tars, parquet files, or files and folders of images, chosen by their suffixes.
+        model: a name, or a checkpoint that every worker reaches.
+        output: a folder for parquet files that every worker reaches; it must not have any yet.
+        address: the cluster's, as in `ray.init`. None joins the cluster that this process is in, or starts one here.
+        workers: the number of encoding actors, by default one for every GPU of the cluster, or one for every two CPUs.
+        key_column: the column of keys in parquet files; those at URLs must have one.
+        dtype, activation, normalize, fast_decode: as in `ImageEncoder`.
+
+    Returns:
+        The number of "images", and how many of these "failed".
+
+    Raises:
+        ModuleNotFoundError: the extra `ray` is not installed.
+        ValueError: URLs of several kinds, no image, or an output that has parquet files already.
+        RuntimeError: the cluster gave up; the output is then incomplete.
+    """
+    cluster, data = ray()
+    filesystem, folder = _place(output)
+    if model not in available_models():
+        model = _absolute(os.path.expanduser(model))
+    joined = not cluster.is_initialized()
+    if joined:
+        cluster.init(address=address)
+    try:
+        resources = cluster.cluster_resources()
+        gpus = int(resources.get("GPU", 0))
+        device = "cuda" if gpus else "cpu"
+        dtype = dtype or default_dtype(torch.device(device))
+        loaded, _ = load(model, "cpu", dtype, activation=activation)  # fails here rather than on workers
+        rows = _read_urls if any("://" in path for path in paths) else _read_places
+        rows(data, paths, image_column, key_column).repartition(
+            target_num_rows_per_block=_BATCHES_A_BLOCK * batch_size
+        ).map_batches(
+            _TableEncoder,
+            fn_constructor_kwargs={
+                "model": model,
+                "device": device,
+                "dtype": dtype,
+                "activation": activation,
+                "normalize": normalize,
+                "fast_decode": fast_decode,
+            },
+            batch_size=batch_size,
+            compute=data.ActorPoolStrategy(size=workers or gpus or max(1, int(resources.get("CPU", 1)) // 2)),
+            num_gpus=1 if gpus else 0,
+            num_cpus=1,
+        ).write_parquet(folder, filesystem=filesystem)
+    except cluster.exceptions.RayError as error:
+        raise RuntimeError(f"the cluster gave up: {_last_line(error)}") from error
+    finally:
+        if joined:
+            cluster.shutdown()
+    written = importlib.import_module("pyarrow.dataset").dataset(folder, filesystem=filesystem, format="parquet")
+    failed = importlib.import_module("pyarrow.compute").field("status") == "failed"
+    totals = {"images": written.count_rows(), "failed": written.count_rows(filter=failed)}
+    settings = {
+        "inputs": list(paths),
+        "image_column": image_column,
+        "key_column": key_column,
+        "model": model,
+        "activation": activation,
+        "weights": weights_digest(loaded),
+        "dtype": str(dtype).removeprefix("torch."),
+        "normalize": normalize,
+        "fast_decode": fast_decode,
+    }
+    with filesystem.open_output_stream(f"{folder}/{RAY_MANIFEST_NAME}") as file:
+        file.write(manifest_bytes({"settings": settings, "done": totals}))
+    return totals
+
+
+class _TableEncoder(ImageEncoder):
+    """For `encode`: makes the output's table from rows of `_read_places` or `_read_urls`."""
+
+    def __call__(self, batch: Batch) -> Any:
+        if "item" in batch:
+            items: list[Item] = [pickle.loads(item) for item in batch["item"]]
+        else:
+            items = [item_of(*row) for row in zip(batch["image"], batch["key"], batch["image_path"], strict=True)]
+        added = self.embed(items)
+        records = [
+            Record(item.key, item.location, int(width), int(height), error or None)
+            for item, width, height, error in zip(items, added["width"], added["height"], added["error"], strict=True)
+        ]
+        return table_of(added["embedding"], records)
+
+
+def _place(output: str) -> tuple[Any, str]:
+    """A folder in pyarrow's terms: the file system and the path in it."""
+    fs = importlib.import_module("pyarrow.fs")
+    filesystem, folder = fs.FileSystem.from_uri(output if "://" in output else _absolute(output))
+    there = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+    if any(file.path.endswith(Parquet.suffix) for file in there):
+        raise ValueError(f"the folder {output} has parquet files already: choose another")
+    return filesystem, folder.rstrip("/")
+
+
+def _absolute(path: str) -> str:
+    """The same place for a worker, whose working directory is another. `..` behind a link is left as it is."""
+    return os.path.join(os.getcwd(), path)
+
+
+def _last_line(error: Exception) -> str:
+    """The last line of one of Ray's errors, which hold the worker's whole traceback."""
+    return str(error).rstrip().rpartition("\n")[2] or type(error).__name__
+
+
+# --- Reading: images are read as bytes and decoded beside the encoder, not by Ray, where a broken one ends the job ---
+
+
+def _read_places(data: Any, paths: Sequence[str], image_column: str, key_column: str | None) -> Any:
+    """A dataset with a column `item`, pickled. Tasks list tars and tables; images are read where they are decoded."""
+    inputs = find_inputs(paths, image_column=image_column, key_column=key_column)
+    if all(isinstance(item, Unreadable) for item in inputs):
+        raise ValueError("no image found")
+    parts = [{"part": pickle.dumps(part)} for part in _parts(inputs)]
+    return data.from_items(parts).flat_map(_list, fn_kwargs={"folder": os.getcwd()})
+
+
+def _parts(inputs: Inputs) -> Iterator[Sequence[Item] | Tar | Parquet]:
+    for part in inputs.parts:
+        if isinstance(part, (Tar, Parquet)):
+            yield replace(part, path=_absolute(part.path))
+        else:
+            files = iter(part)
+            while some := list(islice(files, _FILES_LISTED)):
+                yield some
+
+
+def _list(row: dict[str, Any], folder: str) -> Iterator[dict[str, bytes]]:
+    for item in pickle.loads(row["part"]):
+        if isinstance(item, ParquetCell):
+            item = replace(item, folder=folder)
+        yield {"item": pickle.dumps(replace(item, location=os.path.join(folder, item.location)))}
+
+
+def _read_urls(data: Any, urls: Sequence[str], image_column: str, key_column: str | None) -> Any:
+    """A dataset with columns `key`, `image_path` and `image`."""
+    kinds = {url.rpartition(".")[2] if url.endswith((Tar.suffix, Parquet.suffix)) else "image" for url in urls}
+    if len(kinds) != 1 or not all("://" in url for url in urls):
+        raise ValueError("URLs must be of one kind, tars, parquet files or images, and not among paths")
+    (kind,) = kinds
+    if kind == "tar":
+        samples = data.read_webdataset(list(urls), decoder=False, filerename=_one_sample, include_paths=True)
+        return samples.map_batches(_members, batch_format="pyarrow")
+    if kind == "parquet":
+        if key_column is None:
+            raise ValueError("parquet files at URLs need a column of keys: name it, --key-column")
+        table = data.read_parquet(list(urls), include_paths=True).select_columns([image_column, key_column, _PATH])
+        return table.map_batches(_named, batch_format="pyarrow", fn_kwargs={"image": image_column, "key": key_column})
+    suffixes = sorted(suffix.removeprefix(".") for suffix in image_suffixes())
+    files = data.read_binary_files(list(urls), include_paths=True, file_extensions=suffixes)
+    return files.map_batches(_named, batch_format="pyarrow", fn_kwargs={"image": BYTES, "key": _PATH})
+
+
+def _named(table: Any, image: str, key: str) -> Any:
+    arrow, _ = pyarrow()
+    keys = table[key].cast(arrow.string())
+    return arrow.table({"key": keys, "image_path": table[_PATH], "image": table[image]})
+
+
+def _one_sample(member: str) -> str:
+    """Renames a tar's member for webdataset: each image becomes its own sample; everything else is dropped.
+
+    Otherwise samples would be rows of one table with as many columns as there are suffixes.
+    """
+    name = os.path.basename(member)
+    is_image = os.path.splitext(name)[1].lower() in image_suffixes() and not name.startswith(".")
+    return f"{member.encode('utf-8', 'surrogateescape').hex()}.image" if is_image else ""
+
+
+def _members(table: Any) -> Any:
+    """Keys and places as `inputs.tars.Tar` has them."""
+    arrow, _ = pyarrow()
+    members = [as_text(bytes.fromhex(key).decode("utf-8", "surrogateescape")) for key in table[_KEY].to_pylist()]
+    keys = [os.path.join(folder, name.partition(".")[0]) for folder, name in map(os.path.split, members)]
+    places = [f"{tar}/{member}" for tar, member in zip(table[_PATH].to_pylist(), members, strict=True)]
+    return arrow.table({"key": keys, "image_path": places, "image": table["image"]})

@@ -1,0 +1,150 @@
+"""The encoder as a stage of Ray Data, for clusters.
+
+    import ray
+    from clip_fast.ray import ImageEncoder
+
+    embedded = ray.data.read_binary_files("s3://photos", include_paths=True).map_batches(
+        ImageEncoder, fn_constructor_kwargs={"model": "ViT-L/14"}, batch_size=256, num_gpus=1,
+        compute=ray.data.ActorPoolStrategy(size=8),
+    )
+    embedded.write_parquet("s3://embeddings")
+
+`ray_job.encode` builds such a pipeline for `clip-fast encode --ray ADDRESS`. Ray repeats the work of a
+worker that dies; a row's embedding does not depend on the worker that made it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..inputs.items import ImageFile, Item, Unreadable, image_suffixes
+from ..loading import load
+from ..towers.config import Activation
+from .decoder import Decoder
+from .rows import encode_rows, settle
+
+BYTES = "bytes"  # the column of files' contents that `read_binary_files` makes
+
+Batch = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Bytes(Item):
+    data: bytes
+
+    def source(self) -> BytesIO:
+        if not self.data:
+            raise ValueError("not an image: zero bytes")
+        return BytesIO(self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pixels(Item):
+    """An image that Ray has decoded, uint8 (H, W, 3) or (H, W). It is encoded again for `Image.open`, without loss."""
+
+    data: NDArray[np.uint8]
+
+    def source(self) -> BytesIO:
+        file = BytesIO()
+        Image.fromarray(self.data).save(file, "BMP")
+        file.seek(0)
+        return file
+
+
+class ImageEncoder:
+    """A callable class for `Dataset.map_batches`: adds embeddings to batches of images, and drops the images.
+
+    Args:
+        model: a name or a checkpoint, as `clip_fast.load` takes it, that every worker can reach.
+        device, dtype, activation: as in `clip_fast.load`. A worker with a GPU takes its own GPU by default.
+        column: the column with the images: their bytes, Hugging Face's {bytes, path}, paths, or decoded arrays. By
+            default "bytes", "image", or a column named like a webdataset's file, "jpg".
+        normalize: give embeddings of length 1.
+        fast_decode: let JPEGs decode at a reduced scale.
+        threads: the number of decoding threads, by default one for every CPU.
+
+    A batch comes back with its other columns, `embedding` float32 (B, embed_dim), `width`, `height`, `status` ("ok" or
+    "failed") and `error`. An image that cannot be read has an embedding of zeros, and the reason in `error`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        device: str | None = None,
+        dtype: torch.dtype | None = None,
+        activation: Activation | None = None,
+        column: str | None = None,
+        normalize: bool = False,
+        fast_decode: bool = False,
+        threads: int | None = None,
+    ) -> None:
+        self.encoder, preprocess = load(model, device, dtype, activation=activation)
+        self.decoder = Decoder(preprocess, fast_decode)
+        self.column = column
+        self.normalize = normalize
+        self.threads = ThreadPoolExecutor(threads or os.cpu_count() or 1)
+
+    def __call__(self, batch: Batch) -> Batch:
+        """A batch of columns with the embeddings added.
+
+        Raises:
+            ValueError: no column holds images, or a column has the name of one that is added.
+        """
+        column = self.column or _image_column(list(batch))
+        if column not in batch:
+            raise ValueError(f"no column {column!r}, only {', '.join(batch)}")
+        kept = {name: values for name, values in batch.items() if name != column}
+        added = self.embed([item_of(value) for value in batch[column]])
+        lost = sorted(kept.keys() & added.keys())
+        if lost:
+            raise ValueError(f"columns of the batch would be lost, rename or drop them: {', '.join(lost)}")
+        return kept | added
+
+    def embed(self, items: Sequence[Item]) -> Batch:
+        """The columns that a batch of `items` gets."""
+        pixels = self.decoder.black(len(items))
+        found = list(self.threads.map(self.decoder.into, pixels, items))
+        rows = encode_rows(self.encoder, pixels, self.normalize).cpu().numpy()
+        failed = settle(rows, {i: error for i, (_, error) in enumerate(found) if error is not None})
+        sizes = np.array([size for size, _ in found], np.int32).reshape(-1, 2)
+        return {
+            "width": sizes[:, 0],
+            "height": sizes[:, 1],
+            "status": np.array(["failed" if i in failed else "ok" for i in range(len(items))], object),
+            "error": np.array([failed.get(i, "") for i in range(len(items))], object),
+            "embedding": rows,
+        }
+
+
+def _image_column(names: Sequence[str]) -> str:
+    for name in (BYTES, "image"):
+        if name in names:
+            return name
+    found = [name for name in names if f".{name.rpartition('.')[2].lower()}" in image_suffixes()]
+    if not found:
+        raise ValueError(f"none of the columns {', '.join(names)} is known to hold images: name it, column=")
+    return found[0]
+
+
+def item_of(value: Any, key: str = "", location: str = "") -> Item:
+    if isinstance(value, dict):  # Hugging Face's
+        cell = cast(dict[str, Any], value)
+        return item_of(cell.get("path") if cell.get("bytes") is None else cell["bytes"], key, location)
+    if isinstance(value, str):
+        return ImageFile(key or value, value)
+    if isinstance(value, np.ndarray):
+        return _Pixels(key, location, cast(NDArray[np.uint8], value))
+    if value is None or isinstance(value, bytes):
+        return _Bytes(key, location, value or b"")
+    return Unreadable(key, location, f"a {type(value).__name__} is no image")

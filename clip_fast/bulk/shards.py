@@ -1,0 +1,249 @@
+"""Embeddings on disk in shards, so that a job can stop anywhere and go on.
+
+    OUTPUT/img_emb/img_emb_0000.npy             (rows, embed_dim), row i belonging to row i of
+    OUTPUT/metadata/metadata_0000.parquet       key, image_path, width, height, status, error
+    OUTPUT/errors.jsonl                         {"key", "image_path", "reason"} of every failure, where there are any
+    OUTPUT/manifest.json                        the settings, and the totals once all is done
+
+This is the layout that clip-retrieval and autofaiss read. Every input has its row, in order; the embedding of a failed
+one is zero. The metadata holds the size of the embeddings' file and is renamed into place after it: a shard is there
+once its metadata is. A killed run leaves whole shards, temporary files that the next run removes, and a lock that the
+operating system has released.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from ..extras import pyarrow
+from ..inputs.items import Item
+from .atomic import TEMPORARY_SUFFIX, locked, new_file
+from .manifest import MANIFEST_NAME, compare, read_settings, write_manifest
+from .tables import Record, Shard, Totals, as_text, columns_of
+
+ERRORS_NAME = "errors.jsonl"
+LOCK_NAME = ".lock"
+EMBEDDINGS_FOLDER = "img_emb"
+METADATA_FOLDER = "metadata"
+
+_FOOTER = b"clip_fast"  # key in the parquet footer, under which a shard's digest, counts and size stand
+
+
+class ShardFolder:
+    """The finished shards of an output folder: reads them and adds to them."""
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+
+    def finished(self, index: int, items: Sequence[Item]) -> Totals | None:
+        """The counts of shard `index`; None where it is not there.
+
+        Raises:
+            ValueError: the shard was made from other inputs than `items`.
+        """
+        path, embeddings = self.metadata_path(index), self.embeddings_path(index)
+        if not path.exists() or not embeddings.exists():
+            return None
+        footer = _read_footer(path)
+        if footer["bytes"] != embeddings.stat().st_size:
+            return None
+        if footer["inputs"] != _digest(items):
+            raise ValueError(
+                f"cannot resume {self.folder}: the inputs have changed, {path.name} was made from others than "
+                f"{items[0].key!r} to {items[-1].key!r}"
+            )
+        return Totals(footer["images"], footer["failed"], 1)
+
+    def write(self, shard: Shard) -> None:
+        """Writes a shard, whole or not at all.
+
+        Raises:
+            OSError: for example because the disk is full.
+        """
+        with new_file(self.embeddings_path(shard.index)) as file:
+            np.lib.format.write_array(file, np.ascontiguousarray(shard.rows), allow_pickle=False)
+            size = file.tell()
+        _, parquet = pyarrow()
+        with new_file(self.metadata_path(shard.index)) as file:
+            parquet.write_table(_metadata(shard.records, size), file)
+        for folder in (EMBEDDINGS_FOLDER, METADATA_FOLDER):
+            _sync_folder(self.folder / folder)
+        errors = _error_lines(shard.records)
+        if errors:
+            with open(self.folder / ERRORS_NAME, "ab", buffering=0) as file:
+                file.write(errors)
+
+    def embeddings_path(self, index: int) -> Path:
+        return self.folder / EMBEDDINGS_FOLDER / f"img_emb_{index:04d}.npy"
+
+    def metadata_path(self, index: int) -> Path:
+        return self.folder / METADATA_FOLDER / f"metadata_{index:04d}.parquet"
+
+    def all_metadata(self) -> list[Path]:
+        """The metadata files of the finished shards, in their order."""
+        paths = (self.folder / METADATA_FOLDER).glob("metadata_*.parquet")
+        return sorted(paths, key=lambda path: int(path.stem.rpartition("_")[2]))
+
+
+class OutputFolder(ShardFolder):
+    """A `ShardFolder` that belongs to one run, from here to `close` or the end of the process, however it ends.
+
+    Args:
+        folder: created where it does not exist.
+        resume: continue the run in the folder. Without it, an earlier run in the folder is an error.
+
+    Raises:
+        OSError: the folder cannot be created or written to, or another process is writing to it.
+        ValueError: the folder holds an earlier run and `resume` is false, or it holds something else.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], resume: bool = False) -> None:
+        super().__init__(folder)
+        pyarrow()  # its absence is better known now than after the first shard
+        self._manifest = self.folder / MANIFEST_NAME
+        self._settings: dict[str, Any] = {}
+        self._refuse_others()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = locked(self.folder / LOCK_NAME)
+        if self._manifest.exists() and not resume:
+            self.close()
+            raise ValueError(f"{self.folder} holds an earlier run: --resume continues it")
+
+    def _refuse_others(self) -> None:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(f"{self.folder} is not a folder")
+        if self.folder.exists() and not self._manifest.exists():
+            others = [name for name in os.listdir(self.folder) if not name.startswith(".")]
+            if others:
+                raise ValueError(f"the folder {self.folder} is not empty and holds no earlier run: choose another")
+
+    def begin(self, settings: dict[str, object]) -> None:
+        """Prepares the folder for shards.
+
+        Args:
+            settings: all that the bytes of the output depend on, as JSON values.
+
+        Raises:
+            ValueError: the run to resume had other settings; the message names them.
+        """
+        self._settings = json.loads(json.dumps(settings))
+        if self._manifest.exists():
+            compare(read_settings(self._manifest), self._settings, self.folder)
+        for folder in (self.folder, self.folder / EMBEDDINGS_FOLDER, self.folder / METADATA_FOLDER):
+            for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+                leftover.unlink()
+        if not self._manifest.exists():
+            write_manifest(self._manifest, {"settings": self._settings})
+        (self.folder / EMBEDDINGS_FOLDER).mkdir(exist_ok=True)
+        (self.folder / METADATA_FOLDER).mkdir(exist_ok=True)
+        self._write_errors()
+        _sync_folder(self.folder)
+
+    def finish(self, shards: int) -> Totals:
+        """Ends a run whose `shards` shards are all there: sorts the errors and writes the totals to the manifest.
+
+        Raises:
+            ValueError: the folder holds other shards than these.
+        """
+        paths = self.all_metadata()
+        expected = [self.metadata_path(index) for index in range(shards)]
+        if paths != expected:
+            odd = sorted(path.name for path in set(paths) ^ set(expected))
+            raise ValueError(f"{self.folder} should hold {shards} shards; missing or too many: {', '.join(odd)}")
+        self._write_errors()
+        footers = [_read_footer(path) for path in paths]
+        totals = Totals(sum(each["images"] for each in footers), sum(each["failed"] for each in footers), shards)
+        done = {"images": totals.images, "failed": totals.failed, "shards": totals.shards}
+        write_manifest(self._manifest, {"settings": self._settings, "done": done})
+        _sync_folder(self.folder)
+        return totals
+
+    def close(self) -> None:
+        """Releases the lock."""
+        self._lock.close()
+
+    def __enter__(self) -> OutputFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _write_errors(self) -> None:
+        """Writes errors.jsonl anew from the finished shards, in their order."""
+        target = self.folder / ERRORS_NAME
+        paths = [path for path in self.all_metadata() if _read_footer(path)["failed"]]
+        if not paths:
+            target.unlink(missing_ok=True)
+            return
+        with new_file(target) as file:
+            for path in paths:
+                file.write(_error_lines(read_records(path)))
+
+
+def read_records(path: Path) -> list[Record]:
+    """The records of a shard's metadata."""
+    _, parquet = pyarrow()
+    with _naming(path):
+        columns = parquet.read_table(path).to_pydict()
+        names = ("key", "image_path", "width", "height", "error")
+        return [Record(*values) for values in zip(*(columns[name] for name in names), strict=True)]
+
+
+@contextmanager
+def _naming(path: Path) -> Generator[None, None, None]:
+    """Errors in reading a shard's metadata name the file and the remedy."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's errors are among these
+        raise ValueError(f"{path} is damaged: without it, --resume makes the shard again ({error})") from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Writes the names of renamed files to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(named: Sequence[Item | Record]) -> str:
+    digest = sha256()
+    for each in named:
+        digest.update(f"{as_text(each.key)}\0{as_text(each.location)}\n".encode())
+    return digest.hexdigest()
+
+
+def _read_footer(path: Path) -> dict[str, Any]:
+    _, parquet = pyarrow()
+    with _naming(path):
+        return json.loads(parquet.read_metadata(path).metadata[_FOOTER])
+
+
+def _metadata(records: list[Record], size: int) -> Any:
+    failed = sum(record.error is not None for record in records)
+    footer = {"inputs": _digest(records), "images": len(records), "failed": failed, "bytes": size}
+    return columns_of(records).replace_schema_metadata({_FOOTER: json.dumps(footer)})
+
+
+def _error_lines(records: list[Record]) -> bytes:
+    lines = (
+        json.dumps(
+            {"key": as_text(record.key), "image_path": as_text(record.location), "reason": record.error},
+            ensure_ascii=False,
+        )
+        for record in records
+        if record.error is not None
+    )
+    return "".join(f"{line}\n" for line in lines).encode()

@@ -1,0 +1,291 @@
+"""Items to raw pixels, in worker processes that may die or hang without taking the job along.
+
+    with closing(decode_batches(decoder, batches, workers=8)) as decoded:
+        for batch, pixels in decoded: ...
+
+PyTorch's DataLoader has the processes, the shared memory and the pinning. This module adds what it lacks. A worker that
+spends more than `time_limit` on an image is killed by its own alarm clock. When one worker is dead, all are replaced.
+The image that it died of is tried once more; the second death makes it a failure.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, replace
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from ..inputs.items import Item, Unreadable
+from .decoder import Decoder, failure_reason
+
+BATCHES_AHEAD = 3  # per worker
+STRIKES = 2  # worker deaths that make an image a failure
+MAX_RESTARTS = 5  # in a row without a batch, for deaths without an image to blame
+
+DEATH_SECONDS = 2.0  # from a broken connection to the end of the process that broke it
+
+_IDLE = -1
+
+
+class SharedMemoryError(RuntimeError):
+    """A worker found no room for a batch in /dev/shm."""
+
+
+class Decoded(NamedTuple):
+    """A decoded batch: pixels, uint8 (B, 3, image_size, image_size), and notes on them, JSON in uint8.
+
+    Both are tensors in shared memory, so that the message about them is shorter than PIPE_BUF. A write that short is
+    whole or not at all: a worker that is killed in it leaves no half message to wait for.
+    """
+
+    pixels: Tensor
+    notes: Tensor
+
+    @classmethod
+    def of(cls, pixels: Tensor, sizes: list[tuple[int, int]], errors: dict[int, str]) -> Decoded:
+        notes = json.dumps([sizes, list(errors.items())])  # in ASCII, since a reason may have bytes that are no text
+        return cls(pixels, torch.frombuffer(bytearray(notes, "ascii"), dtype=torch.uint8))
+
+    @property
+    def sizes(self) -> Tensor:
+        """Width and height of the original images, int32 (B, 2)."""
+        return torch.tensor(self._noted()[0], dtype=torch.int32).view(-1, 2)
+
+    @property
+    def errors(self) -> dict[int, str]:
+        """The reasons of the images that could not be decoded, by position. Such an image is black and of size 0."""
+        return dict(self._noted()[1])
+
+    def _noted(self) -> Any:
+        return json.loads(bytes(self.notes.numpy()))
+
+
+@dataclass(frozen=True)
+class WorkItem:
+    """A batch of items to decode together: rows `start` and on of a shard that has `length` rows."""
+
+    items: list[Item]
+    shard: int
+    start: int
+    length: int
+
+
+def decode_batches(
+    decoder: Decoder,
+    batches: Iterator[WorkItem],
+    *,
+    workers: int,
+    time_limit: float,
+    pin_memory: bool = False,
+) -> Generator[tuple[WorkItem, Decoded], None, None]:
+    """Decodes batches, in order, ahead of need.
+
+    Args:
+        workers: processes. With 0, batches are decoded here when asked for, and nothing stops an image that hangs.
+        time_limit: seconds for an image.
+        pin_memory: page-locks the pixels, for copies to a GPU.
+
+    Raises:
+        RuntimeError: workers keep dying without an image to blame, or shared memory is too small for batches.
+        Exception: whatever `batches` raises.
+    """
+    waiting: deque[WorkItem] = deque()  # handed to workers and not yet decoded
+    strikes: Counter[tuple[int, int]] = Counter()
+    restarts = 0
+    while True:
+        board = torch.full((workers, 2), _IDLE, dtype=torch.int64)
+        board.share_memory_()
+        sampler = _Sampler(batches, waiting)
+        loader = iter(
+            DataLoader(
+                _Decoding(decoder, board, time_limit),
+                batch_sampler=sampler,  # pyright: ignore[reportArgumentType]
+                num_workers=workers,
+                worker_init_fn=_start_worker,
+                collate_fn=_same,  # pyright: ignore[reportArgumentType]
+                multiprocessing_context=_context() if workers else None,
+                prefetch_factor=BATCHES_AHEAD if workers else None,
+                pin_memory=pin_memory,
+            )
+        )
+        try:
+            while (decoded := next(loader, None)) is not None:
+                restarts = 0
+                yield waiting.popleft(), decoded
+            return
+        except SharedMemoryError as error:  # its text is the worker's trace
+            raise RuntimeError(
+                f"shared memory is full: {workers} workers keep {BATCHES_AHEAD} batches each in /dev/shm; let it be "
+                "larger (docker run --shm-size), or have fewer workers or smaller batches"
+            ) from error
+        except (RuntimeError, OSError, EOFError):
+            if sampler.broken:  # the error came from `batches`, not from a worker: do not retry
+                raise
+            deadline = time.monotonic() + DEATH_SECONDS
+            while not (dead := _deaths(board)) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            if not dead:
+                raise
+        finally:
+            del loader  # ends its workers
+        suspects = [divmod(work, _SPAN) for work in dead if work != _IDLE]
+        strikes.update(suspects)
+        restarts += not suspects
+        if restarts > MAX_RESTARTS:
+            raise RuntimeError(f"decoder processes died {restarts} times in a row, without an image to blame")
+        _give_up(waiting, {suspect for suspect in suspects if strikes[suspect] >= STRIKES}, time_limit)
+
+
+def _deaths(board: Tensor) -> list[int]:
+    """The work that each dead worker had noted."""
+    return [int(work) for pid, work in board.numpy() if pid != _IDLE and not _alive(int(pid))]
+
+
+def _give_up(waiting: deque[WorkItem], suspects: set[tuple[int, int]], time_limit: float) -> None:
+    """Replaces the suspects, (shard, row), by failures in the batches that will be decoded again."""
+    reason = f"a decoder died of it, or took longer than {time_limit:g} s, {STRIKES} times"
+    for i, batch in enumerate(waiting):
+        items = [
+            Unreadable(item.key, item.location, reason) if (batch.shard, batch.start + j) in suspects else item
+            for j, item in enumerate(batch.items)
+        ]
+        waiting[i] = replace(batch, items=items)
+
+
+# --- The workers' side -----------------------------------------------------------------------------------------------
+
+_SPAN = 1 << 32  # rows in a shard, at most: (shard, row) is written as one number
+
+
+class _Sampler:
+    """For the DataLoader: the batches that still wait, then new ones, which wait from then on."""
+
+    def __init__(self, batches: Iterator[WorkItem], waiting: deque[WorkItem]) -> None:
+        self._batches = batches
+        self._waiting = waiting
+        self.broken = False  # whether `batches` raised an exception
+
+    def __iter__(self) -> Iterator[WorkItem]:
+        yield from list(self._waiting)
+        while True:
+            try:
+                batch = next(self._batches, None)
+            except Exception:
+                self.broken = True
+                raise
+            if batch is None:
+                return
+            self._waiting.append(batch)
+            yield batch
+
+
+class _Decoding(Dataset[Decoded]):
+    """For the DataLoader: decodes a batch. The board, (workers, 2), has each worker's process and image."""
+
+    def __init__(self, decoder: Decoder, board: Tensor, time_limit: float) -> None:
+        self._decoder = decoder
+        self._board = board
+        self._time_limit = time_limit
+
+    def __getitems__(self, batch: WorkItem) -> Decoded:
+        pixels = self._decoder.black(len(batch.items))
+        worker = get_worker_info()
+        if worker is not None:
+            self._board[worker.id, 0] = os.getpid()
+            _share(pixels)
+        sizes: list[tuple[int, int]] = []
+        errors: dict[int, str] = {}
+        for i, item in enumerate(batch.items):
+            if worker is not None:
+                self._board[worker.id, 1] = batch.shard * _SPAN + batch.start + i
+            size, error = self._decode(pixels[i], item, limited=worker is not None)
+            sizes.append(size)
+            if error is not None:
+                errors[i] = error
+        decoded = Decoded.of(pixels, sizes, errors)
+        if worker is not None:
+            self._board[worker.id, 1] = _IDLE
+            _share(decoded.notes)
+        return decoded
+
+    def _decode(self, pixels: Tensor, item: Item, limited: bool) -> tuple[tuple[int, int], str | None]:
+        """`Decoder.into` within the time limit. `Item.prepare` is not counted against it."""
+        try:
+            item.prepare()
+        except Exception as error:  # as in `Decoder.into`
+            return (0, 0), failure_reason(error)
+        if limited:
+            signal.setitimer(signal.ITIMER_REAL, self._time_limit)  # the default action of its signal is to kill
+        try:
+            return self._decoder.into(pixels, item)
+        finally:
+            if limited:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _share(tensor: Tensor) -> None:
+    """Moves it to shared memory. Done here, a lack of room is an exception that reaches the main process."""
+    try:
+        tensor.share_memory_()
+    except RuntimeError as error:
+        raise SharedMemoryError from error
+
+
+def _start_worker(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Ends this process as soon as the process that asked for it is gone, killed or not.
+
+    The DataLoader's own watch looks at the process that forked the worker, which is the fork server.
+    """
+
+    def wait() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _same(decoded: Decoded) -> Decoded:
+    return decoded
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _context() -> ForkServerContext:
+    """A fork server with the imports done: workers start at once, and inherit neither a GPU nor the folder's lock."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    return context
+
+
+def start_fork_server() -> None:
+    """Starts the process that workers are forked from; it imports PyTorch while the caller does something else.
+
+    Without this call `decode_batches` starts it, and waits for it.
+    """
+    _context()
+    forkserver.ensure_running()

@@ -1,0 +1,90 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..errors import CheckpointError
+from .weights_file import WeightsFile
+
+# --- The image tower in a file ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a family of files names things."""
+
+    prefix: str  # of the image tower's keys
+    blocks: str  # what comes before a ViT block's number
+    other: re.Pattern[str]  # keys that are known and not the image tower's parameters
+    keys: Callable[[str], list[str]]  # the file's keys, without prefix, for a canonical name
+
+
+_HUGGING_FACE_NAMES = {
+    "class_embedding": "embeddings.class_embedding",
+    "conv1.weight": "embeddings.patch_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_pre.": "pre_layrnorm.",  # transformers' own spelling
+    "transformer.resblocks.": "encoder.layers.",
+    ".ln_1.": ".layer_norm1.",
+    ".attn.": ".self_attn.",
+    ".ln_2.": ".layer_norm2.",
+    ".mlp.c_fc.": ".mlp.fc1.",
+    ".mlp.c_proj.": ".mlp.fc2.",
+    "ln_post.": "post_layernorm.",
+}
+
+
+def hugging_face_keys(name: str) -> list[str]:
+    if name == "proj":
+        return ["visual_projection.weight"]
+    for ours, theirs in _HUGGING_FACE_NAMES.items():
+        name = name.replace(ours, theirs)
+    stacked = re.fullmatch(r"(.*)\.in_proj_(weight|bias)", name)
+    names = [f"{stacked[1]}.{part}_proj.{stacked[2]}" for part in "qkv"] if stacked else [name]
+    return [f"vision_model.{name}" for name in names]
+
+
+_OPENAI_OTHER = (
+    r"(token_embedding|transformer|ln_final|text)\.|"
+    r"(positional_embedding|text_projection(\.weight|\.bias)?|logit_scale|logit_bias|attn_mask|input_resolution|"
+    r"context_length|vocab_size|text_embeddings)$"
+)
+OPENAI = Layout("visual.", "transformer.resblocks.", re.compile(_OPENAI_OTHER), lambda name: [f"visual.{name}"])
+TEXT = Layout("", "transformer.resblocks.", re.compile(r".*"), lambda name: [name])
+TOWER_ALONE = Layout("", "transformer.resblocks.", re.compile(r"text_embeddings$"), lambda name: [name])
+HUGGING_FACE = Layout(
+    "vision_model.",
+    "encoder.layers.",
+    re.compile(r"text_model\.|text_projection\.|(logit_scale|vision_model\.embeddings\.position_ids)$"),
+    hugging_face_keys,
+)
+
+_UNSERVED = {  # parts of open_clip's models, by their keys
+    r"visual\.trunk\.": "an image tower from timm",
+    r".*\.ls_[12]\.gamma$": "LayerScale",
+    r"visual\.attn_pool\.": "an attentional pooler",
+}
+
+
+def layout_of(file: WeightsFile) -> Layout:
+    """How the image tower in a file is named."""
+    keys = file.entries.keys()
+    for pattern, part in _UNSERVED.items():
+        if key := next((key for key in keys if re.match(pattern, key)), None):
+            raise CheckpointError(file.path, f"{key} belongs to {part}, which is not served")
+    if any(key.startswith("vision_model.") for key in keys):
+        return HUGGING_FACE
+    if any(key.startswith("visual.") for key in keys):
+        return OPENAI
+    if "conv1.weight" in keys:
+        return TOWER_ALONE
+    if "embeddings.patch_embedding.weight" in keys:  # of a CLIPVisionModel, as transformers 5 writes it
+        return HUGGING_FACE
+    raise CheckpointError(file.path, f"holds no CLIP image tower, only {listing(sorted(keys)) or 'nothing'}")
+
+
+def listing(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

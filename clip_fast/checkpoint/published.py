@@ -1,0 +1,78 @@
+"""Published models by name: their shapes, where their checkpoints come from, and how a name becomes a file.
+
+Sources: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021), tables 19 and
+20, for OpenAI's nine models.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+
+from ..errors import CheckpointError
+from ..towers.config import Config, ResNetConfig, VitConfig
+from .download import Pretrained, download
+
+_ASSETS = Path(__file__).parents[1] / "assets"
+
+
+OPENAI_MODELS: dict[str, Config] = {
+    "RN50": ResNetConfig((3, 4, 6, 3), width=64, heads=32, image_size=224, embed_dim=1024),
+    "RN101": ResNetConfig((3, 4, 23, 3), width=64, heads=32, image_size=224, embed_dim=512),
+    "RN50x4": ResNetConfig((4, 6, 10, 6), width=80, heads=40, image_size=288, embed_dim=640),
+    "RN50x16": ResNetConfig((6, 8, 18, 8), width=96, heads=48, image_size=384, embed_dim=768),
+    "RN50x64": ResNetConfig((3, 15, 36, 10), width=128, heads=64, image_size=448, embed_dim=1024),
+    "ViT-B/32": VitConfig(224, 32, width=768, layers=12, heads=12, embed_dim=512),
+    "ViT-B/16": VitConfig(224, 16, width=768, layers=12, heads=12, embed_dim=512),
+    "ViT-L/14": VitConfig(224, 14, width=1024, layers=24, heads=16, embed_dim=768),
+    "ViT-L/14@336px": VitConfig(336, 14, width=1024, layers=24, heads=16, embed_dim=768),
+}
+
+# Shipped inside the package (clip_fast/assets), for demonstration and end-to-end checks without a download.
+BUNDLED_MODELS: dict[str, VitConfig] = {
+    "tiny-digits": VitConfig(32, 8, width=128, layers=3, heads=2, embed_dim=64),
+}
+
+
+def _openai(sha256: str, filename: str) -> Pretrained:
+    return Pretrained(f"https://openaipublic.azureedge.net/clip/models/{sha256}/{filename}", sha256)
+
+
+OPENAI_CHECKPOINTS: dict[str, Pretrained] = {
+    "RN50": _openai("afeb0e10f9e5a86da6080e35cf09123aca3b358a0c3e3b6c78a7b63bc04b6762", "RN50.pt"),
+    "RN101": _openai("8fa8567bab74a42d41c5915025a8e4538c3bdbe8804a470a72f30b0d94fab599", "RN101.pt"),
+    "RN50x4": _openai("7e526bd135e493cef0776de27d5f42653e6b4c8bf9e0f653bb11773263205fdd", "RN50x4.pt"),
+    "RN50x16": _openai("52378b407f34354e150460fe41077663dd5b39c54cd0bfd2b27167a4a06ec9aa", "RN50x16.pt"),
+    "RN50x64": _openai("be1cfb55d75a9666199fb2206c106743da0f6468c9d327f3e0d0a543a9919d9c", "RN50x64.pt"),
+    "ViT-B/32": _openai("40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af", "ViT-B-32.pt"),
+    "ViT-B/16": _openai("5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f", "ViT-B-16.pt"),
+    "ViT-L/14": _openai("b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836", "ViT-L-14.pt"),
+    "ViT-L/14@336px": _openai("3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02", "ViT-L-14-336px.pt"),
+}
+
+
+def available_models() -> list[str]:
+    """Names that `resolve` knows: OpenAI's models, then those that come with the package."""
+    return [*OPENAI_MODELS, *BUNDLED_MODELS]
+
+
+def resolve(name_or_path: str | os.PathLike[str], download_root: str | os.PathLike[str] | None = None) -> Path:
+    """Finds a checkpoint: a name from `available_models()`, downloaded where needed, or a path that exists.
+
+    Downloads are kept in `download_root`, by default `~/.cache/clip`, and checked by their SHA-256 each time.
+
+    Raises:
+        CheckpointError: for neither a name nor an existing path, and where a download fails.
+    """
+    name = os.fspath(name_or_path)
+    if name in OPENAI_CHECKPOINTS:
+        return download(OPENAI_CHECKPOINTS[name], Path(download_root or "~/.cache/clip").expanduser())
+    path = _ASSETS / name / "model.safetensors" if name in BUNDLED_MODELS else Path(name).expanduser()
+    if path.exists():
+        return path
+    close = difflib.get_close_matches(name.lower(), {known.lower() for known in available_models()}, n=1, cutoff=0.5)
+    hint = "".join(f"; did you mean {known!r}?" for known in available_models() if known.lower() in close)
+    raise CheckpointError(
+        name, f"no such file, and no model of that name{hint} (names: {', '.join(available_models())})"
+    )

@@ -1,0 +1,155 @@
+"""Checkpoints of OpenAI, open_clip and Hugging Face: one canonical state dict and one config from any of them.
+
+Layouts, by what their keys begin with: `visual.` (OpenAI and open_clip; the canonical names after it), no prefix (the
+image tower alone, under canonical names), `vision_model.` (Hugging Face).
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import cast, get_args
+
+from torch import Tensor
+
+from ..errors import CheckpointError, summary
+from ..towers.config import (
+    Activation,
+    Config,
+    Rgb,
+    TextConfig,
+)
+from .layouts import HUGGING_FACE, layout_of
+from .settings import STRUCTURE_ERRORS, BesideWeights, description, read_settings
+from .stored_tower import StoredTower
+from .weights_file import WeightsFile, read_json, read_weights
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An image tower as read from a file, and the text tower where the file has OpenAI's.
+
+    `state_dict` has exactly the names and shapes of `reference.build(config).state_dict()`; its tensors are contiguous,
+    on the CPU, independent of the file and of the dtype that they have in it. `mean` and `std` normalise the RGB
+    channels of pixels scaled to [0, 1], and `squash` is that of `Preprocess`. `text` has the text tower's config, and
+    the names and shapes of `text.TextEncoder(config).state_dict()`.
+    """
+
+    config: Config
+    state_dict: dict[str, Tensor]
+    mean: Rgb
+    std: Rgb
+    text: tuple[TextConfig, dict[str, Tensor]] | None = None
+    squash: bool = False
+
+
+def read_checkpoint(path: str | os.PathLike[str], activation: Activation | None = None) -> Checkpoint:
+    """Reads the image tower from a checkpoint file or a folder with one, without running code from it.
+
+    Args:
+        path: OpenAI's `.pt` (TorchScript archive or state dict), open_clip's `.pt`, `.bin` or `.safetensors`, or a
+            folder as Hugging Face (`config.json`) or open_clip (`open_clip_config.json`) writes it. Such a config is
+            heeded beside any weights of the shapes that it describes.
+        activation: of a ViT's MLPs; by default what the config beside the weights or the file itself says. A plain
+            state dict with OpenAI's names is taken for OpenAI's, "quick_gelu", with a warning.
+
+    Raises:
+        CheckpointError: for anything but a complete, finite image tower of a kind that is served.
+        ValueError: for an unknown activation.
+    """
+    if activation is not None and activation not in get_args(Activation):
+        raise ValueError(f"activation must be one of {get_args(Activation)} or None, got {activation!r}")
+    file = read_weights(_locate(Path(path)))
+    tower = StoredTower(file, layout_of(file))
+    settings = _settings_beside(tower)
+
+    @cache
+    def activation_of_file() -> Activation:
+        return activation or settings.activation or _activation(file)
+
+    config = tower.config(settings, activation_of_file)
+    state_dict = tower.state_dict(config)
+    text = tower.text(settings, activation_of_file)
+    return Checkpoint(config, state_dict, settings.mean, settings.std, text, settings.squash)
+
+
+# --- Folders and the settings in them --------------------------------------------------------------------------------
+
+# Weights by file name, the preferred first, and the config that belongs to them.
+_FOLDER_FILES = {
+    "model.safetensors": "config.json",
+    "model.safetensors.index.json": "config.json",
+    "open_clip_model.safetensors": "open_clip_config.json",
+    "pytorch_model.bin": "config.json",
+    "pytorch_model.bin.index.json": "config.json",
+    "open_clip_pytorch_model.bin": "open_clip_config.json",
+}
+
+
+def _locate(path: Path) -> Path:
+    """The weights at `path` or in this folder."""
+    if path.is_dir():
+        present = [path / name for name in _FOLDER_FILES if (path / name).is_file()]
+        if not present:
+            raise CheckpointError(path, f"folder holds none of {', '.join(_FOLDER_FILES)}")
+        return present[0]
+    if not path.is_file():
+        raise CheckpointError(path, "no such file")
+    return path
+
+
+def _settings_beside(tower: StoredTower) -> BesideWeights:
+    """What the config beside the weights says; of two, the one whose package names tensors as these are.
+
+    By the files' names, or because Hugging Face's weights cannot do without, a config may have to be that of the
+    weights. Any other may lie there for another model, and is used only where it describes the tower in the file.
+    """
+    weights, hugging_face = tower.file.path, tower.layout is HUGGING_FACE
+    for name in sorted(set(_FOLDER_FILES.values()), reverse=not hugging_face):
+        path = weights.with_name(name)
+        belongs = _FOLDER_FILES.get(weights.name) == name or (hugging_face and name == "config.json")
+        if path.is_file() and (belongs or _describes(path, tower)):
+            return read_settings(path)
+    if hugging_face:
+        raise CheckpointError(weights, "needs the config.json that transformers writes beside it")
+    return BesideWeights()
+
+
+def _describes(path: Path, tower: StoredTower) -> bool:
+    """Whether the config at `path` is that of the tower; warns where it is a CLIP's and is not."""
+    held = tower.file.activation, *tower.shape()
+    try:
+        told = description(path, read_json(path))
+    except (CheckpointError, *STRUCTURE_ERRORS) as error:
+        warnings.warn(f"{path}: not used, since it cannot be understood: {summary(error)}", stacklevel=4)
+        return False
+    if told is None:
+        return False
+    if told[1:] != held[1:] or held[0] not in (None, told[0]):
+        names = "activation", "width", "layers", "patch size", "tokens"
+        differing = [f"{name} {a}, not {b}" for name, a, b in zip(names, told, held, strict=True) if b not in (None, a)]
+        warnings.warn(
+            f"{path}: not used, since it is another model's than {tower.file.path.name}: {', '.join(differing)}",
+            stacklevel=4,
+        )
+        return False
+    return True
+
+
+def _activation(file: WeightsFile) -> Activation:
+    """The activation by what the weights file alone tells."""
+    if file.activation is not None:
+        return cast(Activation, file.activation)
+    if file.open_clip:
+        raise CheckpointError(
+            file.path, "does not say which activation its model has: pass activation='gelu' or activation='quick_gelu'"
+        )
+    warnings.warn(
+        f"{file.path}: taken for one of OpenAI's models, with QuickGELU; if it is not, pass activation='gelu' "
+        "(and activation='quick_gelu' to silence this warning)",
+        stacklevel=5,
+    )
+    return "quick_gelu"

@@ -1,0 +1,205 @@
+"""The settings beside weights, as transformers and open_clip write them: what the weights' shapes cannot tell."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast, get_args
+
+from ..errors import CheckpointError
+from ..towers.config import EPS, HEAD_DIM, IMAGE_MEAN, IMAGE_STD, RESNET_STRIDE, Activation, Rgb
+from .weights_file import read_json
+
+_HUGGING_FACE_TYPES = ("clip", "clip_vision_model")
+STRUCTURE_ERRORS = (
+    AttributeError,
+    KeyError,
+    TypeError,
+    IndexError,
+    ZeroDivisionError,
+)  # of JSON that is not as expected
+# Keys of open_clip's vision_cfg that change nothing here or are read from the weights' shapes, and harmless defaults.
+_OPEN_CLIP_KEYS = {"image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio", "patch_dropout"}
+_OPEN_CLIP_UNUSED = {"output_tokens", "attn_pooler_queries", "attn_pooler_heads", "pos_embed_type"}
+_OPEN_CLIP_DEFAULTS = {"pool_type": "tok", "block_type": "default", "timm_pool": "avg", "timm_proj": "linear"}
+# The same of its text_cfg. What pool_type there has no use for, eos_id and pad_id, changes nothing either.
+_OPEN_CLIP_TEXT_KEYS = {"context_length", "vocab_size", "width", "heads", "layers", "eos_id", "pad_id"}
+_OPEN_CLIP_TEXT_DEFAULTS = {"mlp_ratio": 4.0, "pool_type": "argmax", "proj_type": "linear", "block_type": "default"}
+
+
+@dataclass(frozen=True)
+class BesideWeights:
+    """What the config files beside the weights say, None where they are silent."""
+
+    activation: Activation | None = None
+    heads: int | None = None
+    image_size: int | None = None
+    mean: Rgb = IMAGE_MEAN
+    std: Rgb = IMAGE_STD
+    squash: bool = False
+    text_heads: int | None = None
+    text_as_openai: bool = True
+
+
+def description(path: Path, content: dict[str, Any]) -> tuple[object, ...] | None:
+    """A ViT's or ResNet's activation and `StoredTower.shape` by a config; None by one that is no CLIP's.
+
+    What the config leaves out has its package's defaults.
+    """
+    if path.name == "config.json":
+        if content.get("model_type") not in _HUGGING_FACE_TYPES:
+            return None
+        vision = _hugging_face_vision(content)
+        layers, patch_size = vision.get("num_hidden_layers", 12), vision.get("patch_size", 32)
+        width, activation = vision.get("hidden_size", 768), vision.get("hidden_act", "quick_gelu")
+    else:
+        model: dict[str, Any] = content["model_cfg"]
+        vision: dict[str, Any] = model["vision_cfg"]
+        if vision.get("timm_model_name"):
+            return None
+        is_resnet = isinstance(vision.get("layers"), list)
+        layers, patch_size = vision.get("layers", 12), RESNET_STRIDE if is_resnet else vision.get("patch_size", 16)
+        width, activation = vision.get("width", 768), "quick_gelu" if model.get("quick_gelu") else "gelu"
+    size: Any = vision.get("image_size", 224)
+    side = cast(list[Any], size)[0] if isinstance(size, list) else size
+    return activation, width, layers, patch_size, (side // patch_size) ** 2 + 1
+
+
+def read_settings(path: Path) -> BesideWeights:
+    content = read_json(path)
+    try:
+        if path.name == "config.json":
+            return _hugging_face_settings(path, content)
+        return _open_clip_settings(path, content)
+    except STRUCTURE_ERRORS as error:
+        raise CheckpointError(path, f"has an unexpected structure: {error!r}") from error
+
+
+def _hugging_face_settings(path: Path, content: dict[str, Any]) -> BesideWeights:
+    """Of a transformers config; what it leaves out has transformers' defaults."""
+    if content.get("model_type") not in _HUGGING_FACE_TYPES:
+        raise CheckpointError(
+            path, f"model_type must be 'clip' or 'clip_vision_model', got {content.get('model_type')!r}"
+        )
+    vision = _hugging_face_vision(content)
+    activation = vision.get("hidden_act", "quick_gelu")
+    if activation not in get_args(Activation):
+        raise CheckpointError(path, f"hidden_act must be one of {get_args(Activation)}, got {activation!r}")
+    eps = vision.get("layer_norm_eps", EPS)
+    if eps != EPS:
+        raise CheckpointError(path, f"layer_norm_eps must be {EPS}, got {eps}")
+    image_size = _integer(path, "image_size", vision.get("image_size", 224))
+    processing: dict[str, Any] = {}
+    if (beside := path.with_name("preprocessor_config.json")).is_file():
+        processing = read_json(beside)
+    elif (beside := path.with_name("processor_config.json")).is_file():
+        processing = read_json(beside).get("image_processor") or {}
+    squash, other = _hugging_face_preprocessing(processing, image_size)
+    _warn_of_preprocessing(beside, other)
+    return BesideWeights(
+        activation,
+        heads=_integer(path, "num_attention_heads", vision.get("num_attention_heads", 12)),
+        image_size=image_size,
+        mean=_triple(beside, processing, "image_mean", IMAGE_MEAN),
+        std=_triple(beside, processing, "image_std", IMAGE_STD),
+        squash=squash,
+    )
+
+
+def _hugging_face_vision(content: dict[str, Any]) -> dict[str, Any]:
+    if content["model_type"] == "clip":  # early versions of transformers let vision_config_dict overrule vision_config
+        return {**(content.get("vision_config") or {}), **(content.get("vision_config_dict") or {})}
+    return content
+
+
+def _hugging_face_preprocessing(processing: dict[str, Any], image_size: int) -> tuple[bool, dict[str, Any]]:
+    """Whether an image processor of transformers squashes, and what else it is set to do otherwise than CLIP's."""
+    set_to: dict[str, Any] = {
+        "do_resize": True,
+        "resample": 3,  # Pillow's bicubic
+        "size": image_size,
+        "do_center_crop": True,
+        "crop_size": image_size,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "do_pad": False,
+    }
+    set_to |= {key: processing[key] for key in set_to if processing.get(key) is not None}
+    square = [image_size, image_size], {"height": image_size, "width": image_size}
+    squash = set_to["size"] in square
+    done = {
+        "do_resize": set_to["do_resize"],
+        "resample": set_to["resample"] == 3,
+        "size": squash or set_to["size"] in (image_size, {"shortest_edge": image_size}),
+        "do_center_crop": set_to["do_center_crop"] or squash,
+        "crop_size": set_to["crop_size"] in (image_size, *square) or not set_to["do_center_crop"],
+        "do_rescale": set_to["do_rescale"],
+        "rescale_factor": math.isclose(set_to["rescale_factor"], 1 / 255, rel_tol=1e-6),
+        "do_normalize": set_to["do_normalize"],
+        "do_pad": not set_to["do_pad"],
+    }
+    return squash, {key: set_to[key] for key in done if not done[key]}
+
+
+def _open_clip_settings(path: Path, content: dict[str, Any]) -> BesideWeights:
+    model: dict[str, Any] = content["model_cfg"]
+    vision: dict[str, Any] = model["vision_cfg"]
+    for key, value in _special(vision, _OPEN_CLIP_KEYS | _OPEN_CLIP_UNUSED, _OPEN_CLIP_DEFAULTS).items():
+        raise CheckpointError(path, f"vision_cfg sets {key} to {value!r}, which is not served")
+    processing: dict[str, Any] = content.get("preprocess_cfg", {})
+    served = {
+        "interpolation": (None, "bicubic", "random"),
+        "resize_mode": (None, "shortest", "squash"),
+    }  # random: training
+    other = {key: processing[key] for key, values in served.items() if processing.get(key) not in values}
+    _warn_of_preprocessing(path, other)
+    width = vision.get("width", 768) * (32 if isinstance(vision.get("layers"), list) else 1)  # of the attention
+    size: Any = vision.get("image_size", 224)
+    if isinstance(size, list):
+        sizes = cast(list[Any], size)
+        if len(set(sizes)) != 1:
+            raise CheckpointError(path, f"vision_cfg must have a square image_size, got {sizes}")
+        size = sizes[0]
+    text: dict[str, Any] = model.get("text_cfg") or {}
+    return BesideWeights(
+        "quick_gelu" if model.get("quick_gelu") else "gelu",
+        heads=width // vision.get("head_width", HEAD_DIM),
+        image_size=_integer(path, "image_size", size),
+        mean=_triple(path, processing, "mean", IMAGE_MEAN),
+        std=_triple(path, processing, "std", IMAGE_STD),
+        squash=processing.get("resize_mode") == "squash",
+        text_heads=_integer(path, "heads", text.get("heads", 8)) if text else None,
+        text_as_openai=not _special(text, _OPEN_CLIP_TEXT_KEYS, _OPEN_CLIP_TEXT_DEFAULTS),
+    )
+
+
+def _special(section: dict[str, Any], known: set[str], defaults: dict[str, Any]) -> dict[str, Any]:
+    """What a section of open_clip's sets besides `known` keys, empty values and harmless `defaults`."""
+    return {k: v for k, v in section.items() if k not in known and v and v != defaults.get(k)}
+
+
+def _integer(path: Path, key: str, value: Any) -> int:
+    if not isinstance(value, int):
+        raise CheckpointError(path, f"{key} must be an integer, got {value!r}")
+    return value
+
+
+def _triple(path: Path, section: dict[str, Any], key: str, default: Rgb) -> Rgb:
+    values: Any = section.get(key) or default
+    if len(values) != 3 or not all(isinstance(value, (int, float)) for value in values):
+        raise CheckpointError(path, f"{key} must be three numbers, got {values!r}")
+    return cast(Rgb, tuple(float(value) for value in values))
+
+
+def _warn_of_preprocessing(path: Path, other: dict[str, Any]) -> None:
+    """Warns of the settings that `Preprocess` does not follow."""
+    if other:
+        settings = ", ".join(f"{key} {value!r}" for key, value in other.items())
+        warnings.warn(
+            f"{path}: this model's images are not preprocessed as CLIP's ({settings}), which is not done here; "
+            "the encoder is right, but preprocess images yourself",
+            stacklevel=6,
+        )

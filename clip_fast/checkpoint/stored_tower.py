@@ -1,0 +1,206 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..towers import reference
+from ..towers.config import (
+    HEAD_DIM,
+    RESNET_STRIDE,
+    Activation,
+    Config,
+    ResNetConfig,
+    TextConfig,
+    VitConfig,
+)
+from ..towers.text import VOCABULARY, TextEncoder
+from .layouts import HUGGING_FACE, OPENAI, TEXT, Layout, listing
+from .settings import BesideWeights
+from .weights_file import WeightsFile
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_HEAD_DIMS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}  # by width: images in open_clip's ViT-H, ViT-g, ViT-bigG, ViT-e
+
+
+@dataclass(frozen=True)
+class StoredTower:
+    """The image tower in a file, by canonical names. Every method raises CheckpointError."""
+
+    file: WeightsFile
+    layout: Layout
+
+    def config(self, settings: BesideWeights, activation: Callable[[], Activation]) -> Config:
+        """Infers the tower's config from shapes, and from `settings` what shapes cannot tell."""
+        if self.layout is HUGGING_FACE and not self._has("proj"):
+            raise CheckpointError(
+                self.file.path,
+                "misses visual_projection.weight: a CLIPVisionModel has no embeddings shared with text, "
+                "save a CLIPModel or a CLIPVisionModelWithProjection",
+            )
+        try:
+            if self._is_resnet():
+                return self._resnet_config(settings)
+            return self._vit_config(settings, activation)
+        except CheckpointError:
+            raise
+        except ValueError as error:
+            raise CheckpointError(self.file.path, f"its tensors' shapes make no tower: {error}") from error
+
+    def shape(self) -> tuple[object, ...]:
+        """Width, layers, patch size and number of tokens, as a config tells them."""
+        if self._is_resnet():
+            width = self._shape("layer1.0.conv1.weight", 4)[0]
+            layers = [self._count(f"layer{stage}.") for stage in (1, 2, 3, 4)]
+            return width, layers, RESNET_STRIDE, self._shape("attnpool.positional_embedding", 2)[0]
+        width, _, _, patch_size = self._shape("conv1.weight", 4)
+        return width, self._count(self.layout.blocks), patch_size, self._shape("positional_embedding", 2)[0]
+
+    def _vit_config(self, settings: BesideWeights, activation: Callable[[], Activation]) -> VitConfig:
+        width, _, _, patch_size = self._shape("conv1.weight", 4)
+        if not self._has("ln_pre.weight") and not self._has("ln_pre.bias"):
+            raise CheckpointError(self.file.path, "has no ln_pre (open_clip's no_ln_pre), which is not served")
+        embed_dim = self._shape("proj", 2)[1]
+        layers = self._count(self.layout.blocks)
+        mlp_width = self._shape("transformer.resblocks.0.mlp.c_fc.weight", 2)[0]
+        image_size = self._image_size("positional_embedding", patch_size, settings)
+        heads = self._heads(settings.heads, width, _HEAD_DIMS.get(width, HEAD_DIM))
+        return VitConfig(image_size, patch_size, width, layers, heads, embed_dim, mlp_width / width, activation())
+
+    def _resnet_config(self, settings: BesideWeights) -> ResNetConfig:
+        width = self._shape("layer1.0.conv1.weight", 4)[0]
+        layers = self._count("layer1."), self._count("layer2."), self._count("layer3."), self._count("layer4.")
+        embed_dim = self._shape("attnpool.c_proj.weight", 2)[0]
+        image_size = self._image_size("attnpool.positional_embedding", RESNET_STRIDE, settings)
+        heads = self._heads(settings.heads, 32 * width)
+        return ResNetConfig(layers, width, heads, image_size, embed_dim)
+
+    def text(
+        self, settings: BesideWeights, activation: Callable[[], Activation]
+    ) -> tuple[TextConfig, dict[str, Tensor]] | None:
+        """The text tower, where it is complete, is OpenAI's in its names, its vocabulary and what the config says of
+        it, and its activation can be told."""
+        names = ("token_embedding.weight", "positional_embedding", "text_projection", "logit_scale")
+        if self.layout is not OPENAI or not all(name in self.file.entries for name in names):
+            return None
+        tower = StoredTower(self.file, TEXT)
+        vocabulary, width = tower._shape("token_embedding.weight", 2)
+        if vocabulary != VOCABULARY or not settings.text_as_openai:  # it reads other tokens, or reads them otherwise
+            return None
+        context_length, embed_dim = tower._shape("positional_embedding", 2)[0], tower._shape("text_projection", 2)[1]
+        try:
+            told = activation()
+        except CheckpointError:  # a ResNet's own needs none
+            return None
+        layers = tower._count(TEXT.blocks)
+        heads = tower._heads(settings.text_heads, width)
+        try:
+            config = TextConfig(context_length, vocabulary, width, layers, heads, embed_dim, told)
+        except ValueError as error:
+            raise CheckpointError(self.file.path, f"its text tower makes none: {error}") from error
+        with torch.device("meta"):
+            wanted = TextEncoder(config).state_dict()
+        return config, {name: tower._load(name, like) for name, like in wanted.items()}
+
+    def state_dict(self, config: Config) -> dict[str, Tensor]:
+        """All tensors of the tower, checked: complete, nothing besides, right in shape and dtype, finite."""
+        with torch.device("meta"):
+            wanted = reference.build(config).state_dict()
+        used = {key for name in wanted for key in self.layout.keys(name)}
+        state_dict = {name: self._load(name, like) for name, like in wanted.items()}
+        surplus = [key for key in self.file.entries if key not in used and not self.layout.other.match(key)]
+        if surplus:
+            raise CheckpointError(self.file.path, f"holds what a CLIP model has not: {listing(surplus)}")
+        return state_dict
+
+    def _load(self, name: str, like: Tensor) -> Tensor:
+        if name.endswith("num_batches_tracked") and not self._has(name):  # some tools leave these counters out
+            return torch.zeros((), dtype=like.dtype)
+        keys = self.layout.keys(name)
+        shape = list(like.shape)
+        if transposed := self._is_transposed(name):
+            shape.reverse()
+        shape[:1] = [size // len(keys) for size in shape[:1]]
+        parts = [self._tensor(key) for key in keys]
+        for key, part in zip(keys, parts, strict=True):
+            if list(part.shape) != shape:
+                raise CheckpointError(self.file.path, f"{key} must have shape {shape}, got {list(part.shape)}")
+            if like.is_floating_point() and part.dtype not in _DTYPES:
+                raise CheckpointError(self.file.path, f"{key} must be of a floating-point dtype, got {part.dtype}")
+            # Of NaN and other numbers the least is NaN. Counters of batches are nobody's concern, whatever their dtype.
+            if like.is_floating_point() and not all(bound.isfinite() for bound in part.aminmax()):
+                raise CheckpointError(self.file.path, f"{key} holds NaN or infinite values")
+        if len({part.dtype for part in parts}) != 1:
+            raise CheckpointError(self.file.path, f"{', '.join(keys)} must be of one dtype")
+        whole = torch.cat([part.detach() for part in parts]) if len(parts) > 1 else parts[0].detach()
+        return (whole.T if transposed else whole).clone(memory_format=torch.contiguous_format)
+
+    def _has(self, name: str) -> bool:
+        return all(key in self.file.entries for key in self.layout.keys(name))
+
+    def _is_resnet(self) -> bool:
+        return self._has("layer1.0.conv1.weight")
+
+    def _is_transposed(self, name: str) -> bool:
+        return name == "proj" and self.layout is HUGGING_FACE
+
+    def _tensor(self, key: str) -> Tensor:
+        """The tensor under a key of the file."""
+        if key not in self.file.entries:
+            raise CheckpointError(self.file.path, f"misses {key}")
+        value = self.file.entries[key]
+        if not isinstance(value, Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+            raise CheckpointError(self.file.path, f"{key} is not a plain dense tensor but {type(value).__name__}")
+        return value
+
+    def _shape(self, name: str, dimensions: int) -> tuple[int, ...]:
+        """The shape of one canonical tensor that is stored in one piece."""
+        (key,) = self.layout.keys(name)
+        shape = tuple(self._tensor(key).shape)
+        if len(shape) != dimensions or 0 in shape:
+            raise CheckpointError(
+                self.file.path, f"{key} must have {dimensions} dimensions, none of them 0, got {list(shape)}"
+            )
+        return shape[::-1] if self._is_transposed(name) else shape
+
+    def _count(self, blocks: str) -> int:
+        """How many numbered blocks there are, which must be 0, 1, 2 and so on."""
+        pattern = re.compile(re.escape(f"{self.layout.prefix}{blocks}") + r"(\d+)\.")
+        numbers = {int(found[1]) for key in self.file.entries if (found := pattern.match(key))}
+        missing = next(number for number in range(len(numbers) + 1) if number not in numbers)
+        if missing < max(len(numbers), 1):
+            raise CheckpointError(self.file.path, f"misses all of {self.layout.prefix}{blocks}{missing}")
+        return len(numbers)
+
+    def _image_size(self, name: str, stride: int, settings: BesideWeights) -> int:
+        tokens = self._shape(name, 2)[0]
+        grid = math.isqrt(tokens - 1)
+        (key,) = self.layout.keys(name)
+        if tokens < 2 or grid**2 + 1 != tokens:
+            raise CheckpointError(
+                self.file.path, f"{key} must have one row and a square number more, got {tokens} rows"
+            )
+        if settings.image_size is not None and settings.image_size // stride != grid:
+            raise CheckpointError(
+                self.file.path,
+                f"{key} is for images of {grid * stride} pixels, the config beside it says {settings.image_size}",
+            )
+        return settings.image_size or grid * stride
+
+    def _heads(self, told: int | None, width: int, head_dim: int = HEAD_DIM) -> int:
+        if told is not None:
+            return told
+        if width % head_dim:
+            raise CheckpointError(
+                self.file.path,
+                f"its number of heads cannot be told from its width of {width}: "
+                "put its config.json or open_clip_config.json beside it",
+            )
+        return width // head_dim

@@ -1,0 +1,271 @@
+"""`clip-fast encode`: one way for each kind of output."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import warnings
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from ..bulk.decoder import Decoder
+from ..bulk.manifest import computer, weights_digest
+from ..bulk.npy import EmbeddingWriter, embed_files
+from ..bulk.pipeline import Options, run
+from ..bulk.processes import ProcessJob, run_on_devices
+from ..bulk.progress import Progress, check_errors
+from ..bulk.shards import OutputFolder
+from ..bulk.tables import ParquetWriter
+from ..bulk.workers import start_fork_server
+from ..encoder import ImageEncoder
+from ..errors import printable
+from ..inputs.finder import read_list
+from ..inputs.inputs import Inputs, find_inputs
+from ..inputs.items import Failure, Item, Unreadable
+from ..inputs.parquet import Parquet
+from ..loading import default_device, default_dtype, load
+from ..preprocess import Preprocess
+from .messages import EXIT_OK, EXIT_SOME_FAILED, report, say
+from .parser import DTYPES
+
+_LARGE = (  # options for a folder or a parquet file, and not for a single .npy
+    "resume",
+    "devices",
+    "shard_size",
+    "workers",
+    "embedding_dtype",
+    "normalize",
+    "fast_decode",
+    "time_limit",
+)
+_NOT_ON_RAY = ("resume", "device", "devices", "shard_size", "embedding_dtype", "time_limit", "max_errors")
+
+
+def _refuse(arguments: argparse.Namespace, names: Iterable[str], why: str) -> None:
+    values = [(name, getattr(arguments, name)) for name in names]
+    given = [f"--{name.replace('_', '-')}" for name, value in values if value is not None and value is not False]
+    if given:
+        raise ValueError(f"{', '.join(given)}: {why}")
+
+
+def encode(arguments: argparse.Namespace) -> int:
+    """Runs `clip-fast encode` and returns its exit status."""
+    output: str = arguments.output
+    if arguments.ray:
+        return _encode_on_ray(arguments)
+    if output.endswith((os.sep, "/")) or os.path.isdir(output):
+        return _encode_to_folder(arguments)
+    if output.endswith(Parquet.suffix):
+        return _encode_to_parquet(arguments)
+    _refuse(arguments, _LARGE, "for an --output that is a folder (ending in /) or .parquet")
+    return _encode_to_npy(arguments)
+
+
+def _paths(arguments: argparse.Namespace) -> list[str]:
+    """The PATHs of the command line and of --files-from."""
+    if arguments.files_from is None:
+        return arguments.paths
+    with nullcontext(sys.stdin.buffer) if arguments.files_from == "-" else open(arguments.files_from, "rb") as file:
+        return arguments.paths + read_list(file)
+
+
+def _find(arguments: argparse.Namespace) -> Inputs:
+    if not arguments.quiet:
+        say("listing the inputs")  # takes a minute or more for millions of files
+    inputs = find_inputs(_paths(arguments), image_column=arguments.image_column, key_column=arguments.key_column)
+    if all(isinstance(item, Unreadable) for item in inputs):
+        report(Failure(item.location, item.reason) for item in inputs if isinstance(item, Unreadable))
+        raise ValueError("no image found")
+    return inputs
+
+
+def _encode_on_ray(arguments: argparse.Namespace) -> int:
+    from ..bulk import ray_job  # imported here, since Ray takes seconds to import
+
+    _refuse(arguments, _NOT_ON_RAY, "not with --ray, whose workers read, divide and repeat by themselves")
+    if not arguments.output.endswith("/"):
+        raise ValueError("with --ray the --output is a folder for parquet files: it must end in /")
+    totals = ray_job.encode(
+        _paths(arguments),
+        arguments.model,
+        arguments.output,
+        address=arguments.ray,
+        workers=arguments.workers,
+        batch_size=arguments.batch_size or 256,
+        image_column=arguments.image_column,
+        key_column=arguments.key_column,
+        dtype=DTYPES.get(arguments.dtype),
+        activation=arguments.activation,
+        normalize=arguments.normalize,
+        fast_decode=arguments.fast_decode,
+    )
+    if not arguments.quiet:
+        say(f"{printable(arguments.output)}: complete, {totals['images']} images, {totals['failed']} failed")
+    if arguments.json:
+        print(json.dumps({"output": arguments.output, "complete": True, **totals}))
+    return EXIT_SOME_FAILED if totals["failed"] else EXIT_OK
+
+
+def _encode_to_npy(arguments: argparse.Namespace) -> int:
+    with EmbeddingWriter(arguments.output) as writer, warnings.catch_warnings():
+        # Photographs of 90 to 179 megapixels are embedded without a warning. Larger ones are failures.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        items: list[Item] = []
+        failures: list[Failure] = []
+        for item in _find(arguments):
+            if isinstance(item, Unreadable):
+                failures.append(Failure(item.location, item.reason))
+            else:
+                items.append(item)
+        report(failures)
+        writer.fail(failures)
+        check_errors(writer.failed, arguments.max_errors)
+
+        dtype = DTYPES.get(arguments.dtype)
+        model, preprocess = load(arguments.model, arguments.device, dtype, activation=arguments.activation)
+        with (
+            tqdm(total=len(items), unit=" images", disable=arguments.quiet) as progress,
+            closing(embed_files(model, preprocess, items, arguments.batch_size or 32)) as batches,
+        ):
+            for batch in batches:
+                writer.add(batch)
+                report(batch.failures)
+                progress.update(len(batch.paths) + len(batch.failures))
+                check_errors(writer.failed, arguments.max_errors)
+        writer.commit()
+
+    rows, columns = writer.shape
+    if writer.failed:
+        say(f"{writer.failed} failed: see {printable(str(writer.errors_path))}")
+    if not rows:
+        say("no image could be read, so no embeddings are written")
+    elif not arguments.quiet:
+        say(f"{printable(arguments.output)}: float32 [{rows}, {columns}]")
+    if arguments.json:
+        counts = {"images": rows + writer.failed, "failed": writer.failed}
+        print(json.dumps({"output": arguments.output, "complete": True, **counts}))
+    return EXIT_SOME_FAILED if writer.failed else EXIT_OK
+
+
+def _encode_to_folder(arguments: argparse.Namespace) -> int:
+    devices = _chosen_devices(arguments)
+    options = _options(arguments, devices)
+    one = devices[0] if len(devices) == 1 else None  # with several devices, each process loads its own weights
+    with OutputFolder(arguments.output, arguments.resume) as folder:
+        if one and options.workers:
+            start_fork_server()
+        inputs = _find(arguments)
+        dtype = DTYPES.get(arguments.dtype) or default_dtype(devices[0])
+        model, preprocess = load(arguments.model, one or "cpu", dtype, activation=arguments.activation)
+        folder.begin(_settings(arguments, options, model, preprocess, devices))
+        with _progress(arguments, inputs) as progress:
+            if one:
+                run(model, Decoder(preprocess, arguments.fast_decode), inputs, folder, options, progress)
+            else:
+                job = ProcessJob(
+                    model=arguments.model,
+                    dtype=dtype,
+                    activation=arguments.activation,
+                    inputs=inputs,
+                    folder=arguments.output,
+                    options=options,
+                    fast_decode=arguments.fast_decode,
+                )
+                run_on_devices(devices, job, progress)
+            folder.finish(progress.done.shards)
+    return EXIT_SOME_FAILED if progress.done.failed else EXIT_OK
+
+
+def _encode_to_parquet(arguments: argparse.Namespace) -> int:
+    if arguments.resume or arguments.devices:
+        raise ValueError("--resume and --devices are for an --output that is a folder (ending in /)")
+    devices = _chosen_devices(arguments)
+    options = _options(arguments, devices)
+    with ParquetWriter(arguments.output) as file:
+        if options.workers:
+            start_fork_server()
+        inputs = _find(arguments)
+        dtype = DTYPES.get(arguments.dtype)
+        model, preprocess = load(arguments.model, devices[0], dtype, activation=arguments.activation)
+        with _progress(arguments, inputs) as progress:
+            run(model, Decoder(preprocess, arguments.fast_decode), inputs, file, options, progress)
+            file.commit()
+    return EXIT_SOME_FAILED if progress.done.failed else EXIT_OK
+
+
+def _chosen_devices(arguments: argparse.Namespace) -> list[torch.device]:
+    if arguments.devices and arguments.device:
+        raise ValueError("--device and --devices exclude each other")
+    if arguments.devices:
+        if len({device.type for device in arguments.devices}) > 1:
+            raise ValueError("--devices must be of one kind, or embeddings would depend on which made them")
+        return arguments.devices
+    return [arguments.device or default_device()]
+
+
+def _options(arguments: argparse.Namespace, devices: Sequence[torch.device]) -> Options:
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    share = cpus if devices[0].type == "cuda" else cpus // 2  # a CPU needs its other half to encode
+    given: dict[str, Any] = {
+        "batch_size": arguments.batch_size,
+        "shard_size": arguments.shard_size,
+        "workers": arguments.workers if arguments.workers is not None else max(1, share // len(devices)),
+        "time_limit": arguments.time_limit,
+        "dtype": arguments.embedding_dtype,
+        "normalize": arguments.normalize,
+    }
+    return Options(**{name: value for name, value in given.items() if value is not None})
+
+
+def _settings(
+    arguments: argparse.Namespace,
+    options: Options,
+    model: ImageEncoder,
+    preprocess: Preprocess,
+    devices: Sequence[torch.device],
+) -> dict[str, object]:
+    """All that the bytes of the output depend on, for the manifest."""
+    return {
+        "inputs": arguments.paths,
+        "image_column": arguments.image_column,
+        "key_column": arguments.key_column,
+        "model": arguments.model,
+        "activation": arguments.activation,
+        "weights": weights_digest(model),
+        "squash": preprocess.squash,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "batch_size": options.batch_size,
+        "shard_size": options.shard_size,
+        "embedding_dtype": options.dtype,
+        "normalize": options.normalize,
+        "fast_decode": arguments.fast_decode,
+        **computer(devices),
+    }
+
+
+@contextmanager
+def _progress(arguments: argparse.Namespace, inputs: Inputs) -> Generator[Progress, None, None]:
+    """A progress bar, and a summary however the run ends."""
+    complete = False
+    progress = Progress(inputs.expected(), quiet=arguments.quiet, max_errors=arguments.max_errors)
+    try:
+        with progress:
+            yield progress
+        complete = True
+    finally:
+        summary = progress.summary()
+        if not arguments.quiet:
+            say(
+                f"{printable(arguments.output)}: {'complete' if complete else 'incomplete'}, "
+                f"{summary['images']} images, {summary['failed']} failed, {summary['resumed']} by earlier runs; "
+                f"{summary['images_per_second']} images/s, {summary['bound']}-bound"
+            )
+        if arguments.json:
+            print(json.dumps({"output": arguments.output, "complete": complete, **summary}))

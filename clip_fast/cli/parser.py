@@ -1,0 +1,227 @@
+"""The command line's options and help texts."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+
+import torch
+
+from ..inputs.containers import IMAGE_COLUMN
+from ..version import __version__
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+DESCRIPTION = "Embeds images with CLIP, fast."
+
+EPILOG = """\
+examples:
+  clip-fast demo                                         see that it works, without a download
+  clip-fast models                                       the names that --model takes
+  clip-fast encode photos --model ViT-B/32               embed a folder into embeddings.npy
+  clip-fast encode --help                                all about it
+  clip-fast search "a dog on a beach" --index embeddings/
+"""
+
+ENCODE_DESCRIPTION = """\
+Embeds images with a CLIP image encoder.
+
+A PATH is
+  a file       taken whatever its suffix;
+  a folder     all images below it, by the suffixes of the formats that Pillow reads, sorted by path;
+  a .tar       a webdataset: the images in it; its samples' keys are kept;
+  a .parquet   a table with a column of images: their bytes, or paths to them;
+  a pattern    with * ? [...] and ** (any depth), where the shell has not expanded it: what it matches, sorted;
+  braces       data/{0000..0099}.tar, {train,test}/*.jpg: each number, or word, in their place.
+Rows follow the order of the arguments. A file reached twice is embedded once.
+
+--output says what is written:
+
+FILE.npy, for small jobs: beside each other, each whole or not at all
+  embeddings.npy   float32 [images, embed_dim], not normalised
+  paths.txt        UTF-8, line i is the path of row i, as reached from the arguments
+  errors.txt       only if files failed: path, tab, reason
+
+FOLDER/, for any number: shards as clip-retrieval and autofaiss read them, and a run that was stopped can --resume
+  img_emb/img_emb_0000.npy           [shard size, embed_dim]; rows of images that failed are zero
+  metadata/metadata_0000.parquet     key, image_path, width, height, status, error of each row
+  errors.jsonl                       only if images failed: key, image_path, reason
+  manifest.json                      the settings; once all is done, the totals
+
+FILE.parquet: the columns of the metadata and `embedding`, a list of fixed size
+
+A file that is no image is named in the errors, and the rest goes on. In paths.txt a path must fit a line (no line
+break, UTF-8). Errors that end the run, and Ctrl-C, leave a single file of an earlier run as it was, and a folder ready
+for --resume.
+"""
+
+ENCODE_EPILOG = """\
+examples:
+  clip-fast encode photos --model ViT-B/32
+  clip-fast encode 'photos/**/*.jpg' extra.png --model ViT-L/14 --output out/embeddings.npy
+  clip-fast encode photos --model open_clip_model.safetensors --activation gelu --device cuda:1 --dtype bfloat16
+  clip-fast encode 'data/{0000..0999}.tar' --model ViT-L/14 --output out/ --devices cuda:0,cuda:1 --resume
+  find photos -name '*.jpg' -print0 | clip-fast encode --files-from - --model ViT-B/32 --output out/
+
+reading the result:
+  rows = numpy.load("embeddings.npy")
+  paths = open("paths.txt", encoding="utf-8").read().splitlines()
+  rows /= numpy.linalg.norm(rows, axis=1, keepdims=True)   # cosine similarity is then rows @ rows.T
+
+exit status:
+  0    every image is embedded
+  1    some files failed, the others are embedded; if all failed, a single .npy is not written, only errors.txt
+  2    the run did not finish: wrong usage, no image found, output folder missing, model not loadable, disk full, ...
+  3    more than --max-errors failed
+  130  stopped by Ctrl-C
+A FOLDER/ keeps its finished shards in any case.
+"""
+
+
+SEARCH_DESCRIPTION = """\
+Finds the images whose embeddings have the highest cosine with a query's: exactly, all rows are compared.
+
+Each line is the cosine, a tab, and where the image lies, from the folder where encode ran if its paths were relative.
+Words need a model with OpenAI's text tower.
+"""
+
+SEARCH_EPILOG = """\
+examples:
+  clip-fast search "a dog on a beach" --index embeddings/
+  clip-fast search --image query.jpg --index embeddings/ -k 100 --html found.html
+
+exit status: 0 if the search was done, 2 if not
+"""
+
+
+def _whole(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least}, got {text!r}")
+        return int(text)
+
+    return number
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text!r}")
+    return seconds
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {reason}") from error
+    return device
+
+
+def _devices(text: str) -> list[torch.device]:
+    return [_device(f"cuda:{name}" if name.isdecimal() else name) for name in text.split(",")]
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; `command` names the command that was given."""
+    where = argparse.ArgumentParser(add_help=False)
+    where.add_argument("--device", type=_device, help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
+    where.add_argument("--dtype", choices=DTYPES, help="precision (default: float16 on a GPU, float32 on a CPU)")
+
+    layout = argparse.RawDescriptionHelpFormatter
+    whole = argparse.ArgumentParser("clip-fast", description=DESCRIPTION, epilog=EPILOG, formatter_class=layout)
+    whole.add_argument("--version", action="version", version=f"clip-fast {__version__}")
+    commands = whole.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    encode = commands.add_parser(
+        "encode",
+        parents=[where],
+        help="embed photographs, folders and patterns into a .npy file",
+        description=ENCODE_DESCRIPTION,
+        epilog=ENCODE_EPILOG,
+        formatter_class=layout,
+    )
+    encode.add_argument("paths", nargs="*", metavar="PATH", help="file, folder, tar, parquet, pattern or braces")
+    encode.add_argument(
+        "--model", required=True, metavar="NAME_OR_FILE", help="a name that `clip-fast models` lists, or a checkpoint"
+    )
+    encode.add_argument(
+        "--output", default="embeddings.npy", metavar="FILE|FOLDER/", help="what to write (default: %(default)s)"
+    )
+    encode.add_argument(
+        "--files-from", metavar="FILE", help="more PATHs, one a line or between zero bytes; - is standard input"
+    )
+    encode.add_argument(
+        "--image-column", default=IMAGE_COLUMN, metavar="NAME", help="of .parquet inputs (default: %(default)s)"
+    )
+    encode.add_argument("--key-column", metavar="NAME", help="of .parquet inputs, for the rows' keys")
+    encode.add_argument(
+        "--batch-size", type=_whole(1), metavar="N", help="images per step (default: 32, for folders and parquet 256)"
+    )
+    encode.add_argument(
+        "--activation",
+        choices=("quick_gelu", "gelu"),
+        help="of the MLPs, for a checkpoint that does not say: quick_gelu for OpenAI's, gelu for most others",
+    )
+    encode.add_argument("--max-errors", type=_whole(0), metavar="N", help="stop when more images fail")
+    encode.add_argument("--quiet", action="store_true", help="print failures and errors only")
+    encode.add_argument("--json", action="store_true", help="print a summary to stdout, as one line of JSON")
+
+    large = encode.add_argument_group("for --output FOLDER/ and FILE.parquet")
+    large.add_argument("--resume", action="store_true", help="go on with what is in FOLDER/, if anything")
+    large.add_argument("--devices", type=_devices, metavar="0,1,...", help="a process each, shards divided (FOLDER/)")
+    large.add_argument("--shard-size", type=_whole(1), metavar="N", help="images per shard (default: 10000)")
+    large.add_argument(
+        "--workers", type=_whole(0), metavar="N", help="decoding processes per device; 0: none, and no --time-limit"
+    )
+    large.add_argument("--embedding-dtype", choices=("float32", "float16"), help="as written (default: float32)")
+    large.add_argument("--normalize", action="store_true", help="write embeddings of length 1")
+    large.add_argument(
+        "--fast-decode", action="store_true", help="decode JPEGs at reduced scale: faster, pixels differ a little"
+    )
+    large.add_argument("--time-limit", type=_seconds, metavar="SECONDS", help="for an image (default: 60)")
+    large.add_argument(
+        "--ray", metavar="ADDRESS", help="of a Ray cluster, whose workers encode; FOLDER/ then holds parquet files"
+    )
+
+    search = commands.add_parser(
+        "search",
+        parents=[where],
+        help="find images in a folder that encode wrote, by words or by an image",
+        description=SEARCH_DESCRIPTION,
+        epilog=SEARCH_EPILOG,
+        formatter_class=layout,
+    )
+    search.add_argument("text", nargs="?", metavar="TEXT", help="what to look for, in words")
+    search.add_argument("--image", metavar="FILE", help="what to look for, as an image")
+    search.add_argument("--index", required=True, metavar="FOLDER", help="that clip-fast encode wrote")
+    search.add_argument("--model", metavar="NAME_OR_FILE", help="which made the index (default: as it was named then)")
+    search.add_argument("--activation", choices=("quick_gelu", "gelu"), help="as for encode (default: as it was then)")
+    search.add_argument("-k", type=_whole(1), default=10, metavar="N", help="how many to find (default: %(default)s)")
+    search.add_argument("--html", metavar="FILE", help="write a page with thumbnails, too")
+    search.add_argument("--json", action="store_true", help="print one line of JSON for each")
+
+    commands.add_parser(
+        "demo",
+        parents=[where],
+        help="try the encoder on a tiny model that comes with the package",
+        description="Runs the encoder on a tiny model that comes with the package: nothing is downloaded or written.",
+        epilog="examples:\n  clip-fast demo\n  clip-fast demo --device cuda --dtype bfloat16\n\n"
+        "exit status: 0 if the demo succeeded",
+        formatter_class=layout,
+    )
+
+    commands.add_parser(
+        "models",
+        help="list the names that --model takes",
+        description="Lists the models known by name, one a line. `encode --model` takes a checkpoint's path as well.",
+        epilog="example:\n  clip-fast models",
+        formatter_class=layout,
+    )
+    return whole

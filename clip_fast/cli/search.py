@@ -1,0 +1,69 @@
+"""`clip-fast search`: finds images by words or by an image."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from ..bulk.atomic import new_file
+from ..bulk.decoder import Decoder
+from ..bulk.manifest import weights_digest
+from ..clip import Clip
+from ..encoder import ImageEncoder
+from ..errors import printable
+from ..inputs.containers import IMAGE_COLUMN
+from ..inputs.items import ImageFile
+from ..loading import load
+from ..preprocess import Preprocess
+from ..search.gallery import page
+from ..search.index import Index
+from ..tokens import tokenize
+from .messages import EXIT_OK
+from .parser import DTYPES
+
+
+def search(arguments: argparse.Namespace) -> int:
+    """Runs `clip-fast search` and returns its exit status."""
+    if (arguments.text is None) == (arguments.image is None):
+        raise ValueError("give either a TEXT or an --image to look for")
+    index = Index(arguments.index)
+    name, dtype = arguments.model or index.settings["model"], index.settings["dtype"]
+    activation = arguments.activation or index.settings.get("activation")
+    model, preprocess = load(name, arguments.device, DTYPES[dtype], activation=activation)
+    if weights_digest(model) != index.settings["weights"]:
+        raise ValueError(f"{arguments.index} was made with other weights than those of {name}: name its --model")
+    if arguments.dtype not in (None, dtype):  # after the comparison, which needs the index's dtype
+        model, _ = load(name, arguments.device, DTYPES[arguments.dtype], activation=activation)
+    hits = index.search(_query(arguments, model, preprocess), arguments.k)
+    for hit in hits:
+        if arguments.json:
+            print(json.dumps({"score": hit.score, "row": hit.row, "key": hit.key, "image_path": hit.location}))
+        else:
+            print(f"{hit.score:.4f}\t{printable(hit.location)}")
+    if arguments.html:
+        column = index.settings.get("image_column") or IMAGE_COLUMN
+        title = arguments.text if arguments.text is not None else os.path.basename(arguments.image)
+        with new_file(Path(arguments.html)) as file:
+            file.write(page(title, hits, query=arguments.image, image_column=column).encode("utf-8", "replace"))
+    return EXIT_OK
+
+
+def _query(arguments: argparse.Namespace, model: ImageEncoder, preprocess: Preprocess) -> NDArray[Any]:
+    """The embedding of the words or the image to look for."""
+    with torch.no_grad():
+        if arguments.image is not None:
+            decoder = Decoder(preprocess)
+            pixels = decoder.black(1)
+            _, error = decoder.into(pixels[0], ImageFile(arguments.image, arguments.image))
+            if error is not None:
+                raise ValueError(f"{printable(arguments.image)}: {printable(error)}")
+            return model.encode_image(pixels)[0].float().cpu().numpy()
+        if not isinstance(model, Clip):
+            raise ValueError("this checkpoint has no text tower that clip_fast reads: look for an --image instead")
+        return model.encode_text(tokenize(arguments.text, truncate=True))[0].float().cpu().numpy()

@@ -1,0 +1,87 @@
+"""Methods of one instance: put on a module in place of its class's methods, and taken off again.
+
+Attributes that someone else has put on the instance are never overwritten. A deep copy gets methods of its own. Pickles
+and the replicas of `DataParallel` are the originals: a file can be read where clip_fast is not installed, and a
+replica's weights last for one call only.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+from torch import nn
+
+from .. import pytorch
+
+_ATTACHED = "_clip_fast"  # the attribute that holds what was put on an instance, by name
+_copying = threading.RLock()  # held while a module is copied, since its methods are off then
+
+
+def attach(module: nn.Module, methods: Mapping[str, Callable[..., Any]], renew: Callable[[nn.Module], object]) -> None:
+    """Puts methods on a module; `renew` does the same for its deep copies."""
+    own = vars(module)
+
+    def deepcopy(memo: dict[int, Any]) -> nn.Module:
+        with _copying:
+            taken = detach(module)
+            try:
+                other = copy.deepcopy(module, memo)
+            finally:
+                own.update(taken)
+        renew(other)
+        return other
+
+    def state() -> dict[str, Any]:
+        mine = attributes(module)
+        given: dict[str, Any] = cast(Any, type(module)).__getstate__(module)
+        return {name: value for name, value in given.items() if name in mine}
+
+    def replicate() -> nn.Module:
+        replica: nn.Module = pytorch.data_parallel_replica(module)
+        detach(replica)
+        return replica
+
+    wanted: dict[str, Any] = {
+        **methods,
+        "__deepcopy__": deepcopy,
+        "__getstate__": state,
+        "_replicate_for_data_parallel": replicate,  # called by PyTorch under this name, in releases that know it
+    }
+    ours = {name: method for name, method in wanted.items() if name not in own}
+    own.update({**ours, _ATTACHED: ours})
+
+
+def detach(module: nn.Module) -> dict[str, Any]:
+    """Takes the methods off a module, as far as they are still there, and returns them."""
+    own = vars(module)
+    kept = attributes(module)
+    return {name: own.pop(name) for name in tuple(own) if name not in kept}
+
+
+def is_attached(module: nn.Module) -> bool:
+    return _ATTACHED in vars(module)
+
+
+def attributes(module: nn.Module) -> dict[str, Any]:
+    """A module's own attributes, without those that `attach` put on it."""
+    own = vars(module)
+    ours = {_ATTACHED: own.get(_ATTACHED), **own.get(_ATTACHED, {})}
+    return {name: value for name, value in own.items() if name not in ours or ours[name] is not value}
+
+
+def count(module: nn.Module) -> int:
+    """The number of a module's own attributes, which changes when someone replaces a method."""
+    ours = vars(module).get(_ATTACHED)
+    return len(vars(module)) - (0 if ours is None else 1 + len(ours))
+
+
+def replaced_method(module: nn.Module) -> str | None:
+    """The name of a method that someone else has replaced on this instance; None where there is none."""
+    for name, value in attributes(module).items():
+        method = getattr(type(module), name, None)
+        if callable(value) and callable(method) and getattr(value, "__func__", None) is not method:
+            return name
+    return None

@@ -1,0 +1,391 @@
+"""Image towers of other packages: which modules they are, and their shape and weights under canonical names.
+
+A tower is served if its mathematics is that of `towers/reference.py`. Everything in it must be known: a module of
+another class (an adapter, a quantised layer), a replaced method, another epsilon, stride or pooling makes it
+`NotServed`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..checkpoint.layouts import hugging_face_keys
+from ..engine.tower import Tower
+from ..errors import NotServed
+from ..towers import reference
+from ..towers.config import EPS, Activation, Config, ResNetConfig, VitConfig
+from . import instance
+
+_CLIP = {
+    "clip.model.VisionTransformer",
+    "clip.model.ModifiedResNet",
+    "open_clip.transformer.VisionTransformer",
+    "open_clip.modified_resnet.ModifiedResNet",
+}
+_MODELING_CLIP = "transformers.models.clip.modeling_clip"
+# The tower is the first of these in transformers 4, and the second in 5, whose class has no tower inside.
+_TRANSFORMERS = {f"{_MODELING_CLIP}.CLIPVisionTransformer", f"{_MODELING_CLIP}.CLIPVisionModel"}
+
+_KNOWN = (
+    _CLIP
+    | _TRANSFORMERS
+    | {f"clip.model.{name}" for name in ("Transformer", "ResidualAttentionBlock", "LayerNorm")}
+    | {f"open_clip.transformer.{name}" for name in ("Transformer", "ResidualAttentionBlock", "LayerNorm")}
+    | {"open_clip.transformer.LayerNormFp32"}
+    | {f"clip.model.{name}" for name in ("Bottleneck", "AttentionPool2d")}
+    | {f"open_clip.modified_resnet.{name}" for name in ("Bottleneck", "AttentionPool2d")}
+    | {f"{_MODELING_CLIP}.CLIP{name}" for name in ("VisionEmbeddings", "Encoder", "EncoderLayer", "MLP")}
+    | {f"{_MODELING_CLIP}.CLIP{name}Attention" for name in ("", "Sdpa")}
+    | {f"{_MODELING_CLIP}.CLIPFlashAttention2"}
+    | {f"torch.nn.modules.{name}" for name in ("linear.Linear", "linear.Identity", "conv.Conv2d", "sparse.Embedding")}
+    | {"torch.nn.modules.linear.NonDynamicallyQuantizableLinear", "torch.nn.modules.activation.MultiheadAttention"}
+    | {"torch.nn.modules.normalization.LayerNorm", "torch.nn.modules.batchnorm.BatchNorm2d"}
+    | {"torchvision.ops.misc.FrozenBatchNorm2d", "torch.nn.modules.pooling.AvgPool2d"}
+    | {"torch.nn.modules.activation.ReLU", "torch.nn.modules.container.Sequential"}
+    | {"torch.nn.modules.container.ModuleList", "open_clip.transformer.PatchDropout"}
+)
+
+# transformers computes the same attention by any of these. None means "eager" in its older releases.
+_ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+_WEIGHTS = (Tensor, nn.Parameter, nn.Buffer)  # the values of other classes may be quantised or sharded
+
+
+def find(model: nn.Module) -> list[nn.Module]:
+    """The image towers in a model.
+
+    Raises:
+        NotServed: the model has no known image tower.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise NotServed("the model is a TorchScript program, whose parts cannot be replaced: load it with jit=False")
+    towers = [module for module in model.modules() if is_clip(module) or is_transformers(module)]
+    if not towers:
+        raise NotServed(f"no image tower of openai-clip, open_clip or transformers' CLIP in {_image_part(model)}")
+    return towers
+
+
+def is_clip(module: nn.Module) -> bool:
+    """Whether it is a tower of openai-clip or open_clip, which gives embeddings."""
+    return _class(module) in _CLIP
+
+
+def is_transformers(module: nn.Module) -> bool:
+    """Whether it is a tower of transformers, which gives hidden states and has no projection."""
+    return _class(module) in _TRANSFORMERS and hasattr(module, "pre_layrnorm")
+
+
+def _class(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _image_part(model: nn.Module) -> str:
+    for path in ("visual.trunk", "visual", "vision_model", "vision_tower"):
+        try:
+            return f"the {_class(model)}: its {path} is a {_class(model.get_submodule(path))}"
+        except AttributeError:
+            continue
+    return f"the {_class(model)}"
+
+
+def read(tower: nn.Module) -> Tower:
+    """A tower's shape, and where its weights are.
+
+    Raises:
+        NotServed: a part of it is not known; the message names the part.
+    """
+    try:
+        config = _config(tower)
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        raise NotServed(f"its parts are not those that its class makes: {error}") from error
+    with torch.device("meta"):
+        plain: nn.Module = reference.build(config)
+    _check_modules(tower)
+    shapes = {name: tensor.shape for name, tensor in plain.state_dict().items()}
+    keys: Callable[[str], list[str]] = _transformers_keys if is_transformers(tower) else lambda name: [name]
+
+    def state_dict() -> dict[str, Tensor]:
+        return _canonical(_checked(_weights(tower)), shapes, keys)
+
+    state = {name: tensor.to("meta") for name, tensor in _checked(_weights(tower)).items()}
+    _canonical(state, shapes, keys)  # has it all?
+    if is_clip(tower):
+        _check_wiring(tower, plain)
+    convolution = _convolution(tower)
+    return Tower(config, tuple(tower.modules()), state_dict, lambda: convolution.weight)
+
+
+def _config(tower: Any) -> Config:
+    if is_transformers(tower):
+        return _transformers_config(tower)
+    return _resnet_config(tower) if hasattr(tower, "attnpool") else _vit_config(tower)
+
+
+def _weights(tower: nn.Module) -> dict[str, Tensor]:
+    """A tower's weights as `state_dict` names them, without its hooks: FSDP's hook would shard whole weights."""
+    named = tower.named_parameters(remove_duplicate=False), tower.named_buffers(remove_duplicate=False)
+    return {name: tensor.detach() for name, tensor in chain(*named)}
+
+
+def _convolution(tower: nn.Module) -> Any:
+    """The convolution that reads the images."""
+    return tower.get_submodule("embeddings.patch_embedding" if is_transformers(tower) else "conv1")
+
+
+def weight(tower: nn.Module) -> Tensor:
+    """A weight whose dtype and device are the tower's, also where modules of the tower have been replaced."""
+    return next(_convolution(tower).parameters())
+
+
+JUDGED = (  # the attributes that `read` judges
+    "eps", "num_heads", "attn_mask", "scale", "is_causal", "input_resolution", "image_size", "pool_type",
+    "final_ln_after_pool",
+)  # fmt: skip
+
+
+def judged(attributes: Mapping[str, Any], name: str) -> object:
+    """The value of one of the JUDGED attributes; for a mask, whether there is one."""
+    value = attributes.get(name)
+    return value is None if name == "attn_mask" else value
+
+
+def attention_setting(tower: nn.Module) -> object:
+    """The attention implementation that a tower of transformers looks up at every call; `read` judges it."""
+    return getattr(vars(tower).get("config"), "_attn_implementation", None)
+
+
+def _checked(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """`state` unchanged.
+
+    Raises:
+        NotServed: its values are not plain tensors on one device.
+    """
+    for name, tensor in state.items():
+        if type(tensor) not in _WEIGHTS:
+            raise NotServed(f"{name} is a {type(tensor).__qualname__}, not a plain tensor")
+    if len(devices := {str(tensor.device) for tensor in state.values()}) > 1:
+        raise NotServed(f"its weights are on several devices: {', '.join(sorted(devices))}")
+    return state
+
+
+def _canonical(
+    state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], keys: Callable[[str], list[str]]
+) -> dict[str, Tensor]:
+    """The weights in `state` under the canonical names of `shapes`; `keys` gives the parts of each."""
+    result: dict[str, Tensor] = {}
+    used: set[str] = set()
+    for name, shape in shapes.items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        names = keys(name)
+        if not names:  # in transformers the projection is outside of the tower
+            result[name] = torch.eye(*shape, device=next(iter(state.values())).device)
+            continue
+        if missing := [key for key in names if key not in state]:
+            raise NotServed(f"the tower has no {missing[0]}")
+        parts = [state[key] for key in names]
+        tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if tensor.shape != shape:
+            raise NotServed(f"{names[0]} is {list(tensor.shape)}, expected {list(shape)}")
+        result[name] = tensor
+        used.update(names)
+    spare = [key for key in state if key not in used and not key.endswith(("num_batches_tracked", "position_ids"))]
+    if spare:
+        raise NotServed(f"the tower has an unknown weight {spare[0]}")
+    return result
+
+
+def _transformers_keys(name: str) -> list[str]:
+    return [] if name == "proj" else [key.removeprefix("vision_model.") for key in hugging_face_keys(name)]
+
+
+def _check_modules(tower: Any) -> None:
+    for name, module in _named(tower).items():
+        name = name or "the tower"
+        if name.endswith((".gelu", ".activation_fn")):
+            continue  # `_activation` judges it
+        if _class(module) not in _KNOWN:
+            raise NotServed(f"{name} is a {_class(module)}")
+        if method := instance.replaced_method(module) or _patched(type(module)):
+            raise NotServed(f"{name} has a {method} of its own")
+        eps: float | None = getattr(module, "eps", None)
+        if eps is not None and eps != EPS:
+            raise NotServed(f"{name} has eps {eps}, expected {EPS}")
+
+
+def _patched(cls: type) -> str | None:
+    """The name of a method of a known class that someone has replaced by another function."""
+    for base in cls.__mro__:
+        if f"{base.__module__}.{base.__qualname__}" in _KNOWN:
+            for name, method in vars(base).items():
+                own = base.__module__, f"{base.__qualname__}.{name}"
+                if inspect.isfunction(method) and (method.__module__, method.__qualname__) != own:
+                    return name
+    return None
+
+
+def _named(tower: Any) -> dict[str, nn.Module]:
+    modules: Iterable[tuple[str, nn.Module]] = tower.named_modules()
+    return dict(modules)
+
+
+def _check_wiring(tower: nn.Module, plain: nn.Module) -> None:
+    """Checks what the weights of openai-clip's and open_clip's towers cannot tell: strides, pools, order of layers."""
+    twins, modules = _named(plain), _named(tower)
+    for name, module in modules.items():
+        twin, leaf = twins.get(name), name.rpartition(".")[2]
+        if isinstance(module, nn.Sequential):
+            children = [child for child, _ in module.named_children()]
+            expected = [child for child, _ in twin.named_children()] if twin is not None else []
+            if isinstance(twin, reference.Mlp):
+                expected.insert(1, "gelu")
+            _require(children == expected, f"{name} runs {children}, expected {expected}")
+        if leaf.startswith(("relu", "act")):
+            _require(type(module) is nn.ReLU, f"{name} is a {_class(module)}")
+        elif isinstance(twin, nn.Conv2d | nn.AvgPool2d | nn.Identity):
+            _require(_geometry(module) == _geometry(twin), f"{name} is {module}, expected {twin}")
+
+
+def _geometry(module: nn.Module) -> tuple[object, ...]:
+    names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "ceil_mode", "count_include_pad")
+    return type(module), *(_pair(getattr(module, name, None)) for name in names)
+
+
+def _pair(value: object) -> object:
+    return (value, value) if isinstance(value, int) else value
+
+
+# --- shapes ----------------------------------------------------------------------------------------------------------
+
+
+def _require(condition: bool, problem: str) -> None:
+    if not condition:
+        raise NotServed(problem)
+
+
+def _square(name: str, value: Any) -> int:
+    if not isinstance(value, int):
+        _require(value[0] == value[1], f"{name} is not square, but {tuple(value)}")
+        value = value[0]
+    return int(value)
+
+
+def _only(name: str, values: Iterator[Any]) -> Any:
+    different = set(values)
+    _require(len(different) == 1, f"blocks differ in their {name}: {sorted(map(str, different))}")
+    return different.pop()
+
+
+def _patch_size(convolution: Any) -> int:
+    patch = _square("the patch", convolution.kernel_size)
+    plain = tuple(convolution.stride) == (patch, patch) and convolution.padding in ((0, 0), "valid", 0)
+    _require(plain and convolution.bias is None, "the patch convolution has a bias, or overlapping or padded patches")
+    _require(convolution.in_channels == 3, f"images have {convolution.in_channels} channels, expected 3")
+    return patch
+
+
+def _vit_config(tower: Any) -> VitConfig:
+    """The shape of a ViT of openai-clip or open_clip."""
+    blocks = list(tower.transformer.resblocks)
+    for i, block in enumerate(blocks):
+        where = f"transformer.resblocks.{i}"
+        for name in ("ls_1", "ls_2"):
+            scale = getattr(block, name, None)
+            _require(scale is None or type(scale) is nn.Identity, f"{where}.{name} is a {type(scale).__name__}")
+        _require(type(block.attn) is nn.MultiheadAttention, f"{where}.attn is a {_class(block.attn)}")
+        _require(getattr(block, "attn_mask", None) is None, f"{where} has an attention mask")
+        _require(block.attn.in_proj_weight is not None, f"{where}.attn has keys and values of another width")
+        _require(not block.attn.add_zero_attn, f"{where}.attn attends to a zero as well")
+    known = _class(tower).startswith("clip.") or hasattr(tower, "final_ln_after_pool")
+    _require(known, "this release of open_clip is too old, and pools otherwise: update it")
+    _require(getattr(tower, "attn_pool", None) is None, "attn_pool is an attentional pooler")
+    pool = getattr(tower, "pool_type", "tok")
+    _require(pool == "tok", f"pool_type is {pool!r}, expected 'tok'")
+    _require(isinstance(tower.ln_pre, nn.LayerNorm), "the tower has no ln_pre")
+    _require(not getattr(tower, "final_ln_after_pool", False), "ln_post comes after the pooling")
+    _require(tower.proj is not None, "the tower has no proj")
+    size = tower.input_resolution if hasattr(tower, "input_resolution") else tower.image_size
+    return VitConfig(
+        image_size=_square("the image", size),
+        patch_size=_patch_size(tower.conv1),
+        width=tower.conv1.out_channels,
+        layers=len(blocks),
+        heads=_only("heads", (block.attn.num_heads for block in blocks)),
+        embed_dim=tower.proj.shape[1],
+        mlp_ratio=blocks[0].mlp.c_fc.out_features / tower.conv1.out_channels,
+        activation=_only("activation", (_activation(block.mlp.gelu) for block in blocks)),
+    )
+
+
+def _transformers_config(tower: Any) -> VitConfig:
+    """The shape of a transformers tower. Its projection is outside of it, and is the identity here."""
+    layers = list(tower.encoder.layers)
+    chosen = attention_setting(tower)
+    _require(chosen in _ATTENTIONS, f"its attention is {chosen!r}, not one of transformers' own")
+    embeddings = tower.embeddings
+    for i, layer in enumerate(layers):
+        own = layer.self_attn
+        plain = getattr(own, "scale", None) in (None, own.head_dim**-0.5) and not getattr(own, "is_causal", False)
+        _require(plain, f"encoder.layers.{i}.self_attn is causal, or has a scale of its own")
+    order: Tensor | None = getattr(embeddings, "position_ids", None)
+    if order is not None and not order.is_meta:
+        in_order = torch.arange(order.numel(), device=order.device)
+        _require(torch.equal(order.flatten().to(in_order), in_order), "its position_ids are not in order")
+    width = embeddings.patch_embedding.out_channels
+    return VitConfig(
+        image_size=_square("the image", embeddings.image_size),
+        patch_size=_patch_size(embeddings.patch_embedding),
+        width=width,
+        layers=len(layers),
+        heads=_only("heads", (layer.self_attn.num_heads for layer in layers)),
+        embed_dim=width,
+        mlp_ratio=layers[0].mlp.fc1.out_features / width,
+        activation=_only("activation", (_activation(layer.mlp.activation_fn) for layer in layers)),
+    )
+
+
+def _resnet_config(tower: Any) -> ResNetConfig:
+    stages = (tower.layer1, tower.layer2, tower.layer3, tower.layer4)
+    a, b, c, d = (len(stage) for stage in stages)
+    return ResNetConfig(
+        layers=(a, b, c, d),
+        width=tower.conv3.out_channels,
+        heads=tower.attnpool.num_heads,
+        image_size=_square("the image", getattr(tower, "input_resolution", None) or tower.image_size),
+        embed_dim=tower.attnpool.c_proj.out_features,
+    )
+
+
+def _activation(module: nn.Module) -> Activation:
+    """The function that an activation module computes, recognised by its values."""
+    _require(not any(True for _ in module.parameters()), f"the activation {_class(module)} has weights")
+    x = torch.linspace(-40, 40, 1281, dtype=torch.float64, device="cpu")  # far enough to recognise clipped functions
+    with torch.no_grad():
+        y = module(x)
+    quick_gelu = x * torch.sigmoid(1.702 * x)
+    known: dict[Activation, Tensor] = {"quick_gelu": quick_gelu, "gelu": F.gelu(x)}
+    for name, values in known.items():
+        if torch.allclose(y, values, rtol=0, atol=1e-9):
+            return name
+    raise NotServed(f"the activation {_class(module)} is neither QuickGELU nor GELU")
+
+
+def may_act_otherwise_in_training(module: nn.Module) -> bool:
+    """Whether `acts_otherwise_in_training` may become true for a module when its settings change."""
+    return _has_a_mode(module) or hasattr(module, "dropout")
+
+
+def acts_otherwise_in_training(module: nn.Module) -> bool:
+    """Whether a module of a tower computes something else in training mode."""
+    dropout = getattr(module, "dropout", None)
+    return _has_a_mode(module) or (isinstance(dropout, float) and dropout > 0)
+
+
+def _has_a_mode(module: nn.Module) -> bool:
+    return isinstance(module, nn.BatchNorm2d) or _class(module) == "open_clip.transformer.PatchDropout"

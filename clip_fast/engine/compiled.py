@@ -1,0 +1,68 @@
+"""Towers in graphs of torch.compile: a task is one operator, which is routed when the graph runs.
+
+The operator finds the tower's owner by a name. All that has happened to the weights or the modules since the graph was
+made is seen as in eager mode.
+"""
+
+# pyright: reportPrivateUsage=false
+# (an owner's side of the protocol is private to this package)
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from ..towers.config import Task, TaskName
+from ..towers.fast import Results
+from . import graphs
+
+
+class Compilable(Protocol):
+    """An owner of towers that compiled graphs know by name."""
+
+    def _run_in_graph(self, images: Tensor, task: Task, autocast: str) -> Results:
+        """A task's results when a graph runs, under autocast to a dtype by its name; "" is no autocast."""
+        ...
+
+    def _without_values(self, images: Tensor, task: Task) -> Results:
+        """Results of the same shapes, without values."""
+        ...
+
+
+_OWNERS: dict[str, weakref.ref[Compilable]] = {}
+_NUMBERS = itertools.count()
+
+
+def register(owner: Compilable) -> str:
+    """Gives an owner its name. It is held weakly."""
+    name = str(next(_NUMBERS))
+    _OWNERS[name] = weakref.ref(owner, lambda _: _OWNERS.pop(name))
+    return name
+
+
+def _owner(name: str) -> Compilable:
+    owner = _OWNERS[name]()
+    assert owner is not None
+    return owner
+
+
+def compiled(name: str, images: Tensor, task: Task, autocast: str = "") -> Results:
+    """A task of the owner `name`, as one operator of a compiled graph."""
+    return tuple(torch.ops.clip_fast.encode(images, name, task.name, list(task.arguments), autocast))
+
+
+# The tag keeps it out of torch.compile's own CUDA graphs, whose replays would see no change of the weights.
+@torch.library.custom_op("clip_fast::encode", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def _encode(images: Tensor, name: str, task: str, arguments: list[int], autocast: str) -> list[Tensor]:
+    asked = Task(cast(TaskName, task), tuple(arguments))
+    with graphs.launches_only():
+        return [result.contiguous() for result in _owner(name)._run_in_graph(images, asked, autocast)]
+
+
+@_encode.register_fake  # pyright: ignore[reportUnknownMemberType]
+def _(images: Tensor, name: str, task: str, arguments: list[int], autocast: str) -> list[Tensor]:
+    return list(_owner(name)._without_values(images, Task(cast(TaskName, task), tuple(arguments))))

@@ -1,0 +1,144 @@
+"""CUDA graphs for small batches, whose time on a GPU is otherwise that of launching their kernels.
+
+A graph is captured for a bucket of batch sizes when it is first needed, and replayed for every batch that fits into it.
+The rows of a batch that does not fill its bucket are padded with what was there before: harmless, since a row's result
+depends on that row alone.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..towers.config import Task
+from ..towers.fast import Results
+
+LARGEST_BUCKET = 64
+_PADDED_OPERATIONS = 7e11  # of a padded batch, for which a GPU takes no longer than its host to launch the kernels
+
+
+def bucket_of(batch: int, operations: float | None) -> int | None:
+    """The batch size at which `batch` images are replayed: 1, 2, 4, … 64; None: not as a graph.
+
+    A batch is padded where the whole bucket, of so many `operations` an image, is cheap; None: it never is.
+    """
+    bucket = 1 << (batch - 1).bit_length()
+    padded_is_cheap = operations is not None and bucket * operations <= _PADDED_OPERATIONS
+    return bucket if bucket <= LARGEST_BUCKET and (bucket == batch or padded_is_cheap) else None
+
+
+_launches_only: ContextVar[bool] = ContextVar("launches_only", default=False)
+_capture_lock = threading.Lock()  # of the process: one graph is captured at a time
+
+
+@cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """On which all graphs of a device are captured: PyTorch has 32 streams, and a new one may be another thread's."""
+    return torch.cuda.Stream(device)
+
+
+def synchronize() -> None:
+    """Waits for the current device, which nobody may while a graph is captured."""
+    with _capture_lock:
+        torch.cuda.synchronize()
+
+
+@contextmanager
+def launches_only() -> Generator[None]:
+    """Within this context, which a compiled graph runs in, no graph of ours is captured or replayed."""
+    token = _launches_only.set(True)
+    try:
+        yield
+    finally:
+        _launches_only.reset(token)
+
+
+def allowed() -> bool:
+    """Whether a graph may be captured or replayed now: not in a compiled graph, nor while someone else captures."""
+    return not (_launches_only.get() or torch.cuda.is_current_stream_capturing())
+
+
+@dataclass
+class _Captured:
+    images: Tensor  # that `replay` reads, of the bucket's batch
+    results: Results  # that it writes
+    replay: Callable[[], None]
+
+
+class Graphs:
+    """The graphs of one set of weights.
+
+    Args:
+        run: a batch of images, (B, 3, h, w) -> results of B rows each; on a GPU, without a word from the host.
+
+    Safe to call from several threads and on several streams: the buffers are one caller's at a time, and a stream waits
+    for the one that used them before.
+    """
+
+    def __init__(self, run: Callable[[Tensor, Task], Results]) -> None:
+        self._run = run
+        self._captured: dict[object, _Captured] = {}
+        self._lock = threading.Lock()
+        self._pool: Any = None  # of memory, which all graphs share: they run one after another
+        self._done: Any = None  # the event of when the last results were copied out
+
+    def __call__(self, bucket: int, images: Tensor, task: Task) -> Results:
+        """`run(images, task)`, replayed for a batch of `bucket`, at least as many as there are images.
+
+        Raises:
+            torch.OutOfMemoryError: a new graph does not fit into memory. Nothing of it is kept.
+            RuntimeError: it cannot be captured.
+        """
+        channels_last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
+        key = (bucket, images.dtype, channels_last, images.shape[1:], task)
+        with self._lock, torch.cuda.device(images.device):
+            stream = torch.cuda.current_stream()
+            if self._done is not None:
+                stream.wait_event(self._done)
+            captured = self._captured.get(key)
+            if captured is None:
+                layout = torch.channels_last if channels_last else torch.contiguous_format
+                with torch.inference_mode(False), torch.no_grad():  # later callers write to it outside of that mode
+                    buffer = torch.zeros_like(images[:1].expand(bucket, -1, -1, -1), memory_format=layout)
+                    captured = self._captured[key] = self._capture(buffer, task)
+            captured.images[: len(images)].copy_(images)
+            captured.replay()
+            results = tuple(result[: len(images)].clone() for result in captured.results)
+            self._done = stream.record_event()
+        return results
+
+    def release(self) -> None:
+        """Gives back the memory of all graphs, once they have run."""
+        with self._lock:
+            if self._done is not None:
+                self._done.synchronize()
+            self._captured.clear()
+            self._pool = None
+
+    def _capture(self, buffer: Tensor, task: Task) -> _Captured:
+        """A graph of `run(buffer, task)`."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        stream, current = _capture_stream(torch.cuda.current_device()), torch.cuda.current_stream()
+        graph = torch.cuda.CUDAGraph()
+        # Not `torch.cuda.graph`, which waits for the whole device and empties PyTorch's cache, other threads' captures
+        # or not. "thread_local": other threads may go on allocating memory and launching kernels; only random numbers
+        # on the GPU are PyTorch's to refuse while this lasts, and waiting for the whole device is CUDA's.
+        with _capture_lock, torch.cuda.stream(stream):
+            stream.wait_stream(current)
+            self._run(buffer, task)  # compiles and loads the kernels, which may not happen in a capture
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                results = self._run(buffer, task)
+            finally:
+                graph.capture_end()
+        current.wait_stream(stream)
+        return _Captured(buffer, results, graph.replay)

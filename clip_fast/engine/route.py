@@ -1,0 +1,105 @@
+"""Which way a call goes: the one judgement for a loaded encoder and for an accelerated tower.
+
+A call is computed by the fast path, or by the owner's plain tower for a reason in words. It is judged at every call:
+weights, modules, hooks and modes may all have changed since the last. In a graph of torch.compile the judgement is made
+when the graph runs.
+"""
+
+# pyright: reportPrivateUsage=false
+# (an owner's side of the protocol is private to this package)
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .. import pytorch
+from ..errors import NotServed
+from ..towers.config import Task
+from ..towers.fast import Results
+from .compiled import compiled
+from .engine import Engine
+
+# Reasons for the plain tower that come from the call itself.
+PROGRAM = "a program is recorded, which must stand on its own"
+WITHOUT_VALUES = "the images have no values"
+TRANSFORMED = "a transform of torch.func, or forward-mode differentiation, is at work"
+GRADIENTS = "gradients are enabled and required; call it under torch.no_grad() for speed"
+DOUBLE = "it computes in float64"
+META = "its weights are on the meta device"
+
+# Reasons that need no warning from anyone: nothing else could serve.
+SILENT = frozenset({PROGRAM, WITHOUT_VALUES, DOUBLE})
+
+
+class Owner(Protocol):
+    """An owner of a tower, who can compute it plainly."""
+
+    @property
+    def _name(self) -> str:
+        """The name that compiled graphs know the owner by."""
+        ...
+
+    def _current_engine(self) -> Engine | None:
+        """The engine of the tower as it is now, in the precision of this call; None where the tower is not served."""
+        ...
+
+    def _traced_engine(self) -> Engine | None:
+        """The engine of the tower as it was last looked at: a graph must not trace the look."""
+        ...
+
+    def _problem(self) -> str | None:
+        """The reason why the fast path cannot serve the tower as it is now; None where there is none."""
+        ...
+
+    def _autocast(self) -> str:
+        """The name of the dtype that autocast asks for, which a graph must ask for again; "" for none."""
+        ...
+
+
+def route(owner: Owner, images: Tensor, task: Task, asked: str | None = None) -> Results | str:
+    """A task's results by the fast path, or the reason why the owner's plain tower must give them.
+
+    Args:
+        images: as the caller gave them.
+        asked: something that the call asks for and the fast path does not give.
+
+    Raises:
+        ValueError, TypeError: the images are not what the tower takes.
+    """
+    if torch.compiler.is_exporting() or isinstance(images, torch.fx.Proxy):
+        return PROGRAM
+    if torch.compiler.is_compiling():
+        engine = None if asked or pytorch.transformed() else owner._traced_engine()
+        if engine is None or _by_plain_tower(engine, images):
+            return PROGRAM
+        return compiled(owner._name, engine.checked(images), task, owner._autocast())
+    if pytorch.without_values(images):
+        return WITHOUT_VALUES
+    return judge(owner, images, task, asked)
+
+
+def judge(owner: Owner, images: Tensor, task: Task, asked: str | None = None) -> Results | str:
+    """`route` where nothing is recorded: looks at the tower, the call and the modes."""
+    if pytorch.transformed():
+        return TRANSFORMED
+    engine = owner._current_engine()
+    reason = engine and _by_plain_tower(engine, images)
+    if reason := reason or asked or owner._problem():
+        return reason
+    assert engine is not None
+    try:
+        return engine.run(engine.checked(images), task)
+    except NotServed as error:  # weights of another shape have been put in
+        return str(error)
+
+
+def _by_plain_tower(engine: Engine, images: Tensor) -> str | None:
+    """The reason of the call itself for the plain tower, if there is one."""
+    if engine.tower.weight().is_meta:
+        return META
+    if engine.in_double:
+        return DOUBLE
+    return GRADIENTS if engine.gradients_wanted(images) else None

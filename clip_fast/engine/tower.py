@@ -1,0 +1,60 @@
+"""A tower as the engine reads it, and a watch over its modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import chain
+from operator import itemgetter
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..towers.config import Config
+
+_hooks_of = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class Tower:
+    """The shape of a tower, and where its weights are."""
+
+    config: Config
+    modules: tuple[nn.Module, ...]  # the modules that hold its weights
+    state_dict: Callable[[], dict[str, Tensor]]  # gives the weights as they are now, under canonical names
+    weight: Callable[[], Tensor]  # gives one weight, whose dtype and device are the tower's
+
+
+class Watch:
+    """Tells whether a module of a tower was replaced or hooked since.
+
+    It looks at the dictionaries in which modules keep their children and hooks, and does not walk through the modules:
+    this runs at every call.
+
+    Args:
+        called: whether the tower is called as a module, so that its own hooks run anyway.
+    """
+
+    def __init__(self, tower: nn.Module, *, called: bool = True) -> None:
+        self.modules: tuple[nn.Module, ...] = tuple(tower.modules())  # held, so that no id is used again
+        self._children = tuple(vars(module)["_modules"] for module in self.modules)
+        self._identities = self._now()
+        self._hooked = tuple(map(vars, self.modules[1:] if called else self.modules))
+
+    def _now(self) -> tuple[int, ...]:
+        return tuple(map(id, chain.from_iterable(map(dict[str, Any].values, self._children))))
+
+    def replaced(self) -> bool:
+        """Whether another module stands in a child's place."""
+        return self._now() != self._identities
+
+    def hooked(self) -> bool:
+        """Whether a user has hooked a module whose hooks the fast path would not run."""
+        # Looked up anew each time: a user may have put a new dictionary of hooks in place of the old one.
+        hooks: Iterable[dict[int, Any]] = chain.from_iterable(map(_hooks_of, self._hooked))
+        return any(_users(some) for some in hooks if some)
+
+
+def _users(hooks: dict[int, Any]) -> bool:
+    """Whether any is a user's: transformers installs some that do nothing unless it asked for outputs itself."""
+    return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks.values())

@@ -1,0 +1,119 @@
+"""All inputs of a job: files, folders, patterns, lists of paths, webdataset tars and parquet files.
+
+    inputs = find_inputs(["photos", "shards/{0000..0099}.tar", "table.parquet"])
+    for item in inputs:
+        with Image.open(item.source()) as image: ...
+
+Going through `Inputs` again gives the same items in the same order. An input that cannot be read keeps its place as an
+`Unreadable` item. Only a failure that may pass is an exception, such as a disk that does not answer while a tar is
+listed: a row in its place would move all later rows, for good.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from .containers import IMAGE_COLUMN, Columns, Container
+from .finder import Finder, without_braces
+from .items import Failure, ImageFile, Item, Unreadable
+from .parquet import Parquet
+from .tars import Tar
+
+CONTAINERS: tuple[type[Container], ...] = (Tar, Parquet)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Single files: a path each, or an item where a path is not enough."""
+
+    places: Sequence[str | Item]
+
+    def __iter__(self) -> Iterator[Item]:
+        for place in self.places:
+            yield ImageFile(place, place) if isinstance(place, str) else place
+
+    def count(self) -> int:
+        return len(self.places)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Items in a fixed order. Containers are read as it is iterated.
+
+    Raises:
+        OSError: while it is iterated or counted, where a container cannot be read at the moment.
+    """
+
+    parts: Sequence[Files | Container]
+
+    def __iter__(self) -> Iterator[Item]:
+        for part in self.parts:
+            yield from part
+
+    def expected(self) -> int:
+        """The number of items. Parts that are not counted are taken to be as dense as the first of them."""
+        counts = [part.count() for part in self.parts]
+        total = sum(count for count in counts if count is not None)
+        uncounted = [
+            part
+            for part, count in zip(self.parts, counts, strict=True)
+            if count is None and not isinstance(part, Files) and os.path.isfile(part.path)
+        ]
+        if not uncounted:
+            return total
+        sizes = [os.path.getsize(part.path) for part in uncounted]
+        return total + round(sum(1 for _ in uncounted[0]) * sum(sizes) / max(sizes[0], 1))
+
+
+def find_inputs(
+    arguments: Iterable[str | os.PathLike[str]],
+    *,
+    image_column: str = IMAGE_COLUMN,
+    key_column: str | None = None,
+) -> Inputs:
+    """The inputs that `arguments` name, in their order, each file once.
+
+    A folder stands for the files below it with the suffix of an image format that Pillow reads, sorted by path; links
+    are followed. A pattern (`*`, `?`, `[...]`, and `**` for any depth) that is not itself a file's name stands for
+    what it matches, sorted, as if the shell had expanded it. Braces stand for each of `{0000..0099}` or `{train,test}`,
+    as in the shell. A file ending in `.tar` is read as a webdataset, one ending in `.parquet` as a table. Any other
+    file that is named or matched is taken as an image, whatever its suffix.
+
+    A file that is reached twice keeps its first place; links to one file are several files. An argument that stands
+    for no file, and a folder that cannot be listed, are `Unreadable` items.
+    """
+    columns = Columns(image_column, key_column)
+    parts: list[Files | Container] = []
+    places: list[str | Item] = []
+    find = Finder(tuple(kind.suffix for kind in CONTAINERS))
+    for found in (each for name in without_braces(arguments) for each in find(name)):
+        if isinstance(found, Failure):
+            places.append(Unreadable(found.path, found.path, found.reason))
+            continue
+        kind = next((kind for kind in CONTAINERS if found.endswith(kind.suffix)), None)
+        if kind is None:
+            places.append(found)
+            continue
+        parts += [Files(places)] if places else []
+        parts.append(kind.named(found, columns))
+        places = []
+    return Inputs([*parts, Files(places)] if places else parts)
+
+
+def item_at(location: str, image_column: str = IMAGE_COLUMN) -> Item:
+    """The item that lies at an item's `location`: a path, a member of a tar, or a row of a parquet file.
+
+    Raises:
+        FileNotFoundError: there is none any more.
+    """
+    if os.path.exists(location):
+        return ImageFile(location, location)
+    columns = Columns(image_column)
+    container = next(filter(None, (kind.around(location, columns) for kind in CONTAINERS)), None)
+    for item in container or ():
+        if item.location == location:
+            return item
+    raise FileNotFoundError(errno.ENOENT, "No such file or directory", location)

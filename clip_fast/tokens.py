@@ -1,0 +1,89 @@
+"""Texts to tokens, as CLIP reads them: byte pairs of lower-case text (Radford et al. 2021, section 2.4)."""
+
+from __future__ import annotations
+
+import gzip
+import html
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import extras
+from .towers.text import VOCABULARY
+
+_MERGES_FILE = Path(__file__).parent / "assets" / "vocabulary" / "bpe_simple_vocab_16e6.txt.gz"
+_MERGES = VOCABULARY - 2 * 256 - 2
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+
+
+def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = False) -> Tensor:
+    """Texts as `TextEncoder` takes them: start, tokens, end, and zeros to `context_length`, as `clip.tokenize`.
+
+    Args:
+        texts: one text or several.
+        context_length: tokens that a text may have, start and end included.
+        truncate: cut texts that are too long.
+
+    Returns:
+        (B, context_length), int32.
+
+    Raises:
+        RuntimeError: a text is too long and `truncate` is false.
+        ModuleNotFoundError: the extra `text` is not installed: `pip install "clip_fast[text]"`.
+    """
+    texts = [texts] if isinstance(texts, str) else texts
+    tokenizer = _tokenizer()
+    start, end = tokenizer.token_to_id(_START), tokenizer.token_to_id(_END)
+    result = torch.zeros(len(texts), context_length, dtype=torch.int32)
+    for row, text in zip(result, texts, strict=True):
+        tokens = [start, *tokenizer.encode(_clean(text)).ids, end]
+        if len(tokens) > context_length:
+            if not truncate:
+                raise RuntimeError(
+                    f"a text may have {context_length} tokens, start and end included, and {text!r} has {len(tokens)}: "
+                    "shorten it, or pass truncate=True"
+                )
+            tokens = [*tokens[: context_length - 1], end]
+        row[: len(tokens)] = torch.tensor(tokens)
+    return result
+
+
+def _clean(text: str) -> str:
+    """Mended, unescaped, with single spaces and in lower case, as CLIP was trained."""
+    ftfy = extras.ftfy()
+    text = html.unescape(html.unescape(ftfy.fix_text(text)))
+    return " ".join(text.split()).lower()
+
+
+@cache
+def _tokenizer() -> Any:
+    tokenizers = extras.tokenizers()
+    models, pre_tokenizers = tokenizers.models, tokenizers.pre_tokenizers
+    lines = gzip.decompress(_MERGES_FILE.read_bytes()).decode().split("\n")
+    merges = [(first, second) for first, second in (line.split() for line in lines[1 : 1 + _MERGES])]
+    symbols = _byte_symbols()
+    words = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *("".join(pair) for pair in merges), _START, _END]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>", fuse_unk=False))
+    tokenizer.add_special_tokens([_START, _END])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    return tokenizer
+
+
+def _byte_symbols() -> list[str]:
+    """A printable character for every byte, in the order of the vocabulary (Radford et al. 2019, section 2.2).
+
+    Bytes that are printable in Latin-1 stand for themselves and come first; the others follow, moved beyond 255.
+    """
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]

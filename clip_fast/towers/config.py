@@ -1,0 +1,189 @@
+"""The shapes of CLIP's towers, and the tasks that an image tower can be given.
+
+Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021), section 2.4.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, NamedTuple
+
+Activation = Literal["quick_gelu", "gelu"]
+Rgb = tuple[float, float, float]  # a number for each colour channel
+TaskName = Literal["encode", "encode_tokens", "hidden_state", "hidden_states"]
+
+EPS = 1e-5  # added to the variance by the norms of every CLIP
+HEAD_DIM = 64  # in all of OpenAI's models, and open_clip's default
+RESNET_STRIDE = 32  # pixels of the image for one of the last map
+
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # per RGB channel of pixels scaled to [0, 1], over CLIP's training set
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class Task(NamedTuple):
+    """What an image tower computes, with the task's arguments.
+
+    "encode" gives embeddings; "encode_tokens" a ViT's patch tokens too, after its last LayerNorm; "hidden_state" a
+    ViT's residual stream after so many blocks; "hidden_states" that before the first block and after each.
+    """
+
+    name: TaskName
+    arguments: tuple[int, ...] = ()
+
+
+ENCODE, ENCODE_TOKENS, HIDDEN_STATES = Task("encode"), Task("encode_tokens"), Task("hidden_states")
+
+
+def hidden_state(layer: int) -> Task:
+    """The task of the residual stream after `layer` blocks."""
+    return Task("hidden_state", (layer,))
+
+
+def _require_positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value <= 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+
+
+@dataclass(frozen=True)
+class VitConfig:
+    """A Vision Transformer tower.
+
+    `image_size` and `patch_size` are in pixels; `embed_dim` is the width of the space shared with text; `eps` is that
+    of its LayerNorms. `eps` is not in the representation, which the digests of existing output folders contain.
+    """
+
+    family: ClassVar[str] = "a ViT"
+    tasks: ClassVar[tuple[TaskName, ...]] = ("encode", "encode_tokens", "hidden_state", "hidden_states")
+
+    image_size: int
+    patch_size: int
+    width: int
+    layers: int
+    heads: int
+    embed_dim: int
+    mlp_ratio: float = 4.0
+    activation: Activation = "quick_gelu"
+    eps: float = field(default=EPS, repr=False)
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "image_size", "patch_size", "width", "layers", "heads", "embed_dim", "mlp_ratio")
+        if self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads, got width {self.width} and heads {self.heads}")
+        if self.image_size < self.patch_size:
+            raise ValueError(
+                f"image_size must be at least patch_size, got {self.image_size} and patch_size {self.patch_size}"
+            )
+        if self.activation not in ("quick_gelu", "gelu"):
+            raise ValueError(f"activation must be 'quick_gelu' or 'gelu', got {self.activation!r}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def mlp_width(self) -> int:
+        return round(self.width * self.mlp_ratio)
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side. Pixels past the last whole patch are not read, as in the strided convolution."""
+        return self.image_size // self.patch_size
+
+    @property
+    def tokens(self) -> int:
+        """Length of the sequence: one class token and the patches."""
+        return self.grid**2 + 1
+
+    @property
+    def operations(self) -> float:
+        """About the operations for one image."""
+        return 2 * self.tokens * self.layers * (4 * self.width**2 + 2 * self.width * self.mlp_width)
+
+    def row_shapes(self, task: Task) -> list[tuple[int, ...]]:
+        """The shapes of a task's results for one image."""
+        stream = (self.tokens, self.width)
+        return {
+            "encode": [(self.embed_dim,)],
+            "encode_tokens": [(self.embed_dim,), (self.tokens - 1, self.width)],
+            "hidden_state": [stream],
+            "hidden_states": [stream] * (self.layers + 1),
+        }[task.name]
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """A text tower: a causal Transformer over `context_length` tokens, out of `vocabulary` different ones."""
+
+    context_length: int
+    vocabulary: int
+    width: int
+    layers: int
+    heads: int
+    embed_dim: int
+    activation: Activation = "quick_gelu"
+    eps: float = EPS
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "context_length", "vocabulary", "width", "layers", "heads", "embed_dim")
+        if self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads, got width {self.width} and heads {self.heads}")
+
+    @property
+    def mlp_width(self) -> int:
+        return 4 * self.width
+
+
+@dataclass(frozen=True)
+class ResNetConfig:
+    """A modified ResNet tower.
+
+    `layers` counts the bottlenecks of the four stages; `width` is the number of channels after the stem; `heads` are
+    those of the attention pool; `image_size` is in pixels; `eps` is that of its batch norms, and is not in the
+    representation for the reason that `VitConfig` gives.
+    """
+
+    family: ClassVar[str] = "a ResNet"
+    tasks: ClassVar[tuple[TaskName, ...]] = ("encode",)
+    operations: ClassVar[None] = None  # not counted: padding a batch never pays for convolutions
+
+    layers: tuple[int, int, int, int]
+    width: int
+    heads: int
+    image_size: int
+    embed_dim: int
+    eps: float = field(default=EPS, repr=False)
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "width", "heads", "image_size", "embed_dim")
+        if len(self.layers) != 4 or min(self.layers) < 1:
+            raise ValueError(f"layers must be four positive numbers, one per stage, got {self.layers}")
+        if self.features % self.heads:
+            raise ValueError(f"32 * width must be a multiple of heads, got width {self.width} and heads {self.heads}")
+        if self.image_size < RESNET_STRIDE:
+            raise ValueError(
+                f"image_size must be at least {RESNET_STRIDE}, the stride of the tower, got {self.image_size}"
+            )
+
+    @property
+    def features(self) -> int:
+        """Channels of the feature map that the attention pool reads."""
+        return 32 * self.width
+
+    @property
+    def grid(self) -> int:
+        """Side of that feature map."""
+        return self.image_size // RESNET_STRIDE
+
+    @property
+    def tokens(self) -> int:
+        """Length of the attention pool's sequence: the mean token and the feature map's positions."""
+        return self.grid**2 + 1
+
+    def row_shapes(self, task: Task) -> list[tuple[int, ...]]:
+        """The shapes of a task's results for one image."""
+        return [(self.embed_dim,)]
+
+
+Config = VitConfig | ResNetConfig

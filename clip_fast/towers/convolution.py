@@ -1,0 +1,122 @@
+"""Convolution, bias, residual and ReLU in one pass, by the library that is fastest on the device.
+
+All maps are channels-last: a 1 × 1 convolution is then a product of the map's rows. The project's own GEMM computes it
+wherever Triton runs, unless `kernels/targets.py` gives it to cuDNN. Larger windows are cuDNN's on an NVIDIA GPU. On a
+CPU oneDNN computes both.
+
+Shapes: B images, C input and O output channels, an h × w map.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import pytorch
+from ..kernels import ops
+from ..kernels.dispatch import triton_can_run
+from ..kernels.targets import POINTWISE, InputPrecision
+from .cpu import can_fuse
+from .precision import Precision
+
+
+def by_kernels(weight: Tensor) -> bool:
+    """Whether the project's own kernels multiply by `weight`."""
+    return triton_can_run(weight.device) and weight.dtype != torch.float64
+
+
+class Convolution:
+    """relu(scale · conv(x, weight) + bias + residual).
+
+    Args:
+        weight: (O, C, k, k), on the device to compute on.
+        scale, bias: (O,), float64. The scale goes into the weight. Only our own GEMM multiplies the product by it, so
+            that no weight is rounded another time.
+        precision: to compute in.
+        stride: of the window.
+        padding: zeros around the map; by default as many as keep its size at stride one.
+        relu: whether a ReLU ends the sum.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        scale: Tensor,
+        bias: Tensor,
+        precision: Precision,
+        *,
+        stride: int = 1,
+        padding: int | None = None,
+        relu: bool = True,
+    ) -> None:
+        size, dtype = weight.shape[-1], precision.weights
+        folded = (weight * scale[:, None, None, None]).to(dtype)
+        self.weight = folded.contiguous(memory_format=torch.channels_last)
+        self.bias = bias.to(dtype)
+        self.stride, self.relu = stride, relu
+        self.products: InputPrecision = precision.products
+        self.padding = size // 2 if padding is None else padding
+        self._run = Convolution._plain  # the function, not a bound method: the instance would hold on to itself
+        if size == stride == 1 and by_kernels(folded) and POINTWISE[precision.kind] == "linear":
+            self._run, self.weight = Convolution._by_product, ops.operand(weight.flatten(1), dtype, self.products)
+            self.scale, self.bias = scale.to(precision.wide), bias.to(precision.wide)
+        elif weight.is_cuda and torch.version.cuda is not None and dtype != torch.float64:
+            self._run = Convolution._by_cudnn
+        elif weight.device.type == "cpu" and can_fuse(dtype):
+            self._run = Convolution._by_onednn
+            self._packed: dict[bool, Tensor] = {}  # True: for one image; False: for several
+
+    @property
+    def _geometry(self) -> tuple[list[int], list[int], list[int]]:
+        """Padding, stride and dilation, as PyTorch's own operators take them."""
+        return [self.padding] * 2, [self.stride] * 2, [1, 1]
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """(B, C, h, w) -> (B, O, h′, w′), both channels-last. The result may be written over the residual."""
+        return self._run(self, x, residual)
+
+    def _by_product(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        added = None if residual is None else residual.permute(0, 2, 3, 1)
+        activation: ops.Activation = "relu" if self.relu else "none"
+        rows = x.permute(0, 2, 3, 1)  # (B, h, w, C), contiguous
+        y, _ = ops.linear(
+            rows,
+            self.weight,
+            self.bias,
+            residual=added,
+            scale=self.scale,
+            activation=activation,
+            precision=self.products,
+        )
+        return y.permute(0, 3, 1, 2)
+
+    def _by_cudnn(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        padding, stride, dilation = self._geometry
+        if x.dtype != torch.float32 and residual is None and self.relu:
+            return torch.cudnn_convolution_relu(x, self.weight, self.bias, stride, padding, dilation, 1)
+        # In float32 a global switch of PyTorch's decides whether the fused operator takes TF32.
+        tf32 = self.products == "tf32"
+        y = torch.ops.aten.cudnn_convolution(x, self.weight, padding, stride, dilation, 1, False, True, tf32)
+        return self._finish(y.add_(self.bias[:, None, None]), residual)
+
+    def _by_onednn(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        # oneDNN wants one layout for one image and another for several; the wrong one is up to 50 times slower.
+        alone = len(x) == 1
+        if alone not in self._packed:
+            self._packed[alone] = pytorch.reorder_convolution_weight(self.weight, *self._geometry, 1, list(x.shape))
+        operands = (x, self._packed[alone], self.bias, *self._geometry, 1)
+        activation = "relu" if self.relu else "none"
+        if residual is None:
+            return pytorch.convolution_pointwise(*operands, activation, [], "")
+        return pytorch.convolution_pointwise_.binary(
+            residual, *operands, "add", 1.0, activation if self.relu else None, [], None
+        )
+
+    def _plain(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        return self._finish(F.conv2d(x, self.weight, self.bias, self.stride, self.padding), residual)
+
+    def _finish(self, y: Tensor, residual: Tensor | None) -> Tensor:
+        if residual is not None:
+            y.add_(residual)
+        return y.relu_() if self.relu else y

@@ -1,0 +1,71 @@
+"""The precisions that a tower may be computed in: one object carries each from the user's word to the launch table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import NotServed
+from ..kernels.dispatch import triton_can_run
+from ..kernels.targets import InputPrecision, Kind, has_tf32, kind_of
+from . import cpu
+
+PrecisionName = Literal["fp32", "tf32", "fp16", "bf16"]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a tower is computed.
+
+    `weights` is the dtype of weights and activations; what is added in between is float32 or wider. `products` is how
+    a GPU multiplies float32 operands: exactly, or cut to TF32.
+    """
+
+    name: str
+    weights: torch.dtype
+    products: InputPrecision = "ieee"
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of dtype that the launch table knows. Raises ValueError for float64, which no kernel computes in."""
+        return kind_of(self.weights, self.products)
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of sums, biases and statistics: float32, or float64 for float64."""
+        return torch.promote_types(self.weights, torch.float32)
+
+
+FP32 = Precision("fp32", torch.float32)
+TF32 = Precision("tf32", torch.float32, products="tf32")
+FP16 = Precision("fp16", torch.float16)
+BF16 = Precision("bf16", torch.bfloat16)
+FP64 = Precision("fp64", torch.float64)  # by the plain tower only
+
+_BY_NAME: dict[str, Precision] = {precision.name: precision for precision in (FP32, TF32, FP16, BF16)}
+_BY_DTYPE = {precision.weights: precision for precision in (FP64, FP32, FP16, BF16)}
+
+
+def precision_of(name: PrecisionName | None, weight: Tensor) -> Precision:
+    """The precision that is computed in, for a tower that `weight` belongs to.
+
+    Args:
+        name: the user's choice; None is that of the weights.
+
+    A half precision that a CPU has no instructions for becomes "fp32", and so does "tf32" where Triton has none.
+
+    Raises:
+        NotServed: the weights are of a dtype that is none of these.
+    """
+    if name is None and weight.dtype not in _BY_DTYPE:
+        raise NotServed(f"its weights are {weight.dtype}")
+    precision = _BY_DTYPE[weight.dtype] if name is None else _BY_NAME[name]
+    device = weight.device
+    if device.type == "cpu" and not cpu.can_multiply(precision.weights) and not triton_can_run(device):
+        return FP32
+    if precision is TF32 and not has_tf32(device):
+        return FP32
+    return precision

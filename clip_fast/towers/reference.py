@@ -1,0 +1,262 @@
+"""CLIP's two image encoders in plain PyTorch: the oracle that every fast path is judged against.
+
+Written to be read beside the papers, in the order in which data meets the parts, and with nothing clever in it. The
+modules work in any floating dtype, float64 included, and carry OpenAI's parameter names, so that a canonical state dict
+(see `clip_fast.checkpoint`) loads as it is. Neither encoder normalises its output.
+
+Sources: Radford et al. 2021 (CLIP), section 2.4; Dosovitskiy et al. 2020 (ViT), section 3.1; He et al. 2018 ("Bag of
+tricks", ResNet-D stem) and Zhang 2019 (anti-aliased strides) for the modified ResNet; Hendrycks & Gimpel 2016, section
+2, for the sigmoid approximation of the GELU.
+
+Shapes: B images, N tokens, W width, H heads, D = W / H, P patch size, G patches a side, E embed_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import Config, ResNetConfig, Task, TextConfig, VitConfig
+
+QUICK_GELU_SLOPE = 1.702
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """x sigmoid(1.702 x), the approximation of the GELU that OpenAI's models were trained with."""
+    return x * torch.sigmoid(QUICK_GELU_SLOPE * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
+    """Multi-head softmax(q kᵀ / √D) v. q: (B, Nq, W); k, v: (B, N, W). Returns (B, Nq, W).
+
+    With `causal` a query sees keys up to its own position, as a text's do.
+    """
+    head_dim = q.shape[-1] // heads
+    q, k, v = (x.reshape(*x.shape[:2], heads, head_dim).transpose(1, 2) for x in (q, k, v))  # (B, H, N, D)
+    scores = q @ k.transpose(-2, -1) * head_dim**-0.5  # (B, H, Nq, N)
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
+    return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)  # (B, Nq, W)
+
+
+def random_parameter(*shape: int, std: float) -> nn.Parameter:
+    """Normally distributed. On the meta device no numbers are drawn, which would import torch.compile first."""
+    parameter = nn.Parameter(torch.empty(shape))
+    if not parameter.is_meta:
+        nn.init.normal_(parameter, std=std)
+    return parameter
+
+
+# --- Vision Transformer ----------------------------------------------------------------------------------------------
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention with one stacked projection for queries, keys and values. (B, N, W) -> (B, N, W)."""
+
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
+        super().__init__()
+        self.heads, self.causal = heads, causal
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        return self.out_proj(attention(q, k, v, self.heads, self.causal))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with the activation between. (B, N, W) -> (B, N, W)."""
+
+    def __init__(self, config: VitConfig | TextConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.width, config.mlp_width)
+        self.activation = ACTIVATIONS[config.activation]
+        self.c_proj = nn.Linear(config.mlp_width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(self.activation(self.c_fc(x)))
+
+
+class ResidualBlock(nn.Module):
+    """A pre-LayerNorm transformer block. (B, N, W) -> (B, N, W)."""
+
+    def __init__(self, config: VitConfig | TextConfig, causal: bool) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.width, eps=config.eps)
+        self.attn = SelfAttention(config.width, config.heads, causal)
+        self.ln_2 = nn.LayerNorm(config.width, eps=config.eps)
+        self.mlp = Mlp(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """The stack of blocks, under the name that checkpoints give it."""
+
+    def __init__(self, config: VitConfig | TextConfig, causal: bool = False) -> None:
+        super().__init__()
+        self.resblocks = nn.ModuleList(ResidualBlock(config, causal) for _ in range(config.layers))
+
+
+class VisionTransformer(nn.Module):
+    """CLIP's Vision Transformer: images (B, 3, image_size, image_size) -> embeddings (B, E)."""
+
+    def __init__(self, config: VitConfig) -> None:
+        super().__init__()
+        self.input_resolution, self.output_dim = config.image_size, config.embed_dim
+        scale = config.width**-0.5
+        self.conv1 = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, bias=False)
+        self.class_embedding = random_parameter(config.width, std=scale)
+        self.positional_embedding = random_parameter(config.tokens, config.width, std=scale)
+        self.ln_pre = nn.LayerNorm(config.width, eps=config.eps)
+        self.transformer = Transformer(config)
+        self.ln_post = nn.LayerNorm(config.width, eps=config.eps)
+        self.proj = random_parameter(config.width, config.embed_dim, std=scale)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.hidden_state(images, len(self.transformer.resblocks))
+        return self.ln_post(x[:, 0]) @ self.proj  # (B, E)
+
+    def results(self, images: Tensor, task: Task) -> tuple[Tensor, ...]:
+        """The results of any task. Embeddings come from a call of the module, whose hooks run."""
+        match task.name:
+            case "encode":
+                return (self(images),)
+            case "encode_tokens":
+                return self.encode_tokens(images)
+            case "hidden_state":
+                return (self.hidden_state(images, *task.arguments),)
+            case "hidden_states":
+                return tuple(self.hidden_state(images, n) for n in range(len(self.transformer.resblocks) + 1))
+
+    def encode_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, E), and the patch tokens (B, G², W) after ln_post."""
+        x = self.ln_post(self.hidden_state(images, len(self.transformer.resblocks)))
+        return x[:, 0] @ self.proj, x[:, 1:]
+
+    def hidden_state(self, images: Tensor, layer: int) -> Tensor:
+        """The residual stream (B, N, W) after `layer` blocks."""
+        patches = self.conv1(images).flatten(2).transpose(1, 2)  # (B, G², W)
+        class_token = self.class_embedding.expand(len(images), 1, -1)  # (B, 1, W)
+        x = torch.cat([class_token, patches], dim=1) + self.positional_embedding  # (B, N, W)
+        x = self.ln_pre(x)
+        for block in self.transformer.resblocks[:layer]:
+            x = block(x)
+        return x
+
+
+# --- Modified ResNet -------------------------------------------------------------------------------------------------
+
+
+def _conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
+
+
+def _norm(channels: int, eps: float) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=eps)
+
+
+class Bottleneck(nn.Module):
+    """1×1, 3×3, 1×1 convolutions around a shortcut; a stride is an average pool before a convolution of stride one."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int, eps: float) -> None:
+        super().__init__()
+        out_channels = self.expansion * channels
+        self.conv1, self.bn1 = _conv(in_channels, channels, 1), _norm(channels, eps)
+        self.conv2, self.bn2 = _conv(channels, channels, 3), _norm(channels, eps)
+        self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
+        self.conv3, self.bn3 = _conv(channels, out_channels, 1), _norm(out_channels, eps)
+        self.downsample: nn.Module = nn.Identity()
+        if stride > 1 or in_channels != out_channels:
+            self.downsample = nn.Sequential()
+            self.downsample.add_module("-1", nn.AvgPool2d(stride))
+            self.downsample.add_module("0", _conv(in_channels, out_channels, 1))
+            self.downsample.add_module("1", _norm(out_channels, eps))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(self.avgpool(out)))
+        return F.relu(out + self.downsample(x))
+
+
+class AttentionPool(nn.Module):
+    """Attention over the feature map with the mean token as the only query. (B, C, h, w) -> (B, E)."""
+
+    def __init__(self, config: ResNetConfig) -> None:
+        super().__init__()
+        features = config.features
+        self.heads = config.heads
+        self.positional_embedding = random_parameter(config.tokens, features, std=features**-0.5)
+        self.q_proj = nn.Linear(features, features)
+        self.k_proj = nn.Linear(features, features)
+        self.v_proj = nn.Linear(features, features)
+        self.c_proj = nn.Linear(features, config.embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(2).transpose(1, 2)  # (B, h·w, C)
+        x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding  # (B, 1 + h·w, C)
+        pooled = attention(self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x), self.heads)  # (B, 1, C)
+        return self.c_proj(pooled[:, 0])  # (B, E)
+
+
+class ModifiedResNet(nn.Module):
+    """CLIP's ResNet: images (B, 3, image_size, image_size) -> embeddings (B, E).
+
+    Batch norms use their running statistics: an encoder is used for inference, so construct it in `eval()` mode.
+    """
+
+    def __init__(self, config: ResNetConfig) -> None:
+        super().__init__()
+        self.input_resolution, self.output_dim = config.image_size, config.embed_dim
+        width = config.width
+        self.conv1, self.bn1 = _conv(3, width // 2, 3, stride=2), _norm(width // 2, config.eps)
+        self.conv2, self.bn2 = _conv(width // 2, width // 2, 3), _norm(width // 2, config.eps)
+        self.conv3, self.bn3 = _conv(width // 2, width, 3), _norm(width, config.eps)
+        self.avgpool = nn.AvgPool2d(2)
+        in_channels = width
+        for stage, blocks in enumerate(config.layers):
+            channels = width * 2**stage
+            out_channels = Bottleneck.expansion * channels
+            first = Bottleneck(in_channels, channels, 1 if stage == 0 else 2, config.eps)
+            rest = [Bottleneck(out_channels, channels, 1, config.eps) for _ in range(blocks - 1)]
+            self.add_module(f"layer{stage + 1}", nn.Sequential(first, *rest))
+            in_channels = out_channels
+        self.attnpool = AttentionPool(config)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(images)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = F.relu(self.bn3(self.conv3(x)))
+        x = self.avgpool(x)
+        for stage in ("layer1", "layer2", "layer3", "layer4"):
+            x = cast(nn.Module, getattr(self, stage))(x)
+        return self.attnpool(x)
+
+    def results(self, images: Tensor, task: Task) -> tuple[Tensor, ...]:
+        """The results of the only task that a ResNet has."""
+        return (self(images),)
+
+
+_TOWERS: dict[type, Callable[..., VisionTransformer | ModifiedResNet]] = {
+    VitConfig: VisionTransformer,
+    ResNetConfig: ModifiedResNet,
+}
+
+
+def build(config: Config) -> VisionTransformer | ModifiedResNet:
+    """The plain encoder of `config` with random float32 weights, in evaluation mode."""
+    return _TOWERS[type(config)](config).eval()

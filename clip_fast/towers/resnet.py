@@ -1,0 +1,243 @@
+"""The modified ResNet as a straight line: convolutions with all around them folded in, and a pool with one query.
+
+`FastResNet.prepare` folds every batch norm into the convolution before it, and the normalisation of raw pixels into the
+stem, in float64, once; `encode` is the encoder of Radford et al. 2021, section 2.3 (He et al. 2019's ResNet-D, with
+Zhang's antialiasing average pools):
+
+    stem: 3 × (3×3 convolution + ReLU) → average pool
+    → bottlenecks: 1×1 + ReLU → 3×3 + ReLU → (average pool) → 1×1 + shortcut + ReLU
+    → attention pool: mean token → query → attention with that one query → projection
+
+The average pools stay passes of their own. A pool and the 1×1 convolution after it would make one 2×2 convolution of
+stride 2. It would save writing one map, of a quarter of the size of the map that is read. It would take four times the
+arithmetic, which gains on no device with the 128 channels and more that there are.
+
+Shapes: B images, C features of the last map, G = h · w its positions, H heads, D = C / H, E embed_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels import ops
+from .config import ResNetConfig, Rgb, TaskName
+from .convolution import Convolution, by_kernels
+from .cpu import Product, one_query_attention
+from .fast import FastTower, Results
+from .precision import Precision
+
+_PIXEL_OFFSET = 128  # a pixel u enters as u − 128, which is exact in every dtype; as in `ops.patch_embed`
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """Three convolutions and a shortcut; `stride` is that of the average pools before the last and the shortcut."""
+
+    conv1: Convolution
+    conv2: Convolution
+    conv3: Convolution
+    shortcut: Convolution | None
+    stride: int
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The attention pool.
+
+    For the kernels its weights are of the compute dtype, and what is added is float32. On a CPU all of it is float32:
+    the pool is little to compute, and its roundings would not average out over the positions, as the map's do.
+    """
+
+    position: Tensor  # (1 + G, C)
+    query: Callable[[Tensor], Tensor]
+    key_weight: Tensor  # (H, D, C)
+    value_weight: Tensor  # (H, D, C)
+    value_bias: Tensor  # (C,)
+    out: Callable[[Tensor], Tensor]
+    precision: Precision
+
+
+@dataclass(frozen=True)
+class FastResNet(FastTower):
+    """A ResNet as the line below reads it, on a CPU or a GPU.
+
+    `stem` is for normalised images; `stem_uint8` replaces its first convolution where the pixels are raw.
+    """
+
+    # Tokens of the pool: 8 images of 224 pixels. The allocator returns the first maps of more images to the system
+    # after each call.
+    rows_on_cpu: ClassVar[int] = 400
+
+    config: ResNetConfig
+    precision: Precision
+    stem: tuple[Convolution, ...]
+    stem_uint8: Convolution
+    black: Tensor  # (3, 1, 1): the raw value that normalises to zero, less the offset, with which raw images are padded
+    bottlenecks: tuple[Bottleneck, ...]
+    pool: Pool
+
+    @classmethod
+    def prepare(
+        cls, state_dict: Mapping[str, Tensor], config: ResNetConfig, precision: Precision, mean: Rgb, std: Rgb
+    ) -> FastResNet:
+        """Folds the weights of `reference.ModifiedResNet` in float64 and casts them at the end."""
+        dtype = precision.weights
+        source = {name: t.detach().double() for name, t in state_dict.items() if t.is_floating_point()}
+
+        def folded(conv: str, norm: str) -> tuple[Tensor, Tensor, Tensor]:
+            """Weight, scale and bias of a convolution and the batch norm after it, in float64."""
+            gain, shift, average, variance = (
+                source[f"{norm}.{name}"] for name in ("weight", "bias", "running_mean", "running_var")
+            )
+            scale = gain * torch.rsqrt(variance + config.eps)
+            return source[f"{conv}.weight"], scale, shift - average * scale
+
+        def convolution(
+            weight: Tensor,
+            scale: Tensor,
+            bias: Tensor,
+            *,
+            stride: int = 1,
+            padding: int | None = None,
+            relu: bool = True,
+        ) -> Convolution:
+            return Convolution(weight, scale, bias, precision, stride=stride, padding=padding, relu=relu)
+
+        def bottleneck(prefix: str, stride: int) -> Bottleneck:
+            shortcut = None
+            if f"{prefix}.downsample.0.weight" in source:
+                shortcut = convolution(*folded(f"{prefix}.downsample.0", f"{prefix}.downsample.1"), relu=False)
+            conv1, conv2, conv3 = (convolution(*folded(f"{prefix}.conv{i}", f"{prefix}.bn{i}")) for i in (1, 2, 3))
+            return Bottleneck(conv1, conv2, conv3, shortcut, stride)
+
+        weight, scale, bias = folded("conv1", "bn1")
+        mu, sigma = (torch.tensor(x, dtype=torch.float64, device=weight.device)[:, None, None] for x in (mean, std))
+        raw = (
+            (weight * scale[:, None, None, None] / (255 * sigma)).to(dtype).double()
+        )  # normalise(u) = (u − 255 μ) / 255 σ
+        raw_bias = bias + (raw * (_PIXEL_OFFSET - 255 * mu)).sum(dim=(1, 2, 3))
+        return cls(
+            config=config,
+            precision=precision,
+            stem=(
+                convolution(weight, scale, bias, stride=2),
+                convolution(*folded("conv2", "bn2")),
+                convolution(*folded("conv3", "bn3")),
+            ),
+            stem_uint8=convolution(raw, torch.ones_like(scale), raw_bias, stride=2, padding=0),
+            black=(255 * mu - _PIXEL_OFFSET).to(dtype),
+            bottlenecks=tuple(
+                bottleneck(f"layer{stage + 1}.{i}", stride=2 if stage > 0 and i == 0 else 1)
+                for stage, blocks in enumerate(config.layers)
+                for i in range(blocks)
+            ),
+            pool=_prepare_pool(source, config, precision),
+        )
+
+    @staticmethod
+    def activations(config: ResNetConfig) -> int:
+        """Two maps of the first bottleneck, doubled for the memory that cuDNN works with.
+
+        They have 4 · width channels at a quarter of the image's size; all maps before are smaller.
+        """
+        return 4 * config.width * (config.image_size // 2) ** 2
+
+    @classmethod
+    def largest_batch(cls, config: ResNetConfig, device: torch.device) -> int | None:
+        """On a GPU, cuDNN and PyTorch's pools count a map's elements in 32 bits; the stem's last map is the largest."""
+        if device.type == "cpu":
+            return super().largest_batch(config, device)
+        return (2**31 - 1) // (config.width * (config.image_size // 2) ** 2)
+
+    # --- the encoder -------------------------------------------------------------------------------------------------
+
+    @property
+    def tasks(self) -> Mapping[TaskName, Callable[..., Tensor | Results]]:
+        return {"encode": self.encode}
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Embeds images (B, 3, h, w), normalised floats or raw uint8 pixels: (B, E), not normalised."""
+        x = self._stem(images)
+        for block in self.bottlenecks:
+            x = _bottleneck(block, x)
+        return attention_pool(self.pool, x)
+
+    def _stem(self, images: Tensor) -> Tensor:
+        first, *rest = self.stem
+        if images.dtype == torch.uint8:
+            x = self.stem_uint8(self._padded(images))
+        else:
+            x = first(images.to(self.precision.weights, memory_format=torch.channels_last))
+        for convolution in rest:
+            x = convolution(x)
+        return F.avg_pool2d(x, 2)
+
+    def _padded(self, images: Tensor) -> Tensor:
+        """Raw pixels less the offset, with one pixel all around that normalises to zero: (B, 3, h + 2, w + 2)."""
+        b, c, h, w = images.shape
+        dtype, layout = self.precision.weights, torch.channels_last
+        x = torch.empty(b, c, h + 2, w + 2, dtype=dtype, device=images.device, memory_format=layout)
+        x.copy_(self.black)
+        x[:, :, 1:-1, 1:-1].copy_(images).sub_(_PIXEL_OFFSET)
+        return x
+
+
+def _prepare_pool(source: dict[str, Tensor], config: ResNetConfig, precision: Precision) -> Pool:
+    wide = precision.wide
+    heads, features = config.heads, config.features
+    kernels = by_kernels(source["attnpool.q_proj.weight"].to(precision.weights))
+
+    def weight(name: str) -> Tensor:
+        matrix = source[f"attnpool.{name}.weight"]
+        return ops.operand(matrix, precision.weights, precision.products) if kernels else matrix.to(wide)
+
+    def product(name: str) -> Callable[[Tensor], Tensor]:
+        matrix, bias = weight(name), source[f"attnpool.{name}.bias"].to(wide)
+        if kernels:
+            return lambda x: ops.linear(x, matrix, bias, precision=precision.products)[0]
+        return Product(matrix, bias)
+
+    def per_head(name: str) -> Tensor:
+        return weight(name).view(heads, features // heads, features)
+
+    return Pool(
+        position=source["attnpool.positional_embedding"].to(wide),
+        query=product("q_proj"),
+        key_weight=per_head("k_proj"),  # a bias of the keys drops out of the softmax
+        value_weight=per_head("v_proj"),
+        value_bias=source["attnpool.v_proj.bias"].to(wide),
+        out=product("c_proj"),
+        precision=precision,
+    )
+
+
+def _bottleneck(block: Bottleneck, x: Tensor) -> Tensor:
+    y = block.conv2(block.conv1(x))
+    if block.stride > 1:
+        x, y = F.avg_pool2d(x, block.stride), F.avg_pool2d(y, block.stride)
+    return block.conv3(y, residual=x if block.shortcut is None else block.shortcut(x))
+
+
+def attention_pool(pool: Pool, x: Tensor) -> Tensor:
+    """Attention over the last map with the mean token as its only query: (B, C, h, w) -> (B, E)."""
+    features = x.flatten(2).transpose(1, 2)  # (B, G, C), a view of a channels-last map
+    heads = pool.key_weight.shape[:2]
+    weights = (pool.key_weight, pool.value_weight, pool.value_bias)
+    if by_kernels(pool.key_weight):
+        mean = ops.mean_token(features, pool.position[0])
+        query = pool.query(mean).view(-1, *heads)
+        position, products = pool.position[1:], pool.precision.products
+        pooled = ops.attention_pool(
+            query, mean, features, *weights, heads[1] ** -0.5, position=position, precision=products
+        )
+    else:
+        features = features.to(pool.position.dtype)
+        tokens = torch.cat([features.mean(dim=1, keepdim=True), features], dim=1).add_(pool.position)
+        pooled = one_query_attention(pool.query(tokens[:, 0]).view(-1, *heads), tokens, *weights)
+    return pool.out(pooled).to(x.dtype)

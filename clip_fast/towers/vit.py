@@ -1,0 +1,267 @@
+"""The Vision Transformer as a straight line of kernel calls.
+
+`FastVit.prepare` folds a state dict into what the kernels read, once; `encode` is the encoder of Radford et al. 2021,
+section 2.4 (Dosovitskiy et al. 2021, section 3.1), in launches:
+
+    patch_embed → ln_pre → (ln+qkv → attention → out+residual → ln+fc1+activation → fc2+residual) × (layers − 1)
+                → the last block, for the class token alone → ln_post+projection
+
+Every LayerNorm but the first is folded into the product that follows it, LN(x) Wᵀ + b = rstd · (x W′ᵀ − mean · colsum)
++ b′ with W′ = W diag(gain), colsum = W′ summed over K and b′ = b + W · shift. Mean and rstd come from the statistics
+that the writer of x left. Only the class token leaves the encoder, so the last block has one query for each image. Its
+keys and values are never formed, and its MLP runs on that token alone.
+
+Shapes: B images, N = 1 + G tokens, W width, H heads, D = W / H, P patch size, E embed_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels import ops
+from .config import Rgb, TaskName, VitConfig
+from .fast import FastTower, Results
+from .precision import Precision
+
+
+@dataclass(frozen=True)
+class Folded:
+    """An operand of `ops.linear`: weight (N, K), bias (N,), and colsum (N,) where a LayerNorm is folded into it."""
+
+    weight: Tensor
+    bias: Tensor
+    colsum: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block; `qkv` stacks the projections of queries, keys and values, (3 · W, W)."""
+
+    qkv: Folded
+    out: Folded
+    fc1: Folded
+    fc2: Folded
+
+
+@dataclass(frozen=True)
+class FastVit(FastTower):
+    """A ViT as the kernels read it.
+
+    `patch` (W, K′) and `position` (N, W) are for normalised images; `patch_uint8` and `position_uint8` for raw pixels,
+    with the normalisation folded in. Weights are of the compute dtype, all that is added in an epilogue is float32.
+    """
+
+    rows_on_cpu: ClassVar[int] = 1600  # in Triton's interpreter
+
+    config: VitConfig
+    precision: Precision
+    patch: Tensor
+    position: Tensor
+    patch_uint8: Tensor
+    position_uint8: Tensor
+    ln_pre: tuple[Tensor, Tensor]
+    blocks: tuple[Block, ...]
+    ln_post: tuple[Tensor, Tensor]
+    projection: Folded
+
+    @classmethod
+    def prepare(
+        cls, state_dict: Mapping[str, Tensor], config: VitConfig, precision: Precision, mean: Rgb, std: Rgb
+    ) -> FastVit:
+        """Folds the weights of `reference.VisionTransformer`, in float32 or wider, and casts them at the end."""
+        dtype, wide = precision.weights, precision.wide
+        source = {name: tensor.detach().to(wide) for name, tensor in state_dict.items()}
+
+        def operand(weight: Tensor) -> Tensor:
+            return ops.operand(weight, dtype, precision.products)
+
+        def folded(weight: Tensor, bias: Tensor, norm: str | None = None) -> Folded:
+            if norm is None:
+                return Folded(operand(weight), bias)
+            gain, shift = source[f"{norm}.weight"], source[f"{norm}.bias"]
+            product = operand(weight * gain)
+            # Summed from the weight as rounded, in float64: the product's means must cancel against exactly these.
+            return Folded(product, bias + weight @ shift, product.double().sum(dim=1).to(wide))
+
+        def block(prefix: str) -> Block:
+            def of(name: str) -> tuple[Tensor, Tensor]:
+                separator = "_" if name == "attn.in_proj" else "."
+                return source[f"{prefix}.{name}{separator}weight"], source[f"{prefix}.{name}{separator}bias"]
+
+            return Block(
+                qkv=folded(*of("attn.in_proj"), norm=f"{prefix}.ln_1"),
+                out=folded(*of("attn.out_proj")),
+                fc1=folded(*of("mlp.c_fc"), norm=f"{prefix}.ln_2"),
+                fc2=folded(*of("mlp.c_proj")),
+            )
+
+        patch = source["conv1.weight"]  # (W, 3, P, P)
+        position = source["positional_embedding"].clone()
+        position[0] += source["class_embedding"]
+        mu, sigma = (torch.tensor(x, dtype=torch.float64, device=patch.device)[:, None, None] for x in (mean, std))
+        # A pixel u enters as u − 128, see `ops.patch_embed`.
+        patch_uint8 = operand(patch.double() / (255 * sigma))
+        shift = (patch_uint8.double() * (128 - 255 * mu)).sum(dim=(1, 2, 3))
+        position_uint8 = position.clone()
+        position_uint8[1:] += shift.to(wide)
+        proj = source["proj"]
+        return cls(
+            config=config,
+            precision=precision,
+            patch=_pad_features(operand(patch)),
+            position=position,
+            patch_uint8=_pad_features(patch_uint8),
+            position_uint8=position_uint8,
+            ln_pre=(source["ln_pre.weight"], source["ln_pre.bias"]),
+            blocks=tuple(block(f"transformer.resblocks.{i}") for i in range(config.layers)),
+            ln_post=(source["ln_post.weight"], source["ln_post.bias"]),
+            projection=folded(proj.T, proj.new_zeros(config.embed_dim), norm="ln_post"),
+        )
+
+    @staticmethod
+    def activations(config: VitConfig) -> int:
+        """In `_mlp`: x before the block and in it, the attended tokens, the MLP's hidden ones and its result."""
+        return config.tokens * (4 * config.width + config.mlp_width)
+
+    # --- the encoder -------------------------------------------------------------------------------------------------
+
+    @property
+    def tasks(self) -> Mapping[TaskName, Callable[..., Tensor | Results]]:
+        return {
+            "encode": self.encode,
+            "encode_tokens": self.encode_tokens,
+            "hidden_state": self.hidden_state,
+            "hidden_states": self.hidden_states,
+        }
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Embeds images (B, 3, h, w), normalised floats or raw uint8 pixels, any strides: (B, E), not normalised."""
+        x, statistics = self._embed(images)
+        for block in self.blocks[:-1]:
+            x, statistics = self._block(block, x, statistics)
+        x, statistics = self._last_block(self.blocks[-1], x, statistics)
+        return self._project(x, statistics)
+
+    def encode_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeds images: (B, E), and their patch tokens (B, G, W) after ln_post, as open_clip gives them."""
+        x, statistics = self._after(images, self.config.layers)
+        tokens, _ = ops.layer_norm(x, *self.ln_post, self.config.eps)
+        return self._project(x[:, 0], statistics[:, 0]), tokens[:, 1:]
+
+    def hidden_state(self, images: Tensor, layer: int) -> Tensor:
+        """The residual stream (B, N, W) after `layer` blocks: 0 is ln_pre's output, `layers` the last block's."""
+        return self._after(images, layer)[0]
+
+    def hidden_states(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The residual stream (B, N, W) before the first block and after each: layers + 1 tensors."""
+        x, statistics = self._embed(images)
+        states = [x]
+        for block in self.blocks:
+            x, statistics = self._block(block, x, statistics)
+            states.append(x)
+        return tuple(states)
+
+    def _after(self, images: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """The residual stream after `layer` blocks, and its row statistics."""
+        x, statistics = self._embed(images)
+        for block in self.blocks[:layer]:
+            x, statistics = self._block(block, x, statistics)
+        return x, statistics
+
+    def _embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images -> tokens after ln_pre (B, N, W) and their row statistics."""
+        raw = images.dtype == torch.uint8
+        patch = self.patch_uint8 if raw else self.patch
+        position = self.position_uint8 if raw else self.position
+        x = ops.patch_embed(images, patch, position, self.config.patch_size, precision=self.precision.products)
+        return ops.layer_norm(x, *self.ln_pre, self.config.eps, statistics=True)
+
+    def _block(self, block: Block, x: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
+        """x + attention(ln_1(x)), then x + mlp(ln_2(x)): five launches. (B, N, W) and row statistics, in and out."""
+        config = self.config
+        packed = (*x.shape[:-1], 3, config.heads, config.head_dim)
+        # qkv is unnamed on purpose: its memory is free for the next launch.
+        attended = ops.flash_attention(  # (B, N, W)
+            self._normed(block.qkv, x, statistics).view(packed),
+            config.head_dim**-0.5,
+            precision=self.precision.products,
+        )
+        x, statistics = self._added(block.out, attended, x)
+        return self._mlp(block, x, statistics)
+
+    def _last_block(self, block: Block, x: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
+        """`_block` for the class token alone: (B, N, W) -> (B, W), with its row statistics."""
+        class_token, patches = x[:, 0], x[:, 1:]
+        w, (h, d) = self.config.width, (self.config.heads, self.config.head_dim)
+        qkv = block.qkv
+        assert qkv.colsum is not None
+        query = Folded(qkv.weight[:w], qkv.bias[:w], qkv.colsum[:w])
+        attended = ops.attention_pool(
+            self._normed(query, class_token, statistics[:, 0]).view(-1, h, d),
+            class_token,
+            patches,
+            key_weight=qkv.weight[w : 2 * w].view(h, d, w),
+            value_weight=qkv.weight[2 * w :].view(h, d, w),
+            value_bias=qkv.bias[2 * w :],
+            scale=d**-0.5,
+            statistics=statistics,
+            eps=self.config.eps,
+            precision=self.precision.products,
+        )  # (B, W)
+        x, statistics = self._added(block.out, attended, class_token)
+        return self._mlp(block, x, statistics)
+
+    def _mlp(self, block: Block, x: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self._normed(block.fc1, x, statistics, self.config.activation)
+        return self._added(block.fc2, hidden, x)
+
+    def _project(self, class_token: Tensor, statistics: Tensor) -> Tensor:
+        """ln_post and projection of the class token: (B, W) -> (B, E)."""
+        return self._normed(self.projection, class_token, statistics)
+
+    def _normed(self, folded: Folded, x: Tensor, statistics: Tensor, activation: ops.Activation = "none") -> Tensor:
+        """activation(LN(x) Wᵀ + b), the LayerNorm's gain and shift in the product."""
+        assert folded.colsum is not None
+        y, _ = ops.linear(
+            x,
+            folded.weight,
+            folded.bias,
+            norm=(statistics, folded.colsum),
+            activation=activation,
+            eps=self.config.eps,
+            precision=self.precision.products,
+        )
+        return y
+
+    def _added(self, folded: Folded, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """x Wᵀ + b + residual, and its row statistics."""
+        products = self.precision.products
+        return ops.linear(x, folded.weight, folded.bias, residual=residual, statistics=True, precision=products)
+
+
+def resampled(state_dict: dict[str, Tensor], config: VitConfig, image_size: int) -> tuple[dict[str, Tensor], VitConfig]:
+    """The same tower for images of another size: its positional embedding resampled bicubically, antialiased.
+
+    As in open_clip (`resize_pos_embed`), the class token's row stays; the patches' rows are a grid of W channels.
+    """
+    resized = replace(config, image_size=image_size)
+    if resized.grid == config.grid:
+        return state_dict, resized
+    position = state_dict["positional_embedding"]
+    grid = position[1:].float().view(config.grid, config.grid, -1).permute(2, 0, 1)[None]  # (1, W, grid, grid)
+    size = (resized.grid, resized.grid)
+    grid = F.interpolate(grid, size, mode="bicubic", antialias=True, align_corners=False)[0]
+    patches = grid.permute(1, 2, 0).flatten(0, 1).to(position.dtype)
+    return state_dict | {"positional_embedding": torch.cat([position[:1], patches])}, resized
+
+
+def _pad_features(patch: Tensor) -> Tensor:
+    """(W, 3, P, P) -> (W, K′), the features zero-padded to a multiple of the kernel's step."""
+    flat = patch.flatten(1)
+    return F.pad(flat, (0, -flat.shape[1] % ops.PATCH_K_STEP)).contiguous()

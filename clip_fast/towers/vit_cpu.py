@@ -1,0 +1,208 @@
+"""The Vision Transformer on a CPU, fused as far as PyTorch's own CPU kernels go.
+
+The line of `vit.py` in the form that a CPU wants. LayerNorm is a pass of its own, since the caches are near. A product
+takes its bias, residual and activation along (`cpu.Product`). Attention is PyTorch's flash attention for CPUs. The last
+block is taken for the class token alone, as in `vit.py`. Its attention and the projection are products of one row for
+each image; they are taken in float32 in every dtype, since oneDNN is slow to begin a product in half precision.
+
+Both fast libraries know swish, x · σ(x), and neither knows QuickGELU, x · σ(1.702 x). But QuickGELU(x) =
+swish(1.702 x) / 1.702, so the factors go into the weights around the activation:
+
+* into the weights themselves, before they are rounded to the dtype, wherever they are rounded anyway;
+* where the weights come in bfloat16 and stay in it, into the LayerNorm before them, whose gain and shift may be
+  float32, and into the sum after them: here the factors alone would round the weights;
+* nowhere in float16, where 1.702 x might overflow: there the activation is a pass of its own.
+
+Shapes: B images, N = 1 + G tokens, W width, H heads, D = W / H, E embed_dim.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .config import Rgb, TaskName, VitConfig
+from .cpu import Product, images_at_a_time, one_query_attention
+from .fast import FastTower, Results, normalised
+from .precision import Precision
+from .reference import QUICK_GELU_SLOPE
+from .vit import FastVit
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block; LayerNorms are pairs of gain and shift."""
+
+    ln_1: tuple[Tensor, Tensor]
+    ln_2: tuple[Tensor, Tensor]
+    qkv: Product
+    out: Product
+    fc1: Product
+    fc2: Product
+
+
+@dataclass(frozen=True)
+class CpuVit(FastTower):
+    """A ViT as a CPU computes it. It also serves GPUs that Triton has no tensor cores on."""
+
+    rows_on_cpu: ClassVar[int] = 1600  # the activations of more tokens leave the caches
+
+    config: VitConfig
+    precision: Precision
+    normalisation: tuple[Rgb, Rgb]  # mean and deviation
+    patch: Product  # W of (W, 3 · P · P)
+    position: Tensor  # (N, W), the class embedding in its first row
+    ln_pre: tuple[Tensor, Tensor]
+    blocks: tuple[Block, ...]
+    last_qkv: tuple[Tensor, Tensor]  # of the last block, unpacked: (3 · W, W) and (3 · W,), float32 at least
+    ln_post: tuple[Tensor, Tensor]  # float32 at least
+    proj: Tensor  # (W, E), float32 at least
+
+    @classmethod
+    def prepare(
+        cls, state_dict: Mapping[str, Tensor], config: VitConfig, precision: Precision, mean: Rgb, std: Rgb
+    ) -> CpuVit:
+        """Casts the weights of `reference.VisionTransformer`; those of the products when they are first needed."""
+        source = {name: tensor.detach() for name, tensor in state_dict.items()}
+
+        dtype, wide = precision.weights, precision.wide
+        # QuickGELU(x) = swish(1.702 x) / 1.702
+        as_swish = config.activation == "quick_gelu" and dtype != torch.float16
+        slope, activation = (QUICK_GELU_SLOPE, "swish") if as_swish else (1.0, config.activation)
+        given = source["transformer.resblocks.0.mlp.c_fc.weight"].dtype
+        rounded_anyway = dtype.itemsize >= 4 or torch.finfo(given).eps < torch.finfo(dtype).eps
+        in_weights, beside = (slope, 1.0) if rounded_anyway else (1.0, slope)
+
+        def pair(name: str, dtype: torch.dtype = dtype, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+            gain, shift = (source[f"{name}.{part}"].to(wide) * scale for part in ("weight", "bias"))
+            return gain.to(dtype), shift.to(dtype)
+
+        def product(name: str, rows: tuple[int, ...], bias_scale: float = 1.0, **options: Any) -> Product:
+            bias = source[f"{name}bias"].to(wide) * bias_scale
+            return Product(source[f"{name}weight"], bias.to(dtype), usual_rows=rows, **options)
+
+        images = images_at_a_time(cls.rows_on_cpu, config.tokens)
+
+        def block(i: int) -> Block:
+            prefix = f"transformer.resblocks.{i}"
+            tokens = 1 if i == config.layers - 1 else config.tokens  # of each image, that pass through the block
+            rows = (tokens, images * tokens)
+            return Block(
+                ln_1=pair(f"{prefix}.ln_1"),
+                ln_2=pair(f"{prefix}.ln_2", dtype if beside == 1 else wide, beside),
+                qkv=product(f"{prefix}.attn.in_proj_", rows),
+                out=product(f"{prefix}.attn.out_proj.", rows),
+                fc1=product(f"{prefix}.mlp.c_fc.", rows, slope, activation=activation, scale=in_weights),
+                fc2=product(f"{prefix}.mlp.c_proj.", rows, beside, scale=1 / in_weights, alpha=1 / beside),
+            )
+
+        position = source["positional_embedding"].to(wide, copy=True)
+        position[0] += source["class_embedding"]
+        patch, patches = source["conv1.weight"].flatten(1), config.grid**2
+        last = f"transformer.resblocks.{config.layers - 1}.attn.in_proj"
+        return cls(
+            config=config,
+            precision=precision,
+            normalisation=(mean, std),
+            patch=Product(patch, patch.new_zeros(config.width, dtype=dtype), usual_rows=(patches, images * patches)),
+            position=position.to(dtype),
+            ln_pre=pair("ln_pre"),
+            blocks=tuple(map(block, range(config.layers))),
+            last_qkv=(source[f"{last}_weight"].to(wide), source[f"{last}_bias"].to(wide)),
+            ln_post=pair("ln_post", wide),
+            proj=source["proj"].to(wide),
+        )
+
+    @staticmethod
+    def activations(config: VitConfig) -> int:
+        return FastVit.activations(config)
+
+    # --- the encoder -------------------------------------------------------------------------------------------------
+
+    @property
+    def tasks(self) -> Mapping[TaskName, Callable[..., Tensor | Results]]:
+        return {
+            "encode": self.encode,
+            "encode_tokens": self.encode_tokens,
+            "hidden_state": self.hidden_state,
+            "hidden_states": self.hidden_states,
+        }
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Embeds images (B, 3, h, w), normalised floats or raw uint8 pixels: (B, E), not normalised."""
+        x = self.hidden_state(images, self.config.layers - 1)
+        return self._project(self._last_block(x))
+
+    def encode_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeds images: (B, E), and their patch tokens (B, G, W) after ln_post, as open_clip gives them."""
+        x = self.hidden_state(images, self.config.layers)
+        return self._project(x[:, 0]), self._norm(x[:, 1:], self.ln_post)
+
+    def hidden_state(self, images: Tensor, layer: int) -> Tensor:
+        """The residual stream (B, N, W) after `layer` blocks: 0 is ln_pre's output, `layers` the last block's."""
+        return deque(self._residual_stream(images, layer), maxlen=1).pop()
+
+    def hidden_states(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The residual stream (B, N, W) before the first block and after each: layers + 1 tensors."""
+        return tuple(x.clone() for x in self._residual_stream(images, self.config.layers))
+
+    def _residual_stream(self, images: Tensor, layers: int) -> Iterator[Tensor]:
+        """The residual stream (B, N, W), once before the first block and once after each of `layers`.
+
+        A block may write over the tensor that was given before it.
+        """
+        config = self.config
+        x = self._norm(self._embed(normalised(images, self.precision.weights, *self.normalisation)), self.ln_pre)
+        yield x
+        rows = x.view(-1, config.width)  # of all images, which the products take and write over
+        for block in self.blocks[:layers]:
+            qkv = block.qkv(self._norm(rows, block.ln_1)).view(*x.shape[:2], 3, config.heads, config.head_dim)
+            rows = block.out(_attention(qkv), residual=rows)
+            rows = block.fc2(block.fc1(self._norm(rows, block.ln_2)), residual=rows)
+            yield rows.view(x.shape)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        """Class token and patches, with their positions: (B, N, W)."""
+        config = self.config
+        b, g, p = len(images), config.grid, config.patch_size
+        pixels = images.unfold(2, p, p).unfold(3, p, p)  # (B, 3, g, g, P, P)
+        patches = self.patch(pixels.permute(0, 2, 3, 1, 4, 5).reshape(b * g * g, 3 * p * p))
+        x = images.new_empty(b, config.tokens, config.width)
+        x[:, 0] = self.position[0]
+        torch.add(patches.view(b, g * g, config.width), self.position[1:], out=x[:, 1:])
+        return x
+
+    def _last_block(self, x: Tensor) -> Tensor:
+        """The last block for the class token alone, its sums re-associated as in `kernels/attention_pool.py`.
+
+        (B, N, W) -> (B, W)
+        """
+        config, block = self.config, self.blocks[-1]
+        batch, (h, d, w) = len(x), (config.heads, config.head_dim, config.width)
+        q_weight, k_weight, v_weight = self.last_qkv[0].view(3, h, d, w)
+        q_bias, _, v_bias = self.last_qkv[1].view(3, w)  # a bias of the keys drops out of the softmax
+        y = self._norm(x, block.ln_1).to(q_weight.dtype)
+        q = F.linear(y[:, 0], q_weight.flatten(0, 1), q_bias).view(batch, h, d)
+        attended = one_query_attention(q, y, k_weight, v_weight, v_bias).to(x.dtype)
+        class_token = block.out(attended, residual=x[:, 0].clone())
+        return block.fc2(block.fc1(self._norm(class_token, block.ln_2)), residual=class_token)
+
+    def _project(self, class_token: Tensor) -> Tensor:
+        """ln_post and projection: (B, W) -> (B, E)."""
+        projected = self._norm(class_token.to(self.proj.dtype), self.ln_post) @ self.proj
+        return projected.to(class_token.dtype)
+
+    def _norm(self, x: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], *norm, self.config.eps)
+
+
+def _attention(qkv: Tensor) -> Tensor:
+    """softmax(q kᵀ / √D) v of every head: (B, N, 3, H, D) -> (B · N, W)."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2).flatten(0, 1)

@@ -1,0 +1,128 @@
+"""Which implementation of an op runs, and its registration with PyTorch.
+
+The Triton kernel runs where Triton can run: on a GPU, or on a CPU under Triton's interpreter (`TRITON_INTERPRET=1` in
+the environment before the first call). Elsewhere, and for a dtype or size that no kernel serves, the plain PyTorch
+oracle in `oracles.py` runs. Their results agree to rounding.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import threading
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from . import oracles
+from .targets import has_tensor_cores
+
+Impl = Literal["auto", "triton", "reference"]
+
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_LIBRARY = torch.library.Library("clip_fast", "DEF")
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op, called with the implementation that is asked for, its tensors, and its other arguments.
+
+    `lead` is the position, among the tensors, of the one whose dtype is computed in. The lead's last dimension may be
+    at most `widest` for the kernel; `wide` is the plural of what that dimension is, in words.
+    """
+
+    name: str
+    lead: int
+    widest: int | None
+    wide: str
+
+    def __call__(self, impl: Impl, tensors: tuple[Tensor | None, ...], *options: Any) -> Any:
+        """The op's results.
+
+        Raises:
+            RuntimeError: `impl` is "triton", and the kernel does not serve these operands.
+            ValueError: `impl` is none of the three.
+        """
+        if impl == "auto":
+            return getattr(torch.ops.clip_fast, self.name).default(*tensors, *options)
+        if impl == "reference":
+            return getattr(oracles, self.name)(*tensors, *options)
+        if impl != "triton":
+            raise ValueError(f"impl must be 'auto', 'triton' or 'reference', got {impl!r}")
+        reason = self.why_not_triton(tensors)
+        if reason is not None:
+            raise RuntimeError(f"{self.name} cannot run on Triton: {reason}")
+        return _launched(self.name, *tensors, *options)
+
+    def dispatched(self, *args: Any) -> Any:
+        """The op's results by the kernel, or by the oracle where no kernel serves: PyTorch calls this."""
+        tensors = tuple(arg for arg in args if isinstance(arg, Tensor))
+        return getattr(oracles, self.name)(*args) if self.why_not_triton(tensors) else _launched(self.name, *args)
+
+    def why_not_triton(self, tensors: tuple[Tensor | None, ...]) -> str | None:
+        """The reason why the kernel does not serve these operands; None where it does."""
+        lead = tensors[self.lead]
+        assert lead is not None
+        if not triton_can_run(lead.device):
+            return f"there is no GPU behind {lead.device} and TRITON_INTERPRET is not 1, or Triton is not installed"
+        if lead.dtype not in _KERNEL_DTYPES:
+            return f"kernels take float16, bfloat16 and float32, got {lead.dtype}"
+        if self.widest is not None and lead.shape[-1] > self.widest:
+            return f"{self.wide} are at most {self.widest} wide, got {lead.shape[-1]}"
+        return None
+
+
+def define(
+    name: str, schema: str, fake: Callable[..., Any], *, lead: int = 0, widest: int | None = None, wide: str = ""
+) -> Op:
+    """Registers an op with PyTorch.
+
+    Args:
+        name: of the op, of its oracle in `oracles.py`, and of the kernel's file and launcher.
+        schema: arguments and results in PyTorch's language.
+        fake: results without values for arguments without values.
+        lead, widest, wide: see `Op`.
+    """
+    op = Op(name, lead, widest, wide)
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in ("CPU", "CUDA"):
+        _LIBRARY.impl(name, op.dispatched, key)
+    torch.library.register_fake(f"clip_fast::{name}", fake, lib=_LIBRARY)
+    return op
+
+
+def triton_can_run(device: torch.device) -> bool:
+    """Whether Triton is installed and `device` is a GPU that the kernels are for, or a CPU under its interpreter."""
+    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    return (interpreted or (device.type == "cuda" and has_tensor_cores(device))) and _triton_is_installed()
+
+
+@cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+_launching = threading.RLock()
+
+
+def _launched(name: str, *args: Any) -> Any:
+    """The kernel's results, launched on the device of its operands; Triton by itself takes the current device.
+
+    One thread launches at a time: during its first launch Triton shows a kernel to other threads before it is loaded.
+    """
+    device: torch.device = args[0].device
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    with _launching, torch.cuda.device(device) if elsewhere else nullcontext():
+        return launcher(name)(*args)
+
+
+@cache
+def launcher(name: str) -> Callable[..., Any]:
+    """A kernel's launcher, imported at its first use: importing Triton takes a while and is not always possible."""
+    return getattr(importlib.import_module(f".{name}", __package__), name)

@@ -1,0 +1,332 @@
+"""Ray Data: the encoder as a stage, and whole jobs on a local cluster, of which a worker or a node is lost half-way."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import tarfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import clip_fast
+from clip_fast.bulk import ray_stage as clip_fast_ray
+from clip_fast.bulk.ray_stage import ImageEncoder
+from clip_fast.cli import main as cli
+
+pyarrow = pytest.importorskip("pyarrow")
+parquet = pytest.importorskip("pyarrow.parquet")
+ray = pytest.importorskip("ray")
+pytest.importorskip("ray.data")
+MODEL = "tiny-digits"
+
+
+def picture(value: int) -> Image.Image:
+    return Image.new("RGB", (40, 30 + value % 7), (value % 256, 100, 255 - value % 256))
+
+
+def encoded(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def expected(image: Image.Image) -> torch.Tensor:
+    model, preprocess = clip_fast.load(MODEL, "cpu")
+    return model.encode_image(preprocess(image).unsqueeze(0))[0]
+
+
+def objects(*values: object) -> np.ndarray:
+    array = np.empty(len(values), object)
+    array[:] = values
+    return array
+
+
+# --- the stage alone -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("column", ["bytes", "image", "png", "path"])
+def test_images_of_every_kind(tmp_path: Path, column: str) -> None:
+    data = encoded(picture(7))
+    (tmp_path / "a.png").write_bytes(data)
+    values = {
+        "bytes": objects(data, b"", b"nothing"),
+        "image": objects(np.asarray(picture(7)), {"bytes": b"", "path": None}, {"bytes": data, "path": "a"}),
+        "png": objects(data, None, data),
+        "path": objects(str(tmp_path / "a.png"), str(tmp_path / "b.png"), str(tmp_path / "a.png")),
+    }[column]
+    encoder = ImageEncoder(MODEL, device="cpu", column="path" if column == "path" else None)
+    got = encoder({column: values, "label": np.arange(3)})
+    assert column not in got
+    assert got["label"].tolist() == [0, 1, 2]
+    torch.testing.assert_close(torch.from_numpy(got["embedding"][0]), expected(picture(7)), rtol=1e-4, atol=1e-5)
+    assert got["embedding"].dtype == np.float32
+    assert got["status"].tolist()[:2] == ["ok", "failed"]
+    assert not got["embedding"][1].any()
+    assert (got["width"][0], got["height"][0]) == (40, 30)
+    assert got["error"][0] == ""
+    assert got["error"][1]
+
+
+def test_normalised_embeddings_and_batches_without_images() -> None:
+    encoder = ImageEncoder(MODEL, device="cpu", normalize=True)
+    got = encoder({"bytes": objects(encoded(picture(1)))})
+    assert np.linalg.norm(got["embedding"][0]) == pytest.approx(1, abs=1e-5)
+    with pytest.raises(ValueError, match="none of the columns label is known to hold images"):
+        encoder({"label": np.arange(3)})
+    with pytest.raises(ValueError, match="no column 'photo', only label"):
+        ImageEncoder(MODEL, device="cpu", column="photo")({"label": np.arange(3)})
+
+
+def test_a_batch_of_no_images() -> None:
+    got = ImageEncoder(MODEL, device="cpu")({"bytes": objects()})
+    embed_dim = expected(picture(0)).shape[0]
+    assert {name: values.shape for name, values in got.items()} == {
+        "embedding": (0, embed_dim), "width": (0,), "height": (0,), "status": (0,), "error": (0,)
+    }  # fmt: skip
+
+
+def test_an_embedding_that_is_not_finite_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = ImageEncoder(MODEL, device="cpu")
+    monkeypatch.setattr(encoder.encoder, "encode_image", lambda pixels: torch.tensor([[1.0, 2.0], [torch.inf, 0.0]]))
+    got = encoder({"bytes": objects(encoded(picture(1)), encoded(picture(2)))})
+    assert got["status"].tolist() == ["ok", "failed"]
+    assert "not finite" in got["error"][1]
+    assert got["embedding"].tolist() == [[1, 2], [0, 0]]
+
+
+def test_columns_of_the_batch_are_not_written_over() -> None:
+    batch = {"bytes": objects(encoded(picture(1))), "width": np.array([7]), "status": np.array([200])}
+    with pytest.raises(ValueError, match="would be lost, rename or drop them: status, width"):
+        ImageEncoder(MODEL, device="cpu")(batch)
+
+
+# --- on a cluster ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Three nodes, of two CPUs each, on this machine, which has joined none of them."""
+    from ray.cluster_utils import Cluster
+
+    small = {"num_cpus": 2, "num_gpus": 0, "object_store_memory": 100 * 2**20}
+    nodes = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
+    for _ in range(2):
+        nodes.add_node(**small)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    yield nodes
+    nodes.shutdown()
+
+
+def table(folder: Path) -> dict[str, dict[str, Any]]:
+    """Rows by key; each once."""
+    rows = [row for file in folder.glob("*.parquet") for row in parquet.read_table(file).to_pylist()]
+    names = [row["key"] for row in rows]
+    assert max(Counter(names).values()) == 1
+    return dict(zip(names, rows, strict=True))
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def assert_same(got: dict[str, dict[str, Any]], wanted: dict[str, dict[str, Any]], folder: Path) -> None:
+    """Rows as those of a run on one machine in `folder`; embeddings to the last bits, which follow the batch."""
+    assert got.keys() == wanted.keys()
+    for key, row in wanted.items():
+        row = {**row, "image_path": str(folder / row["image_path"])}
+        embeddings = [torch.tensor(each.pop("embedding")) for each in (got[key], row)]
+        assert got[key] == row
+        torch.testing.assert_close(*embeddings, rtol=1e-4, atol=1e-5)
+
+
+def encoders(parents: set[int]) -> Iterator[int]:
+    """Processes of actors that encode, children of `parents`."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended meanwhile
+            name = (process / "cmdline").read_bytes()
+            parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
+            if name.startswith(b"ray::MapWorker") and b"Encoder" in name and parent in parents:
+                yield int(process.name)
+
+
+def raylet(node: Any) -> int:
+    return node.all_processes["raylet"][0].process.pid
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["an actor", "a node"])
+def test_nothing_is_lost_and_nothing_is_twice(cluster: Any, tmp_path: Path, lost: str) -> None:
+    (tmp_path / "photos").mkdir()
+    for i in range(200):  # large enough to take a while
+        picture(i).resize((600, 450)).save(tmp_path / "photos" / f"{i:03}.png", compress_level=1)
+    for i in range(0, 200, 50):
+        (tmp_path / "photos" / f"{i:03}.png").write_bytes(b"broken")
+    written: list[int] = []  # files, when it was lost
+    stop = threading.Event()
+
+    def lose() -> None:
+        """Once something is written."""
+        while not stop.is_set() and not written:
+            time.sleep(0.02)
+            files = len(list((tmp_path / "out").glob("*.parquet")))
+            for node in cluster.worker_nodes if files else ():
+                for actor in list(encoders({raylet(node)}))[:1]:
+                    written.append(files)
+                    if lost == "an actor":
+                        os.kill(actor, signal.SIGKILL)
+                    else:
+                        cluster.remove_node(node, allow_graceful=False)
+                if written:
+                    break
+
+    loser = threading.Thread(target=lose)
+    loser.start()
+    try:
+        totals = clip_fast_ray.encode(
+            [str(tmp_path / "photos")], MODEL, str(tmp_path / "out"), address=cluster.address, workers=3, batch_size=2,
+        )  # fmt: skip
+    finally:
+        stop.set()
+        loser.join()
+    assert not ray.is_initialized()  # it left the cluster that it had joined
+    assert written
+    assert written[0] < 200 / (2 * 8)  # all files that there will be, of 8 batches each
+    assert totals == {"images": 200, "failed": 4}
+    rows = table(tmp_path / "out")
+    assert {Path(name).name for name in rows} == {f"{i:03}.png" for i in range(200)}
+    for name, row in rows.items():
+        number = int(Path(name).stem)
+        assert row["status"] == ("ok" if number % 50 else "failed")
+        if number in (1, 77, 199):
+            torch.testing.assert_close(torch.tensor(row["embedding"]), expected(picture(number)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_command_writes_the_rows_of_a_run_without_ray(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From places as people name them: relative, with patterns and ranges, tars of several suffixes, broken ones."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(Path(clip_fast.__file__).parent / "assets" / MODEL / "model.safetensors", "model.safetensors")
+    Path("photos/below").mkdir(parents=True)
+    for i in range(3):
+        Path("photos/below", f"{i}.png").write_bytes(encoded(picture(i)))
+    Path("photos/notes.txt").write_text("no image, and not taken for one")
+    Path("odd").write_bytes(encoded(Image.radial_gradient("L")))  # like none of the others
+    for number in range(2):
+        images = {f"{number}0.png": encoded(picture(number)), f"{number}1.jpg": encoded(picture(10 + number))}
+        write_tar(Path(f"{number:02}.tar"), images | {f"{number}2.json": b"{}", f"{number}3.WebP": b"broken"})
+    write_tar(Path("cut.tar"), {"whole.png": encoded(picture(30)), "cut.png": encoded(picture(31))})
+    os.truncate("cut.tar", Path("cut.tar").read_bytes().rindex(b"IEND"))
+    columns = {"name": ["k0", "k1", "k2"], "photo": [encoded(picture(20)), b"", None], "width": [7, 7, 7]}
+    parquet.write_table(pyarrow.table(columns), "bytes.parquet")
+    parquet.write_table(pyarrow.table({"name": ["k3"], "photo": ["photos/below/1.png"]}), "paths.parquet")
+    cells = {"name": ["k4"], "photo": [{"bytes": None, "path": "photos/below/2.png"}]}
+    parquet.write_table(pyarrow.table(cells), "cells.parquet")
+    inputs = ["photos/**/*.png", "photos", "odd", "nowhere.png", "{00..01}.tar", "cut.tar", "bytes.parquet"]
+    common = [*inputs, "paths.parquet", "cells.parquet", "--image-column", "photo", "--key-column", "name", "--quiet"]
+    common += ["--model", "./model.safetensors"]
+
+    assert cli.main(["encode", *common, "--output", "here.parquet", "--workers", "0", "--device", "cpu"]) == 1
+    wanted = {row["key"]: row for row in parquet.read_table("here.parquet").to_pylist()}
+    assert {wanted[key]["status"] for key in ("00", "01", "10", "11", "odd", "whole", "k0", "k3", "k4")} == {"ok"}
+    tar = str(tmp_path / "cut.tar")
+    wanted[tar] = {**wanted.pop("cut.tar"), "key": tar}  # the place that the end of the archive is known by
+    capsys.readouterr()
+    on_ray = [*common, "--ray", cluster.address, "--workers", "1", "--output", "out/"]
+    assert cli.main(["encode", *on_ray, "--json"]) == 1
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    failed = sum(row["status"] == "failed" for row in wanted.values())
+    assert summary == {"output": "out/", "complete": True, "images": len(wanted), "failed": failed}
+    assert_same(table(tmp_path / "out"), wanted, tmp_path)
+    assert parquet.read_schema(next(Path("out").glob("*.parquet"))) == parquet.read_schema("here.parquet")
+
+    assert cli.main(["search", "--image", "odd", "--index", "out", "-k", "1"]) == 0
+    assert capsys.readouterr().out == f"1.0000\t{tmp_path / 'odd'}\n"
+    assert cli.main(["encode", *on_ray]) == 2
+    assert "has parquet files already" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_urls_are_read_by_ray(cluster: Any, tmp_path: Path) -> None:
+    """Each kind, through the encoder in this process: keys, places and images as `encode` has them without Ray."""
+    Path(tmp_path, "photos").mkdir()
+    for i in range(2):
+        Path(tmp_path, "photos", f"{i}.png").write_bytes(encoded(picture(i)))
+    Path(tmp_path, "photos", "notes.txt").write_text("no image")
+    images = {"a.dir/0.jpg": b"broken", "a.dir/0.seg.png": encoded(picture(2)), "1.PNG": encoded(picture(3))}
+    write_tar(tmp_path / "a.tar", images | {"1.json": b"{}", "a.dir/._0.jpg": b"a Mac's"})
+    pictures = {"photo": [encoded(picture(4)), b""], "name": ["k0", "k1"], "status": [200, 404]}
+    parquet.write_table(pyarrow.table(pictures), tmp_path / "b.parquet")
+    encoder = clip_fast_ray._TableEncoder(MODEL, device="cpu")
+    ray.init(address=cluster.address)
+    try:
+
+        def rows(name: str, key_column: str | None = None) -> list[tuple[str, str, str, int]]:
+            read = clip_fast_ray._read_urls(ray.data, [f"file://{tmp_path}/{name}"], "photo", key_column)
+            found = [row for batch in read.iter_batches(batch_format="numpy") for row in encoder(batch).to_pylist()]
+            return sorted((row["key"], row["image_path"], row["status"], row["height"]) for row in found)
+
+        photos = [f"{tmp_path}/photos/{i}.png" for i in range(2)]
+        assert rows("photos") == [(photos[0], photos[0], "ok", 30), (photos[1], photos[1], "ok", 31)]
+        tar = f"{tmp_path}/a.tar"
+        assert rows("a.tar") == [
+            ("1", f"{tar}/1.PNG", "ok", 33),
+            ("a.dir/0", f"{tar}/a.dir/0.jpg", "failed", 0),
+            ("a.dir/0", f"{tar}/a.dir/0.seg.png", "ok", 32),
+        ]
+        place = f"{tmp_path}/b.parquet"
+        assert rows("b.parquet", "name") == [("k0", place, "ok", 34), ("k1", place, "failed", 0)]
+        with pytest.raises(ValueError, match="need a column of keys: name it, --key-column"):
+            rows("b.parquet")
+        for mixed in (["s3://a/b.tar", "s3://a/c.parquet"], ["s3://a/b.tar", "c.tar"]):
+            with pytest.raises(ValueError, match="URLs must be of one kind"):
+                clip_fast_ray._read_urls(ray.data, mixed, "photo", None)
+    finally:
+        ray.shutdown()
+
+
+@pytest.mark.slow
+def test_errors_of_the_cluster_end_with_status_2(
+    cluster: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_tar(Path("cut.tar"), {"cut.png": encoded(picture(31))})
+    os.truncate("cut.tar", 700)
+
+    def run(path: str, model: str = MODEL) -> str:
+        arguments = [path, "--model", model, "--ray", cluster.address, "--output", "out/"]
+        assert cli.main(["encode", *arguments]) == 2
+        message = capsys.readouterr().err
+        assert "Traceback" not in message.partition("clip-fast: error: ")[2]
+        assert not ray.is_initialized()
+        return message.partition("clip-fast: error: ")[2]
+
+    assert "the cluster gave up: " in run(f"file://{tmp_path}/cut.tar")  # Ray's own reader takes no broken tar
+    assert run("nowhere") == "no image found\n"
+    assert "no such file, and no model of that name" in run("cut.tar", "model.pt")
+
+
+def test_cells_that_hold_no_image_are_failures() -> None:
+    cells = np.empty(4, object)
+    cells[:] = [{"bytes": None}, float("nan"), [1, 2], encoded(picture(1))]
+    embedded = ImageEncoder(MODEL, device="cpu", threads=1)({"image": cells})
+    assert list(embedded["status"]) == ["failed", "failed", "failed", "ok"]
+    assert [bool(row.any()) for row in embedded["embedding"]] == [False, False, False, True]

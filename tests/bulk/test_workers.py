@@ -1,0 +1,214 @@
+"""Items to pixels: every kind of bad image is a reason, none an exception."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from bad_files import BAD_FILES
+from hostile import Killing
+from numpy.testing import assert_array_equal
+from PIL import Image
+
+from clip_fast.bulk import workers as decode
+from clip_fast.bulk.decoder import Decoder
+from clip_fast.bulk.workers import Batch, Decoded, _Batches, decode_batches
+from clip_fast.inputs.items import ImageFile, Item, Unreadable
+from clip_fast.preprocess import Preprocess
+
+DECODER = Decoder(Preprocess(32))
+PHOTOGRAPHS = sorted((Path(__file__).parents[1] / "data").glob("*.jpg"))
+
+
+def item(path: Path) -> Item:
+    return ImageFile(path.name, str(path))
+
+
+def decoded(path: Path, decoder: Decoder = DECODER) -> tuple[np.ndarray, tuple[int, int], str | None]:
+    pixels = decoder.black(1)
+    size, error = decoder.into(pixels[0], item(path))
+    return pixels[0].numpy(), size, error
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_a_bad_file_is_a_reason_and_black(tmp_path: Path, kind: str) -> None:
+    make, expected = BAD_FILES[kind]
+    make(tmp_path / "x.jpg")
+    pixels, _, reason = decoded(tmp_path / "x.jpg")
+    assert reason is not None
+    assert expected in reason
+    assert not pixels.any()
+    assert decoded(tmp_path / "x.jpg")[2] == reason  # the same words again
+
+
+def test_a_name_that_is_no_text_is_good(tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"caf\xe9.png")
+    Image.new("RGB", (5, 4)).save(path)
+    assert decoded(path)[1:] == ((5, 4), None)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (5000, 3000)])
+def test_small_and_large_images_are_good(tmp_path: Path, size: tuple[int, int]) -> None:
+    Image.new("RGB", size, (9, 8, 7)).save(tmp_path / "x.png")
+    pixels, found, reason = decoded(tmp_path / "x.png")
+    assert (found, reason) == (size, None)
+    assert_array_equal(pixels[:, 0, 0], [9, 8, 7])
+
+
+@pytest.mark.parametrize("path", PHOTOGRAPHS, ids=lambda path: path.name)
+def test_pixels_are_those_of_preprocess_and_fast_ones_near(path: Path) -> None:
+    with Image.open(path) as image:
+        exact, size = DECODER.preprocess.uint8(image).numpy(), image.size
+    pixels, found, _ = decoded(path)
+    assert found == size
+    assert_array_equal(pixels, exact)
+    fast, found, _ = decoded(path, Decoder(DECODER.preprocess, fast=True))
+    assert found == size
+    difference = np.abs(fast.astype(int) - exact)
+    assert difference.any()  # a reduced scale was used
+    assert difference.mean() < 3
+
+
+def test_batches_come_in_order_with_their_failures(tmp_path: Path) -> None:
+    for i in range(6):
+        Image.new("RGB", (5, 4), (i, 1, 2)).save(tmp_path / f"{i}.png")
+    (tmp_path / "3.png").write_bytes(b"")
+    items = [item(tmp_path / f"{i}.png") for i in range(6)]
+    batches = [Batch(items[i : i + 2], 0, i, 6) for i in (0, 2, 4)]
+    results = list(decode_batches(DECODER, iter(batches), workers=0, time_limit=1))
+    assert [batch for batch, _ in results] == batches
+    pixels = np.concatenate([decoded.pixels.numpy() for _, decoded in results])
+    assert pixels.shape == (6, 3, 32, 32)
+    assert pixels.dtype == np.uint8
+    assert_array_equal(pixels[:, 0, 5, 5], [0, 1, 2, 0, 4, 5])
+    assert [list(decoded.errors) for _, decoded in results] == [[], [1], []]
+    assert results[1][1].sizes.tolist() == [[5, 4], [0, 0]]
+
+
+def test_what_goes_through_the_pipe_fits_it_whatever_the_reasons() -> None:
+    errors = {i: f"{i} \udce9 {'x' * 1000}" for i in range(1024)}
+    decoded = Decoded.of(DECODER.black(1).share_memory_(), [(5, 4)] * 1024, errors)
+    decoded.notes.share_memory_()
+    assert len(ForkingPickler.dumps(decoded)) < select.PIPE_BUF // 2
+    assert decoded.errors == errors
+    assert decoded.sizes.dtype == torch.int32
+    assert decoded.sizes.tolist() == [[5, 4]] * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_worker_that_dies_while_a_long_result_waits_to_be_read_is_replaced(tmp_path: Path) -> None:
+    Image.new("RGB", (5, 4)).save(tmp_path / "x.png")
+    good, reason = item(tmp_path / "x.png"), "x" * (1 << 20)  # more than any pipe holds
+    items = [good, Unreadable("u", "u", reason), Killing("k", "k"), good]
+    results = decode_batches(DECODER, (Batch([each], 0, i, 4) for i, each in enumerate(items)), workers=1, time_limit=9)
+    errors = [next(results)[1].errors]
+    time.sleep(2)  # the worker goes on, and dies
+    errors += [decoded.errors for _, decoded in results]
+    assert [bool(each) for each in errors] == [False, True, True, False]
+    assert errors[1] == {0: reason}
+    assert "a decoder died of it" in errors[2][0]
+
+
+@dataclass(frozen=True, slots=True)
+class Slow(ImageFile):
+    """Notes what is asked of it."""
+
+    asked: list[object]
+
+    def prepare(self) -> None:
+        self.asked.append("prepare")
+        if self.key == "bad":
+            raise ValueError("broken before it")
+
+    def source(self) -> Path:
+        self.asked.append("source")
+        return Path(self.location)
+
+
+def test_the_time_limit_is_for_what_comes_after_preparing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (5, 4)).save(tmp_path / "x.png")
+    asked: list[object] = []
+    items: list[Item] = [Slow(key, str(tmp_path / "x.png"), asked) for key in ("good", "bad", "good")]
+    monkeypatch.setattr(decode, "get_worker_info", lambda: SimpleNamespace(id=0))
+    monkeypatch.setattr(signal, "setitimer", lambda _, seconds: asked.append(seconds))
+    batches = _Batches(DECODER, torch.zeros(1, 2, dtype=torch.int64), 7.0)
+    decoded = batches.__getitems__(Batch(items, 0, 0, 3))
+    one = ["prepare", 7.0, "source", 0]
+    assert asked == [*one, "prepare", *one]
+    assert decoded.errors == {1: "broken before it"}
+    assert decoded.sizes.tolist() == [[5, 4], [0, 0], [5, 4]]
+
+
+def test_what_batches_raise_is_no_death_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    def batches() -> Iterator[Batch]:
+        yield Batch([Unreadable("u", "u", "gone")], 0, 0, 2)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(decode, "_deaths", lambda board: [decode._IDLE])  # there is one as well
+    results = decode_batches(DECODER, batches(), workers=0, time_limit=1)
+    next(results)
+    with pytest.raises(OSError, match="Input/output error"):
+        next(results)
+
+
+@dataclass(frozen=True, slots=True)
+class Held(ImageFile):
+    """Says that its decoding began, and waits."""
+
+    begun: threading.Event
+    going_on: threading.Event
+
+    def source(self) -> Path:
+        self.begun.set()
+        assert self.going_on.wait(30)
+        return Path(self.location)
+
+
+def test_large_images_are_no_warnings_and_threads_leave_the_filters_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    Image.new("RGB", (40, 40)).save(tmp_path / "large.png")
+    Image.new("RGB", (50, 50)).save(tmp_path / "bomb.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before = list(warnings.filters)
+        held = [
+            Held("h", str(tmp_path / name), threading.Event(), threading.Event()) for name in ("large.png", "bomb.png")
+        ]
+        with ThreadPoolExecutor(2) as pool:
+            first, second = [pool.submit(DECODER.into, DECODER.black(1)[0], each) for each in held]
+            for each in held:
+                assert each.begun.wait(30)
+            held[0].going_on.set()  # who came first also leaves first
+            assert first.result(30) == ((40, 40), None)
+            held[1].going_on.set()
+            assert "decompression bomb" in str(second.result(30)[1])
+        assert warnings.filters == before
+        with pytest.raises(Image.DecompressionBombWarning):
+            Image.open(tmp_path / "large.png")
+
+
+def test_nothing_to_decode() -> None:
+    assert list(decode_batches(DECODER, iter([]), workers=0, time_limit=1)) == []
+
+
+def test_a_long_thin_image_that_is_squashed_is_no_trouble() -> None:
+    Decoder(Preprocess(224, squash=True)).check((100_000, 10))
+    with pytest.raises(ValueError, match="too long and thin"):
+        Decoder(Preprocess(224)).check((100_000, 10))

@@ -1,0 +1,282 @@
+"""Every model family of every package at its real shape, accelerated: which outputs are fast, and the same.
+
+    pytest tests/dropin/test_compatibility.py --compatibility docs/compatibility.md
+
+writes what it has seen as a table; lines of other packages and versions in that file stay.
+"""
+
+from __future__ import annotations
+
+import copy
+import gzip
+import importlib
+import importlib.metadata
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kernel_checks import assert_same_bits
+from torch import Tensor, nn
+
+import clip_fast
+from clip_fast.dropin.accelerate import is_accelerated
+from clip_fast.errors import NotServed
+from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD
+
+FAST, ORIGINAL = "fast", "original"
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models of one package that are built alike. `refused` is a part of the error where they are not served."""
+
+    package: str
+    name: str
+    make: Callable[[], Any]
+    refused: str = ""
+    size: int = 224
+
+
+def openai_clip(*shape: Any) -> Callable[[], nn.Module]:
+    return lambda: importlib.import_module("clip.model").CLIP(*shape, 77, 1000, 64, 2, 1)
+
+
+def open_clip(name: str, **options: Any) -> Callable[[], nn.Module]:
+    return lambda: importlib.import_module("open_clip").create_model(name, pretrained=None, **options)
+
+
+def transformers(name: str, config: str) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        module: Any = importlib.import_module("transformers")
+        return getattr(module, name)(getattr(module, config)())
+
+    return make
+
+
+def sentence_transformers() -> nn.Module:
+    """Read from a folder, as its users do, which is made first: model, processor and tokenizer."""
+    import tempfile
+
+    transformers: Any = importlib.import_module("transformers")
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        config = transformers.CLIPConfig()
+        transformers.CLIPModel(config).save_pretrained(place)
+        transformers.CLIPImageProcessor().save_pretrained(place)
+        merges = gzip.decompress(_VOCABULARY.read_bytes()).decode().splitlines()[1 : 49152 - 256 - 2 + 1]
+        (place / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+        (place / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(_tokens(merges))}))
+        (place / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CLIPTokenizer"}))
+        package: Any = importlib.import_module("sentence_transformers")
+        return package.SentenceTransformer(str(place), device="cpu")
+
+
+_VOCABULARY = Path(clip_fast.__file__).parent / "assets" / "vocabulary" / "bpe_simple_vocab_16e6.txt.gz"
+
+
+def _tokens(merges: list[str]) -> list[str]:
+    letters = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [chr(256 + i) for i in range(256 - len(letters))]
+    symbols = [*map(chr, letters), *others]
+    pairs = ["".join(merge.split()) for merge in merges]
+    return [*symbols, *(f"{symbol}</w>" for symbol in symbols), *pairs, "<|startoftext|>", "<|endoftext|>"]
+
+
+FAMILIES = [
+    Family("openai-clip", "ViT-B/32", openai_clip(512, 224, 12, 768, 32)),
+    Family("openai-clip", "ViT-B/16", openai_clip(512, 224, 12, 768, 16)),
+    Family("openai-clip", "RN50", openai_clip(1024, 224, (3, 4, 6, 3), 64, None)),
+    Family("openai-clip", "RN50x4", openai_clip(640, 288, (4, 6, 10, 6), 80, None), size=288),
+    Family("open_clip_torch", "ViT-B-32", open_clip("ViT-B-32")),
+    Family("open_clip_torch", "ViT-B-32, QuickGELU forced", open_clip("ViT-B-32", force_quick_gelu=True)),
+    Family("open_clip_torch", "ViT-B-16-plus-240", open_clip("ViT-B-16-plus-240"), size=240),
+    Family(
+        "open_clip_torch", "ViT-B-32 at 256 pixels", open_clip("ViT-B-32", force_image_size=256), size=256
+    ),
+    Family("open_clip_torch", "ViT-B-32 in a CustomTextCLIP", open_clip("ViT-B-32", force_custom_text=True)),
+    Family("open_clip_torch", "RN50", open_clip("RN50")),
+    Family("open_clip_torch", "coca_ViT-B-32", open_clip("coca_ViT-B-32"), refused="attn_pool is"),
+    Family("open_clip_torch", "ViT-B-16-SigLIP", open_clip("ViT-B-16-SigLIP"), refused="its visual.trunk is a timm"),
+    Family("open_clip_torch", "convnext_base", open_clip("convnext_base"), refused="its visual.trunk is a timm"),
+    Family("transformers", "CLIPModel", transformers("CLIPModel", "CLIPConfig")),
+    Family("transformers", "CLIPVisionModel", transformers("CLIPVisionModel", "CLIPVisionConfig")),
+    Family(
+        "transformers", "CLIPVisionModelWithProjection",
+        transformers("CLIPVisionModelWithProjection", "CLIPVisionConfig"),
+    ),
+    Family("transformers", "SiglipModel", transformers("SiglipModel", "SiglipConfig"), "no image tower"),
+    Family("transformers", "Dinov2Model", transformers("Dinov2Model", "Dinov2Config"), "no image tower"),
+    Family("sentence-transformers", "CLIPModel", sentence_transformers),
+]  # fmt: skip
+
+
+# --- outputs: what users call, and whether a family has it ------------------------------------------------------------
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """All tensors in an output, in a fixed order."""
+    if isinstance(output, Tensor):
+        return [output]
+    if hasattr(output, "to_tuple"):
+        output = output.to_tuple()
+    return [tensor for part in output for tensor in tensors(part)] if isinstance(output, tuple | list) else []
+
+
+def is_transformers(model: Any) -> bool:
+    return hasattr(model, "config") and not hasattr(model, "encode")  # nor a SentenceTransformer
+
+
+def embeddings(model: Any, images: Tensor) -> Any:
+    if hasattr(model, "encode_image"):
+        return model.encode_image(images)
+    if hasattr(model, "get_image_features"):
+        return model.get_image_features(pixel_values=images)
+    if hasattr(model, "encode"):  # sentence-transformers: through its processor
+        from PIL import Image
+
+        arrays = images.clamp(0, 1).mul(255).byte().permute(0, 2, 3, 1).cpu().numpy()
+        return model.encode([Image.fromarray(array) for array in arrays], convert_to_tensor=True)
+    return model(pixel_values=images)
+
+
+def visual(model: Any, images: Tensor) -> Any:
+    return model.visual(images) if hasattr(model, "visual") else None
+
+
+def hidden_states(model: Any, images: Tensor) -> Any:
+    tower = getattr(model, "vision_model", model)
+    if not is_transformers(model):
+        return None
+    return tower(pixel_values=images, output_hidden_states=True)
+
+
+def return_dict(model: Any, images: Tensor) -> Any:
+    if not is_transformers(model) or hasattr(model, "get_image_features"):  # which takes none in every version
+        return None
+    return model(pixel_values=images, return_dict=False)
+
+
+def patch_tokens(model: Any, images: Tensor) -> Any:
+    if not hasattr(getattr(model, "visual", None), "output_tokens"):
+        return None
+    model.visual.output_tokens = True
+    try:
+        return model.visual(images)
+    finally:
+        model.visual.output_tokens = False
+
+
+def interpolated(model: Any, images: Tensor) -> Any:
+    """transformers' own other resolutions."""
+    if not is_transformers(model):
+        return None
+    larger = torch.nn.functional.interpolate(images, scale_factor=9 / 7)
+    return getattr(model, "vision_model", model)(pixel_values=larger, interpolate_pos_encoding=True)
+
+
+OUTPUTS: dict[str, tuple[Callable[[Any, Tensor], Any], str, float]] = {
+    "embeddings": (embeddings, FAST, 1e-5),
+    "visual": (visual, FAST, 1e-5),
+    "hidden states": (hidden_states, FAST, 1e-5),
+    "return_dict=False": (return_dict, FAST, 1e-5),
+    "patch tokens": (patch_tokens, FAST, 1e-5),
+    "interpolated positions": (interpolated, ORIGINAL, 1e-6),
+}
+
+_SEEN: dict[tuple[str, str], dict[str, str]] = {}  # (package and version, family) -> output -> what was seen
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _table(pytestconfig: pytest.Config) -> Iterator[None]:
+    yield
+    if path := pytestconfig.getoption("--compatibility"):
+        write_table(Path(path), _SEEN)
+
+
+def write_table(path: Path, seen: dict[tuple[str, str], dict[str, str]]) -> None:
+    header = ["package", "model", *OUTPUTS]
+    lines = {}
+    if path.exists():
+        kept = [line for line in path.read_text().splitlines() if line.startswith("| ") and "---" not in line]
+        lines = {tuple(line.split(" | ")[:2]): line for line in kept[1:]}
+    for (package, family), cells in seen.items():
+        line = f"| {package} | {family} | " + " | ".join(cells.get(output, "") for output in OUTPUTS) + " |"
+        lines[tuple(line.split(" | ")[:2])] = line
+    title = (
+        "What `clip_fast.accelerate` gives, as `pytest tests/dropin/test_compatibility.py --compatibility` has seen it.\n"
+        "**fast**: the fast path ran, and what it returned was what the original returns, but for rounding.\n"
+        "**original**: the original forward runs, and a warning says why. Empty: there is no such output."
+    )
+    rules = "| " + " | ".join("---" for _ in header) + " |"
+    body = [lines[key] for key in sorted(lines)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(["# Compatibility", "", title, "", f"| {' | '.join(header)} |", rules, *body]) + "\n")
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: f"{family.package} {family.name}")
+def test_a_family(family: Family) -> None:
+    try:
+        version = importlib.metadata.version(family.package)
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"{family.package} is not installed")
+    model = family.make().eval()
+    cells = _SEEN.setdefault((f"{family.package} {version}", family.name), {})
+    if family.refused:
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        with pytest.raises(NotServed, match=family.refused) as refusal:
+            clip_fast.accelerate(model)
+        assert not is_accelerated(model)
+        after = model.state_dict()
+        assert before.keys() == after.keys()
+        for name, tensor in after.items():
+            assert_same_bits(tensor, before[name])  # CoCa leaves some uninitialised, which may be NaN
+        cells["embeddings"] = f"refused: {refusal.value}"
+        return
+    original = copy.deepcopy(model)
+    assert clip_fast.accelerate(model) is model
+    images = torch.rand(2, 3, family.size, family.size)
+    with torch.no_grad():
+        for name, (run, way, bound) in OUTPUTS.items():
+            wanted = run(original, images)
+            if wanted is None:
+                continue
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                got = run(model, images)
+            said = [str(each.message) for each in caught if "the original forward" in str(each.message)]
+            assert bool(said) == (way == ORIGINAL), (name, said)
+            assert type(got) is type(wanted)
+            pairs = list(zip(tensors(got), tensors(wanted), strict=True))
+            assert pairs
+            for ours, theirs in pairs:
+                assert (ours.shape, ours.dtype, ours.device) == (theirs.shape, theirs.dtype, theirs.device)
+                assert float((ours.double() - theirs.double()).norm() / theirs.double().norm()) < bound, name
+            if way == FAST:
+                assert any(not torch.equal(*pair) for pair in pairs), f"{name} is not by another path"
+            cells[name] = way
+    if hasattr(model, "encode"):
+        return  # sentence-transformers take pictures
+    mean, std = (torch.tensor(x)[:, None, None] for x in (IMAGE_MEAN, IMAGE_STD))
+    raw = torch.randint(0, 256, images.shape, dtype=torch.uint8)
+    with torch.no_grad():
+        got, wanted = tensors(embeddings(model, raw)), tensors(embeddings(original, (raw / 255 - mean) / std))
+    assert float((got[-1] - wanted[-1]).norm() / wanted[-1].norm()) < 1e-5
+    clip_fast.restore(model)
+    with torch.no_grad():
+        results = (tensors(embeddings(each, images)) for each in (model, original))
+        assert all(map(torch.equal, *results))
+
+
+def test_the_table_keeps_the_lines_of_other_versions(tmp_path: Path) -> None:
+    file = tmp_path / "docs" / "table.md"
+    write_table(file, {("a 1.0", "x"): {"embeddings": "fast"}, ("b 1.0", "x"): {"visual": "fast"}})
+    write_table(file, {("a 2.0", "x"): {"embeddings": "fast"}, ("b 1.0", "x"): {"visual": "original"}})
+    lines = file.read_text().splitlines()[-3:]
+    assert [line.split(" | ")[0] for line in lines] == ["| a 1.0", "| a 2.0", "| b 1.0"]
+    assert "original" in lines[2]
+    assert "fast" not in lines[2]

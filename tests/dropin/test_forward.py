@@ -1,0 +1,754 @@
+"""Which way an accelerated tower goes: every fallback to the original, eager and in compiled graphs."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peers import (
+    MODELS,
+    close,
+    embeddings,
+    hugging_face,
+    open_clip_resnet,
+    open_clip_vit,
+    openai_resnet,
+    openai_vit,
+    random_images,
+    tower,
+    transformers,
+)
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from random_towers import random_tower
+
+import clip_fast
+from clip_fast.dropin.accelerate import why_original
+from clip_fast.dropin.forward import Forward
+from clip_fast.engine.engine import Engine
+from clip_fast.errors import NotServed
+from clip_fast.towers.config import VitConfig
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return random_images()
+
+
+def falls_back(model: nn.Module, images: Tensor, because: str, run: Callable[..., Any] = embeddings) -> Any:
+    """What the original forward of an accelerated model gives, which says why it runs."""
+    with pytest.warns(UserWarning, match=f"the original forward of .* runs, not clip_fast's: .*{because}"):
+        return run(model, images)
+
+
+def stays_fast(model: nn.Module, images: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the original forward")
+        return embeddings(model, images)
+
+
+# --- hooks and modes -------------------------------------------------------------------------------------------------
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """Some module inside its tower."""
+    return next(
+        module for module in tower(model).modules() if isinstance(module, nn.Linear) and module.bias is not None
+    )
+
+
+HOOKS: dict[str, Callable[[nn.Module, Callable[..., None]], Any]] = {
+    "forward": lambda module, hook: module.register_forward_hook(hook),
+    "before it": lambda module, hook: module.register_forward_pre_hook(hook),
+    "backward": lambda module, hook: module.register_full_backward_hook(hook),
+    "before that": lambda module, hook: module.register_full_backward_pre_hook(hook),
+    "of all modules": lambda module, hook: nn.modules.module.register_module_forward_hook(hook),
+}
+
+
+@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_inside_the_tower(make: Callable[[], nn.Module], kind: str, images: Tensor) -> None:
+    model = clip_fast.accelerate(make())
+    with torch.no_grad():
+        before = stays_fast(model, images)
+        hook = HOOKS[kind](inner(model), lambda *_: None)
+        try:
+            assert close(falls_back(model, images, "hooks are registered inside the tower"), before)
+        finally:
+            hook.remove()
+        assert torch.equal(stays_fast(model, images), before)
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_hooks_after_all_were_thrown_away(make: Callable[[], nn.Module], images: Tensor) -> None:
+    """A widespread way to remove hooks puts a new dictionary in the place of the old."""
+    model = clip_fast.accelerate(make())
+    with torch.no_grad():
+        stays_fast(model, images)
+        inner(model)._forward_hooks = OrderedDict()
+        inner(model).register_forward_hook(lambda *_: None)
+        falls_back(model, images, "hooks are registered inside the tower")
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_hooks_on_the_tower_run_beside_the_fast_path(make: Callable[[], nn.Module], images: Tensor) -> None:
+    model = clip_fast.accelerate(make())
+    seen: list[object] = []
+    tower(model).register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        stays_fast(model, images)
+    assert seen
+
+
+def _drop_later(model: nn.Module) -> None:
+    """As `MultiheadAttention`'s dropout is set, in the middle of a run."""
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention):
+            module.dropout = 0.5
+
+
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [
+        (openai_resnet, None),
+        (open_clip_resnet, None),
+        (lambda: open_clip_vit(patch_dropout=0.5), None),
+        (lambda: hugging_face(attention_dropout=0.5), None),
+        (openai_vit, _drop_later),
+        (open_clip_vit, _drop_later),
+    ],
+    ids=["batch norms", "batch norms of open_clip", "patch dropout", "attention_dropout", "dropout", "of open_clip"],
+)
+def test_training_mode(make: Callable[[], Any], change: Callable[[nn.Module], None] | None, images: Tensor) -> None:
+    model = clip_fast.accelerate(make())
+    with torch.no_grad():
+        before = stays_fast(model, images)
+        if change is not None:
+            change(model)
+        model.train()
+        assert not close(falls_back(model, images, "in training mode, with dropout or batch norms"), before, 1e-3)
+        after = stays_fast(model.eval(), images)  # of the statistics that training has left
+        assert close(after, embeddings(clip_fast.restore(model), images))
+
+
+@pytest.mark.parametrize("make", [openai_vit, open_clip_vit, hugging_face])
+def test_training_mode_without_dropout_is_fast(make: Callable[[], nn.Module], images: Tensor) -> None:
+    with torch.no_grad():
+        stays_fast(clip_fast.accelerate(make()).train(), images)
+
+
+# --- what transformers is asked for ----------------------------------------------------------------------------------
+
+
+def test_attention_weights(images: Tensor) -> None:
+    model = clip_fast.accelerate(hugging_face())
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        output = falls_back(
+            model, images, "attention weights are asked for", lambda m, x: m(pixel_values=x, output_attentions=True)
+        )
+        assert len(output.attentions) == 3
+        stays_fast(model, images)  # what transformers hooked in for that is no user's hook
+
+
+def test_interpolated_positions(images: Tensor) -> None:
+    model = hugging_face()
+    larger = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        wanted = model(pixel_values=larger, interpolate_pos_encoding=True).image_embeds
+        clip_fast.accelerate(model)
+        got = falls_back(
+            model, larger, "positional encodings", lambda m, x: m(pixel_values=x, interpolate_pos_encoding=True)
+        )
+    assert torch.equal(got.image_embeds, wanted)
+
+
+NOT_FLAGS = {"output_hidden_states": 1}
+if hasattr(transformers.utils, "output_capturing"):  # as of transformers 5
+    NOT_FLAGS["unheard_of"] = 1
+
+
+@pytest.mark.parametrize("name", NOT_FLAGS)
+def test_what_else_transformers_may_be_asked(name: str, images: Tensor) -> None:
+    options = {name: NOT_FLAGS[name]}
+    model = tower(hugging_face(kind="CLIPVisionModel"))
+    with torch.no_grad():
+        wanted = model(images, **options)
+        clip_fast.accelerate(model)
+        why = f"{name} is (1|given)"
+        got = falls_back(model, images, why, lambda m, x: m(x, **options))
+    assert torch.equal(got.last_hidden_state, wanted.last_hidden_state)
+    for ours, theirs in zip(got.hidden_states or (), wanted.hidden_states or (), strict=True):
+        assert (ours is None and theirs is None) or torch.equal(ours, theirs)  # 1 is one layer, as of 5.24
+
+
+def test_an_attention_of_the_users_own(images: Tensor) -> None:
+    def nothing(module: nn.Module, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        return torch.zeros_like(query).transpose(1, 2), None
+
+    interface = pytest.importorskip("transformers", minversion="4.51").AttentionInterface
+    interface.register("nothing", nothing)
+    model = hugging_face()
+    with torch.no_grad():
+        clip_fast.accelerate(model)
+        before = stays_fast(model, images)
+        model.set_attn_implementation("nothing")
+        got = falls_back(model, images, "its attention is 'nothing', not one of transformers' own")
+        clip_fast.restore(model)
+        assert torch.equal(got, embeddings(model, images))
+        assert not close(got, before, 1e-2)
+        with pytest.raises(NotServed, match="its attention is 'nothing'"):
+            clip_fast.accelerate(model)
+        model.set_attn_implementation("eager")
+        assert close(stays_fast(clip_fast.accelerate(model), images), before)
+
+
+# --- dtypes, gradients, transforms, tracers --------------------------------------------------------------------------
+
+
+def test_float64_and_trained_weights_need_no_warning(images: Tensor) -> None:
+    model = open_clip_vit().double()
+    with torch.no_grad():
+        wanted = embeddings(model, images.double())
+        clip_fast.accelerate(model)
+        assert torch.equal(stays_fast(model, images.double()), wanted)
+        assert why_original(tower(model), images.double()) == "it computes in float64"
+    model = clip_fast.accelerate(openai_vit()).train()
+    assert stays_fast(model, images).requires_grad
+
+
+def test_weights_that_require_gradients(images: Tensor) -> None:
+    """One of them is enough, and it is asked at every call."""
+    model = clip_fast.accelerate(openai_vit()).requires_grad_(False)
+    assert not stays_fast(model, images).requires_grad
+    tower(model).ln_post.weight.requires_grad_(True)
+    assert falls_back(model, images, "gradients are enabled and required").requires_grad
+    assert "gradients are enabled" in str(why_original(tower(model), images))
+    with torch.no_grad():
+        assert why_original(tower(model), images) is None
+
+
+def test_functional_transforms(images: Tensor) -> None:
+    """Of a frozen tower, where no gradient mode tells that they are at work."""
+    model = hugging_face(attn_implementation="eager").requires_grad_(False)
+
+    def jvp(model: nn.Module, x: Tensor) -> Tensor:
+        return torch.func.jvp(lambda z: embeddings(model, z), (x,), (torch.ones_like(x),))[1]
+
+    def dual(model: nn.Module, x: Tensor) -> Tensor:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(embeddings(model, forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+    def vmap(model: nn.Module, x: Tensor) -> Tensor:
+        return torch.vmap(lambda z: embeddings(model, z))(x[:, None])
+
+    for transform in (jvp, dual, vmap):
+        wanted = transform(model, images)
+        clip_fast.accelerate(model)
+        assert torch.equal(falls_back(model, images, "a transform of torch.func", transform), wanted)
+        stays_fast(model, images)
+        clip_fast.restore(model)
+
+
+@pytest.mark.parametrize("make", [openai_vit, openai_resnet, open_clip_vit])
+def test_a_trace_stands_on_its_own(make: Callable[[], nn.Module], images: Tensor) -> None:
+    model = clip_fast.accelerate(make())
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TorchScript is deprecated
+        program = torch.jit.trace(tower(model), images)
+        assert "clip_fast" not in str(program.inlined_graph)
+        assert close(program(images), embeddings(model, images))
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_an_exported_program_stands_on_its_own(make: Callable[[], nn.Module], images: Tensor) -> None:
+    model = clip_fast.accelerate(make())
+    with torch.no_grad():
+        program = torch.export.export(tower(model), (images,))
+        assert "clip_fast" not in str(program.graph)
+        got, wanted = program.module()(images), tower(model)(images)
+    if make is hugging_face:
+        got, wanted = got.pooler_output, wanted.pooler_output
+    assert close(got, wanted)
+
+
+def test_what_torch_fx_and_fake_tensors_record_stands_on_its_own(images: Tensor) -> None:
+    """And nothing of it is kept."""
+    model = open_clip_vit().requires_grad_(False)
+    wanted = embeddings(model, images)
+    part = tower(clip_fast.accelerate(model))
+    assert close(torch.fx.symbolic_trace(nn.Sequential(part))(images), wanted)
+    for used in (False, True):
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert type(part(images)) is FakeTensor
+        program = make_fx(part, tracing_mode="fake", _allow_non_fake_inputs=True)(images)
+        assert "clip_fast" not in str(program.graph)
+        assert close(program(images), wanted)
+        assert close(stays_fast(model, images), wanted), used
+
+
+def test_a_mask_that_comes_later_is_seen(images: Tensor) -> None:
+    model = clip_fast.accelerate(openai_vit())
+    with torch.no_grad():
+        stays_fast(model, images)
+        for block in tower(model).transformer.resblocks:
+            block.attn_mask = torch.full((17, 17), -torch.inf).triu(1)
+        got = falls_back(model, images, "transformer.resblocks.0 has an attention mask")
+        clip_fast.restore(model)
+        assert torch.equal(got, embeddings(model, images))
+
+
+@pytest.mark.parametrize("name", ["scale", "is_causal", "position_ids"])
+def test_settings_of_transformers_that_are_not_clips(name: str, images: Tensor) -> None:
+    model = hugging_face()
+    if name == "position_ids":
+        tower(model).embeddings.position_ids = tower(model).embeddings.position_ids.flip(-1)
+    else:
+        setattr(tower(model).encoder.layers[1].self_attn, name, {"scale": 1.0, "is_causal": True}[name])
+    with pytest.raises(NotServed, match=r"position_ids are not in order|layers\.1\.self_attn is causal"):
+        clip_fast.accelerate(model)
+
+
+@pytest.mark.parametrize("make", [openai_vit, openai_resnet])
+def test_an_optimiser_that_writes_to_data(make: Callable[[], nn.Module], images: Tensor) -> None:
+    class Plain(torch.optim.Optimizer):
+        def step(self, closure: object = None) -> None:  # type: ignore[override]
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.data.add_(parameter.grad, alpha=-0.1)
+
+    model = clip_fast.accelerate(make())
+    with torch.no_grad():
+        before = stays_fast(model, images)
+    embeddings(model.train(), images).square().sum().backward()
+    Plain(model.parameters(), {}).step()
+    with torch.no_grad():
+        got = stays_fast(model.eval(), images)
+        clip_fast.restore(model)
+        assert close(got, embeddings(model, images))
+        assert not close(got, before, 1e-4)
+
+
+# --- changes since it was read ---------------------------------------------------------------------------------------
+
+
+def _wrap(model: nn.Module) -> None:
+    block = tower(model).transformer.resblocks[1].mlp
+    block.c_fc = nn.Sequential(block.c_fc)
+
+
+def _cut(model: nn.Module) -> None:
+    part = tower(model)
+    part.proj = nn.Parameter(part.proj[:, :32].detach())
+
+
+def _quantise(model: nn.Module) -> None:
+    """A weight whose values are not what they seem, as torchao's."""
+
+    class Doubled(Tensor):
+        pass
+
+    layer = tower(model).transformer.resblocks[0].mlp.c_fc
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Doubled))
+
+
+def _subclass(model: nn.Module) -> None:
+    block = tower(model).transformer.resblocks[1]
+
+    class Doubling(type(block)):
+        def forward(self, *arguments: Any, **options: Any) -> Tensor:
+            return 2 * super().forward(*arguments, **options)
+
+    block.__class__ = Doubling
+
+
+CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
+    "a module in the place of another": (_wrap, "has no transformer.resblocks.1.mlp.c_fc.weight"),
+    "a weight of another shape": (_cut, r"proj is \[128, 32\], expected \[128, 64\]"),
+    "a weight of another class": (_quantise, "transformer.resblocks.0.mlp.c_fc.weight is a .*Doubled"),
+    "no weight": (lambda model: setattr(tower(model), "proj", None), "the tower has no proj"),
+    "another pool": (lambda model: setattr(tower(model), "pool_type", "avg"), "pool_type is 'avg'"),
+    "ln_post last": (lambda model: setattr(tower(model), "final_ln_after_pool", True), "ln_post comes after"),
+    "a block's method": (
+        lambda model: setattr(tower(model).transformer.resblocks[1], "attention", lambda *_, **__: 0),
+        "transformer.resblocks.1 has a attention of its own",
+    ),
+    "a block's forward": (
+        lambda model: setattr(tower(model).transformer.resblocks[1], "forward", lambda x, *_, **__: 2 * x),
+        "transformer.resblocks.1 has a forward of its own",
+    ),
+    "another epsilon": (lambda model: setattr(tower(model).ln_pre, "eps", 0.1), "ln_pre has eps 0.1, expected 1e-05"),
+    "another class": (_subclass, "transformer.resblocks.1 is a .*Doubling"),
+    "an MLP that is none": (
+        lambda model: setattr(tower(model).transformer.resblocks[1], "mlp", nn.Identity()),
+        "its parts are not those that its class makes: 'Identity' object has no attribute",
+    ),
+    "a tower's method": (
+        lambda model: setattr(tower(model), "_pool", lambda x: (x[:, 1], x[:, 1:])), "the tower has a _pool of its own"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("way", ["eager", "compiled"])
+def test_a_change_is_seen(name: str, way: str, images: Tensor) -> None:
+    """At the next call, and by a graph that was compiled before."""
+    change, why = CHANGES[name]
+    torch.compiler.reset()
+    model = clip_fast.accelerate(open_clip_vit())
+
+    def run(model: nn.Module, x: Tensor) -> Tensor:
+        return function(x)
+
+    function: Callable[[Tensor], Tensor] = lambda x: embeddings(model, x)  # noqa: E731
+    if way == "compiled":
+        function = torch.compile(function, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        before = function(images)
+        change(model)
+        got = falls_back(model, images, why, run)
+        clip_fast.restore(model)
+        wanted = embeddings(model, images)
+    assert torch.equal(got, wanted)
+    assert got.shape != before.shape or name.endswith("another class") or not torch.equal(got, before)
+
+
+def test_weights_are_prepared_once_however_often_the_attention_is_switched(images: Tensor) -> None:
+    """What is looked through anew and found the same keeps its engine."""
+    model = clip_fast.accelerate(hugging_face())
+    with torch.no_grad():
+        stays_fast(model, images)
+        forward: Any = Forward.of(tower(model))
+        engine = forward.choice(images)
+        model.set_attn_implementation("eager")
+        assert forward.choice(images) is engine
+
+
+def test_raw_pixels_reach_the_original_as_floats() -> None:
+    """In the dtype of the first convolution, which not all weights have."""
+    model: Any = open_clip_vit().bfloat16()
+    tower(model).class_embedding.data = tower(model).class_embedding.data.float()
+    pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    clip_fast.accelerate(model)
+    with torch.no_grad():
+        before = stays_fast(model, pixels)
+        inner(model).register_forward_hook(lambda *_: None)
+        got = falls_back(model, pixels, "hooks")
+        assert close(got, before, 0.05)
+        assert torch.equal(got, embeddings(model, pixels.permute(0, 2, 3, 1)))
+
+
+def test_a_warning_points_at_the_users_line(images: Tensor) -> None:
+    for make in MODELS:
+        model = clip_fast.accelerate(make())
+        with pytest.warns(UserWarning, match="gradients") as caught:
+            embeddings(model, images)
+        assert [str(each.filename).rpartition("/")[2] for each in caught] == ["models.py"]
+
+
+# --- compiled graphs -------------------------------------------------------------------------------------------------
+
+
+def image_encoder() -> nn.Module:
+    config = VitConfig(image_size=64, patch_size=16, width=128, layers=2, heads=2, embed_dim=64)
+    state = {name: tensor.detach() for name, tensor in random_tower(config).state_dict().items()}
+    return clip_fast.ImageEncoder(config, state, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("make", [*MODELS, image_encoder])
+@pytest.mark.parametrize("grad", ["no_grad", "frozen", "trainable"])
+def test_compiled_without_a_graph_break(make: Callable[[], nn.Module], grad: str, images: Tensor) -> None:
+    torch.compiler.reset()
+    model = clip_fast.accelerate(make()).requires_grad_(grad == "trainable")
+    with torch.no_grad():
+        wanted = stays_fast(model, images)
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., Any]:
+        graphs.append(str(graph.graph))
+        return graph.forward
+
+    compiled = torch.compile(lambda x: 2 * embeddings(model, x), backend=backend, fullgraph=True)
+    with torch.set_grad_enabled(grad != "no_grad"):
+        got = compiled(images)
+        assert got.requires_grad == (grad == "trainable")
+        assert close(got, 2 * wanted)
+    assert len(graphs) == 1
+    assert ("clip_fast" in graphs[0]) == (grad != "trainable")
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_compiled_by_aot_autograd(make: Callable[[], nn.Module], images: Tensor) -> None:
+    """With shapes from the fake kernel, and for batches of any size."""
+    torch.compiler.reset()
+    model = clip_fast.accelerate(make())
+    compiled = torch.compile(lambda x: embeddings(model, x), backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for count in (3, 2):
+            assert close(compiled(images[:count]), stays_fast(model, images[:count]))
+
+
+def test_hidden_states_compiled(images: Tensor) -> None:
+    torch.compiler.reset()
+    model = clip_fast.accelerate(hugging_face())
+    with torch.no_grad():
+        wanted = model(images, output_hidden_states=True).hidden_states
+        compiled = torch.compile(
+            lambda x: model(x, output_hidden_states=True).hidden_states, backend="eager", fullgraph=True
+        )
+        assert all(map(close, compiled(images), wanted))
+        inner(model).register_forward_hook(lambda *_: None)
+        assert all(map(close, falls_back(model, images, "hooks", lambda m, x: compiled(x)), wanted))
+
+
+@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_under_autocast(make: Callable[[], nn.Module], backend: str, images: Tensor) -> None:
+    """In autocast's precision, though no call before was under autocast, and though AOTAutograd turns it off."""
+    torch.compiler.reset()
+    model = clip_fast.accelerate(make())
+    compiled = torch.compile(lambda x: embeddings(model, x), backend=backend, fullgraph=True)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16), warnings.catch_warnings():
+            warnings.filterwarnings("error", message="the original forward")
+            got = compiled(images)
+            wanted = embeddings(model, images)
+        assert got.dtype == torch.bfloat16
+        assert close(got, wanted, 1e-2)
+        assert not close(got.float(), embeddings(model, images), 1e-4)
+
+
+@pytest.mark.parametrize("make", [openai_resnet, lambda: hugging_face(attention_dropout=0.5)], ids=["norms", "dropout"])
+def test_compiled_and_then_trained(make: Callable[[], nn.Module], images: Tensor) -> None:
+    torch.compiler.reset()
+    model = clip_fast.accelerate(make())
+    compiled = torch.compile(lambda x: embeddings(model, x), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        before = compiled(images)
+        model.train()
+        got = falls_back(model, images, "in training mode", lambda m, x: compiled(x))
+        assert not close(got, before, 1e-3)
+
+
+def test_compiled_and_then_hooked(images: Tensor) -> None:
+    """The hook's effect is in the result."""
+    torch.compiler.reset()
+    model = clip_fast.accelerate(openai_vit())
+    compiled = torch.compile(lambda x: embeddings(model, x), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert compiled(images).any()
+        tower(model).ln_post.register_forward_hook(lambda module, inputs, output: output * 0)
+        assert not falls_back(model, images, "hooks", lambda m, x: compiled(x)).any()
+
+
+def test_compiled_and_then_accelerated_anew(images: Tensor) -> None:
+    torch.compiler.reset()
+    model = clip_fast.accelerate(openai_vit())
+    compiled = torch.compile(lambda x: embeddings(model, x), backend="eager", fullgraph=True)
+    with torch.no_grad():
+        before = compiled(images)
+        clip_fast.accelerate(model, precision="bf16")
+        assert torch.equal(compiled(images), embeddings(model, images))
+        assert not close(compiled(images), before, 1e-4)
+        clip_fast.restore(model)
+        assert torch.equal(compiled(images), embeddings(model, images))
+
+
+def test_what_an_engine_refuses_in_a_call(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*_: Any) -> None:
+        raise NotServed("not today")
+
+    model = clip_fast.accelerate(hugging_face())
+    with torch.no_grad():
+        before = stays_fast(model, images)
+        monkeypatch.setattr(Engine, "run", run)
+        assert close(falls_back(copy.deepcopy(model), images, "not today"), before)
+        assert why_original(tower(model), images) == "not today"
+
+
+# --- what other libraries do to modules and classes ------------------------------------------------------------------
+
+
+class Adapter(nn.Module):
+    """As peft's: around a module, to whose weights it is added in the end."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_adapters_that_came_and_went_between_two_calls(make: Callable[[], nn.Module], images: Tensor) -> None:
+    """The module that is put back is the old one, with an old version of a weight that is new."""
+    model = clip_fast.accelerate(make())
+    name, module = next((n, m) for n, m in tower(model).named_modules() if m is inner(model))
+    parent, leaf = tower(model).get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+    with torch.no_grad():
+        before = stays_fast(model, images)
+        setattr(parent, leaf, Adapter(module))
+        module.weight.data += 10 * torch.randn_like(module.weight)  # a ResNet's keys matter little
+        setattr(parent, leaf, module)
+        after = stays_fast(model, images)
+        assert not close(after, before, 1e-3)
+        assert close(after, embeddings(clip_fast.restore(model), images))
+
+
+def test_graphs_of_others_know_nothing_of_our_towers(images: Tensor) -> None:
+    """Though a module is made in them, of which we are told."""
+    torch.compiler.reset()
+    blocks = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+    counter = CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def first_two(x: Tensor) -> Tensor:
+        for block in blocks[:2]:
+            x = block(x)
+        return x
+
+    model = clip_fast.accelerate(openai_vit())
+    for _ in range(2):
+        first_two(torch.randn(2, 8))
+        tower(model).ln_post = tower(model).ln_post
+        with torch.no_grad():
+            stays_fast(clip_fast.accelerate(openai_vit()), images)
+    assert counter.frame_count == 1
+
+
+def test_modules_of_others_that_have_no_hash(images: Tensor) -> None:
+    with torch.no_grad():
+        stays_fast(clip_fast.accelerate(openai_vit()), images)
+
+    class Unhashable(nn.Module):
+        __hash__ = None  # type: ignore[assignment]
+
+    Unhashable().inner = nn.Linear(2, 2)
+
+
+class Sharded(Tensor):
+    """As FSDP's shards are to optimisers."""
+
+
+def test_steps_of_sharded_weights_are_seen(images: Tensor) -> None:
+    """What is gathered from shards lies in the memory of the tensors before, whose versions stay."""
+    model = clip_fast.accelerate(openai_vit())
+    shard = torch.ones(2).as_subclass(Sharded).requires_grad_()
+    optimizer = torch.optim.SGD([shard], lr=0.1)
+    with torch.no_grad():
+        before = stays_fast(model, images)
+    parameters, gathered = inner(model)._parameters, inner(model).weight
+    gathered.data += 0.1 * torch.randn_like(gathered)
+    shard.grad = torch.ones_like(shard)
+    parameters["weight"] = shard  # type: ignore[assignment]
+    optimizer.step()
+    parameters["weight"] = gathered
+    with torch.no_grad():
+        after = stays_fast(model, images)
+        assert not close(after, before, 1e-3)
+        assert close(after, embeddings(clip_fast.restore(model), images))
+
+
+def test_steps_of_others_sharded_weights_are_nothing_to_a_tower(
+    images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A frozen tower within a model in training is not prepared at every step."""
+    model = clip_fast.accelerate(openai_vit())
+    prepared: list[Engine] = []
+    prepare = Engine._prepare
+    monkeypatch.setattr(Engine, "_prepare", lambda engine: (prepared.append(engine), prepare(engine))[1])
+    shard = torch.ones(2).as_subclass(Sharded).requires_grad_()
+    optimizer = torch.optim.SGD([shard], lr=0.1)
+    for _ in range(3):
+        with torch.no_grad():
+            stays_fast(model, images)
+        shard.grad = torch.ones_like(shard)
+        optimizer.step()
+    assert len(prepared) == 1
+
+
+@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("part", ["tower", "inside"])
+def test_classes_with_methods_of_others(
+    make: Callable[[], nn.Module], part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make()
+    classes = [type(m) for m in tower(model).modules() if m is tower(model) or type(m).__module__.startswith("torch.")]
+    patched = classes[0 if part == "tower" else -1]
+
+    def forward(self: nn.Module, *_: Any, **options: Any) -> None:
+        """Something else."""
+
+    monkeypatch.setattr(patched, "forward", forward)
+    with pytest.raises(NotServed, match="has a forward of its own"):
+        clip_fast.accelerate(model)
+
+
+def test_a_causal_configuration_of_transformers(images: Tensor) -> None:
+    model = clip_fast.accelerate(hugging_face())
+    with torch.no_grad():
+        stays_fast(model, images)
+        tower(model).config.is_causal = True
+        got = falls_back(model, images, "is_causal")
+        assert close(got, embeddings(clip_fast.restore(model), images))
+
+
+def test_releases_of_open_clip_that_pool_otherwise() -> None:
+    model = open_clip_vit()
+    del tower(model).final_ln_after_pool
+    with pytest.raises(NotServed, match="too old"):
+        clip_fast.accelerate(model)
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_forward_bound_to_the_tower_once_more(make: Callable[[], nn.Module], images: Tensor) -> None:
+    """As `accelerate`'s `Accelerator.prepare` does with methods."""
+    model = clip_fast.accelerate(make())
+    visual = tower(model)
+    method = visual.forward.__func__.__get__(visual) if hasattr(visual.forward, "__func__") else visual.forward
+    with torch.no_grad():
+        before = stays_fast(model, images)
+        visual.forward = lambda *given, **options: method(*given, **options)
+        assert close(embeddings(model, images), before)
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_copies_and_pickles_of_a_compiled_tower(make: Callable[[], nn.Module], images: Tensor) -> None:
+    torch.compiler.reset()
+    model = clip_fast.accelerate(make())
+    tower(model).compile(backend="eager")
+    with torch.no_grad():
+        before = embeddings(model, images)
+        for copied in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+            inner(copied).weight.mul_(100)
+            assert not close(embeddings(copied, images), before, 1e-3)
+            assert close(embeddings(copied, images), embeddings(clip_fast.restore(copied), images))
+        assert torch.equal(embeddings(model, images), before)
+
+
+def test_accelerated_anew_a_tower_keeps_its_name() -> None:
+    """By which compiled graphs know it; another would have them compiled again."""
+    model = clip_fast.accelerate(openai_vit())
+    before = Forward.of(tower(model))
+    assert before is not None
+    assert Forward.of(tower(clip_fast.accelerate(model))) is before
+    assert Forward.of(tower(clip_fast.accelerate(model, precision="bf16"))) is not before
+
+
+def test_traces_of_real_values_stand_on_their_own(images: Tensor) -> None:
+    """Prepared weights would stay as they are now."""
+    model = clip_fast.accelerate(openai_vit())
+    with torch.no_grad():
+        stays_fast(model, images)
+        graph = make_fx(lambda x: embeddings(model, x))(images)
+        inner(model).weight.mul_(2)
+        assert close(graph(images), stays_fast(model, images))

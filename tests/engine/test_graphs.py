@@ -1,0 +1,365 @@
+"""CUDA graphs: which batch goes into which bucket, and that replays are right, alone and under misuse.
+
+Without a GPU a captured graph is a stand-in that computes again from the same buffers into the same results, which is
+what a replay does; with one, the encoder itself is captured.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import threading
+import time
+import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from random_towers import random_tower
+
+from clip_fast.checkpoint.published import OPENAI_MODELS
+from clip_fast.encoder import ImageEncoder
+from clip_fast.engine import graphs
+from clip_fast.engine.engine import Engine
+from clip_fast.engine.graphs import Graphs, Results, bucket_of
+from clip_fast.engine.tower import Source
+from clip_fast.towers import reference
+from clip_fast.towers.config import ResNetConfig, VitConfig
+from clip_fast.towers.convolution import Convolution
+
+RESNET = ResNetConfig(layers=(1, 1, 1, 1), width=4, heads=2, image_size=32, embed_dim=32)
+VIT = VitConfig(image_size=32, patch_size=16, width=64, layers=2, heads=1, embed_dim=32)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+B32, L14_336 = 8.5e9, 3.5e11  # operations of an image
+
+
+@pytest.mark.parametrize(
+    ("batch", "operations", "bucket"),
+    [
+        (1, B32, 1),
+        (2, L14_336, 2),
+        (3, B32, 4),
+        (33, B32, 64),
+        (64, L14_336, 64),  # exactly a bucket: no padding to pay for
+        (63, L14_336, None),  # padding would be dearer than launching
+        (3, L14_336, None),
+        (65, B32, None),
+        (1000, B32, None),
+        (4, None, 4),
+        (3, None, None),
+    ],
+)
+def test_buckets(batch: int, operations: float | None, bucket: int | None) -> None:
+    assert bucket_of(batch, operations) == bucket
+
+
+@pytest.mark.parametrize(("name", "operations"), [("ViT-B/32", B32), ("ViT-L/14@336px", L14_336), ("RN50", None)])
+def test_operations_of_an_image(name: str, operations: float | None) -> None:
+    config = OPENAI_MODELS[name]
+    with torch.device("meta"):
+        tower = reference.build(config)
+    source = Source(config, tuple(tower.modules()), tower.state_dict, lambda: tower.conv1.weight)
+    counted = Engine(source)._operations
+    assert counted is operations is None or counted == pytest.approx(operations, rel=0.02)
+
+
+# --- without a GPU ---------------------------------------------------------------------------------------------------
+
+
+class Replays:
+    """In place of `Graphs._capture`: results in fixed buffers, written again by every replay."""
+
+    def __init__(self) -> None:
+        self.captures: list[tuple[Any, ...]] = []
+
+    def __call__(self, these: Graphs, buffer: Tensor, arguments: tuple[object, ...]) -> Any:
+        self.captures.append((tuple(buffer.shape), buffer.dtype, *arguments))
+        results = these._run(buffer, *arguments)
+
+        def replay() -> None:
+            for result, fresh in zip(results, these._run(buffer, *arguments), strict=True):
+                result.copy_(fresh)
+
+        return graphs._Captured(buffer, results, replay)
+
+
+@pytest.fixture
+def replays(monkeypatch: pytest.MonkeyPatch) -> Replays:
+    capture = Replays()
+    stream = SimpleNamespace(wait_event=lambda event: None, record_event=object)
+    monkeypatch.setattr(Graphs, "_capture", lambda *args: capture(*args))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    return capture
+
+
+def double(images: Tensor, *arguments: Any) -> Results:
+    return (images.flatten(1).float().sum(dim=1) * 2, images * 2)
+
+
+def test_a_batch_is_padded_and_its_padding_cut_off(replays: Replays) -> None:
+    these = Graphs(double)
+    for batch in (3, 4, 1, 3):  # what an earlier batch left in the buffer is not seen
+        images = torch.randn(batch, 3, 4, 4)
+        for got, wanted in zip(these(4, images), double(images), strict=True):
+            assert torch.equal(got, wanted)
+    assert len(replays.captures) == 1
+
+
+def test_each_bucket_dtype_layout_and_argument_has_its_own(replays: Replays) -> None:
+    these = Graphs(double)
+    images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
+    channels_last = images.contiguous(memory_format=torch.channels_last)
+    for batch in (images, channels_last, images.float()):
+        for bucket in (2, 4):
+            for argument in ("encode", "hidden_state"):
+                for _ in range(2):
+                    sums, _ = these(bucket, batch, argument)
+                    assert torch.equal(sums, double(batch)[0])
+    assert len(replays.captures) == len(set(these._captured)) == 12
+
+
+def test_results_are_the_callers_own(replays: Replays) -> None:
+    these = Graphs(double)
+    first = these(2, torch.ones(2, 3, 4, 4))[0]
+    kept = first.clone()
+    these(2, torch.zeros(2, 3, 4, 4))
+    assert torch.equal(first, kept)
+
+
+def test_a_graph_captured_in_inference_mode_serves_outside_of_it(replays: Replays) -> None:
+    these = Graphs(double)
+    images = torch.randn(2, 3, 4, 4)
+    with torch.inference_mode():
+        these(2, images)
+    with torch.no_grad():
+        assert torch.equal(these(2, images)[0], double(images)[0])
+
+
+def test_threads_take_turns(replays: Replays) -> None:
+    def double(images: Tensor) -> Results:
+        time.sleep(1e-4)  # another thread may run, and write to the buffer if it is let to
+        return (images.flatten(1).float().sum(dim=1) * 2,)
+
+    these = Graphs(double)
+    batches = [torch.full((2, 3, 4, 4), float(i)) for i in range(8)]
+    wrong: list[int] = []
+
+    def caller(i: int) -> None:
+        for _ in range(20):
+            if not torch.equal(these(2, batches[i])[0], double(batches[i])[0]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=caller, args=(i,)) for i in range(len(batches))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_capture_that_fails_leaves_nothing(replays: Replays) -> None:
+    def out_of_memory(images: Tensor) -> Results:
+        raise torch.OutOfMemoryError
+
+    these = Graphs(out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        these(2, torch.ones(2, 3, 4, 4))
+    assert not these._captured
+    assert not these._lock.locked()
+
+
+def test_released_graphs_are_captured_again(replays: Replays) -> None:
+    these = Graphs(double)
+    images = torch.ones(2, 3, 4, 4)
+    these._done = SimpleNamespace(synchronize=lambda: None)
+    these(2, images)
+    these._done = SimpleNamespace(synchronize=lambda: None)
+    these.release()
+    assert not these._captured
+    assert torch.equal(these(2, images)[0], double(images)[0])
+    assert len(replays.captures) == 2
+
+
+def test_not_while_someone_captures_or_in_a_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert graphs.allowed()
+    with graphs.launches_only():
+        assert not graphs.allowed()
+    assert graphs.allowed()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not graphs.allowed()
+
+
+@pytest.fixture
+def bucketed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every batch asks for a graph, as small ones on a GPU do."""
+    monkeypatch.setattr(Engine, "_bucket", lambda self, images: len(images) if self.cuda_graphs else None)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+
+def test_no_graph_of_torch_compile_s_holds_the_encoder() -> None:
+    """Its replays would see no change of the weights."""
+    assert torch.Tag.cudagraph_unsafe in torch.ops.clip_fast.encode.default.tags
+
+
+def test_a_compiled_program_launches(bucketed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    replayed: list[object] = []
+    monkeypatch.setattr(Graphs, "__call__", lambda self, bucket, *args: replayed.append(args) or self._run(*args))
+    model = ImageEncoder(VIT, random_tower(VIT).state_dict(), torch.device("cpu"), torch.float32)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        wanted = model.encode_image(images)
+        assert len(replayed) == 1
+        torch.compiler.reset()
+        assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(images), wanted)
+    assert len(replayed) == 1
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, RuntimeError("operation not permitted when capturing")])
+def test_where_no_graph_can_be_captured_kernels_are_launched(
+    error: Exception, bucketed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*args: object) -> Results:
+        raise error
+
+    released: list[Graphs] = []
+    monkeypatch.setattr(Graphs, "__call__", failing)
+    monkeypatch.setattr(Graphs, "release", lambda self: released.append(self))
+    model = ImageEncoder(VIT, random_tower(VIT).state_dict(), torch.device("cpu"), torch.float32)
+    images = torch.randn(2, 3, 32, 32)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            torch.testing.assert_close(model.encode_image(images), model.visual(images), rtol=1e-4, atol=1e-5)
+    messages = [str(w.message) for w in said]
+    assert messages == ([] if error is torch.OutOfMemoryError else [
+        "clip_fast launches its kernels one by one from now on: operation not permitted when capturing"
+    ])  # fmt: skip
+    assert not model._engine.cuda_graphs
+    assert len(released) == 1
+
+
+@pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
+def test_an_encoder_is_released_with_its_graphs(config: VitConfig | ResNetConfig) -> None:
+    """No cycle holds a GPU's memory until the garbage collector comes by."""
+    others = [x for x in gc.get_objects() if type(x) is Convolution]  # of tests before
+    model = ImageEncoder(config, random_tower(config).state_dict(), torch.device("cpu"), torch.float32)
+    model.encode_image(torch.zeros(1, 3, 32, 32))
+    fast = model._engine.prepared
+    assert fast is not None
+    found = (x for x in gc.get_objects() if type(x) is Convolution)
+    convolutions = [weakref.ref(x) for x in found if not any(x is other for other in others)]
+    assert bool(convolutions) == (config is RESNET)
+    prepared = weakref.ref(fast.graphs)
+    gc.collect()
+    gc.disable()
+    try:
+        del model, fast
+        assert prepared() is None
+        assert not any(convolution() for convolution in convolutions)
+    finally:
+        gc.enable()
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+def pair(config: VitConfig | ResNetConfig) -> tuple[ImageEncoder, ImageEncoder]:
+    """One encoder that replays, and one that launches, of the same weights."""
+    state, device = random_tower(config).state_dict(), torch.device("cuda")
+    return (
+        ImageEncoder(config, state, device, torch.float16),
+        ImageEncoder(config, state, device, torch.float16, cuda_graphs=False),
+    )
+
+
+@needs_gpu
+@pytest.mark.parametrize("raw", [False, True])
+def test_replayed_embeddings_are_the_launched_ones(raw: bool) -> None:
+    model, plain = pair(VIT)
+    for batch in (1, 3, 4, 7, 64, 3, 65):
+        images = torch.randn(batch, 3, 32, 32, device="cuda")
+        if raw:
+            images = torch.randint(0, 256, (batch, 32, 32, 3), dtype=torch.uint8, device="cuda")
+        assert torch.equal(model.encode_image(images), plain.encode_image(images))
+    assert model._engine.prepared is not None
+    assert len(model._engine.prepared.graphs._captured) == 4  # of 1, 4, 8 and 64
+
+
+@needs_gpu
+def test_replayed_tokens_and_hidden_states_are_the_launched_ones() -> None:
+    model, plain = pair(VIT)
+    for batch in (3, 4, 3):
+        images = torch.randn(batch, 3, 32, 32, device="cuda")
+        for got, wanted in zip(
+            *(m.encode_image(images, return_patch_tokens=True) for m in (model, plain)), strict=True
+        ):
+            assert torch.equal(got, wanted)
+        assert torch.equal(model.hidden_state(images, 1), plain.hidden_state(images, 1))
+    assert model._engine.prepared is not None
+    assert len(model._engine.prepared.graphs._captured) == 2  # of either task, for a batch of 4
+
+
+@needs_gpu
+def test_a_resnet_is_replayed_where_its_batch_is_a_bucket() -> None:
+    model, plain = pair(RESNET)
+    for batch in (1, 3, 4, 1):
+        images = torch.randn(batch, 3, 32, 32, device="cuda")
+        torch.testing.assert_close(model.encode_image(images), plain.encode_image(images), rtol=1e-2, atol=1e-2)
+    assert model._engine.prepared is not None
+    assert len(model._engine.prepared.graphs._captured) == 2  # of 1 and 4
+
+
+@needs_gpu
+def test_a_graph_captured_in_inference_mode_is_replayed_outside_of_it() -> None:
+    model, plain = pair(VIT)
+    images = torch.randn(2, 3, 32, 32, device="cuda")
+    with torch.inference_mode():
+        model.encode_image(images)
+    assert torch.equal(model.encode_image(images), plain.encode_image(images))
+
+
+@needs_gpu
+def test_weights_that_change_are_captured_again() -> None:
+    model, plain = pair(VIT)
+    images = torch.randn(2, 3, 32, 32, device="cuda")
+    before = model.encode_image(images)
+    for encoder in (model, plain):
+        encoder.visual.proj.mul_(-1)  # type: ignore[union-attr, operator]
+    assert torch.equal(model.encode_image(images), plain.encode_image(images))
+    assert not torch.equal(model.encode_image(images), before)
+
+
+@needs_gpu
+def test_several_threads_and_streams_replay_on_a_gpu() -> None:
+    model, plain = pair(VIT)
+    # Drawn beforehand: while one thread captures, PyTorch refuses another random numbers on the GPU.
+    batches = [[torch.randn(1 + i, 3, 32, 32, device="cuda") for _ in range(20)] for i in range(4)]
+    torch.cuda.synchronize()
+
+    def caller(i: int) -> list[bool]:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            return [torch.equal(model.encode_image(images), plain.encode_image(images)) for images in batches[i]]
+
+    with ThreadPoolExecutor(4) as pool:  # while one captures, another prepares the weights of `plain`
+        assert all(all(equal) for equal in pool.map(caller, range(4)))
+    assert model._engine.cuda_graphs  # no capture failed
+
+
+@needs_gpu
+def test_a_users_own_capture_holds_the_launches() -> None:
+    model = ImageEncoder(VIT, random_tower(VIT).state_dict(), torch.device("cuda"), torch.float16)
+    images = torch.randn(2, 3, 32, 32, device="cuda")
+    wanted = model.encode_image(images)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = model.encode_image(images)
+    graph.replay()
+    assert torch.equal(got, wanted)

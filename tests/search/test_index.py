@@ -1,0 +1,384 @@
+"""Exact search over shards against a plain sort, the command around it, and its page in a real browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from bad_files import BAD_FILES
+from numpy.testing import assert_allclose, assert_array_equal
+from numpy.typing import NDArray
+from PIL import Image
+
+import clip_fast
+from clip_fast import Clip
+from clip_fast.bulk.ray_job import MANIFEST_NAME as RAY_MANIFEST_NAME
+from clip_fast.bulk.shards import OutputFolder
+from clip_fast.bulk.tables import ParquetWriter, Record, Shard
+from clip_fast.cli import main as cli
+from clip_fast.search import gallery
+from clip_fast.search import index as search
+from clip_fast.search.index import Hit, Index
+from clip_fast.towers import reference
+from clip_fast.towers.config import TextConfig, VitConfig
+from clip_fast.towers.text import TextEncoder
+
+pytest.importorskip("pyarrow")
+
+PHOTOGRAPHS = sorted((Path(__file__).parents[1] / "data").glob("*.jpg"))
+CONFIG = VitConfig(image_size=32, patch_size=16, width=64, layers=2, heads=1, embed_dim=24)
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def cut(rows: NDArray[np.float32], shard_size: int, failed: tuple[int, ...] = ()) -> list[Shard]:
+    shards: list[Shard] = []
+    for start in range(0, len(rows), shard_size):
+        part = range(start, min(start + shard_size, len(rows)))
+        records = [Record(f"k{j}", f"{j}.png", 5, 4, "broken" if j in failed else None) for j in part]
+        shards.append(Shard(len(shards), rows[part.start : part.stop], records))
+    return shards
+
+
+def write_index(folder: Path, rows: NDArray[np.float32], shard_size: int, failed: tuple[int, ...] = ()) -> Index:
+    with OutputFolder(folder) as output:
+        output.begin({"model": "m"})
+        shards = cut(rows, shard_size, failed)
+        for shard in shards:
+            output.write(shard)
+        output.finish(len(shards))
+    return Index(folder)
+
+
+def write_tables(folder: Path, rows: NDArray[np.float32], shard_size: int, failed: tuple[int, ...] = ()) -> Index:
+    """As with --ray: the columns of one parquet file, in several of any names."""
+    folder.mkdir()
+    for shard in cut(rows, shard_size, failed):
+        with ParquetWriter(folder / f"f3a_{shard.index:06}-0.parquet") as file:
+            file.write(shard)
+            file.commit()
+    (folder / RAY_MANIFEST_NAME).write_text(json.dumps({"settings": {"model": "m"}}))
+    return Index(folder)
+
+
+def cosines(queries: NDArray[np.float32], rows: NDArray[np.float32]) -> NDArray[np.float64]:
+    q, r = queries.astype(np.float64), rows.astype(np.float64)
+    lengths = np.linalg.norm(r, axis=1)
+    return (q / np.linalg.norm(q, axis=1, keepdims=True)) @ (r / np.where(lengths, lengths, 1)[:, None]).T
+
+
+# --- the index -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("write", "dtype"), [(write_index, np.float32), (write_index, np.float16), (write_tables, np.float32)]
+)
+@pytest.mark.parametrize("shard_size", [1000, 7])
+def test_the_nearest_are_those_of_a_plain_sort(
+    tmp_path: Path,
+    write: Callable[..., Index],
+    dtype: type[np.floating],
+    shard_size: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(search, "_BLOCK_ROWS", 16)
+    random = np.random.default_rng()
+    rows = (random.standard_normal((100, 24)) * random.uniform(0.1, 20, (100, 1))).astype(dtype)
+    rows[[3, 50]] = 0  # failed
+    queries = random.standard_normal((5, 24)).astype(np.float32)
+    index = write(tmp_path / "index", rows, shard_size, failed=(3, 50))
+    assert (len(index), index.embed_dim) == (100, 24)
+    wanted = cosines(queries, rows)
+    wanted[:, [3, 50]] = -np.inf
+    for k in (1, 10, 98):
+        scores, found = index.nearest(queries, k)
+        assert_array_equal(found, np.argsort(-wanted, axis=1)[:, :k])
+        assert_allclose(scores, np.take_along_axis(wanted, found, axis=1), atol=1e-6)
+    assert index.nearest(queries, 1000)[0].shape == (5, 98)  # never a failed one
+
+
+def test_of_equals_the_earlier_row_is_first(tmp_path: Path) -> None:
+    index = write_index(tmp_path / "index", np.ones((30, 4), np.float32), 7)
+    assert [hit.row for hit in index.search(np.ones(4), 5)] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("write", [write_index, write_tables])
+def test_hits_have_their_records(tmp_path: Path, write: Callable[..., Index]) -> None:
+    rows = np.eye(9, dtype=np.float32)
+    hits = write(tmp_path / "index", rows, 4).search(rows[6] + 0.5 * rows[2], 2)
+    assert [(hit.row, hit.key, hit.location) for hit in hits] == [(6, "k6", "6.png"), (2, "k2", "2.png")]
+    assert hits[0].score == pytest.approx(1 / 1.25**0.5)
+
+
+@pytest.mark.parametrize("write", [write_index, write_tables])
+def test_more_shards_than_files_may_be_open(tmp_path: Path, write: Callable[..., Index]) -> None:
+    rows = np.eye(80, dtype=np.float32)
+    write(tmp_path / "index", rows, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    open_now = max(int(each.name) for each in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_now + 20, hard))
+    try:
+        hits = Index(tmp_path / "index").search(rows[70] + 0.5 * rows[5], 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [hit.key for hit in hits] == ["k70", "k5"]
+
+
+def test_with_faiss_it_finds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("faiss")
+    rows = np.random.default_rng().standard_normal((300, 24)).astype(np.float32)
+    rows[5] = 0
+    queries = np.random.default_rng().standard_normal((3, 24)).astype(np.float32)
+    index = write_index(tmp_path / "index", rows, 70, failed=(5,))
+    scores, found = index.nearest(queries, 20)
+    monkeypatch.setattr(search, "_LARGE", 1)
+    monkeypatch.setattr(search, "_best", _counting(search._best))
+    faiss_scores, faiss_found = index.nearest(queries, 20)
+    assert_array_equal(faiss_found, found)
+    assert_allclose(faiss_scores, scores, atol=1e-6)
+    assert max(_WIDTHS) <= 40  # of each block only the best came back
+
+
+_WIDTHS: list[int] = []
+
+
+def _counting(best: object) -> object:
+    def counted(scores: NDArray[np.float32], rows: NDArray[np.int64], k: int) -> object:
+        _WIDTHS.append(scores.shape[1])
+        return best(scores, rows, k)  # type: ignore[operator]
+
+    return counted
+
+
+def test_autofaiss_and_its_reader_take_the_folder(tmp_path: Path) -> None:
+    """With the reader that clip-retrieval and autofaiss share, and the index that they build."""
+    embedding_reader = pytest.importorskip("embedding_reader")
+    autofaiss = pytest.importorskip("autofaiss")
+    rows = np.random.default_rng().standard_normal((300, 24)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    index = write_index(tmp_path / "index", rows, 70)
+    embeddings = str(tmp_path / "index" / "img_emb")
+    reader = embedding_reader.EmbeddingReader(
+        embeddings,
+        file_format="parquet_npy",
+        metadata_folder=str(tmp_path / "index" / "metadata"),
+        meta_columns=["key", "image_path"],
+    )
+    assert (reader.count, reader.dimension) == (300, 24)
+    read = list(reader(batch_size=64, show_progress=False))
+    assert_array_equal(np.concatenate([part for part, _ in read]), rows)
+    names = [
+        name for _, metadata in read for name in metadata[["key", "image_path"]].itertuples(index=False, name=None)
+    ]
+    assert names == [(f"k{j}", f"{j}.png") for j in range(300)]
+
+    built, _ = autofaiss.build_index(embeddings, save_on_disk=False, metric_type="ip", index_key="Flat", verbose=40)
+    scores, found = index.nearest(rows[:5], 10)
+    built_scores, built_found = built.search(rows[:5], 10)
+    assert_array_equal(built_found, found)
+    assert_allclose(built_scores, scores, atol=1e-6)
+
+
+def test_what_is_no_index_and_no_query(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"it has no manifest\.json or _manifest\.json"):
+        Index(tmp_path)
+    index = write_index(tmp_path / "index", np.eye(4, dtype=np.float32), 4)
+    with pytest.raises(ValueError, match=r"queries must be \[Q, 4\], got \[1, 3\]"):
+        index.search(np.ones(3))
+    for query in (np.zeros(4), np.full(4, np.nan)):
+        with pytest.raises(ValueError, match="no direction"):
+            index.search(query)
+    with OutputFolder(tmp_path / "begun") as output:
+        output.begin({"model": "m"})
+    with pytest.raises(ValueError, match="no finished shard"):
+        Index(tmp_path / "begun")
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CLIP in OpenAI's form, with a text tower."""
+    path = tmp_path_factory.mktemp("checkpoint") / "clip.pt"
+    text = TextConfig(context_length=77, vocabulary=49408, width=64, heads=1, layers=1, embed_dim=24)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        state = {f"visual.{name}": tensor for name, tensor in reference.build(CONFIG).state_dict().items()}
+        state |= dict(TextEncoder(text).state_dict())
+    torch.save(state, path)
+    return path
+
+
+@pytest.fixture
+def index(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of five photographs and pictures, one of them in a tar."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for path in PHOTOGRAPHS:
+        shutil.copy(path, tmp_path / "photos")
+    random = np.random.default_rng(0)
+    Image.fromarray(random.integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(tmp_path / "noise.png")
+    shutil.make_archive("more", "tar", root_dir=tmp_path, base_dir="noise.png")
+    (tmp_path / "photos" / "broken.jpg").write_bytes(b"nothing")
+    arguments = ["photos", "more.tar", "--model", str(checkpoint), "--output", "out/", "--workers", "0", "--quiet"]
+    assert cli.main(["encode", *arguments, "--shard-size", "2"]) == 1
+    return tmp_path / "out"
+
+
+def test_an_image_finds_itself(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photograph = f"photos/{PHOTOGRAPHS[0].name}"
+    assert cli.main(["search", "--image", photograph, "--index", str(index), "-k", "3"]) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 3
+    assert lines[0] == ["1.0000", photograph]
+    assert cli.main(["search", "--image", "noise.png", "--index", str(index), "--json"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(found) == len(PHOTOGRAPHS) + 1  # all but the broken one
+    assert found[0]["image_path"] == "more.tar/noise.png"
+    assert found[0]["score"] == pytest.approx(1)
+
+
+def test_words_find_what_the_model_says(index: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("tokenizers")
+    assert cli.main(["search", "a dog on a beach", "--index", str(index), "--json"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    model, preprocess = clip_fast.load(checkpoint, "cpu")
+    assert isinstance(model, Clip)
+    names = [name for name in (each["image_path"] for each in found) if name.startswith("photos")]
+    with torch.no_grad():
+        images = torch.stack([preprocess(Image.open(name)) for name in names])
+        logits, _ = model(images, clip_fast.tokenize("a dog on a beach"))
+    scores = (logits[:, 0] / model.logit_scale.exp()).tolist()
+    assert [each["score"] for each in found if each["image_path"] in names] == pytest.approx(scores, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give either a TEXT or an --image"),
+        (["words", "--image", "noise.png"], "give either a TEXT or an --image"),
+    ],
+)
+def test_errors(index: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    assert cli.main(["search", *arguments, "--index", str(index)]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_a_query_that_is_no_image(index: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    make, reason = BAD_FILES[kind]
+    make(Path("query.png"))
+    assert cli.main(["search", "--image", "query.png", "--index", str(index)]) == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    assert "error: query.png: " in captured.err
+    assert reason in captured.err
+    assert captured.out == ""
+
+
+def test_what_nobody_foresaw_is_not_some_failed(
+    index: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Index, "search", lambda *_: 1 / 0)
+    assert cli.main(["search", "--image", "noise.png", "--index", str(index)]) == 2
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_another_model_is_refused(index: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = tmp_path / "other.pt"
+    state = {f"visual.{name}": tensor for name, tensor in reference.build(CONFIG).state_dict().items()}
+    torch.save(state, other)
+    arguments = ["--index", str(index), "--model", str(other), "--activation", "quick_gelu"]
+    for dtype in ([], ["--dtype", "float32"], ["--dtype", "bfloat16"]):
+        assert cli.main(["search", "--image", "noise.png", *arguments, *dtype]) == 2
+        assert "was made with other weights" in capsys.readouterr().err
+
+
+def test_the_activation_is_as_it_was(index: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["noise.png", "--model", str(checkpoint), "--workers", "0", "--quiet"]
+    assert cli.main(["encode", *arguments, "--output", "gelu/", "--activation", "gelu"]) == 0
+    capsys.readouterr()
+    assert cli.main(["search", "--image", "noise.png", "--index", "gelu/"]) == 0
+    assert capsys.readouterr().out.startswith("1.0000\tnoise.png")
+
+
+def test_the_model_may_search_in_another_precision(
+    index: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["search", "--image", "noise.png", "--index", str(index), "--dtype", "bfloat16", "--json"]) == 0
+    best = json.loads(capsys.readouterr().out.splitlines()[0])
+    assert best["image_path"] == "more.tar/noise.png"
+    rows = []
+    for dtype in (torch.float32, torch.bfloat16):  # the index's, and the query's
+        model, preprocess = clip_fast.load(checkpoint, "cpu", dtype)
+        with torch.no_grad():
+            rows.append(model.encode_image(preprocess(Image.open("noise.png")).unsqueeze(0)).double())
+    assert best["score"] == pytest.approx(torch.cosine_similarity(*rows).item(), abs=2e-7)
+    assert torch.cosine_similarity(*rows).item() < 1 - 1e-6  # so that the index's precision would be seen
+
+
+def test_an_image_tower_alone_knows_no_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 30), "red").save("red.png")
+    arguments = ["--model", "tiny-digits", "--quiet", "--workers", "0", "--output", "out/"]
+    assert cli.main(["encode", "red.png", *arguments]) == 0
+    assert cli.main(["search", "words", "--index", "out"]) == 2
+    assert "has no text tower" in capsys.readouterr().err
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def test_a_page_stands_alone(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--image", "noise.png", "--index", str(index), "--html", "found.html"]
+    assert cli.main(["search", *arguments]) == 0
+    capsys.readouterr()
+    text = Path("found.html").read_text()
+    assert text.count("<img ") == len(PHOTOGRAPHS) + 2  # with the query's, and the one in the tar
+    assert not re.search(r"(?:src|href)=\"(?!data:)", text)
+    assert "<script" not in text
+    (index.parent / "photos" / PHOTOGRAPHS[0].name).unlink()
+    assert cli.main(["search", *arguments]) == 0
+    text = Path("found.html").read_text()
+    assert text.count("<img ") == len(PHOTOGRAPHS) + 1
+    assert "FileNotFoundError" in text
+
+
+def test_names_are_text_in_a_page() -> None:
+    name = '<script>alert("1")</script>&.png'
+    text = gallery.page(name, [Hit(0.5, 0, "k", name)])
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(" in text
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")
+def test_a_browser_shows_the_page(index: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """All thumbnails have been decoded and laid out, none outside of the window."""
+    assert BROWSER is not None
+    assert cli.main(["search", "--image", "noise.png", "--index", str(index), "--html", "found.html"]) == 0
+    capsys.readouterr()
+    measure = """<script>onload = () => { document.title = JSON.stringify([...document.images].map(image => {
+        const box = image.getBoundingClientRect();
+        return [image.naturalWidth, box.width >= 40, box.left >= 0 && box.right <= innerWidth]; })); }</script>"""
+    page = tmp_path / "measured.html"
+    page.write_text(Path("found.html").read_text().replace("</html>", measure + "</html>"))
+    done = subprocess.run(
+        [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
+         "--window-size=800,600", "--virtual-time-budget=5000", "--dump-dom", page.as_uri()],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title is not None, done.stdout[:500] + done.stderr[-500:]
+    images = json.loads(title[1])
+    assert len(images) == len(PHOTOGRAPHS) + 2
+    assert all(width > 20 and visible and inside for width, visible, inside in images), images

@@ -1,0 +1,92 @@
+"""Tokens and text embeddings, against openai-clip itself."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from random_towers import relative_error
+
+from clip_fast import tokens as text
+from clip_fast.tokens import tokenize
+from clip_fast.towers.config import TextConfig
+from clip_fast.towers.text import TextEncoder
+
+clip = pytest.importorskip("clip")
+
+TEXTS = [
+    "a photo of a dog",
+    "",
+    "   Spaces \t and\n\nlines   ",
+    "It's the cat's; they've said we'll, I'd, you're",
+    "CAPITALS and MiXeD",
+    "digits 1234567890 3.14 $5",
+    "punctuation!!! ??? ... --- (hello) [world] {x} <tag> a/b\\c",
+    "&lt;b&gt; &amp;amp; &#39;quoted&#39;",
+    "naïve café über Ångström Straße",
+    "日本語のテキスト 한국어 中文 русский العربية ไทย",
+    "emoji 😀👍🏽 🏳️‍🌈 zero\u200bwidth",
+    "â€œmojibakeâ€\x9d that ftfy mends",
+    "<|startoftext|> in the middle <|endoftext|>",
+    "antidisestablishmentarianism pneumonoultramicroscopicsilicovolcanoconiosis",
+    "ﬁ ligature, ½, №, Ⅷ, ² and ﬀ",
+    "it’s “quoted” — dashes – and … more",
+]
+
+
+@pytest.mark.parametrize("index", range(len(TEXTS)))
+def test_tokens_are_those_of_clip(index: int) -> None:
+    wanted = clip.tokenize(TEXTS[index])
+    got = tokenize(TEXTS[index])
+    assert got.dtype == wanted.dtype
+    assert torch.equal(got, wanted)
+
+
+def test_random_texts() -> None:
+    generator = torch.Generator()
+    print("seed", generator.seed())
+    alphabet = "abcdefghijklmnopqrstuvwxyzABC 0123456789 '!?.,-é日 "
+    texts = [
+        "".join(alphabet[i] for i in torch.randint(len(alphabet), (int(length),), generator=generator))
+        for length in torch.randint(1, 60, (300,), generator=generator)
+    ]
+    assert torch.equal(tokenize(texts, truncate=True), clip.tokenize(texts, truncate=True))
+
+
+def test_long_texts() -> None:
+    long = "word " * 100
+    with pytest.raises(RuntimeError, match=r"may have 77 tokens, start and end included, and 'word .* has 102"):
+        tokenize(long)
+    assert torch.equal(tokenize(long, truncate=True), clip.tokenize(long, truncate=True))
+    assert torch.equal(tokenize(["a", long], 20, True), clip.tokenize(["a", long], 20, True))
+    assert tokenize([]).shape == (0, 77)
+
+
+@pytest.mark.parametrize("missing", ["tokenizers", "ftfy"])
+def test_the_extra_is_named(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    text._tokenizer.cache_clear()
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ModuleNotFoundError, match=r'the extra "text": pip install "clip_fast\[text\]"'):
+        tokenize("a")
+    text._tokenizer.cache_clear()
+
+
+def test_embeddings_are_those_of_clip() -> None:
+    config = TextConfig(context_length=77, vocabulary=49408, width=128, layers=3, heads=2, embed_dim=64)
+    theirs = clip.model.CLIP(64, 32, 1, 64, 32, config.context_length, config.vocabulary, 128, 2, 3).eval()
+    ours = TextEncoder(config).eval()
+    ours.load_state_dict({name: theirs.state_dict()[name] for name in ours.state_dict()})
+    tokens = tokenize(TEXTS)
+    with torch.inference_mode():
+        assert relative_error(ours(tokens), theirs.encode_text(tokens)) < 1e-5
+        assert (
+            relative_error(ours(tokens[:, :50]), theirs.encode_text(tokens)) < 1e-5
+        )  # what follows the end is not seen
+
+
+def test_tokens_that_make_no_sense() -> None:
+    encoder = TextEncoder(TextConfig(context_length=8, vocabulary=10, width=64, layers=1, heads=1, embed_dim=4))
+    for tokens in (torch.zeros(8, dtype=torch.int), torch.zeros(1, 9, dtype=torch.int), torch.zeros(1, 8)):
+        with pytest.raises(ValueError, match=r"tokens must be \[batch, at most 8\] of an integer dtype, got"):
+            encoder(tokens)

@@ -1,0 +1,76 @@
+"""Every way to convolve, against plain PyTorch in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from random_towers import relative_error
+
+from clip_fast.kernels import ops, targets
+from clip_fast.towers import convolution
+from clip_fast.towers.convolution import Convolution
+from clip_fast.towers.cpu import can_fuse
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+GEOMETRIES = [(1, 1, None), (3, 1, None), (3, 2, None), (3, 2, 0)]  # size, stride, padding
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "stride", "padding"), GEOMETRIES)
+@pytest.mark.parametrize("relu", [True, False])
+@pytest.mark.parametrize("added", [True, False])
+@pytest.mark.parametrize("way", ["libraries", "kernels' oracles", "plain"])
+def test_convolution(
+    size: int,
+    stride: int,
+    padding: int | None,
+    relu: bool,
+    added: bool,
+    dtype: torch.dtype,
+    way: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if way == "kernels' oracles":
+        monkeypatch.setattr(convolution, "by_kernels", lambda weight: True)
+    if way == "libraries" and not can_fuse(dtype):
+        pytest.skip(f"no library fuses {dtype} here: this is the plain way")
+    if way == "plain":
+        monkeypatch.setattr(convolution, "can_fuse", lambda dtype: False)
+    channels_last = torch.channels_last
+    x = torch.randn(2, 24, 9, 9).to(dtype).contiguous(memory_format=channels_last)
+    weight, bias = torch.randn(40, 24, size, size).to(dtype) / (5 * size), torch.randn(40).double()
+    scale = torch.randn(40).double()
+    pad = size // 2 if padding is None else padding
+    exact = F.conv2d(x.double(), weight.double(), None, stride, pad) * scale[:, None, None] + bias[:, None, None]
+    plain = F.conv2d(x, weight * scale[:, None, None, None].to(dtype), bias.to(dtype), stride, pad)
+    residual = None
+    if added:
+        residual = torch.randn(plain.shape).to(dtype).contiguous(memory_format=channels_last)
+        exact, plain = exact + residual.double(), plain + residual
+    if relu:
+        exact, plain = exact.relu(), plain.relu()
+    with torch.inference_mode():
+        got = Convolution(weight, scale, bias, dtype, stride=stride, padding=padding, relu=relu)(x, residual)
+    assert got.dtype == dtype
+    assert got.is_contiguous(memory_format=channels_last)
+    # in float32 and float64 a random walk of as many roundings as there are terms; a library sums in its own order
+    terms = 24 * size**2 + 2
+    walk = terms**0.5 * torch.finfo(dtype).eps
+    wide = dtype.itemsize >= 4
+    assert relative_error(got, exact) <= (walk if wide else 1.2 * relative_error(plain, exact))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_table_says_whose_a_pointwise_convolution_is(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolution, "by_kernels", lambda weight: True)
+    products: list[torch.Tensor] = []
+    linear = ops.linear
+    monkeypatch.setattr(ops, "linear", lambda x, *rest, **options: products.append(x) or linear(x, *rest, **options))
+    x = torch.randn(2, 8, 4, 4).to(dtype).contiguous(memory_format=torch.channels_last)
+    operands = (torch.randn(16, 8, 1, 1).to(dtype), torch.ones(16).double(), torch.zeros(16).double(), dtype)
+    wanted = Convolution(*operands)(x)
+    assert len(products) == 1
+    monkeypatch.setitem(targets.POINTWISE, targets.kind_of(dtype, "ieee"), "cudnn")
+    assert relative_error(Convolution(*operands)(x), wanted) < 2 * torch.finfo(dtype).eps
+    assert len(products) == 1

@@ -1,0 +1,305 @@
+"""The fast ViTs, by kernels' oracles and by the CPU's own line, against the plain encoder in float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from random_towers import random_tower, relative_error, worst_cosine
+
+from bench.models import OPEN_CLIP_MODELS
+from clip_fast.checkpoint.published import OPENAI_MODELS
+from clip_fast.kernels import ops
+from clip_fast.kernels import reference as kernel_oracles
+from clip_fast.towers import cpu, reference, vit, vit_cpu
+from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD, VitConfig
+
+Line = Callable[[dict[str, Tensor], VitConfig, torch.dtype, Tensor, str], object]
+
+# Every width, head size, patch size, MLP ratio and activation there is, with few layers and, where large, few patches.
+CONFIGS: dict[str, VitConfig] = {
+    "ViT-B/32": dataclasses.replace(OPENAI_MODELS["ViT-B/32"], layers=3),  # type: ignore[type-var]
+    "ViT-B/16": dataclasses.replace(OPENAI_MODELS["ViT-B/16"], layers=2),  # type: ignore[type-var]
+    "ViT-L/14": dataclasses.replace(OPENAI_MODELS["ViT-L/14"], layers=2, image_size=70),  # type: ignore[type-var]
+    "ViT-L/14@336px": dataclasses.replace(OPENAI_MODELS["ViT-L/14@336px"], layers=1),  # type: ignore[type-var]
+    **{
+        name: dataclasses.replace(config, layers=2, image_size=4 * config.patch_size + 3)
+        for name, config in OPEN_CLIP_MODELS.items()
+        if isinstance(config, VitConfig) and config.width >= 1280
+    },
+}
+
+
+def by_ops(
+    state: dict[str, Tensor], config: VitConfig, dtype: torch.dtype, images: Tensor, what: str = "encode"
+) -> object:
+    return getattr(vit, what)(vit.prepare(state, config, dtype, IMAGE_MEAN, IMAGE_STD), images)
+
+
+def by_cpu(
+    state: dict[str, Tensor], config: VitConfig, dtype: torch.dtype, images: Tensor, what: str = "encode"
+) -> object:
+    return getattr(vit_cpu, what)(vit_cpu.prepare(state, config, dtype), images)
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients() -> object:
+    with torch.inference_mode():
+        yield
+
+
+# True numbers of tokens and true widths.
+FULL = {
+    **{
+        name: dataclasses.replace(config, layers=2)
+        for name, config in OPENAI_MODELS.items()
+        if isinstance(config, VitConfig)
+    },
+    **{
+        name: dataclasses.replace(config, layers=2)
+        for name, config in OPEN_CLIP_MODELS.items()
+        if isinstance(config, VitConfig) and config.width >= 1280
+    },
+}
+
+
+def check(line: Line, config: VitConfig, dtype: torch.dtype, outliers: bool = False, towers: int = 1) -> None:
+    """The typical ratio of the error to the plain tower's own, over so many towers, and the lowest cosine of any."""
+    limit = 2 if dtype == torch.float32 else 1.1
+    ratios = [ratio_of_errors(line, config, dtype, outliers) for _ in range(towers)]
+    assert statistics.geometric_mean(ratios) <= limit
+
+
+def ratio_of_errors(line: Line, config: VitConfig, dtype: torch.dtype, outliers: bool) -> float:
+    tower = random_tower(config, outliers)
+    batch = 2 if dtype == torch.float32 else 8  # a half-precision bound is tight, and wants a steady statistic
+    images = torch.randn(batch, 3, config.image_size, config.image_size)
+    state = {name: tensor.to(dtype) for name, tensor in tower.state_dict().items()}  # both read the rounded weights
+    tower.load_state_dict(state)
+    if outliers:
+        assert tower.hidden_state(images, config.layers).abs().max() > 300
+    images = images.to(dtype)
+    exact = tower.double()(images.double())
+    plain = tower.to(dtype)(images)
+    got = line(state, config, dtype, images, "encode")
+    assert isinstance(got, Tensor)
+    assert got.dtype == dtype
+    assert worst_cosine(got, exact) >= 0.9999
+    return relative_error(got, exact) / relative_error(plain, exact)
+
+
+@pytest.mark.parametrize("line", [by_ops, by_cpu])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_float32(name: str, line: Line) -> None:
+    check(line, CONFIGS[name], torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("line", [by_ops, by_cpu])
+@pytest.mark.parametrize("name", ["ViT-B/32", "ViT-L/14"])
+def test_half_precision(name: str, line: Line, dtype: torch.dtype) -> None:
+    # Oracles round a product before its epilogue, which leaves one tower's ratio no room to scatter below 1.1.
+    check(line, CONFIGS[name], dtype, towers=3 if name == "ViT-B/32" and line is by_ops else 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FULL)
+def test_full_size(name: str) -> None:
+    config = FULL[name]
+    tower = random_tower(config)
+    images = torch.randn(1, 3, config.image_size, config.image_size)
+    results = [line(tower.state_dict(), config, torch.float32, images, "encode") for line in (by_ops, by_cpu)]
+    plain = tower(images)
+    exact = tower.double()(images.double())
+    for got in results:
+        assert relative_error(got, exact) <= 2 * relative_error(plain, exact)  # type: ignore[arg-type]
+        assert worst_cosine(got, exact) >= 0.9999  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("line", [by_ops, by_cpu])
+@pytest.mark.parametrize("name", ["ViT-B/32", "ViT-B/16"])
+def test_no_less_accurate_than_openai_clip_itself(name: str, line: Line) -> None:
+    towers = pytest.importorskip("clip.model", reason="openai-clip is not installed")
+    config = CONFIGS[name]
+    theirs = towers.VisionTransformer(
+        config.image_size, config.patch_size, config.width, config.layers, config.heads, config.embed_dim
+    ).eval()
+    tower = random_tower(config)
+    theirs.load_state_dict(tower.state_dict())
+    images = torch.randn(2, 3, config.image_size, config.image_size)
+    got, own = line(tower.state_dict(), config, torch.float32, images, "encode"), theirs(images)
+    exact = tower.double()(images.double())
+    assert relative_error(got, exact) <= 2 * relative_error(own, exact)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("line", [by_ops, by_cpu])
+def test_no_less_accurate_than_open_clip_itself_in_half_precision(line: Line, dtype: torch.dtype) -> None:
+    """openai-clip computes in no half precision on a CPU; open_clip does."""
+    towers = pytest.importorskip("open_clip.transformer", reason="open_clip is not installed")
+    config = dataclasses.replace(CONFIGS["ViT-B/32"], image_size=96)
+    theirs = towers.VisionTransformer(
+        config.image_size, config.patch_size, config.width, config.layers, config.heads, config.mlp_ratio,
+        output_dim=config.embed_dim, act_layer=towers.QuickGELU,
+    ).eval().to(dtype)  # fmt: skip
+    tower = random_tower(config)
+    theirs.load_state_dict(tower.state_dict())
+    tower.load_state_dict(theirs.state_dict())  # both read the rounded weights
+    images = torch.randn(24, 3, config.image_size, config.image_size).to(dtype)  # of 8 the ratio scatters by 2 %
+    got, own = line(theirs.state_dict(), config, dtype, images, "encode"), theirs(images)
+    exact = tower.double()(images.double())
+    assert relative_error(got, exact) <= 1.1 * relative_error(own, exact)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("outliers", [False, True])
+def test_quick_gelu_as_swish(given: torch.dtype, outliers: bool) -> None:
+    """To bfloat16 from more bits: QuickGELU's slope goes into the weights on the way, which is no less exact.
+
+    The typical ratio of the error against the unrounded weights to the plain bfloat16 tower's.
+    """
+    config = VitConfig(image_size=32, patch_size=16, width=128, layers=2, heads=2, embed_dim=64)
+    ratios = []
+    for _ in range(300 if outliers else 30):  # with outliers each tower's is a draw of few numbers
+        tower = random_tower(config, outliers)
+        state = {name: tensor.to(given) for name, tensor in tower.state_dict().items()}
+        tower.load_state_dict(state)
+        images = torch.randn(4, 3, 32, 32).bfloat16()
+        weights = vit_cpu.prepare(state, config, torch.bfloat16)
+        assert {block.fc1.activation for block in weights.blocks} == {"swish"}
+        got = vit_cpu.encode(weights, images)
+        exact = tower.double()(images.double())
+        ratios.append(relative_error(got, exact) / relative_error(tower.bfloat16()(images), exact))
+    assert statistics.geometric_mean(ratios) <= 1.1
+
+
+def test_weights_that_would_be_rounded_twice() -> None:
+    """Those that are bfloat16 already are multiplied by as they are."""
+    config = VitConfig(image_size=32, patch_size=16, width=128, layers=2, heads=2, embed_dim=64)
+    state = {name: tensor.bfloat16() for name, tensor in random_tower(config).state_dict().items()}
+    for i, block in enumerate(vit_cpu.prepare(state, config, torch.bfloat16).blocks):
+        assert block.fc1.activation == "swish"
+        assert torch.equal(block.fc1.weight, state[f"transformer.resblocks.{i}.mlp.c_fc.weight"])
+        assert torch.equal(block.fc2.weight, state[f"transformer.resblocks.{i}.mlp.c_proj.weight"])
+
+
+def test_activations_near_the_largest_float16() -> None:
+    """1.702 times which is infinite."""
+    config = VitConfig(image_size=32, patch_size=16, width=128, layers=2, heads=2, embed_dim=64)
+    tower = random_tower(config)
+    for name, tensor in tower.state_dict().items():
+        if name.endswith("c_fc.bias"):
+            tensor.fill_(50_000)
+        if name.endswith("c_proj.weight"):
+            tensor.mul_(1e-4)
+    images = torch.randn(2, 3, 32, 32)
+    state = {name: tensor.half() for name, tensor in tower.state_dict().items()}
+    got = by_cpu(state, config, torch.float16, images.half(), "encode")
+    assert worst_cosine(got, tower.double()(images.double())) >= 0.999  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("line", [by_ops, by_cpu])
+def test_outlier_channels(line: Line) -> None:
+    check(line, dataclasses.replace(CONFIGS["ViT-B/32"], image_size=96), torch.float32, outliers=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("line", [by_ops, by_cpu])
+def test_outlier_channels_in_half_precision(line: Line, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The typical ratio of errors over many towers, since with outliers each tower's is a draw of few numbers.
+
+    The kernels keep a product in float32 until its epilogue is done. Their oracles leave products to PyTorch, which
+    rounds them before that, so that here they get float32 operands.
+    """
+    plain_linear = kernel_oracles.linear
+
+    def linear(
+        x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *rest: object
+    ) -> tuple[Tensor, Tensor]:
+        added = None if residual is None else residual.float()
+        y = plain_linear(x.float(), weight.float(), bias, added, *rest)[0].to(x.dtype)  # type: ignore[arg-type]
+        return y, kernel_oracles.row_statistics(y)
+
+    monkeypatch.setattr(kernel_oracles, "linear", linear)
+    config = VitConfig(image_size=32, patch_size=16, width=128, layers=2, heads=2, embed_dim=64)
+    ratios = []
+    for _ in range(300):
+        tower = random_tower(config, outliers=True)
+        state = {name: tensor.to(dtype) for name, tensor in tower.state_dict().items()}
+        tower.load_state_dict(state)
+        images = torch.randn(4, 3, 32, 32).to(dtype)
+        exact = tower.double()(images.double())
+        got = line(state, config, dtype, images, "encode")
+        assert isinstance(got, Tensor)
+        ratios.append(relative_error(got, exact) / relative_error(tower.to(dtype)(images), exact))
+    # Float16 on a CPU: PyTorch's plain products. Their mean is 1.03 with a standard deviation of 0.024 of its own.
+    assert statistics.geometric_mean(ratios) <= (1.15 if line is by_cpu and dtype == torch.float16 else 1.1)
+
+
+SMALL = VitConfig(image_size=64, patch_size=16, width=128, layers=3, heads=2, embed_dim=32)
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("line", [by_ops, by_cpu])
+def test_float64_is_exact(line: Line, activation: str) -> None:
+    """The folding itself, without rounding to hide in."""
+    config = dataclasses.replace(SMALL, activation=activation)  # type: ignore[arg-type]
+    tower = random_tower(config).double()
+    images = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    assert isinstance(tower, reference.VisionTransformer)
+    state = tower.state_dict()
+    assert relative_error(line(state, config, torch.float64, images, "encode"), tower(images)) < 1e-13  # type: ignore[arg-type]
+    embeddings, tokens = line(state, config, torch.float64, images, "encode_tokens")  # type: ignore[misc]
+    for got, exact in zip((embeddings, tokens), tower.encode_tokens(images), strict=True):
+        assert relative_error(got, exact) < 1e-13
+
+
+@pytest.mark.parametrize("layer", range(4))
+def test_hidden_states(layer: int) -> None:
+    tower = random_tower(SMALL).double()
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    exact = tower.hidden_state(images, layer)
+    weights = vit.prepare(tower.state_dict(), SMALL, torch.float64, IMAGE_MEAN, IMAGE_STD)
+    assert relative_error(vit.hidden_state(weights, images, layer), exact) < 1e-13
+    cpu_weights = vit_cpu.prepare(tower.state_dict(), SMALL, torch.float64)
+    assert relative_error(vit_cpu.hidden_state(cpu_weights, images, layer), exact) < 1e-13
+
+
+def test_weights_for_tf32_are_rounded_to_it() -> None:
+    """Once: tensor cores would cut them. Colsums are of the weights as rounded."""
+    state = random_tower(SMALL).state_dict()
+    weights = vit.prepare(state, SMALL, torch.float32, IMAGE_MEAN, IMAGE_STD, "tf32")
+    exact = vit.prepare(state, SMALL, torch.float32, IMAGE_MEAN, IMAGE_STD)
+    products = [(getattr(a, n), getattr(b, n)) for a, b in zip(weights.blocks, exact.blocks, strict=True)
+                for n in ("qkv", "out", "fc1", "fc2")]  # fmt: skip
+    products.append((weights.projection, exact.projection))
+    pairs = [(ours.weight, wanted.weight) for ours, wanted in products]
+    for ours, wanted in [*pairs, (weights.patch, exact.patch), (weights.patch_uint8, exact.patch_uint8)]:
+        assert torch.equal(ours, ops.to_tf32(wanted))
+        assert not torch.equal(ours, wanted)
+    for ours, _ in products:
+        if ours.colsum is not None:
+            assert torch.equal(ours.colsum, ours.weight.double().sum(dim=1).float())
+
+
+def test_raw_pixels_are_normalised_by_the_weights() -> None:
+    tower = random_tower(SMALL).double()
+    mean, std = (0.4, 0.5, 0.3), (0.2, 0.3, 0.25)
+    raw = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    mu, sigma = (torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in (mean, std))
+    exact = tower((raw.double() / 255 - mu) / sigma)
+    weights = vit.prepare(tower.state_dict(), SMALL, torch.float64, mean, std)
+    assert relative_error(vit.encode(weights, raw), exact) < 1e-13
+    assert relative_error(vit.encode(weights, raw.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)), exact) < 1e-13
+
+
+def test_without_onednn_the_cpu_line_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    tower = random_tower(SMALL)
+    images = torch.randn(2, 3, 64, 64)
+    fused = by_cpu(tower.state_dict(), SMALL, torch.float32, images)
+    monkeypatch.setattr(cpu, "can_fuse", lambda dtype: False)
+    assert relative_error(by_cpu(tower.state_dict(), SMALL, torch.float32, images), fused) < 1e-5  # type: ignore[arg-type]
