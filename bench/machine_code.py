@@ -281,7 +281,6 @@ class Row:
     problems: list[str] = field(default_factory=list)
 
 
-
 def compile_job(job: Job) -> Row:
     """Compile `job` and judge its machine code."""
     import triton

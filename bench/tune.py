@@ -54,7 +54,11 @@ from .timing import Failed, Times, reason
 T = TypeVar("T")
 Row = dict[str, Any]
 
-_KINDS: dict[Kind, str] = {"half": "bf16", "float32": "fp32", "tf32": "tf32"}  # the precision that stands for each kind of dtype
+_KINDS: dict[Kind, str] = {
+    "half": "bf16",
+    "float32": "fp32",
+    "tf32": "tf32",
+}  # the precision that stands for each kind of dtype
 _LEAST_WEIGHT = 0.01  # of all arithmetic: a shape with less does not decide anything
 _ACCUMULATOR = (16, 128)  # registers of a thread that a tile of the result may take
 _AT_A_TIME = 8  # launches in a step of the screening

@@ -125,11 +125,17 @@ class ImageEncoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.visual.parameters()).device
+        return self._weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.visual.parameters()).dtype
+        return self._weight.dtype
+
+    @property
+    def _weight(self) -> Tensor:
+        """The first weight of the tower, whatever the tower is. The weights of a replica are no parameters."""
+        weights = (getattr(module, "weight", None) for module in self.visual.modules())
+        return next(weight for weight in weights if isinstance(weight, Tensor))
 
     @overload
     def encode_image(self, image: Tensor, *, return_patch_tokens: Literal[False] = False) -> Tensor: ...

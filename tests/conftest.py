@@ -13,7 +13,7 @@ from interpreter import import_kernels_interpreted
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--compatibility", metavar="FILE", help="where tests/dropin/test_compatibility.py writes its table")
+    parser.addoption("--compatibility", metavar="FILE", help="where test_compatibility.py writes its table")
     parser.addoption("--seed", type=int, help="of every test's random data, which is otherwise fresh")
 
 

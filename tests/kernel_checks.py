@@ -7,7 +7,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from clip_fast.kernels import oracles
 from clip_fast.kernels.statistics import STATISTICS_TILE, row_statistics
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from clip_fast.dropin.forward import Forward
+from clip_fast.engine import route
+
 clip_model = pytest.importorskip("clip.model")
 open_clip = pytest.importorskip("open_clip")
 transformers = pytest.importorskip("transformers")
@@ -66,3 +69,10 @@ def close(got: Tensor, wanted: Tensor, bound: float = 1e-5) -> bool:
 
 def random_images(count: int = 3) -> Tensor:
     return torch.randn(count, 3, 64, 64)
+
+
+def why_original(tower: nn.Module, images: Tensor) -> str | None:
+    """The reason why the original forward of an accelerated tower would run; None where the fast path has just run."""
+    forward: Any = Forward.of(tower)
+    results = route.judge(forward, images, forward.task)
+    return results if isinstance(results, str) else None

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from random_towers import relative_error
 from safetensors.torch import save_file
 from torch import nn
-from random_towers import relative_error
 
 import clip_fast
 

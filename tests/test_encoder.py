@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 from random_towers import random_tower, relative_error
+from torch import Tensor
 
 import clip_fast
 from clip_fast.encoder import ImageEncoder
 from clip_fast.engine.compiled import _OWNERS
-from clip_fast.engine.engine import _COMPUTE_DTYPES
-from clip_fast.towers import cpu, vit_cpu
-from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD, ResNetConfig, VitConfig
+from clip_fast.towers import cpu
+from clip_fast.towers.config import ENCODE, HIDDEN_STATES, IMAGE_MEAN, IMAGE_STD, ResNetConfig, VitConfig
+from clip_fast.towers.precision import BY_NAME
+from clip_fast.towers.vit_cpu import CpuVit
 
 VIT = VitConfig(image_size=64, patch_size=16, width=128, layers=3, heads=2, embed_dim=32)
 RESNET = ResNetConfig(layers=(1, 1, 1, 1), width=4, heads=2, image_size=64, embed_dim=32)
@@ -67,7 +68,7 @@ def test_precision_is_apart_from_the_embeddings_dtype(
     assert embeddings.dtype == torch.float32
     error = relative_error(embeddings, exact(model, images))
     assert error < bound
-    served = cpu.can_multiply(_COMPUTE_DTYPES[precision])  # type: ignore[index]
+    served = cpu.can_multiply(BY_NAME[precision].weights)
     assert (error > 1e-4) == (precision in ("bf16", "fp16") and served)  # it was really computed in it
 
 
@@ -395,8 +396,8 @@ def test_writes_without_a_trace_are_read_when_asked(again: Callable[[ImageEncode
 
 def test_weights_are_prepared_once(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[object] = []
-    prepare = vit_cpu.prepare
-    monkeypatch.setattr(vit_cpu, "prepare", lambda *args: made.append(args) or prepare(*args))
+    prepare = CpuVit.prepare
+    monkeypatch.setattr(CpuVit, "prepare", lambda *args: made.append(args) or prepare(*args))
     model = make()
     threads = [threading.Thread(target=model.encode_image, args=(images,)) for _ in range(4)]
     for thread in threads:
@@ -492,7 +493,7 @@ def test_threads_get_their_own_results() -> None:
 def test_a_large_batch_goes_in_parts(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
     wanted = model.encode_image(images)
-    monkeypatch.setattr(vit_cpu, "ROWS_AT_A_TIME", 2 * model.config.tokens)
+    monkeypatch.setattr(CpuVit, "rows_on_cpu", 2 * model.config.tokens)
     assert relative_error(model.encode_image(images), wanted) < 1e-6
 
 
@@ -531,14 +532,14 @@ def test_what_fits_into_a_gpus_memory(config: VitConfig | ResNetConfig, monkeypa
     for name, value in (("mem_get_info", (2**29, 2**33)), ("memory_reserved", 2**30), ("memory_allocated", 2**29)):
         monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    fitting = engine._fitting(million, "encode")
+    fitting = engine._fitting(million, ENCODE)
     bytes_of_an_image = 0.8 * 2**30 / fitting
     floats = (
         17 * 128 * 8 if config is VIT else 4 * 4 * 32 * 32
     )  # 4 widths and an MLP of 4; two maps at a quarter, twice
     assert bytes_of_an_image == pytest.approx(4 * (floats + 32), rel=0.01)
     if config is VIT:
-        assert engine._fitting(million, "hidden_states") < fitting
+        assert engine._fitting(million, HIDDEN_STATES) < fitting
 
 
 def test_no_map_of_a_part_outgrows_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -556,7 +557,7 @@ def test_no_map_of_a_part_outgrows_32_bits(monkeypatch: pytest.MonkeyPatch) -> N
 
     images: Any = Images()
     largest = RESNET.width * (RESNET.image_size // 2) ** 2  # of the stem's last map
-    assert engine._fitting(images, "encode") == (2**31 - 1) // largest
+    assert engine._fitting(images, ENCODE) == (2**31 - 1) // largest
 
 
 def test_transforms_of_torch_func_see_the_plain_tower(images: Tensor) -> None:

@@ -7,7 +7,6 @@ import torch
 from kernel_checks import DEVICE, GUARD, Guards, assert_as_accurate, assert_same_bits, assert_statistics_of
 from torch import Tensor
 
-from clip_fast.kernels import oracles
 from clip_fast.kernels.statistics import row_statistics
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from clip.model import convert_weights
-from test_accelerate import hugging_face, open_clip_vit, openai_resnet, openai_vit
-from torch import nn
+from peers import hugging_face, open_clip_vit, openai_resnet, openai_vit
 from random_towers import random_tower
+from torch import nn
 
 import clip_fast
 from clip_fast import ImageEncoder, verify
@@ -30,6 +30,7 @@ def test_a_model_of_a_package(make: Any, accelerated: bool, capsys: pytest.Captu
     if accelerated:
         clip_fast.accelerate(model)
     verdict = verify(model)
+    print(verdict)
     assert 0 < verdict.error < 1e-5
     assert 0 < verdict.original_error < 1e-5
     assert verdict.error != verdict.original_error  # by different paths
@@ -44,7 +45,7 @@ def test_a_model_of_a_package(make: Any, accelerated: bool, capsys: pytest.Captu
 def test_an_encoder(config: Any) -> None:
     state = {name: tensor.detach() for name, tensor in random_tower(config).state_dict().items()}
     encoder = ImageEncoder(config, state, torch.device("cpu"), torch.float32)
-    verdict = verify(encoder, torch.randn(3, 3, 64, 64), show=False)
+    verdict = verify(encoder, torch.randn(3, 3, 64, 64))
     assert verdict.images == 3
     assert verdict.error < 1e-5
     assert verdict.original_error < 1e-5
@@ -57,7 +58,7 @@ def test_an_error_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     right = encoder.encode_image
     calls = iter(range(1, 1000))
     monkeypatch.setattr(encoder, "encode_image", lambda x: right(x) * 1.01 + 0.02 * next(calls))
-    verdict = verify(encoder, show=False)
+    verdict = verify(encoder)
     assert verdict.error > 5e-3
     assert verdict.lowest_cosine < 1 - 1e-9
     assert not verdict.batch_invariant
@@ -65,12 +66,12 @@ def test_an_error_shows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_half_precision_is_judged_in_its_dtype() -> None:
-    verdict = verify(hugging_face().bfloat16(), show=False)
+    verdict = verify(hugging_face().bfloat16())
     assert verdict.dtype == torch.bfloat16
     assert 1e-3 < verdict.error < 2 * verdict.original_error
     model = openai_vit()
     convert_weights(model)  # as clip.load does on a GPU: LayerNorms and embeddings stay in float32
-    verdict = verify(model, show=False)
+    verdict = verify(model)
     assert verdict.dtype == torch.float16
     assert 1e-4 < verdict.error < 2 * verdict.original_error
 
@@ -81,7 +82,7 @@ def test_what_keeps_an_encoders_fast_path_from_running_is_named() -> None:
     with pytest.raises(NotServed, match="hooks are registered"):
         verify(model)
     hook.remove()
-    assert verify(model, show=False).error < 1e-5
+    assert verify(model).error < 1e-5
     with pytest.raises(NotServed, match="float64"):
         verify(model.double())
 

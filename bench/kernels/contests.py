@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clip_fast.kernels import ops
-from clip_fast.kernels.targets import InputPrecision
 from clip_fast.kernels.statistics import row_statistics
+from clip_fast.kernels.targets import InputPrecision
 from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD, Config, ResNetConfig, VitConfig
 
 from ..timing import DTYPES

@@ -159,13 +159,16 @@ class Forward:
         results = route.route(self, images, task, asked)
         if not isinstance(results, str):
             return results
-        expected = results in route.SILENT or (results == route.GRADIENTS and self.tower.training)
-        if not expected and results not in self._warned:
-            self._warned.add(results)
-            name = type(self.tower).__qualname__
-            message = f"the original forward of {name} runs, not clip_fast's: {results}"
-            warnings.warn(message, stacklevel=_users_level())
+        if results not in route.SILENT and not (results == route.GRADIENTS and self.tower.training):
+            self._warn(results)
         return None
+
+    def _warn(self, reason: str) -> None:
+        if reason not in self._warned:
+            self._warned.add(reason)
+            name = type(self.tower).__qualname__
+            message = f"the original forward of {name} runs, not clip_fast's: {reason}"
+            warnings.warn(message, stacklevel=_users_level())
 
     def _current_engine(self) -> Engine | None:
         reading = self._reading()

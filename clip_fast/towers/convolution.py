@@ -26,6 +26,11 @@ def by_kernels(weight: Tensor) -> bool:
     return triton_can_run(weight.device) and weight.dtype != torch.float64
 
 
+def _is_cudnns(precision: Precision) -> bool:
+    """Whether the table gives 1 × 1 convolutions to cuDNN. It has no entry for float64, which no kernel computes in."""
+    return precision.weights != torch.float64 and POINTWISE[precision.kind] == "cudnn"
+
+
 class Convolution:
     """relu(scale · conv(x, weight) + bias + residual).
 
@@ -58,7 +63,7 @@ class Convolution:
         self.products: InputPrecision = precision.products
         self.padding = size // 2 if padding is None else padding
         self._run = Convolution._plain  # the function, not a bound method: the instance would hold on to itself
-        if size == stride == 1 and by_kernels(folded) and POINTWISE[precision.kind] == "linear":
+        if size == stride == 1 and by_kernels(folded) and not _is_cudnns(precision):
             self._run, self.weight = Convolution._by_product, ops.operand(weight.flatten(1), dtype, self.products)
             self.scale, self.bias = scale.to(precision.wide), bias.to(precision.wide)
         elif weight.is_cuda and torch.version.cuda is not None and dtype != torch.float64:

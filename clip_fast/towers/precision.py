@@ -45,8 +45,8 @@ FP16 = Precision("fp16", torch.float16)
 BF16 = Precision("bf16", torch.bfloat16)
 FP64 = Precision("fp64", torch.float64)  # by the plain tower only
 
-_BY_NAME: dict[str, Precision] = {precision.name: precision for precision in (FP32, TF32, FP16, BF16)}
-_BY_DTYPE = {precision.weights: precision for precision in (FP64, FP32, FP16, BF16)}
+BY_NAME: dict[str, Precision] = {precision.name: precision for precision in (FP32, TF32, FP16, BF16)}
+BY_DTYPE = {precision.weights: precision for precision in (FP64, FP32, FP16, BF16)}
 
 
 def precision_of(name: PrecisionName | None, weight: Tensor) -> Precision:
@@ -60,9 +60,9 @@ def precision_of(name: PrecisionName | None, weight: Tensor) -> Precision:
     Raises:
         NotServed: the weights are of a dtype that is none of these.
     """
-    if name is None and weight.dtype not in _BY_DTYPE:
+    if name is None and weight.dtype not in BY_DTYPE:
         raise NotServed(f"its weights are {weight.dtype}")
-    precision = _BY_DTYPE[weight.dtype] if name is None else _BY_NAME[name]
+    precision = BY_DTYPE[weight.dtype] if name is None else BY_NAME[name]
     device = weight.device
     if device.type == "cpu" and not cpu.can_multiply(precision.weights) and not triton_can_run(device):
         return FP32

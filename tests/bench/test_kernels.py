@@ -23,8 +23,12 @@ from bench.kernels.contests import COMPILED, OPS, OURS, PRODUCT, SEPARATE, Conte
 from bench.models import MODELS, PUBLISHED
 from bench.timing import Ceilings, Times
 from clip_fast.kernels import ops
-from clip_fast.towers import reference, resnet, vit
+from clip_fast.kernels.dispatch import Op
+from clip_fast.towers import convolution, reference
 from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD, VitConfig
+from clip_fast.towers.precision import BF16
+from clip_fast.towers.resnet import FastResNet
+from clip_fast.towers.vit import FastVit
 
 ROOT = Path(__file__).parents[2]
 TOYS = {name: MODELS[name] for name in ("toy", "toy-resnet")}
@@ -63,13 +67,14 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[object, ...]]:
         rows = tensor.reshape(-1, tensor.shape[-1])
         return (*rows.shape, rows.stride(0), tensor.dtype)
 
-    def call(name: str, impl: str, tensors: tuple[Tensor | None, ...], *options: object) -> Any:
+    def call(op: Op, impl: str, tensors: tuple[Tensor | None, ...], *options: object) -> Any:
+        name = op.name
         told = tuple(option for option in options if not isinstance(option, float))
         calls[name, told, *map(seen, tensors)] += 1
         return getattr(ops, f"_fake_{name}")(*tensors, *options)
 
-    monkeypatch.setattr(ops, "_call", call)
-    monkeypatch.setattr(ops, "triton_can_run", lambda device: True)
+    monkeypatch.setattr(Op, "__call__", call)
+    monkeypatch.setattr(convolution, "triton_can_run", lambda device: True)
     return calls
 
 
@@ -79,13 +84,13 @@ def test_the_contests_of_a_model_are_the_ops_that_it_calls(model: str, monkeypat
     calls, config = recorded(monkeypatch), MODELS[model]
     with META:
         state_dict = reference.build(config).state_dict()
-    module = vit if isinstance(config, VitConfig) else resnet
-    weights: Any = module.prepare(state_dict, config, torch.bfloat16, IMAGE_MEAN, IMAGE_STD)
+    kind = FastVit if isinstance(config, VitConfig) else FastResNet
+    fast: Any = kind.prepare(state_dict, config, BF16, IMAGE_MEAN, IMAGE_STD)
     size = config.image_size
     called: Counter[tuple[object, ...]] = Counter()
     for pixels in (torch.bfloat16, torch.uint8):
         calls.clear()
-        module.encode(weights, torch.empty(4, 3, size, size, dtype=pixels, device=META))
+        fast.encode(torch.empty(4, 3, size, size, dtype=pixels, device=META))
         called |= calls
     contested: Counter[tuple[object, ...]] = Counter()
     for contest in contests({model: config}, [4], ["bf16"]):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from clip_fast.bulk import atomic as files
 from clip_fast.bulk import npy as embed
-from clip_fast.bulk.npy import Batch, EmbeddingWriter, embed_files
+from clip_fast.bulk.npy import EmbeddedBatch, EmbeddingWriter, embed_files
 from clip_fast.inputs.items import Failure, Unreadable
 from clip_fast.inputs.tars import TarMember
 from clip_fast.preprocess import Preprocess
@@ -54,7 +54,7 @@ def save(path: Path, value: int = 0) -> Path:
     return path
 
 
-def embed_all(paths: list[Path], batch_size: int = 32) -> list[Batch]:
+def embed_all(paths: list[Path], batch_size: int = 32) -> list[EmbeddedBatch]:
     return list(embed_files(PixelModel(), preprocess, paths, batch_size))
 
 
@@ -199,13 +199,13 @@ def test_an_error_of_the_model_is_raised(tmp_path: Path) -> None:
 # --- EmbeddingWriter -------------------------------------------------------------------------------------------------
 
 
-def batch(values: Iterable[int], failures: Iterable[Failure] = ()) -> Batch:
+def batch(values: Iterable[int], failures: Iterable[Failure] = ()) -> EmbeddedBatch:
     values = list(values)
     rows = np.array([[value, 1, 2] for value in values], dtype=np.float32)
-    return Batch([Path(f"{value}.png") for value in values], rows, list(failures))
+    return EmbeddedBatch([Path(f"{value}.png") for value in values], rows, list(failures))
 
 
-def write(output: Path, *batches: Batch) -> None:
+def write(output: Path, *batches: EmbeddedBatch) -> None:
     with EmbeddingWriter(output) as writer:
         for each in batches:
             writer.add(each)
@@ -366,7 +366,7 @@ def test_many_rows_are_not_kept_in_memory(tmp_path: Path) -> None:
     with EmbeddingWriter(tmp_path / "e.npy") as writer:
         sizes: list[int] = []
         for _ in range(3):
-            writer.add(Batch(paths, rows, []))
+            writer.add(EmbeddedBatch(paths, rows, []))
             (temporary,) = tmp_path.glob(".e.npy.*")
             sizes.append(temporary.stat().st_size)
         assert min(np.diff(sizes)) >= rows.nbytes - 10**6

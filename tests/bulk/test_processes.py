@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from clip_fast.bulk.pipeline import Options, Step
-from clip_fast.bulk.processes import Job, run_on_devices
+from clip_fast.bulk.processes import ProcessJob, run_on_devices
 from clip_fast.inputs.inputs import Inputs
 
 
@@ -16,7 +16,7 @@ from clip_fast.inputs.inputs import Inputs
 @pytest.mark.timeout(120)
 def test_an_error_in_a_process_is_an_error_here(tmp_path: Path) -> None:
     steps: list[Step] = []
-    job = Job(
+    job = ProcessJob(
         model=str(tmp_path / "gone.pt"),
         dtype=torch.float32,
         activation=None,

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 import clip_fast
-from clip_fast.bulk import ray_stage as clip_fast_ray
+from clip_fast.bulk import ray_job
 from clip_fast.bulk.ray_stage import ImageEncoder
 from clip_fast.cli import main as cli
 
@@ -199,7 +199,7 @@ def test_nothing_is_lost_and_nothing_is_twice(cluster: Any, tmp_path: Path, lost
     loser = threading.Thread(target=lose)
     loser.start()
     try:
-        totals = clip_fast_ray.encode(
+        totals = ray_job.encode(
             [str(tmp_path / "photos")], MODEL, str(tmp_path / "out"), address=cluster.address, workers=3, batch_size=2,
         )  # fmt: skip
     finally:
@@ -275,12 +275,12 @@ def test_urls_are_read_by_ray(cluster: Any, tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", images | {"1.json": b"{}", "a.dir/._0.jpg": b"a Mac's"})
     pictures = {"photo": [encoded(picture(4)), b""], "name": ["k0", "k1"], "status": [200, 404]}
     parquet.write_table(pyarrow.table(pictures), tmp_path / "b.parquet")
-    encoder = clip_fast_ray._TableEncoder(MODEL, device="cpu")
+    encoder = ray_job._TableEncoder(MODEL, device="cpu")
     ray.init(address=cluster.address)
     try:
 
         def rows(name: str, key_column: str | None = None) -> list[tuple[str, str, str, int]]:
-            read = clip_fast_ray._read_urls(ray.data, [f"file://{tmp_path}/{name}"], "photo", key_column)
+            read = ray_job._read_urls(ray.data, [f"file://{tmp_path}/{name}"], "photo", key_column)
             found = [row for batch in read.iter_batches(batch_format="numpy") for row in encoder(batch).to_pylist()]
             return sorted((row["key"], row["image_path"], row["status"], row["height"]) for row in found)
 
@@ -298,7 +298,7 @@ def test_urls_are_read_by_ray(cluster: Any, tmp_path: Path) -> None:
             rows("b.parquet")
         for mixed in (["s3://a/b.tar", "s3://a/c.parquet"], ["s3://a/b.tar", "c.tar"]):
             with pytest.raises(ValueError, match="URLs must be of one kind"):
-                clip_fast_ray._read_urls(ray.data, mixed, "photo", None)
+                ray_job._read_urls(ray.data, mixed, "photo", None)
     finally:
         ray.shutdown()
 

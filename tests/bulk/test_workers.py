@@ -26,7 +26,7 @@ from PIL import Image
 
 from clip_fast.bulk import workers as decode
 from clip_fast.bulk.decoder import Decoder
-from clip_fast.bulk.workers import Batch, Decoded, _Batches, decode_batches
+from clip_fast.bulk.workers import Decoded, WorkItem, _Decoding, decode_batches
 from clip_fast.inputs.items import ImageFile, Item, Unreadable
 from clip_fast.preprocess import Preprocess
 
@@ -88,7 +88,7 @@ def test_batches_come_in_order_with_their_failures(tmp_path: Path) -> None:
         Image.new("RGB", (5, 4), (i, 1, 2)).save(tmp_path / f"{i}.png")
     (tmp_path / "3.png").write_bytes(b"")
     items = [item(tmp_path / f"{i}.png") for i in range(6)]
-    batches = [Batch(items[i : i + 2], 0, i, 6) for i in (0, 2, 4)]
+    batches = [WorkItem(items[i : i + 2], 0, i, 6) for i in (0, 2, 4)]
     results = list(decode_batches(DECODER, iter(batches), workers=0, time_limit=1))
     assert [batch for batch, _ in results] == batches
     pixels = np.concatenate([decoded.pixels.numpy() for _, decoded in results])
@@ -115,7 +115,9 @@ def test_a_worker_that_dies_while_a_long_result_waits_to_be_read_is_replaced(tmp
     Image.new("RGB", (5, 4)).save(tmp_path / "x.png")
     good, reason = item(tmp_path / "x.png"), "x" * (1 << 20)  # more than any pipe holds
     items = [good, Unreadable("u", "u", reason), Killing("k", "k"), good]
-    results = decode_batches(DECODER, (Batch([each], 0, i, 4) for i, each in enumerate(items)), workers=1, time_limit=9)
+    results = decode_batches(
+        DECODER, (WorkItem([each], 0, i, 4) for i, each in enumerate(items)), workers=1, time_limit=9
+    )
     errors = [next(results)[1].errors]
     time.sleep(2)  # the worker goes on, and dies
     errors += [decoded.errors for _, decoded in results]
@@ -146,8 +148,8 @@ def test_the_time_limit_is_for_what_comes_after_preparing(tmp_path: Path, monkey
     items: list[Item] = [Slow(key, str(tmp_path / "x.png"), asked) for key in ("good", "bad", "good")]
     monkeypatch.setattr(decode, "get_worker_info", lambda: SimpleNamespace(id=0))
     monkeypatch.setattr(signal, "setitimer", lambda _, seconds: asked.append(seconds))
-    batches = _Batches(DECODER, torch.zeros(1, 2, dtype=torch.int64), 7.0)
-    decoded = batches.__getitems__(Batch(items, 0, 0, 3))
+    batches = _Decoding(DECODER, torch.zeros(1, 2, dtype=torch.int64), 7.0)
+    decoded = batches.__getitems__(WorkItem(items, 0, 0, 3))
     one = ["prepare", 7.0, "source", 0]
     assert asked == [*one, "prepare", *one]
     assert decoded.errors == {1: "broken before it"}
@@ -155,8 +157,8 @@ def test_the_time_limit_is_for_what_comes_after_preparing(tmp_path: Path, monkey
 
 
 def test_what_batches_raise_is_no_death_of_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    def batches() -> Iterator[Batch]:
-        yield Batch([Unreadable("u", "u", "gone")], 0, 0, 2)
+    def batches() -> Iterator[WorkItem]:
+        yield WorkItem([Unreadable("u", "u", "gone")], 0, 0, 2)
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(decode, "_deaths", lambda board: [decode._IDLE])  # there is one as well

@@ -117,7 +117,7 @@ def test_run_fails_for_a_broken_model(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(clip_fast, "load", lambda *_: broken)
+    monkeypatch.setattr(demo, "load_model", lambda *_: broken)
     assert demo.run() == 1
     printed, errors = capsys.readouterr()
     assert "below the 95% that it must reach" in errors

@@ -25,6 +25,7 @@ import clip_fast
 from clip_fast import Preprocess
 from clip_fast.bulk.decoder import Decoder
 from clip_fast.bulk.pipeline import Options
+from clip_fast.cli import encode as encode_command
 from clip_fast.cli import main as cli
 from clip_fast.towers import reference
 from clip_fast.towers.config import VitConfig
@@ -260,7 +261,7 @@ def test_decoding_options_reach_the_decoder(
         given.append((decoder.fast, options.time_limit))
         raise RuntimeError("seen")
 
-    monkeypatch.setattr(cli, "run", run)
+    monkeypatch.setattr(encode_command, "run", run)
     for name, options in (("a", ["--fast-decode", "--time-limit", "7"]), ("b", [])):
         assert encode(checkpoint, "photos", "--output", output.format(name), "--workers", "0", *options) == 2
     assert given == [(True, 7.0), (False, 60.0)]
@@ -353,7 +354,7 @@ def test_no_image_is_an_error_before_any_work(
 ) -> None:
     (folder / "nothing").mkdir()
     (folder / "nothing" / "notes.txt").touch()
-    monkeypatch.setattr(cli, "load", no_model)
+    monkeypatch.setattr(encode_command, "load", no_model)
     assert encode(Path("m.pt"), *arguments) == 2
     assert written(folder) == {"nothing"}
     assert "error: no image found" in capsys.readouterr().err
@@ -379,7 +380,7 @@ def test_options_that_do_not_go_together_are_an_error_before_any_work(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(cli, "load", no_model)
+    monkeypatch.setattr(encode_command, "load", no_model)
     assert encode(Path("m.pt"), "photos", *options) == 2
     assert written(folder) == set()
     assert said in capsys.readouterr().err
@@ -394,7 +395,7 @@ def test_neither_path_nor_list_is_an_error(folder: Path, capsys: pytest.CaptureF
 def test_an_output_that_cannot_be_is_an_error_before_any_work(
     folder: Path, output: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "load", no_model)
+    monkeypatch.setattr(encode_command, "load", no_model)
     assert encode(Path("m.pt"), "photos", "--output", output) == 2
     assert written(folder) == set()
     assert "clip-fast: error: " in capsys.readouterr().err
@@ -447,7 +448,7 @@ def test_what_stops_in_the_middle_changes_no_file(
         assert encode(checkpoint, "photos") == 1
     before = {name: (folder / name).read_bytes() for name in written(folder)}
     model = Stopping(error)
-    monkeypatch.setattr(cli, "load", lambda *_, **__: (model, Preprocess(32)))
+    monkeypatch.setattr(encode_command, "load", lambda *_, **__: (model, Preprocess(32)))
     assert encode(checkpoint, "photos", "--batch-size", "2") == status
     assert model.batches == 2
     assert {name: (folder / name).read_bytes() for name in written(folder)} == before
@@ -458,7 +459,7 @@ def test_a_fault_of_the_program_is_shown_whole(
     folder: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With a status of its own: Python's, 1, says that some files failed and the others are embedded."""
-    monkeypatch.setattr(cli, "load", lambda *_, **__: (Stopping(TypeError), Preprocess(32)))
+    monkeypatch.setattr(encode_command, "load", lambda *_, **__: (Stopping(TypeError), Preprocess(32)))
     assert encode(checkpoint, "photos", "--batch-size", "2") == 2
     stderr = capsys.readouterr().err
     assert "Traceback" in stderr
@@ -489,7 +490,7 @@ def test_a_fault_of_the_program_is_shown_whole(
     ],
 )
 def test_wrong_usage(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cli, "load", no_model)
+    monkeypatch.setattr(encode_command, "load", no_model)
     usage_error(*arguments)
     assert "usage: clip-fast" in capsys.readouterr().err
 

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 import clip_fast
 from clip_fast.dropin.accelerate import is_accelerated
 from clip_fast.dropin.forward import Forward
+from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD
 
 README = Path(__file__).parents[2] / "README.md"
 
@@ -288,7 +289,7 @@ def test_replicas_of_data_parallel_are_the_originals(make: Callable[[], nn.Modul
 
 def test_raw_pixels(images: Tensor) -> None:
     pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-    mean, std = (torch.tensor(x)[:, None, None] for x in (clip_fast.config.IMAGE_MEAN, clip_fast.config.IMAGE_STD))
+    mean, std = (torch.tensor(x)[:, None, None] for x in (IMAGE_MEAN, IMAGE_STD))
     with torch.no_grad():
         for make in MODELS:
             model = make()

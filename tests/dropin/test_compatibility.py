@@ -208,7 +208,7 @@ def write_table(path: Path, seen: dict[tuple[str, str], dict[str, str]]) -> None
         line = f"| {package} | {family} | " + " | ".join(cells.get(output, "") for output in OUTPUTS) + " |"
         lines[tuple(line.split(" | ")[:2])] = line
     title = (
-        "What `clip_fast.accelerate` gives, as `pytest tests/dropin/test_compatibility.py --compatibility` has seen it.\n"
+        "What `clip_fast.accelerate` gives, as `pytest tests/dropin/test_compatibility.py --compatibility` saw it.\n"
         "**fast**: the fast path ran, and what it returned was what the original returns, but for rounding.\n"
         "**original**: the original forward runs, and a warning says why. Empty: there is no such output."
     )

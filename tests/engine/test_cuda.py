@@ -14,12 +14,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from kernel_checks import assert_same_bits
-from torch import Tensor
 from random_towers import random_tower, relative_error, worst_cosine
+from torch import Tensor
 
 from bench.models import PUBLISHED
 from bench.timing import DTYPES, products_in
 from clip_fast.encoder import ImageEncoder
+from clip_fast.kernels import ops
 from clip_fast.kernels.dispatch import triton_can_run
 from clip_fast.towers.config import Config, ResNetConfig, VitConfig
 

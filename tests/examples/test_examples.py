@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peers import hugging_face, open_clip_vit
 from PIL import Image
-from test_accelerate import hugging_face, open_clip_vit
 from random_towers import random_tower
 
 import clip_fast

@@ -8,6 +8,7 @@ import os
 import pickle
 import sys
 import tarfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,8 @@ import pytest
 from PIL import Image
 
 from clip_fast.errors import printable
-from clip_fast.inputs import inputs as sources
-from clip_fast.inputs.finder import find_images, read_list
+from clip_fast.inputs import parquet
+from clip_fast.inputs.finder import read_list
 from clip_fast.inputs.inputs import Files, Inputs, find_inputs, item_at
 from clip_fast.inputs.items import Failure, ImageFile, Item, Unreadable
 from clip_fast.inputs.parquet import ParquetCell
@@ -45,6 +46,13 @@ def value_of(item: Item) -> int:
 
 
 # --- find_images -----------------------------------------------------------------------------------------------------
+
+
+def find_images(arguments: Iterable[str | Path]) -> tuple[list[Path], list[Failure]]:
+    """The files that arguments name, and the arguments and folders that give none."""
+    items = list(find_inputs(arguments))
+    failures = [Failure(item.location, item.reason) for item in items if isinstance(item, Unreadable)]
+    return [Path(item.location) for item in items if isinstance(item, ImageFile)], failures
 
 
 def found(*arguments: str | Path) -> list[str]:
@@ -525,7 +533,7 @@ def test_paths_in_cells_are_relative_to_a_folder(tmp_path: Path) -> None:
 
 
 def test_rows_are_right_in_any_order_and_in_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "_SLICE", 2)
+    monkeypatch.setattr(parquet, "_SLICE", 2)
     path = write_parquet(tmp_path / "t.parquet", image=[png(i) for i in range(20)])  # groups of 3
     items = list(find_inputs([path]))
     order = [*range(20), *reversed(range(20)), *range(0, 20, 3), 19, 0]
@@ -654,7 +662,7 @@ def test_a_parquet_that_does_not_answer_for_a_moment_is_no_row(
             patch.setattr(pq, "ParquetFile", failing)
             patch.setattr(pq, "read_metadata", failing)
         else:
-            patch.setattr(pq.ParquetWriter, "read_row_group", failing)
+            patch.setattr(pq.ParquetFile, "read_row_group", failing)
         if number in LASTING:
             assert [type(item) for item in inputs] == [Unreadable]
         else:
@@ -674,7 +682,7 @@ def test_a_cell_that_was_prepared_is_read_without_what_lies_before_it(
     *_, last = find_inputs([tmp_path / "t.parquet"])
     last.prepare()
 
-    column = sources._column(str(tmp_path / "t.parquet"), 0, "image")
+    column = parquet._column(str(tmp_path / "t.parquet"), 0, "image")
     monkeypatch.setattr(column, "_coming", iter(()))
     assert value_of(last) == 199
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from kernel_checks import DEVICE, DTYPES, Guards, assert_as_accurate, assert_same_bits
-from torch import Tensor
 from random_towers import relative_error
+from torch import Tensor
 
 from clip_fast.kernels import attention_pool, ops, oracles
 from clip_fast.kernels.statistics import row_statistics

@@ -12,7 +12,8 @@ import torch
 from kernel_checks import DEVICE, assert_same_bits
 from torch import Tensor, nn
 
-from clip_fast.kernels import ops, oracles, targets
+from clip_fast.kernels import ops, targets
+from clip_fast.kernels.dispatch import Op
 from clip_fast.kernels.statistics import row_statistics
 
 
@@ -289,7 +290,7 @@ def test_opcheck(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
     """Schema, fake tensors and tracing agree with what runs."""
     op, arguments = calls(dtype)[name]
     seen: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(ops, "_call", lambda name, impl, tensors, *options: seen.append((*tensors, *options)))
+    monkeypatch.setattr(Op, "__call__", lambda self, impl, tensors, *options: seen.append((*tensors, *options)))
     getattr(ops, op)(**arguments)
     monkeypatch.undo()
     if DEVICE.type == "cpu":

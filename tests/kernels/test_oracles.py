@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from kernel_checks import DEVICE, DTYPES
 from torch import Tensor, nn
 
-from clip_fast.kernels import ops, oracles
+from clip_fast.kernels import oracles
 from clip_fast.kernels.statistics import merge_statistics, row_statistics, statistics_tiles
 
 

@@ -8,21 +8,22 @@ from collections.abc import Iterator
 import pytest
 import torch
 from kernel_checks import DEVICE, DTYPES, Guards, assert_same_bits
-from torch import Tensor, nn
 from random_towers import random_tower, relative_error, worst_cosine
+from torch import Tensor, nn
 
 from clip_fast.towers import resnet
 from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD, ResNetConfig
+from clip_fast.towers.precision import BY_DTYPE
 
 CONFIG = ResNetConfig(layers=(1, 1, 2, 1), width=8, heads=4, image_size=96, embed_dim=48)
 
 
-def prepared(dtype: torch.dtype) -> tuple[nn.Module, resnet.Weights]:
+def prepared(dtype: torch.dtype) -> tuple[nn.Module, resnet.FastResNet]:
     """A plain tower whose weights are rounded to `dtype`, and the same tower as the line reads it."""
     tower = random_tower(CONFIG)
     tower.load_state_dict({name: tensor.to(dtype) for name, tensor in tower.state_dict().items()})
     tower = tower.to(DEVICE)
-    return tower, resnet.prepare(tower.state_dict(), CONFIG, dtype, IMAGE_MEAN, IMAGE_STD)
+    return tower, resnet.FastResNet.prepare(tower.state_dict(), CONFIG, BY_DTYPE[dtype], IMAGE_MEAN, IMAGE_STD)
 
 
 def images(batch: int) -> Tensor:
@@ -38,7 +39,7 @@ def _no_gradients() -> Iterator[None]:
 def test_what_is_launched(launches: list[str]) -> None:
     """Two products in every bottleneck, one for each shortcut that changes the map, and the pool."""
     _, weights = prepared(torch.float32)
-    resnet.encode(weights, images(1))
+    weights.encode(images(1))
     pool = ["_head_linear_kernel", "_scores_kernel", "_weighted_sum_kernel", "_head_linear_kernel"]
     convolutions = ["_linear_kernel"] * (5 * 2 + 4)
     assert launches == [*convolutions, "_mean_token_kernel", "_linear_kernel", *pool, "_linear_kernel"]
@@ -51,7 +52,7 @@ def test_accuracy(dtype: torch.dtype, guards: Guards) -> None:
     for _ in range(1 if dtype == torch.float32 else 6):
         tower, weights = prepared(dtype)
         batch = images(3).to(dtype)
-        got = resnet.encode(weights, batch)
+        got = weights.encode(batch)
         plain = tower.to(dtype)(batch)
         exact = tower.double()(batch.double())
         assert got.dtype == dtype
@@ -69,8 +70,8 @@ def test_an_image_has_one_pooled_embedding(dtype: torch.dtype) -> None:
     _, weights = prepared(dtype)
     features = torch.randn(7, CONFIG.features, CONFIG.grid, CONFIG.grid, device=DEVICE).to(dtype)
     features = features.contiguous(memory_format=torch.channels_last)
-    pooled = resnet._pool(weights.pool, features)
+    pooled = resnet.attention_pool(weights.pool, features)
     for i in (0, 3, 6):
-        assert_same_bits(resnet._pool(weights.pool, features[i : i + 1]), pooled[i : i + 1])
+        assert_same_bits(resnet.attention_pool(weights.pool, features[i : i + 1]), pooled[i : i + 1])
     order = torch.tensor([4, 2, 6, 0], device=DEVICE)
-    assert_same_bits(resnet._pool(weights.pool, features[order]), pooled[order])
+    assert_same_bits(resnet.attention_pool(weights.pool, features[order]), pooled[order])

@@ -9,11 +9,12 @@ from statistics import geometric_mean
 import pytest
 import torch
 from kernel_checks import DEVICE, DTYPES, Guards, assert_same_bits
-from torch import Tensor
 from random_towers import random_tower, relative_error, worst_cosine
+from torch import Tensor
 
-from clip_fast.towers import vit
 from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD, VitConfig
+from clip_fast.towers.precision import BY_DTYPE
+from clip_fast.towers.vit import FastVit
 
 # Small enough to interpret. Head sizes 64 and 80, patches of 16 and 14, both activations, tokens 17 and 10.
 CONFIGS = {
@@ -22,12 +23,12 @@ CONFIGS = {
 }
 
 
-def prepared(config: VitConfig, dtype: torch.dtype, outliers: bool = False) -> tuple[torch.nn.Module, vit.Weights]:
+def prepared(config: VitConfig, dtype: torch.dtype, outliers: bool = False) -> tuple[torch.nn.Module, FastVit]:
     """A plain tower whose weights are rounded to `dtype`, and the same tower as the kernels read it."""
     tower = random_tower(config, outliers)
     tower.load_state_dict({name: tensor.to(dtype) for name, tensor in tower.state_dict().items()})
     tower = tower.to(DEVICE)
-    return tower, vit.prepare(tower.state_dict(), config, dtype, IMAGE_MEAN, IMAGE_STD)
+    return tower, FastVit.prepare(tower.state_dict(), config, BY_DTYPE[dtype], IMAGE_MEAN, IMAGE_STD)
 
 
 def images(config: VitConfig, batch: int) -> Tensor:
@@ -43,7 +44,7 @@ def _no_gradients() -> object:
 def test_a_block_is_five_launches(launches: list[str]) -> None:
     config = CONFIGS["as B/16"]
     _, weights = prepared(config, torch.float32)
-    vit.encode(weights, images(config, 1))
+    weights.encode(images(config, 1))
     block = ["_linear_kernel", "_flash_attention_kernel", "_linear_kernel", "_linear_kernel", "_linear_kernel"]
     pool = ["_head_linear_kernel", "_scores_kernel", "_weighted_sum_kernel", "_head_linear_kernel"]
     last = ["_linear_kernel", *pool, "_linear_kernel", "_linear_kernel", "_linear_kernel"]
@@ -85,7 +86,7 @@ def draws(
     for _ in range(towers):
         tower, weights = prepared(config, dtype, outliers)
         x = images(config, 6).to(dtype)
-        got, wanted = vit.encode(weights, x), tower.double()(x.double())
+        got, wanted = weights.encode(x), tower.double()(x.double())
         yield got, tower.to(dtype)(x), wanted
 
 
@@ -103,14 +104,14 @@ def test_raw_pixels(guards: Guards) -> None:
     tower, weights = prepared(config, torch.float32)
     raw = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, device=DEVICE)
     mean, std = (torch.tensor(x, dtype=torch.float64, device=DEVICE).view(3, 1, 1) for x in (IMAGE_MEAN, IMAGE_STD))
-    assert relative_error(vit.encode(weights, raw), tower.double()((raw.double() / 255 - mean) / std)) < 1e-5
+    assert relative_error(weights.encode(raw), tower.double()((raw.double() / 255 - mean) / std)) < 1e-5
 
 
 def test_patch_tokens_and_hidden_states(guards: Guards) -> None:
     config = CONFIGS["as B/16"]
     tower, weights = prepared(config, torch.float32)
     x = images(config, 2)
-    results = [*vit.encode_tokens(weights, x), vit.hidden_state(weights, x, config.layers - 1)]
+    results = [*weights.encode_tokens(x), weights.hidden_state(x, config.layers - 1)]
     tower = tower.double()
     exact = [*tower.encode_tokens(x.double()), tower.hidden_state(x.double(), config.layers - 1)]
     for got, wanted in zip(results, exact, strict=True):
@@ -124,8 +125,8 @@ def test_an_image_has_one_embedding(dtype: torch.dtype, raw: bool) -> None:
     config = dataclasses.replace(CONFIGS["as B/16"], layers=2)
     _, weights = prepared(config, dtype)
     x = torch.randint(0, 256, (7, 3, 64, 64), dtype=torch.uint8, device=DEVICE) if raw else images(config, 7).to(dtype)
-    whole = vit.encode(weights, x)
-    assert_same_bits(vit.encode(weights, x[4:5]), whole[4:5])
-    assert_same_bits(vit.encode(weights, x[[4, 1]]), whole[[4, 1]])
+    whole = weights.encode(x)
+    assert_same_bits(weights.encode(x[4:5]), whole[4:5])
+    assert_same_bits(weights.encode(x[[4, 1]]), whole[[4, 1]])
     padded = torch.cat([x[:3], x[:1].expand(5, -1, -1, -1)])
-    assert_same_bits(vit.encode(weights, padded)[:3], whole[:3])
+    assert_same_bits(weights.encode(padded)[:3], whole[:3])

@@ -11,6 +11,7 @@ from clip_fast.kernels import ops, targets
 from clip_fast.towers import convolution
 from clip_fast.towers.convolution import Convolution
 from clip_fast.towers.cpu import can_fuse
+from clip_fast.towers.precision import BY_DTYPE
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 GEOMETRIES = [(1, 1, None), (3, 1, None), (3, 2, None), (3, 2, 0)]  # size, stride, padding
@@ -51,7 +52,7 @@ def test_convolution(
     if relu:
         exact, plain = exact.relu(), plain.relu()
     with torch.inference_mode():
-        got = Convolution(weight, scale, bias, dtype, stride=stride, padding=padding, relu=relu)(x, residual)
+        got = Convolution(weight, scale, bias, BY_DTYPE[dtype], stride=stride, padding=padding, relu=relu)(x, residual)
     assert got.dtype == dtype
     assert got.is_contiguous(memory_format=channels_last)
     # in float32 and float64 a random walk of as many roundings as there are terms; a library sums in its own order
@@ -68,7 +69,7 @@ def test_the_table_says_whose_a_pointwise_convolution_is(dtype: torch.dtype, mon
     linear = ops.linear
     monkeypatch.setattr(ops, "linear", lambda x, *rest, **options: products.append(x) or linear(x, *rest, **options))
     x = torch.randn(2, 8, 4, 4).to(dtype).contiguous(memory_format=torch.channels_last)
-    operands = (torch.randn(16, 8, 1, 1).to(dtype), torch.ones(16).double(), torch.zeros(16).double(), dtype)
+    operands = (torch.randn(16, 8, 1, 1).to(dtype), torch.ones(16).double(), torch.zeros(16).double(), BY_DTYPE[dtype])
     wanted = Convolution(*operands)(x)
     assert len(products) == 1
     monkeypatch.setitem(targets.POINTWISE, targets.kind_of(dtype, "ieee"), "cudnn")

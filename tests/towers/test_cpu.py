@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 from random_towers import relative_error
+from torch import Tensor
 
+from clip_fast import pytorch
 from clip_fast.towers import cpu
 from clip_fast.towers.cpu import Product
 from clip_fast.towers.reference import quick_gelu
@@ -86,7 +87,7 @@ def test_packed_for_mkl(rows: int, activation: str, monkeypatch: pytest.MonkeyPa
     act = ACTIVATIONS[activation]
     launched: list[int] = []
     packed_by: dict[int, int] = {}  # identity of a packed weight -> threads that packed it
-    reorder, mkl_linear = torch.ops.mkl._mkl_reorder_linear_weight, torch.ops.mkl._mkl_linear
+    reorder, mkl_linear = pytorch.mkl_reorder_linear_weight, pytorch.mkl_linear
 
     def packing(weight: Tensor, rows: int) -> Tensor:
         packed = reorder(weight, rows)
@@ -98,8 +99,8 @@ def test_packed_for_mkl(rows: int, activation: str, monkeypatch: pytest.MonkeyPa
         launched.append(len(x))
         return mkl_linear(x, packed, *operands)
 
-    monkeypatch.setattr(torch.ops.mkl, "_mkl_reorder_linear_weight", packing)
-    monkeypatch.setattr(torch.ops.mkl, "_mkl_linear", watched)
+    monkeypatch.setattr(pytorch, "mkl_reorder_linear_weight", packing)
+    monkeypatch.setattr(pytorch, "mkl_linear", watched)
     threads = torch.get_num_threads()
     draws = [fresh(rows, torch.float32) for _ in range(DRAWS)]
     got, added = [], []

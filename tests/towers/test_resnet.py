@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
 from random_towers import random_tower, relative_error, worst_cosine
+from torch import Tensor, nn
 
 import clip_fast
 from clip_fast.checkpoint.published import OPENAI_MODELS
 from clip_fast.towers import convolution, cpu, reference, resnet
 from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD, ResNetConfig
+from clip_fast.towers.precision import BY_DTYPE
+from clip_fast.towers.resnet import FastResNet
 
 SMALL = ResNetConfig(layers=(1, 2, 1, 1), width=16, heads=4, image_size=64, embed_dim=32)
 # Every width, head count and embedding there is, with one block a stage.
@@ -52,8 +54,8 @@ def skip_what_is_plain(way: str, dtype: torch.dtype) -> None:
 
 
 def embed(tower: nn.Module, config: ResNetConfig, images: Tensor, dtype: torch.dtype) -> Tensor:
-    weights = resnet.prepare(tower.state_dict(), config, dtype, IMAGE_MEAN, IMAGE_STD)
-    return resnet.encode(weights, images)
+    fast = FastResNet.prepare(tower.state_dict(), config, BY_DTYPE[dtype], IMAGE_MEAN, IMAGE_STD)
+    return fast.encode(images)
 
 
 def check(tower: nn.Module, config: ResNetConfig, dtype: torch.dtype) -> float:
@@ -128,7 +130,7 @@ def raw_pixels(layout: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]
     if layout == "nhwc":
         raw = raw.contiguous(memory_format=torch.channels_last)
     tower = random_tower(SMALL)
-    got = resnet.encode(resnet.prepare(tower.state_dict(), SMALL, dtype, mean, std), raw)
+    got = FastResNet.prepare(tower.state_dict(), SMALL, BY_DTYPE[dtype], mean, std).encode(raw)
     mu, sigma = (torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in (mean, std))
     normalised = (raw.double() / 255 - mu) / sigma
     exact = tower.double()(normalised)

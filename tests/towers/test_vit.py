@@ -8,15 +8,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
 from random_towers import random_tower, relative_error, worst_cosine
+from torch import Tensor
 
 from bench.models import OPEN_CLIP_MODELS
 from clip_fast.checkpoint.published import OPENAI_MODELS
 from clip_fast.kernels import ops
-from clip_fast.kernels import reference as kernel_oracles
-from clip_fast.towers import cpu, reference, vit, vit_cpu
+from clip_fast.kernels import oracles as kernel_oracles
+from clip_fast.towers import cpu, reference
 from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD, VitConfig
+from clip_fast.towers.precision import BF16, BY_DTYPE, FP32, FP64, TF32
+from clip_fast.towers.vit import FastVit
+from clip_fast.towers.vit_cpu import CpuVit
 
 Line = Callable[[dict[str, Tensor], VitConfig, torch.dtype, Tensor, str], object]
 
@@ -37,13 +40,13 @@ CONFIGS: dict[str, VitConfig] = {
 def by_ops(
     state: dict[str, Tensor], config: VitConfig, dtype: torch.dtype, images: Tensor, what: str = "encode"
 ) -> object:
-    return getattr(vit, what)(vit.prepare(state, config, dtype, IMAGE_MEAN, IMAGE_STD), images)
+    return getattr(FastVit.prepare(state, config, BY_DTYPE[dtype], IMAGE_MEAN, IMAGE_STD), what)(images)
 
 
 def by_cpu(
     state: dict[str, Tensor], config: VitConfig, dtype: torch.dtype, images: Tensor, what: str = "encode"
 ) -> object:
-    return getattr(vit_cpu, what)(vit_cpu.prepare(state, config, dtype), images)
+    return getattr(CpuVit.prepare(state, config, BY_DTYPE[dtype], IMAGE_MEAN, IMAGE_STD), what)(images)
 
 
 @pytest.fixture(autouse=True)
@@ -169,9 +172,9 @@ def test_quick_gelu_as_swish(given: torch.dtype, outliers: bool) -> None:
         state = {name: tensor.to(given) for name, tensor in tower.state_dict().items()}
         tower.load_state_dict(state)
         images = torch.randn(4, 3, 32, 32).bfloat16()
-        weights = vit_cpu.prepare(state, config, torch.bfloat16)
-        assert {block.fc1.activation for block in weights.blocks} == {"swish"}
-        got = vit_cpu.encode(weights, images)
+        fast = CpuVit.prepare(state, config, BF16, IMAGE_MEAN, IMAGE_STD)
+        assert {block.fc1.activation for block in fast.blocks} == {"swish"}
+        got = fast.encode(images)
         exact = tower.double()(images.double())
         ratios.append(relative_error(got, exact) / relative_error(tower.bfloat16()(images), exact))
     assert statistics.geometric_mean(ratios) <= 1.1
@@ -181,7 +184,7 @@ def test_weights_that_would_be_rounded_twice() -> None:
     """Those that are bfloat16 already are multiplied by as they are."""
     config = VitConfig(image_size=32, patch_size=16, width=128, layers=2, heads=2, embed_dim=64)
     state = {name: tensor.bfloat16() for name, tensor in random_tower(config).state_dict().items()}
-    for i, block in enumerate(vit_cpu.prepare(state, config, torch.bfloat16).blocks):
+    for i, block in enumerate(CpuVit.prepare(state, config, BF16, IMAGE_MEAN, IMAGE_STD).blocks):
         assert block.fc1.activation == "swish"
         assert torch.equal(block.fc1.weight, state[f"transformer.resblocks.{i}.mlp.c_fc.weight"])
         assert torch.equal(block.fc2.weight, state[f"transformer.resblocks.{i}.mlp.c_proj.weight"])
@@ -263,17 +266,16 @@ def test_hidden_states(layer: int) -> None:
     tower = random_tower(SMALL).double()
     images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
     exact = tower.hidden_state(images, layer)
-    weights = vit.prepare(tower.state_dict(), SMALL, torch.float64, IMAGE_MEAN, IMAGE_STD)
-    assert relative_error(vit.hidden_state(weights, images, layer), exact) < 1e-13
-    cpu_weights = vit_cpu.prepare(tower.state_dict(), SMALL, torch.float64)
-    assert relative_error(vit_cpu.hidden_state(cpu_weights, images, layer), exact) < 1e-13
+    for kind in (FastVit, CpuVit):
+        fast = kind.prepare(tower.state_dict(), SMALL, FP64, IMAGE_MEAN, IMAGE_STD)
+        assert relative_error(fast.hidden_state(images, layer), exact) < 1e-13
 
 
 def test_weights_for_tf32_are_rounded_to_it() -> None:
     """Once: tensor cores would cut them. Colsums are of the weights as rounded."""
     state = random_tower(SMALL).state_dict()
-    weights = vit.prepare(state, SMALL, torch.float32, IMAGE_MEAN, IMAGE_STD, "tf32")
-    exact = vit.prepare(state, SMALL, torch.float32, IMAGE_MEAN, IMAGE_STD)
+    weights = FastVit.prepare(state, SMALL, TF32, IMAGE_MEAN, IMAGE_STD)
+    exact = FastVit.prepare(state, SMALL, FP32, IMAGE_MEAN, IMAGE_STD)
     products = [(getattr(a, n), getattr(b, n)) for a, b in zip(weights.blocks, exact.blocks, strict=True)
                 for n in ("qkv", "out", "fc1", "fc2")]  # fmt: skip
     products.append((weights.projection, exact.projection))
@@ -292,9 +294,9 @@ def test_raw_pixels_are_normalised_by_the_weights() -> None:
     raw = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     mu, sigma = (torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in (mean, std))
     exact = tower((raw.double() / 255 - mu) / sigma)
-    weights = vit.prepare(tower.state_dict(), SMALL, torch.float64, mean, std)
-    assert relative_error(vit.encode(weights, raw), exact) < 1e-13
-    assert relative_error(vit.encode(weights, raw.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)), exact) < 1e-13
+    fast = FastVit.prepare(tower.state_dict(), SMALL, FP64, mean, std)
+    assert relative_error(fast.encode(raw), exact) < 1e-13
+    assert relative_error(fast.encode(raw.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)), exact) < 1e-13
 
 
 def test_without_onednn_the_cpu_line_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
