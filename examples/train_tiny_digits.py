@@ -7,8 +7,8 @@ transformer over the words of captions such as "a photo of the digit seven". Bot
 contrastive loss with a learned temperature. The ten digits repeat within a batch: all images and captions of one digit
 are positive pairs, and the positives of a row share its target equally.
 
-The program writes the two files that the package ships: `model.safetensors` (the image tower, and one text embedding per
-digit) and `digits.npz` (the held-out images and labels). The data come with scikit-learn.
+The program writes the two files that the package ships: `model.safetensors` (the image tower, and one text embedding
+for each digit) and `digits.npz` (the held-out images and labels). The data come with scikit-learn.
 
 Sources: Radford et al. 2021 (CLIP), section 2.3, the loss and the text tower; Khosla et al. 2020, several positives per
 row; Alpaydin & Kaynak 1998, the digits.

@@ -1,9 +1,9 @@
 """The recipes of README and docs/bulk.md, run as they are written, at small size.
 
 They load a checkpoint, and encode ten images, ten million, on a cluster, and search. The sizes are small because tars
-have one tiny picture each, the CPU stands for GPUs, and small checkpoints stand for ViT-B/32 and ViT-L/14, the latter in
-child processes and Ray's workers too. Ray's own commands are for the whole machine: they are parsed, and the test starts
-a cluster of its own. README's lines for a user's own model are run by tests/dropin/test_accelerate.py.
+have one tiny picture each, the CPU stands for GPUs, and small checkpoints stand for ViT-B/32 and ViT-L/14, the latter
+in child processes and Ray's workers too. Ray's own commands are for the whole machine: they are parsed, and the test
+starts a cluster of its own. README's lines for a user's own model are run by tests/dropin/test_accelerate.py.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def search_as_written(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
 
 
 def test_these_are_the_recipes() -> None:
-    """None is left out by the tests below, and none is lost from the pages. README's are among those of docs/bulk.md."""
+    """The tests below leave none out, and the pages have lost none. README's are among those of docs/bulk.md."""
     tars = ["clip-fast", "encode", "data/{0000..0999}.tar", "--model", "ViT-L/14", "--output", "embeddings/"]
     index = ["--index", "embeddings/"]
     found = ENCODING + SEARCHING
