@@ -3,8 +3,9 @@
     pip install scikit-learn
     python examples/linear_probe.py train/ test/ --model ViT-B/32
 
-Both folders hold one folder per class. Radford et al. 2021, appendix A.3: logistic regression on the features that
-`encode_image` gives, not normalised. (Their strength of regularisation was searched for; here it is scikit-learn's.)
+Both folders hold one folder for each class. Radford et al. 2021, appendix A.3: logistic regression on the features that
+`encode_image` gives, not normalised. The paper searches for the strength of regularisation; this program takes
+scikit-learn's default.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from clip_fast import ImageEncoder, Preprocess
 
 
 class Folders(Dataset[tuple[object, str]]):
-    """Pictures below a folder, labelled with the name of the folder they are in."""
+    """The pictures in the folders of a folder, each labelled with the name of its own folder."""
 
     def __init__(self, folder: Path, preprocess: Preprocess) -> None:
         self.paths = sorted(path for path in folder.glob("*/*") if path.is_file())

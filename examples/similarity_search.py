@@ -3,7 +3,7 @@
     pip install transformers
     python examples/similarity_search.py query.jpg photos/*.jpg
 
-(For more pictures than fit into memory, and texts as queries, there are `clip-fast encode` and `clip-fast search`.)
+`clip-fast encode` and `clip-fast search` do the same for more pictures than fit into memory, and take words as a query.
 """
 
 from __future__ import annotations

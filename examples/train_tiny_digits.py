@@ -2,13 +2,13 @@
 
     python examples/train_tiny_digits.py --output /tmp/tiny-digits
 
-The image tower is CLIP's Vision Transformer as `clip_fast.reference` writes it; the text tower is a small causal
+The image tower is CLIP's Vision Transformer, from `clip_fast.towers.reference`. The text tower is a small causal
 transformer over the words of captions such as "a photo of the digit seven". Both learn together from CLIP's symmetric
-contrastive loss with a learned temperature. The ten digits repeat within a batch, so all its images and captions of one
-digit are positive pairs, and the positives of a row share its target equally.
+contrastive loss with a learned temperature. The ten digits repeat within a batch: all images and captions of one digit
+are positive pairs, and the positives of a row share its target equally.
 
-Writes what the package ships: `model.safetensors` (the image tower, and one text embedding per digit) and `digits.npz`
-(the held-out images and labels). Needs scikit-learn for the data.
+The program writes the two files that the package ships: `model.safetensors` (the image tower, and one text embedding
+for each digit) and `digits.npz` (the held-out images and labels). The data come with scikit-learn.
 
 Sources: Radford et al. 2021 (CLIP), section 2.3, the loss and the text tower; Khosla et al. 2020, several positives per
 row; Alpaydin & Kaynak 1998, the digits.
@@ -40,7 +40,7 @@ from clip_fast.towers.config import VitConfig
 
 CONFIG = BUNDLED_MODELS["tiny-digits"]
 HELD_OUT = 360  # of 1797 images: one in five
-SPLIT_SEED = 0  # of the split alone, so that no --seed ever trains on a held-out image
+SPLIT_SEED = 0  # fixed for the split, so that no --seed trains on a held-out image
 TEMPLATES = (
     "a photo of the digit {}",
     "a scan of a handwritten {}",
@@ -78,12 +78,12 @@ def preprocess_digits(images: NDArray[np.uint8], config: VitConfig) -> Tensor:
 
 
 def augment(images: Tensor, black: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image rotated, scaled, sheared and shifted a little, and under noise; black flows in at the borders.
+    """Rotates, scales, shears and shifts each image a little, fills its borders with black, and adds noise.
 
     Args:
         images: (B, 3, S, S), preprocessed.
         black: (3, S, S), a black image, preprocessed.
-        generator: of the random numbers.
+        generator: draws the random numbers.
     """
 
     def uniform(limit: float) -> Tensor:
@@ -118,7 +118,7 @@ def tokenise(captions: list[str]) -> Tensor:
 
 
 class TextTower(nn.Module):
-    """A causal transformer read at the last token that is not padding. (C, T) word numbers -> (C, embed_dim)."""
+    """A causal transformer, read at the last token that is not padding: (C, T) word numbers -> (C, embed_dim)."""
 
     def __init__(self, words: int, length: int, embed_dim: int, width: int = 64, layers: int = 2) -> None:
         super().__init__()
@@ -207,14 +207,14 @@ def train(
 
 @torch.no_grad()
 def text_embeddings(model: TinyClip) -> Tensor:
-    """One embedding of length one per digit, the mean over the templates. (10, embed_dim)"""
+    """One embedding of length one for each digit, the mean over the templates: (10, embed_dim)."""
     each = F.normalize(model.text(tokenise(CAPTIONS)), dim=1)
     return F.normalize(each.unflatten(0, (len(WORDS), len(TEMPLATES))).mean(dim=1), dim=1)
 
 
 @torch.no_grad()
 def zero_shot_accuracy(visual: nn.Module, texts: Tensor, images: Tensor, labels: Tensor) -> float:
-    """Share of images whose nearest text embedding, by cosine, is that of their digit."""
+    """The share of images whose nearest text embedding, by cosine, is that of their digit."""
     return ((visual(images) @ texts.T).argmax(dim=1) == labels).double().mean().item()  # no length changes an argmax
 
 

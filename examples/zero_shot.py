@@ -3,7 +3,7 @@
     pip install open_clip_torch
     python examples/zero_shot.py photo.jpg --labels cat dog bird
 
-Radford et al. 2021, section 3.1: a picture's embedding against those of "a photo of a <label>".
+Radford et al. 2021, section 3.1: a picture's embedding is compared with the embedding of "a photo of a <label>".
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def classify(
     model: Any, preprocess: Callable[[Image.Image], Tensor], tokenize: Callable[[list[str]], Tensor],
     pictures: Sequence[Image.Image], labels: Sequence[str],
 ) -> Tensor:  # fmt: skip
-    """Probability of each label for each picture: (pictures, labels)."""
+    """The probability of each label for each picture: (pictures, labels)."""
     device = model.logit_scale.device
     with torch.no_grad():
         texts = model.encode_text(tokenize([f"a photo of a {label}" for label in labels]).to(device))

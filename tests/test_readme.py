@@ -1,8 +1,9 @@
-"""README's recipes for ten images, ten million, a cluster and search, run as they are written, at small size.
+"""The recipes of README and docs/bulk.md, run as they are written, at small size.
 
-What makes them small: tars of one tiny picture each, the CPU in place of GPUs, and under the name ViT-L/14 a small
-checkpoint, for child processes and Ray's workers too. Ray's own commands are for the whole machine: they are parsed,
-and a cluster of the test's stands for what they start.
+They load a checkpoint, and encode ten images, ten million, on a cluster, and search. The sizes are small because tars
+have one tiny picture each, the CPU stands for GPUs, and small checkpoints stand for ViT-B/32 and ViT-L/14, the latter
+in child processes and Ray's workers too. Ray's own commands are for the whole machine: they are parsed, and the test
+starts a cluster of its own. README's lines for a user's own model are run by tests/dropin/test_accelerate.py.
 """
 
 from __future__ import annotations
@@ -10,26 +11,33 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import re
 import shlex
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from clip_fast.cli import main as cli
+from clip_fast import Clip
+from clip_fast.checkpoint import published
+from clip_fast.checkpoint.download import Pretrained
+from clip_fast.cli import parser
+from clip_fast.cli.main import main
 from clip_fast.search.index import Index
-from clip_fast.towers import config, reference
+from clip_fast.towers import reference
 from clip_fast.towers.config import TextConfig, VitConfig
 from clip_fast.towers.text import TextEncoder
 
 pytest.importorskip("pyarrow")
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README, BULK = ROOT / "README.md", ROOT / "docs" / "bulk.md"
 TARS = 1000
 WANTED = 345  # of the tars, which holds the picture that is searched for
 
@@ -40,10 +48,10 @@ SITECUSTOMIZE = """
 from importlib.machinery import PathFinder
 import sys
 
-class Finder(PathFinder):  # of the one module that says which file is ViT-L/14, when it is imported
+class Finder(PathFinder):  # changes the one module that says which file is ViT-L/14, when it is imported
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        spec = super().find_spec(name, path, target) if name == "clip_fast.config" else None
+        spec = super().find_spec(name, path, target) if name == "clip_fast.checkpoint.published" else None
         if spec is not None:
             execute = spec.loader.exec_module
 
@@ -58,21 +66,26 @@ sys.meta_path.insert(0, Finder)
 """
 
 
-def commands(heading: str) -> list[list[str]]:
-    """The arguments of each command in the bash blocks below a heading, up to the next."""
-    section = re.split(r"^#+ ", README.read_text("utf-8").partition(f"\n### {heading}\n")[2], maxsplit=1, flags=re.M)[0]
-    blocks = re.findall(r"^```bash\n(.*?)^```$", section, flags=re.M | re.S)
+def section(page: Path, heading: str) -> str:
+    """The text below a heading, up to the next."""
+    below = re.split(rf"^#+ {re.escape(heading)}$", page.read_text("utf-8"), maxsplit=1, flags=re.M)[1]
+    return re.split(r"^#+ ", below, maxsplit=1, flags=re.M)[0]
+
+
+def commands(page: Path, heading: str) -> list[list[str]]:
+    """The arguments of each command in the bash blocks below a heading."""
+    blocks = re.findall(r"^```bash\n(.*?)^```$", section(page, heading), flags=re.M | re.S)
     lines = "".join(blocks).replace("\\\n", "").splitlines()
     return [shlex.split(line, comments=True) for line in lines]
 
 
-ENCODING = commands("From ten images to ten million")
-SEARCHING = commands("Search at once")
+ENCODING = commands(BULK, "From ten images to ten million")
+SEARCHING = commands(BULK, "Search at once")
 
 
 def run(command: list[str]) -> int:
     assert command[0] == "clip-fast"
-    return cli.main(command[1:])
+    return main(command[1:])
 
 
 def png(number: int) -> bytes:
@@ -83,29 +96,31 @@ def png(number: int) -> bytes:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """ViT-L/14 is a small CLIP in OpenAI's form, where the official one would be kept."""
+def small_models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """ViT-B/32 and ViT-L/14 are a small CLIP in OpenAI's form, where the official ones would be kept."""
     home = tmp_path_factory.mktemp("home")
-    published = config.OPENAI_CHECKPOINTS["ViT-L/14"]
-    path = home / ".cache" / "clip" / published.filename
-    path.parent.mkdir(parents=True)
+    (home / ".cache" / "clip").mkdir(parents=True)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         state = {f"visual.{name}": tensor for name, tensor in reference.build(IMAGE_TOWER).state_dict().items()}
         state |= dict(TextEncoder(TEXT_TOWER).state_dict())
-    torch.save(state, path)
-    small = config.Pretrained(published.url, hashlib.sha256(path.read_bytes()).hexdigest())
-    (home / "sitecustomize.py").write_text(SITECUSTOMIZE.format(url=small.url, sha256=small.sha256))
     with pytest.MonkeyPatch.context() as patch:
+        for name in ("ViT-B/32", "ViT-L/14"):
+            official = published.OPENAI_CHECKPOINTS[name]
+            path = home / ".cache" / "clip" / official.filename
+            torch.save(state, path)
+            small = Pretrained(official.url, hashlib.sha256(path.read_bytes()).hexdigest())
+            patch.setitem(published.OPENAI_CHECKPOINTS, name, small)
+        small = published.OPENAI_CHECKPOINTS["ViT-L/14"]
+        (home / "sitecustomize.py").write_text(SITECUSTOMIZE.format(url=small.url, sha256=small.sha256))
         patch.setenv("HOME", str(home))
-        patch.setenv("PYTHONPATH", str(home))
-        patch.setitem(config.OPENAI_CHECKPOINTS, "ViT-L/14", small)
+        patch.setenv("PYTHONPATH", str(home), prepend=os.pathsep)
         yield
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with photos/, data/0000.tar to data/0999.tar and query.jpg."""
+    """A folder with photos/, data/0000.tar to data/0999.tar, photo.jpg and query.jpg."""
     folder = tmp_path_factory.mktemp("pictures")
     (folder / "photos").mkdir()
     (folder / "data").mkdir()
@@ -117,6 +132,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         member.size = len(data)
         with tarfile.open(folder / "data" / f"{i:04}.tar", "w") as tar:
             tar.addfile(member, io.BytesIO(data))
+    (folder / "photo.jpg").write_bytes(png(0))
     (folder / "query.jpg").write_bytes(png(WANTED))
     return folder
 
@@ -126,7 +142,7 @@ def working_folder(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for path in pictures.iterdir():
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_device", lambda text: torch.device("cpu"))  # GPUs 0 and 1, that is
+    monkeypatch.setattr(parser, "_device", lambda text: torch.device("cpu"))  # GPUs 0 and 1, that is
     return tmp_path
 
 
@@ -146,7 +162,7 @@ def search_as_written(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
 
 
 def test_these_are_the_recipes() -> None:
-    """None is left out by the tests below, and none is lost from README."""
+    """The tests below leave none out, and the pages have lost none. README's are among those of docs/bulk.md."""
     tars = ["clip-fast", "encode", "data/{0000..0999}.tar", "--model", "ViT-L/14", "--output", "embeddings/"]
     index = ["--index", "embeddings/"]
     found = ENCODING + SEARCHING
@@ -160,6 +176,15 @@ def test_these_are_the_recipes() -> None:
         ["clip-fast", "search", "a dog on a beach", *index],
         ["clip-fast", "search", "--image", "query.jpg", *index, "-k", "100", "--html", "found.html"],
     ]
+    assert commands(README, "Millions of images") == [ENCODING[0], ENCODING[1], SEARCHING[0]]
+
+
+def test_loading(working_folder: Path) -> None:
+    (snippet,) = re.findall(r"^```python\n(.*?)^```$", section(README, "Or its own loader"), flags=re.M | re.S)
+    names: dict[str, Any] = {}
+    exec(snippet, names)
+    assert isinstance(names["model"], Clip)
+    assert names["embeddings"].shape == (1, 24)
 
 
 def test_ten_images(working_folder: Path) -> None:

@@ -14,8 +14,8 @@ import torch
 
 from ..checkpoint.published import available_models
 from ..extras import pyarrow, ray
-from ..inputs.containers import IMAGE_COLUMN
-from ..inputs.inputs import Inputs, find_inputs
+from ..inputs.containers import IMAGE_COLUMN, Container
+from ..inputs.inputs import Files, Inputs, find_inputs
 from ..inputs.items import Item, Unreadable, image_suffixes
 from ..inputs.parquet import Parquet, ParquetCell
 from ..inputs.tars import Tar
@@ -174,14 +174,15 @@ def _read_places(data: Any, paths: Sequence[str], image_column: str, key_column:
     return data.from_items(parts).flat_map(_list, fn_kwargs={"folder": os.getcwd()})
 
 
-def _parts(inputs: Inputs) -> Iterator[Sequence[Item] | Tar | Parquet]:
+def _parts(inputs: Inputs) -> Iterator[Sequence[Item] | Container]:
     for part in inputs.parts:
-        if isinstance(part, (Tar, Parquet)):
-            yield replace(part, path=_absolute(part.path))
-        else:
+        if isinstance(part, Files):
             files = iter(part)
             while some := list(islice(files, _FILES_LISTED)):
                 yield some
+        else:
+            container: Any = part  # a frozen dataclass, as `Container` asks
+            yield replace(container, path=_absolute(part.path))
 
 
 def _list(row: dict[str, Any], folder: str) -> Iterator[dict[str, bytes]]:

@@ -53,7 +53,7 @@ OPENAI_CHECKPOINTS: dict[str, Pretrained] = {
 
 
 def available_models() -> list[str]:
-    """Names that `resolve` knows: OpenAI's models, then those that come with the package."""
+    """The names that `load` takes: OpenAI's models, then those that come with the package."""
     return [*OPENAI_MODELS, *BUNDLED_MODELS]
 
 

@@ -101,7 +101,8 @@ class _Hooks:
         they stay until the next follower is gone.
         """
         with self._lock:
-            if not self._handles or len(self._followed) or _iterating():
+            # Iterated over, not counted: the set may drop the follower that has just gone only after this call.
+            if not self._handles or any(True for _ in self._followed) or _iterating():
                 return
             for handle in self._handles:
                 handle.remove()

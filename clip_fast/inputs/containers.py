@@ -25,6 +25,8 @@ class Columns:
 class Container(Protocol):
     """A file with images in it, at `path`; iterating gives the same items in the same order each time.
 
+    A container is a frozen dataclass, so that it can be sent to another process and given an absolute path.
+
     Iterating raises OSError where the file cannot be read at the moment. A file that will never be readable gives one
     `Unreadable` item.
     """

@@ -406,7 +406,7 @@ def test_several_threads(images: Tensor) -> None:
 
 
 def test_readmes_lines_take_the_fast_path(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    section = README.read_text().partition("### The model that you already have")[2].partition("\n### ")[0]
+    section = README.read_text().partition("## Your own model, in one line")[2].partition("\n## ")[0]
     snippets: list[str] = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     config = transformers.CLIPConfig(
         text_config={"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1},
@@ -438,6 +438,7 @@ def test_readmes_lines_take_the_fast_path(images: Tensor, monkeypatch: pytest.Mo
     }  # fmt: skip
     served = [snippet for snippet in snippets if "accelerate" in snippet]
     assert [snippet.split(".")[0].split("= ")[1] for snippet in served] == list(names)[:4]
+    assert len(snippets) == len(served) + 1
     for snippet in snippets:  # the last takes up the model of the one before
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="the original forward")
