@@ -26,7 +26,8 @@ from PIL import Image, features
 
 import clip_fast
 from clip_fast.bulk.decoder import Decoder
-from clip_fast.bulk.pipeline import Options, Step, run, weights_digest
+from clip_fast.bulk.manifest import weights_digest
+from clip_fast.bulk.pipeline import Options, Step, run
 from clip_fast.bulk.shards import read_records
 from clip_fast.bulk.tables import Shard, Totals
 from clip_fast.cli import main as cli

@@ -20,7 +20,7 @@ from PIL import Image
 
 import clip_fast
 from clip_fast import Clip
-from clip_fast.bulk.ray_job import MANIFEST_NAME as RAY_MANIFEST_NAME
+from clip_fast.bulk.manifest import RAY_MANIFEST_NAME
 from clip_fast.bulk.shards import OutputFolder
 from clip_fast.bulk.tables import ParquetWriter, Record, Shard
 from clip_fast.cli import main as cli
