@@ -9,7 +9,7 @@
 # downloaded. What is missing (pytest, a rival, matplotlib) is said and left out.
 #
 # --output    where results go; by default bench/results/DEVICE-DATE, or where this device and code have some already.
-#             So does the tuner's table, as targets.py. Copied over kernels/targets.py it is what runs from then on; to
+#             So does the tuner's table, as launches.py. Copied over kernels/launches.py it is what runs from then on; to
 #             what was measured before that is other code, and results begin anew.
 # --archive   all of the output as one tar file too, written anew after each stage, for machines that give back one file.
 #             To go on elsewhere unpack it, and name the folder as --output.
@@ -131,9 +131,9 @@ stage_pipeline() {
 }
 
 stage_tune() {
-    local size=(--table "$output/targets.py" --json "$output/tune.json" --resume --minutes "$(minutes_left)")
+    local size=(--table "$output/launches.py" --json "$output/tune.json" --resume --minutes "$(minutes_left)")
     [[ -n $dry ]] && size=(--dry-run)
-    [[ -e $output/targets.py ]] || cp kernels/targets.py "$output/targets.py"
+    [[ -e $output/launches.py ]] || cp kernels/launches.py "$output/launches.py"
     run tune "$python" -m bench.tune "${size[@]}"
 }
 

@@ -190,7 +190,7 @@ def test_a_configuration_too_large_fails() -> None:
     """Compiled in this process's own code: a worker process would read the committed table."""
     program = """
 import dataclasses, json
-from clip_fast.kernels import targets
+from clip_fast.kernels import launches, targets
 launches.TABLE["linear"]["half"]["sm_90"] = targets.Launch(128, 256, 64, num_warps=8, num_stages=4)
 from bench import machine_code
 case = next(case for case in machine_code.cases() if case.name == "linear fp16 ln+qkv")

@@ -22,7 +22,7 @@ from bench.timing import Failed, Times
 from clip_fast.kernels import targets
 from clip_fast.kernels.launches import TABLE
 from clip_fast.kernels.statistics import STATISTICS_TILE
-from clip_fast.kernels.targets import TARGETS, Launch
+from clip_fast.kernels.targets import TARGETS, Launch, LaunchTable
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -50,11 +50,10 @@ def committed() -> Iterator[None]:
 
 
 def imported(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("written_targets", path)
+    spec = importlib.util.spec_from_file_location("clip_fast.kernels.written_launches", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look their annotations up
     spec.loader.exec_module(module)
     return module
 
@@ -130,21 +129,15 @@ def test_what_wins(rows: list[tune.Row], expected: Launch | None) -> None:
 
 
 def test_the_table_stands_in_its_file_as_it_is_written(tmp_path: Path) -> None:
-    assert tune.rendered(TABLE) in tune.TARGETS_FILE.read_text()
-    copied = tmp_path / "targets.py"
-    copied.write_text(tune.TARGETS_FILE.read_text())
-    changed = {op: {kind: dict(launches) for kind, launches in kinds.items()} for op, kinds in TABLE.items()}
+    assert tune.rendered(TABLE) == tune.LAUNCHES_FILE.read_text()
+    changed = LaunchTable({op: {kind: dict(some) for kind, some in kinds.items()} for op, kinds in TABLE.items()})
     changed["linear"]["half"] |= {"sm_90": A, "sm_89": B}
-    tune.write_table(copied, changed)
+    copied = tmp_path / "launches.py"
+    copied.write_text(tune.rendered(changed))
     written = imported(copied)
     assert {name: asdict(launch) for name, launch in written.TABLE["linear"]["half"].items()} == {
         name: asdict(launch) for name, launch in changed["linear"]["half"].items()
     }
-    tune.write_table(copied, TABLE)
-    assert copied.read_text() == tune.TARGETS_FILE.read_text()
-    copied.write_text("nothing")
-    with pytest.raises(ValueError, match="has no TABLE"):
-        tune.write_table(copied, TABLE)
 
 
 def test_a_launch_that_fails_has_its_reason() -> None:
@@ -177,8 +170,8 @@ def test_a_search_stops_in_time_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two screenings and two finals in three calls, none twice; then the winner is found again without timing any."""
-    steps, table, file = Steps(monkeypatch), tmp_path / "targets.py", tmp_path / "tune.json"
-    before = tune.TARGETS_FILE.read_text()
+    steps, table, file = Steps(monkeypatch), tmp_path / "launches.py", tmp_path / "tune.json"
+    before = tune.LAUNCHES_FILE.read_text()
     current = TABLE["linear"]["float32"]["sm_80"]
 
     def call(left: float) -> Launch:

@@ -1,0 +1,83 @@
+"""A release of PyTorch that has lost a private name: the package imports, computes the same, and says what it costs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+# Takes names away before clip_fast is imported, then prints whether an embedding is the plain tower's.
+PROGRAM = """
+import sys, warnings
+from operator import attrgetter
+import torch, torch.autograd.forward_ad, torch.multiprocessing.reductions, torch._subclasses.fake_tensor
+
+class Without:
+    def __init__(self, whole, lost):
+        self.__dict__.update(whole=whole, lost=lost)
+    def __getattr__(self, name):
+        if name == self.lost:
+            raise AttributeError(name)
+        return getattr(self.whole, name)
+
+for path in sys.argv[1:]:
+    parent, _, leaf = path.rpartition(".")
+    place, _, name = parent.rpartition(".")
+    holder = attrgetter(place)(torch) if place else torch
+    setattr(holder, name, Without(getattr(holder, name), leaf)) if parent else delattr(torch, leaf)
+    module = sys.modules.get(f"torch.{parent}")
+    if module is not None:
+        sys.modules[f"torch.{parent}"] = getattr(holder, name)
+
+import clip_fast
+with warnings.catch_warnings(record=True) as said, torch.no_grad():
+    warnings.simplefilter("always")
+    model, _ = clip_fast.load("tiny-digits", "cpu")
+    images = torch.rand(2, 3, 32, 32)
+    close = torch.allclose(model.encode_image(images), model.visual(images), atol=1e-5)
+    model.visual.proj.mul_(2)
+    close &= torch.allclose(model.encode_image(images), model.visual(images), atol=1e-5)
+print(close, "|".join(str(each.message) for each in said))
+"""
+
+# The names of `clip_fast.pytorch`, and a part of the warning that tells what is lost with each.
+NAMES = {
+    "autograd.forward_ad._current_level": "",
+    "_C._functorch.maybe_current_level": "",
+    "_subclasses.fake_tensor.FakeTensor": "",
+    "_C._get_dispatch_mode": "",
+    "_C._TorchDispatchModeKey.FAKE": "",
+    "nn.modules.module._has_any_global_hook": "hooks are registered",
+    "multiprocessing.reductions.StorageWeakRef": "prepares the weights at every call",
+    "UntypedStorage._expired": "prepares the weights at every call",
+    "optim.optimizer.register_optimizer_step_post_hook": "prepares the weights at every call",
+    "nn.modules.module.register_module_module_registration_hook": "prepares the weights at every call",
+    "ops.mkldnn._linear_pointwise": "",
+    "ops.mkldnn._reorder_linear_weight": "",
+    "ops.mkldnn._convolution_pointwise": "",
+    "ops.mkldnn._is_mkldnn_bf16_supported": "",
+    "ops.mkl._mkl_linear": "",
+}
+
+
+def run_without(*names: str) -> str:
+    done = subprocess.run([sys.executable, "-c", PROGRAM, *names], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    right, _, said = done.stdout.strip().partition(" ")
+    assert right == "True"
+    return said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_without_a_name(name: str) -> None:
+    assert NAMES[name] in run_without(name)
+
+
+def test_without_any_fast_operator_of_a_cpu() -> None:
+    assert run_without(*(name for name in NAMES if name.startswith("ops."))) == ""
+
+
+def test_with_all_names_nothing_is_said() -> None:
+    assert run_without() == ""
