@@ -31,7 +31,7 @@ def _doubles(*tensors: Tensor | None) -> list[Any]:
 # --- linear ----------------------------------------------------------------------------------------------------------
 
 
-def _linear(
+def linear(
     m: int,
     n: int,
     k: int,
@@ -75,7 +75,7 @@ def _linear(
     return Problem(call, plain, exact, statistics)
 
 
-_EPILOGUES: dict[str, dict[str, Any]] = {
+EPILOGUES: dict[str, dict[str, Any]] = {
     "plain": {},
     "qkv": {"norm": True, "bias": True},
     "out": {"bias": True, "residual": True, "statistics": True},
@@ -102,7 +102,7 @@ _LINEAR = (
 # --- layer_norm ------------------------------------------------------------------------------------------------------
 
 
-def _layer_norm(width: int, kind: Kind) -> Problem:
+def layer_norm(width: int, kind: Kind) -> Problem:
     x = torch.randn(6, 4, width, dtype=torch.float64)
     x[1] += 100
     x[2, :, width // 2] *= 300
@@ -120,7 +120,7 @@ def _layer_norm(width: int, kind: Kind) -> Problem:
 # --- patch_embed -----------------------------------------------------------------------------------------------------
 
 
-def _patch_embed(patch: int, images: str, kind: Kind) -> Problem:
+def patch_embed(patch: int, images: str, kind: Kind) -> Problem:
     dtype = {"uint8": torch.uint8, "float32": torch.float32}.get(images, kind.dtype)
     batch, width = 3, 200
     rows, columns = (7, 7) if patch < 32 else (3, 7)
@@ -150,7 +150,7 @@ def _patch_embed(patch: int, images: str, kind: Kind) -> Problem:
 # --- flash_attention -------------------------------------------------------------------------------------------------
 
 
-def _flash_attention(tokens: int, heads: int, head_dim: int, kind: Kind) -> Problem:
+def flash_attention(tokens: int, heads: int, head_dim: int, kind: Kind) -> Problem:
     qkv = kind.random(2 if tokens < 100 else 1, tokens, 3, heads, head_dim)
     scale = head_dim**-0.5
 
@@ -178,7 +178,7 @@ _ATTENTION = (
 # --- attention_pool, mean_token --------------------------------------------------------------------------------------
 
 
-def _attention_pool(batch: int, heads: int, head_dim: int, tokens: int, resnet: bool, kind: Kind) -> Problem:
+def attention_pool(batch: int, heads: int, head_dim: int, tokens: int, resnet: bool, kind: Kind) -> Problem:
     """A ViT's last block takes the class token, and normalises; a ResNet's pool takes the mean, and adds positions."""
     width, scale = heads * head_dim, head_dim**-0.5
     hidden = kind.random(batch, tokens, width)
@@ -236,12 +236,12 @@ _POOLS = {
     "ViT-L/14": (2, 16, 64, 257, False),
     "ViT-B/32": (3, 12, 64, 50, False),
     "ViT-H/14": (1, 16, 80, 70, False),
-    "RN50": (2, 32, 64, 50, True),
-    "RN50x64": (1, 64, 32, 197, True),
+    "RN50": (1, 32, 64, 50, True),
+    "RN50x64 cut": (1, 16, 32, 197, True),
 }
 
 
-def _mean_token(batch: int, positions: int, width: int, kind: Kind) -> Problem:
+def mean_token(batch: int, positions: int, width: int, kind: Kind) -> Problem:
     features, position = kind.random(batch, positions, width), torch.randn(width)
     return Problem(
         lambda guards: ops.mean_token(*_copies(guards, features, position), impl="triton"),
@@ -260,20 +260,20 @@ def _cases() -> tuple[Case, ...]:
         cases.append(Case(op, name, build) if kinds is None else Case(op, name, build, kinds))
 
     for width in (63, 768, 1000, 1024, 1664):
-        add("layer_norm", f"W={width}", partial(_layer_norm, width), _WITHOUT_PRODUCTS)
+        add("layer_norm", f"W={width}", partial(layer_norm, width), _WITHOUT_PRODUCTS)
     for patch in (14, 16, 32):
         for images in ("uint8", "its dtype", "float32"):
             kinds = ("fp16", "bf16") if images == "its dtype" else None
-            add("patch_embed", f"P={patch} of {images}", partial(_patch_embed, patch, images), kinds)
+            add("patch_embed", f"P={patch} of {images}", partial(patch_embed, patch, images), kinds)
     for epilogue, m, n, k in _LINEAR:
-        add("linear", f"{epilogue} {m}x{n}x{k}", partial(_linear, m, n, k, **_EPILOGUES[epilogue]))
+        add("linear", f"{epilogue} {m}x{n}x{k}", partial(linear, m, n, k, **EPILOGUES[epilogue]))
     for tokens, heads, head_dim in _ATTENTION:
         name = f"N={tokens} H={heads} D={head_dim}"
-        add("flash_attention", name, partial(_flash_attention, tokens, heads, head_dim))
+        add("flash_attention", name, partial(flash_attention, tokens, heads, head_dim))
     for name, arguments in _POOLS.items():
-        add("attention_pool", name, partial(_attention_pool, *arguments))
+        add("attention_pool", name, partial(attention_pool, *arguments))
     for batch, positions, width in ((2, 49, 2048), (2, 197, 200)):
-        add("mean_token", f"G={positions} W={width}", partial(_mean_token, batch, positions, width), _WITHOUT_PRODUCTS)
+        add("mean_token", f"G={positions} W={width}", partial(mean_token, batch, positions, width), _WITHOUT_PRODUCTS)
     return tuple(cases)
 
 

@@ -6,21 +6,31 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
 
 import torch
 
+from . import counts
+from .breaks import BREAKS, attempt
 from .build import NoCompiler, compiler
 from .cases import CASES, OPS
 from .driver import EmulatorDriver, install
-from .gate import ADVERSARIES, ARCHITECTURES, Row, check
+from .gate import ADVERSARIES, ARCHITECTURES, Row, call, check
+from .hazard import HAZARDS, look
 from .problem import KINDS
+from .shapes import SHAPES
 from .subject import architecture, kernels_run
 
 
 def main(arguments: list[str]) -> int:
-    commands: dict[str, Callable[[list[str]], int]] = {"check": _check}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "check": _check,
+        "count": _count,
+        "break": _break,
+        "hazard": _hazard,
+    }
     name = arguments[0] if arguments and arguments[0] in commands else "check"
     try:
         compiler()
@@ -99,3 +109,64 @@ def table(rows: list[Row]) -> str:
 
 def _group(row: Row) -> tuple[str, str, str]:
     return row.op, row.arch, row.dtype
+
+
+def _count(arguments: list[str]) -> int:
+    options = parser("What the first block of a kernel executes, by class of instruction.")
+    options.add_argument("shape", nargs="+", choices=list(SHAPES))
+    options.add_argument("--arch", default="sm_90", choices=ARCHITECTURES)
+    options.add_argument("--dtype", default="bf16", choices=list(KINDS))
+    options.add_argument("--lines", action="store_true", help="every instruction that touches memory, too")
+    chosen = options.parse_args(arguments)
+    driver = emulator(chosen.cache)
+    driver.settings.count, driver.blocks = True, (0, 1)
+    for name in chosen.shape:
+        problem = SHAPES[name](KINDS[chosen.dtype])
+        for run in call(driver, problem, chosen.arch, "earliest", 0, programs=1 << 20)[1]:  # a tile for each program
+            print(f"{name} {chosen.dtype} {chosen.arch}, {counts.table(run)}\n")
+            if chosen.lines:
+                print(f"{counts.by_line(run)}\n")
+    return 0
+
+
+def _break(arguments: list[str]) -> int:
+    options = parser("PTX broken on purpose, one instruction at a time: how much of it the emulator notices.")
+    options.add_argument("--arch", nargs="+", default=["sm_80", "sm_90"], choices=["sm_80", "sm_90"])
+    options.add_argument("--json", action="store_true", help="a line of JSON for each way to break it")
+    chosen = options.parse_args(arguments)
+    driver = emulator(chosen.cache)
+    missed = False
+    for what in BREAKS:
+        if what.arch not in chosen.arch:
+            continue
+        outcome = attempt(driver, what)
+        missed |= outcome.caught < what.least
+        name = f"{what.arch} {what.op} {what.case}: {what.title}"
+        if chosen.json:
+            print(json.dumps({"name": name, "least": what.least, **asdict(outcome)}), flush=True)
+        else:
+            print(f"{name}: {outcome.caught} of {outcome.tried} noticed, {what.least} must be", flush=True)
+            print("".join(f"    {detail}\n" for detail in outcome.details), end="", flush=True)
+    return missed
+
+
+def _hazard(arguments: list[str]) -> int:
+    options = parser("Registers written over while wgmma reads them, with the project's workaround and without.")
+    options.add_argument("--json", action="store_true", help="a line of JSON for each case")
+    chosen = options.parse_args(arguments)
+    driver = emulator(chosen.cache)
+    unexpected = False
+    for op, case, dtype, needed in HAZARDS:
+        for on in (True, False):
+            seen = look(driver, op, case, dtype, needed, on)
+            unexpected |= not seen.as_expected
+            if chosen.json:
+                print(json.dumps(asdict(seen)), flush=True)
+                continue
+            print(
+                f"{op} {dtype} {case:20} workaround {'on ' if on else 'off'} {seen.races:3} faults, "
+                f"{'same' if seen.same_bits else 'OTHER'} bits, error {seen.error:.1e} (twin {seen.twin:.1e})  "
+                f"{seen.example[:160]}",
+                flush=True,
+            )
+    return unexpected

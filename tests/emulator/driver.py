@@ -134,7 +134,7 @@ class _Launcher:
         return values, tensors, names
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=64)
 def _translated(ptx: str) -> Program:
     return translate(ptx)
 

@@ -70,13 +70,15 @@ def build(case: Case, kind: Kind, seed: int = 0) -> Problem:
     return case.build(kind)
 
 
-def call(driver: EmulatorDriver, problem: Problem, arch: str, mode: Mode, seed: int) -> tuple[list[Tensor], list[Run]]:
+def call(
+    driver: EmulatorDriver, problem: Problem, arch: str, mode: Mode, seed: int, programs: int = PROGRAMS
+) -> tuple[list[Tensor], list[Run]]:
     """The kernel's results under one adversary, and its launches. AssertionError if anything around them has changed."""
     driver.settings.mode, driver.settings.seed = mode, seed
     driver.runs.clear()
     guards = Guards()
     with ExitStack() as stack:
-        for context in (assume(arch), poisoned(guards), persistent_programs(PROGRAMS)):
+        for context in (assume(arch), poisoned(guards), persistent_programs(programs)):
             stack.enter_context(context)
         result = problem.call(guards)
     guards.check()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import time
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,7 +141,9 @@ def _library(cache_folder: Path | None) -> tuple[Any, dict[str, int]]:
     return library, numbers
 
 
-_encoded: dict[int, tuple[Program, _Encoded]] = {}  # by the program's id, which is its own while it is kept here
+@lru_cache(maxsize=64)
+def _encode(program: Program, cache_folder: Path | None) -> _Encoded:
+    return _Encoded(program, _library(cache_folder)[1])
 
 
 def launch(
@@ -155,12 +157,10 @@ def launch(
     blocks: tuple[int, int] | None = None,
 ) -> Run:
     """Run a grid, or of it `blocks` (first, number), with `tensors` (address, bytes) as its global memory."""
-    library, numbers = _library(settings.cache)
+    library, _ = _library(settings.cache)
     if program.warps > library.max_warps():
         raise ValueError(f"a block of {program.warps} warps, of at most {library.max_warps()}")
-    if id(program) not in _encoded:
-        _encoded[id(program)] = program, _Encoded(program, numbers)
-    _, encoded = _encoded[id(program)]
+    encoded = _encode(program, settings.cache)
     memory = np.frombuffer(params + bytes(128), np.uint8).copy()
     allocations = np.array([*((start, start + size) for start, size in tensors), (0, 0)], np.uint64)
     counters = np.zeros(len(program.insts), COUNTERS)

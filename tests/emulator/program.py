@@ -38,7 +38,7 @@ class Param:
     size: int
 
 
-@dataclass
+@dataclass(eq=False)  # each is itself alone, so that what is made of it can be kept
 class Program:
     name: str
     insts: list[Inst]

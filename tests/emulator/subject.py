@@ -26,8 +26,8 @@ __all__ = [
     "oracles",
     "persistent_programs",
     "poisoned",
-    "primitives",
     "row_statistics",
+    "workaround",
 ]
 
 assume = targets.assume
@@ -43,10 +43,13 @@ def kernels_run() -> None:
     ops.triton_can_run = lambda device: True
 
 
-def primitives() -> Any:
-    from clip_fast.kernels import primitives as module  # which imports Triton
+@contextmanager
+def workaround(on: bool) -> Iterator[None]:
+    """Within this context launches do, or leave, what they do for the sake of Triton before 3.9."""
+    from clip_fast.kernels import primitives
 
-    return module
+    with mock.patch.object(primitives, "_RELEASE", (3, 8) if on else (3, 9)):
+        yield
 
 
 @contextmanager
