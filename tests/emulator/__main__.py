@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for helpers that tests share, as pytest has it
 
-from .command import main  # noqa: E402
+from .command import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from .cases import find
-from .driver import EmulatorDriver
 from .gate import bits, build, call
 from .machine import Mode
 from .problem import KINDS
+
+if TYPE_CHECKING:
+    from .driver import EmulatorDriver
 
 _ADVERSARIES: tuple[tuple[Mode, int], ...] = (("earliest", 0), ("latest", 0), ("random", 5))
 
@@ -43,6 +46,10 @@ class Break:
     least: int
     change: Callable[[str], str] = _removed
     limit: int = 8
+
+    @property
+    def name(self) -> str:
+        return f"{self.arch} {self.op} {self.case}: {self.title}"
 
 
 _QKV = ("sm_80", "linear", "qkv 17x512x768")

@@ -43,7 +43,7 @@ def engine(folder: Path | None = None) -> ctypes.CDLL:
 @cache
 def _load(folder: Path) -> ctypes.CDLL:
     program = compiler()
-    sources = sorted(_SOURCES.iterdir())
+    sources = sorted(path for path in _SOURCES.iterdir() if path.suffix in (".h", ".cpp"))
     # The library holds instructions of this machine's CPU, and a folder may be shared by several machines.
     parts = [program, _output(program, "--version"), *_FLAGS, platform.machine(), _cpu()]
     digest = hashlib.sha256("\0".join(parts).encode())

@@ -1,7 +1,7 @@
 """Every op at small shapes with ragged edges, such that persistent kernels take several tiles.
 
-The plain twin computes as the project's tests of the same kernels have it. Products in TF32 have no twin on a CPU: there
-the twin is the kernel's own formula, its operands cut.
+The plain twin computes as the project's tests of the same kernels have it. Products in TF32 have no twin on a CPU:
+there the twin is the kernel's own formula, its operands cut.
 """
 
 from __future__ import annotations
@@ -184,7 +184,8 @@ def attention_pool(batch: int, heads: int, head_dim: int, tokens: int, resnet: b
     hidden = kind.random(batch, tokens, width)
     query = kind.random(batch, heads, head_dim)
     key_weight, value_weight = (
-        ops.operand(kind.random(heads, head_dim, width, scale=width**-0.5), kind.dtype, kind.precision) for _ in range(2)
+        ops.operand(kind.random(heads, head_dim, width, scale=width**-0.5), kind.dtype, kind.precision)
+        for _ in range(2)
     )
     bias = torch.randn(width)
     first, rest = hidden[:, 0], hidden[:, 1:]

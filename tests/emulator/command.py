@@ -141,11 +141,10 @@ def _break(arguments: list[str]) -> int:
             continue
         outcome = attempt(driver, what)
         missed |= outcome.caught < what.least
-        name = f"{what.arch} {what.op} {what.case}: {what.title}"
         if chosen.json:
-            print(json.dumps({"name": name, "least": what.least, **asdict(outcome)}), flush=True)
+            print(json.dumps({"name": what.name, "least": what.least, **asdict(outcome)}), flush=True)
         else:
-            print(f"{name}: {outcome.caught} of {outcome.tried} noticed, {what.least} must be", flush=True)
+            print(f"{what.name}: {outcome.caught} of {outcome.tried} noticed, {what.least} must be", flush=True)
             print("".join(f"    {detail}\n" for detail in outcome.details), end="", flush=True)
     return missed
 

@@ -92,7 +92,8 @@ def table(run: Run) -> str:
     """Markdown: what `count` gives, the commonest class first."""
     names = [field.name for field in fields(Count)]
     lines = [
-        f"{run.kernel}: {run.blocks} of {run.grid} blocks, {run.program.warps} warps, {run.shared} bytes of shared memory",
+        f"{run.kernel}: {run.blocks} of {run.grid} blocks, {run.program.warps} warps, {run.shared} bytes of shared "
+        "memory",
         "",
         f"| class | {' | '.join(names)} |",
         "|---" * (1 + len(names)) + "|",
@@ -103,7 +104,7 @@ def table(run: Run) -> str:
 
 
 def by_line(run: Run) -> str:
-    """Every executed instruction that touches memory, in the order of the PTX: its line, executions, wavefronts and so on."""
+    """Every executed instruction that touches memory, in the order of the PTX: its line, and what it cost."""
     if run.counters is None:
         raise ValueError("the launch was not counted")
     lines: list[str] = []

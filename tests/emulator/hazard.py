@@ -6,13 +6,16 @@ Seen with the project's workaround off, and not with it on.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .cases import find
-from .driver import EmulatorDriver
 from .gate import bits, build, call
 from .machine import Mode
 from .problem import KINDS
 from .subject import workaround
+
+if TYPE_CHECKING:
+    from .driver import EmulatorDriver
 
 _ADVERSARIES: tuple[tuple[Mode, int], ...] = (("earliest", 0), ("latest", 0), ("latest", 1))
 

@@ -298,7 +298,9 @@ def _store(r: Registers, p: list[str], o: list[str]) -> Inst:
     kind, values = p[-1], inner(o[1])
     size = int(kind[1:]) // 8
     base, offset, width = r.address(o[0])
-    inst = Inst("sts" if _space(p) == "shared" else "stg", [], [*(r.source(x, max(size // 2, 1)) for x in values), base])
+    inst = Inst(
+        "sts" if _space(p) == "shared" else "stg", [], [*(r.source(x, max(size // 2, 1)) for x in values), base]
+    )
     inst.mode, inst.extra, inst.immediate, inst.target = size, r.width(values[0]) or max(size, 2), offset, width
     return inst
 

@@ -57,7 +57,7 @@ def persistent_programs(number: int) -> Iterator[None]:
     """Within this context persistent kernels run as on a device of so many multiprocessors."""
     from clip_fast.kernels import linear
 
-    with mock.patch.object(linear, "multiprocessors", lambda device: number):
+    with mock.patch.object(linear, "multiprocessors", return_value=number):
         yield
 
 

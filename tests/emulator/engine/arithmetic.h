@@ -170,8 +170,7 @@ inline void pack(const Step& s, int used) {
   Whole packed[32] = {};
   for (int i = 0; i < s.inst.sources; i++) {
     const Part* a = s.source<Part>(i);
-    for (int lane = 0; lane < 32; lane++)
-      packed[lane] |= (Whole(a[lane]) & Whole((1ull << used) - 1)) << (used * i);
+    for (int lane = 0; lane < 32; lane++) packed[lane] |= (Whole(a[lane]) & Whole((1ull << used) - 1)) << (used * i);
   }
   for_lanes(s.mask, [&](int lane) { d[lane] = packed[lane]; });
 }

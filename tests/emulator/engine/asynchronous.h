@@ -59,8 +59,8 @@ inline void Machine::land_copies(Warp& warp, i32 group) {
 
 // ---- tensor copies --------------------------------------------------------------------------------------------------
 
-// 16-byte chunks of a row of 32, 64 or 128 bytes change places by bits 7 and up of their address. `kind`: 1 for 32 bytes,
-// 2 for 64, 3 for 128.
+// 16-byte chunks of a row of 32, 64 or 128 bytes change places by bits 7 and up of their address. `kind`: 1 for 32
+// bytes, 2 for 64, 3 for 128.
 inline u32 swizzled(u32 address, u32 kind) {
   const u32 masks[] = {0, 0x10, 0x30, 0x70};
   return address ^ (address >> 3 & masks[kind]);
@@ -75,7 +75,8 @@ inline void Machine::tensor_rows(const TensorCopy& copy, F f) {
   u32 linear = copy.shared;
   for (u32 z = 0; z < (map.rank > 2 ? map.box[2] : 1); z++) {
     for (u32 y = 0; y < (map.rank > 1 ? map.box[1] : 1); y++) {
-      const i64 index[] = {0, map.rank > 1 ? copy.coordinate[1] + i64(y) : 0, map.rank > 2 ? copy.coordinate[2] + i64(z) : 0};
+      const i64 index[] = {0, map.rank > 1 ? copy.coordinate[1] + i64(y) : 0,
+                           map.rank > 2 ? copy.coordinate[2] + i64(z) : 0};
       bool held = true;
       u64 row = map.base;
       for (u32 d = 1; d < map.rank; d++) {
@@ -113,7 +114,8 @@ inline void Machine::issue_tensor_copy(const Step& s, int lane, bool store) {
   for (u32 d = 1; d < copy.map.rank; d++) bytes *= copy.map.box[d];
   if (copy.shared % 128) fault("shared address " + hex(copy.shared) + " of a tensor copy is not 128-byte aligned");
   if (copy.map.swizzle && copy.shared % (128u << copy.map.swizzle))
-    find("NOTE", "shared address " + hex(copy.shared) + " of a swizzled copy is not aligned to its pattern" + where(warp, lane));
+    find("NOTE", "shared address " + hex(copy.shared) + " of a swizzled copy is not aligned to its pattern" +
+                     where(warp, lane));
   if (launch.count) counters().bytes += bytes;
   if (!inside(warp, copy.shared, bytes, lane)) return;
 
@@ -128,7 +130,8 @@ inline void Machine::issue_tensor_copy(const Step& s, int lane, bool store) {
   }
   copy.mbarrier = s.inst.target == 8 ? u32(s.source<u64>(2)[lane]) : s.source<u32>(2)[lane];
   auto found = mbarriers.find(copy.mbarrier);
-  if (found == mbarriers.end() || !found->second.live) return fault("a tensor copy on an mbarrier that is not initialised");
+  if (found == mbarriers.end() || !found->second.live)
+    return fault("a tensor copy on an mbarrier that is not initialised");
   read_shared(warp, copy.mbarrier, 8, warp.id, warp.knowledge.happened[warp.id], false, lane);
   u32 offset = copy.mbarrier - base;
   if (first_unknown(&written[offset], &writer[offset], 8, warp.knowledge.fenced, CP_ASYNC) >= 0)
@@ -201,10 +204,10 @@ inline bool Machine::bulk(const Step& s) {
       if (s.inst.mode) warp.copies_committed++;  // wait_all: what is not committed, too
       land_copies(warp, warp.copies_committed - behind);
       return true;
-    CASE(tma_load, for_lanes(s.mask, [&](int lane) { issue_tensor_copy(s, lane, false); }))
-    CASE(tma_store, for_lanes(s.mask, [&](int lane) { issue_tensor_copy(s, lane, true); }))
-    CASE(bulk_commit, warp.stores_committed++)
-    CASE(bulk_wait, land_stores(warp, warp.stores_committed - behind))
+      CASE(tma_load, for_lanes(s.mask, [&](int lane) { issue_tensor_copy(s, lane, false); }))
+      CASE(tma_store, for_lanes(s.mask, [&](int lane) { issue_tensor_copy(s, lane, true); }))
+      CASE(bulk_commit, warp.stores_committed++)
+      CASE(bulk_wait, land_stores(warp, warp.stores_committed - behind))
   }
   return false;
 }

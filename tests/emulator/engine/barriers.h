@@ -112,8 +112,7 @@ inline bool Machine::barriers(const Step& s, Progress& progress) {
     case op_mbar_inval:
     case op_mbar_arrive:
     case op_mbar_expect:
-    case op_mbar_try:
-    CASE(mbar_test, progress = mbarrier(s))
+    case op_mbar_try: CASE(mbar_test, progress = mbarrier(s))
     case op_fence_proxy:
       known.fenced = known.happened;
       known.happened[s.warp.id]++;  // what is written later is not fenced
@@ -143,7 +142,8 @@ inline bool Machine::lanes(const Step& s) {
   switch (s.inst.op) {
     case op_shfl: {
       enum { BUTTERFLY, INDEX, UP };
-      const u32 *value = s.source<u32>(0), *by = s.source<u32>(1), *clamp = s.source<u32>(2), *members = s.source<u32>(3);
+      const u32 *value = s.source<u32>(0), *by = s.source<u32>(1), *clamp = s.source<u32>(2),
+                *members = s.source<u32>(3);
       u32 result[32], valid = 0;
       for_lanes(mask, [&](int lane) {
         int b = by[lane] & 31, c = clamp[lane] & 31, segment = clamp[lane] >> 8 & 31;
@@ -179,7 +179,7 @@ inline bool Machine::lanes(const Step& s) {
       s.set_predicate(1, 1u << leader);
       return true;
     }
-    CASE(activemask, give_all(mask))
+      CASE(activemask, give_all(mask))
     case op_redux: {
       const u32* value = s.source<u32>(0);
       int first = __builtin_ctz(mask);

@@ -111,7 +111,8 @@ inline void convert(const Step& s) {
       if (rounding.flush && from.bytes == 4) x = flushed(float(x));
       if (to.kind == FLOATING) return store_floating(s, to, rounding, lane, x);
       u64 value = zero_extended(integer_of(rounding.integer(x), to), to.bytes);
-      return set_raw_register(s.result<u8>(0), to_width, lane, to.kind == SIGNED ? sign_extended(value, to.bytes) : value);
+      return set_raw_register(s.result<u8>(0), to_width, lane,
+                              to.kind == SIGNED ? sign_extended(value, to.bytes) : value);
     }
     u64 x = zero_extended(raw_register(s.source<u8>(0), from_width, lane), from.bytes);
     if (from.kind == SIGNED) x = sign_extended(x, from.bytes);
@@ -130,9 +131,8 @@ inline void convert(const Step& s) {
 
 // Two float32 to a register of two 16-bit numbers, the first to the upper half.
 inline void convert_pair(const Step& s, bool bfloat) {
-  binary<u32>(s, [&](u32 high, u32 low) {
-    return u32(to_16(float_of(high), bfloat)) << 16 | to_16(float_of(low), bfloat);
-  });
+  binary<u32>(
+      s, [&](u32 high, u32 low) { return u32(to_16(float_of(high), bfloat)) << 16 | to_16(float_of(low), bfloat); });
 }
 
 inline bool Machine::conversion(const Step& s) {

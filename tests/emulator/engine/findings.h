@@ -32,12 +32,14 @@ inline std::string Machine::where(const Warp& warp, int lane) const {
 
 // PTX asks that all lanes execute these together.
 inline void Machine::aligned(const Step& s, const char* what) {
-  if (s.mask != ~s.warp.exited) find("FAULT", std::string(what) + " with lanes " + hex(s.mask) + " only" + where(s.warp));
+  if (s.mask != ~s.warp.exited)
+    find("FAULT", std::string(what) + " with lanes " + hex(s.mask) + " only" + where(s.warp));
 }
 
 inline std::string Machine::report() const {
   std::string text;
   for (const auto& [key, finding] : findings)
-    text += key.first + "\t" + std::to_string(key.second) + "\t" + std::to_string(finding.count) + "\t" + finding.text + "\n";
+    text += key.first + "\t" + std::to_string(key.second) + "\t" + std::to_string(finding.count) + "\t" + finding.text +
+            "\n";
   return text;
 }

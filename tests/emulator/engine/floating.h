@@ -151,25 +151,23 @@ inline bool Machine::floating(const Step& s) {
     FUNCTION(fsqrt, std::sqrt(double(x)))
     FUNCTION(ftanh, std::tanh(double(x)))
     case op_mixadd:
-    case op_mixsub:
-    CASE(mixfma, mixed(s))
+    case op_mixsub: CASE(mixfma, mixed(s))
     case op_fadd2:
     case op_fsub2:
     case op_fmul2:
-    CASE(ffma2, pairs(s))
-    BINARY(dadd, double, x + y)
-    BINARY(dsub, double, x - y)
-    BINARY(dmul, double, x * y)
-    BINARY(ddiv, double, x / y)
-    CASE(dfma, ternary<double>(s, [](double x, double y, double z) { return std::fma(x, y, z); }))
+      CASE(ffma2, pairs(s))
+      BINARY(dadd, double, x + y)
+      BINARY(dsub, double, x - y)
+      BINARY(dmul, double, x* y)
+      BINARY(ddiv, double, x / y)
+      CASE(dfma, ternary<double>(s, [](double x, double y, double z) { return std::fma(x, y, z); }))
     case op_hadd:
     case op_hsub:
     case op_hmul:
     case op_hfma:
     case op_hneg:
     case op_habs:
-    case op_hmin:
-    CASE(hmax, sixteen_bits(s))
+    case op_hmin: CASE(hmax, sixteen_bits(s))
   }
   return false;
 }

@@ -1,7 +1,7 @@
 // Matrix products: mma.sync, and wgmma, which happens some time after it is issued.
 //
-// Products of elements are exact. Their sum with the accumulator is taken in float64 and rounded to float32 once for each
-// instruction; or, if the launch asks for it, as has been measured on tensor cores (Fasi et al. 2021).
+// Products of elements are exact. Their sum with the accumulator is taken in float64 and rounded to float32 once for
+// each instruction; or, if the launch asks for it, as has been measured on tensor cores (Fasi et al. 2021).
 #pragma once
 
 #include "asynchronous.h"
@@ -109,8 +109,13 @@ inline void Machine::mma(const Step& s) {
 // that says whether the accumulators count.
 struct WarpgroupProduct {
   explicit WarpgroupProduct(const Inst& inst)
-      : format(inst.mode & 3), a_in_registers(inst.mode & 4), a_transposed(inst.mode & 8), b_transposed(inst.mode & 16),
-        n(inst.extra), k(format == TF32 ? 8 : 16), a_sources(a_in_registers ? 4 : 1) {}
+      : format(inst.mode & 3),
+        a_in_registers(inst.mode & 4),
+        a_transposed(inst.mode & 8),
+        b_transposed(inst.mode & 16),
+        n(inst.extra),
+        k(format == TF32 ? 8 : 16),
+        a_sources(a_in_registers ? 4 : 1) {}
   int format;
   bool a_in_registers, a_transposed, b_transposed;
   int n, k, a_sources;

@@ -68,8 +68,8 @@ inline void Machine::shared_load(const Step& s) {
   for_lanes(s.mask, [&](int lane) {
     u32 address = addresses[lane];
     if (address % bytes)
-      find("FAULT", "misaligned shared access of " + std::to_string(bytes) + " bytes at " + hex(address) +
-                        where(s.warp, lane));
+      find("FAULT",
+           "misaligned shared access of " + std::to_string(bytes) + " bytes at " + hex(address) + where(s.warp, lane));
     bool held = read_shared(s.warp, address, bytes, s.warp.id, s.warp.knowledge.happened[s.warp.id], false, lane);
     for (int i = 0; i < elements.count; i++)
       set_raw_register(s.result<u8>(i), elements.width, lane,
@@ -87,8 +87,8 @@ inline void Machine::shared_store(const Step& s) {
   for_lanes(s.mask, [&](int lane) {
     u32 address = addresses[lane] = s.shared_address(s.inst.sources - 1, lane);
     if (address % bytes)
-      find("FAULT", "misaligned shared access of " + std::to_string(bytes) + " bytes at " + hex(address) +
-                        where(s.warp, lane));
+      find("FAULT",
+           "misaligned shared access of " + std::to_string(bytes) + " bytes at " + hex(address) + where(s.warp, lane));
     for (int i = 0; i < elements.count; i++) {
       u64 value = raw_register(s.source<u8>(i), elements.width, lane);
       memcpy(data[lane] + i * elements.bytes, &value, elements.bytes);

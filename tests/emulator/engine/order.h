@@ -1,7 +1,7 @@
 // The checker: bounds, and the happens-before order of shared memory by vector clocks.
 //
-// An access is in order only if a barrier, an mbarrier or the right wait orders it after the one before. What is asked is
-// whether the party that accesses could know, not when things happened to run: so the verdict does not depend on the
+// An access is in order only if a barrier, an mbarrier or the right wait orders it after the one before. What is asked
+// is whether the party that accesses could know, not when things happened to run: so the verdict does not depend on the
 // schedule.
 #pragma once
 

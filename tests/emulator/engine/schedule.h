@@ -4,8 +4,12 @@
 #include "barriers.h"
 
 inline Machine::Machine(const Launch& launch)
-    : launch(launch), base(u32(launch.shared_base)), size(u32(launch.shared_bytes)), warps(launch.warps),
-      shared(size + 64), writing_block(launch.allocation_count) {
+    : launch(launch),
+      base(u32(launch.shared_base)),
+      size(u32(launch.shared_bytes)),
+      warps(launch.warps),
+      shared(size + 64),
+      writing_block(launch.allocation_count) {
   random.seed(u64(launch.seed) * 7919 + 17);
   for (Warp& warp : warps) {
     warp.file = static_cast<u8*>(aligned_alloc(64, u64(launch.units + 1) * 64));
@@ -37,8 +41,22 @@ inline void Machine::start(Warp& warp, int id) {
     warp.registers[special.unit].written = ~0u;
     for (int lane = 0; lane < 32; lane++) {
       // In the order of instructions.py. Blocks have one dimension, clusters one block.
-      const i64 values[] = {id * 32 + lane, 0, 0, threads, 1, 1, block_index[0], block_index[1], block_index[2],
-                            launch.grid[0], launch.grid[1], launch.grid[2], lane, id, 0, 0};
+      const i64 values[] = {id * 32 + lane,
+                            0,
+                            0,
+                            threads,
+                            1,
+                            1,
+                            block_index[0],
+                            block_index[1],
+                            block_index[2],
+                            launch.grid[0],
+                            launch.grid[1],
+                            launch.grid[2],
+                            lane,
+                            id,
+                            0,
+                            0};
       warp.unit<u32>(special.unit)[lane] = u32(values[special.which]);
     }
   }
@@ -220,7 +238,8 @@ inline void Machine::check_registers(const Step& s) {
     state.written_at = warp.steps;
     if (!state.in_flight) continue;
     if (state.result_of > warp.products_done)
-      find("RACE", "writes an accumulator of wgmma group " + std::to_string(state.result_of) + " in flight" + where(warp));
+      find("RACE",
+           "writes an accumulator of wgmma group " + std::to_string(state.result_of) + " in flight" + where(warp));
     else if (state.operand_of > warp.products_done)
       find("RACE", "overwrites a register that wgmma group " + std::to_string(state.operand_of) +
                        " may still be reading" + where(warp));
@@ -232,9 +251,7 @@ inline void Machine::check_registers(const Step& s) {
 inline bool Machine::execute(const Step& s, Progress& progress) {
   switch (s.inst.op) {
     case op_nop:
-    case op_fence:
-    CASE(barwarp, )
-    CASE(trap, find("FAULT", "trap" + where(s.warp)))
+    case op_fence: CASE(barwarp, ) CASE(trap, find("FAULT", "trap" + where(s.warp)))
   }
   return arithmetic(s) || floating(s) || memory(s) || matrix(s) || bulk(s) || barriers(s, progress) || conversion(s) ||
          lanes(s);

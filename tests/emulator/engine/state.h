@@ -6,8 +6,9 @@
 
 #include "vocabulary.h"
 
-// The parties of the happens-before order: warps, and what runs beside them. A warp's cp.async copies, its wgmma products
-// and its bulk stores are a party each, whose clock is the number of the commit group; so are the loads of each mbarrier.
+// The parties of the happens-before order: warps, and what runs beside them. A warp's cp.async copies, its wgmma
+// products and its bulk stores are a party each, whose clock is the number of the commit group; so are the loads of
+// each mbarrier.
 enum Party {
   MAX_WARPS = 16,
   CP_ASYNC = 16,
@@ -83,11 +84,11 @@ struct Path {  // lanes that wait, and where they will meet others
 
 // What the checker knows of a unit of the register file.
 struct RegisterState {
-  u32 written = 0;          // lanes
-  bool in_flight = false;   // whether the next two are of interest
-  i32 result_of = 0;        // the last wgmma group that writes it
-  i32 operand_of = 0;       // the last wgmma group that reads it
-  u64 written_at = 0;       // in the warp's steps
+  u32 written = 0;         // lanes
+  bool in_flight = false;  // whether the next two are of interest
+  i32 result_of = 0;       // the last wgmma group that writes it
+  i32 operand_of = 0;      // the last wgmma group that reads it
+  u64 written_at = 0;      // in the warp's steps
 };
 
 enum class Waiting { no, barrier, mbarrier };
@@ -104,9 +105,9 @@ struct Warp {
   u64 steps;
 
   Waiting waiting;
-  int barrier;          // that it waits at
+  int barrier;  // that it waits at
   u32 mbarrier, parity;
-  i32 gave_up_at;       // the mbarrier.try_wait that has just given up once
+  i32 gave_up_at;  // the mbarrier.try_wait that has just given up once
 
   Knowledge knowledge;
   std::vector<Copy> copies;
