@@ -134,8 +134,8 @@ def patch_embed(patch: int, images: str, kind: Kind) -> Problem:
     position = torch.randn(1 + rows * columns, width)
 
     def call(guards: Guards) -> Any:
-        copies = _copies(guards, pixels, weight, position)
-        return ops.patch_embed(*copies, patch, precision=kind.precision, impl="triton")
+        pixels_, weight_, position_ = _copies(guards, pixels, weight, position)
+        return ops.patch_embed(pixels_, weight_, position_, patch, precision=kind.precision, impl="triton")
 
     def plain() -> Tensor:
         return oracles.patch_embed(pixels if bytes_ else kind.cut(pixels.to(kind.dtype)), weight, position, patch)
@@ -227,8 +227,9 @@ def attention_pool(batch: int, heads: int, head_dim: int, tokens: int, resnet: b
 
     def exact() -> Tensor:
         wide_statistics = None if resnet else row_statistics(hidden.double())
-        tensors = _doubles(query, first, rest, key_weight, value_weight, bias)
-        return oracles.attention_pool(*tensors, wide_statistics, *_doubles(position), scale)
+        tensors = query, first, rest, key_weight, value_weight, bias, wide_statistics, position
+        q, f, r, keys, values, b, s, p = _doubles(*tensors)
+        return oracles.attention_pool(q, f, r, keys, values, b, s, p, scale)
 
     return Problem(call, plain, exact)
 

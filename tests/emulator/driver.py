@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.backends.nvidia.compiler import CUDABackend
@@ -50,7 +51,7 @@ class EmulatorDriver(DriverBase):
         return {"max_shared_mem": shared, "multiprocessor_count": 4, "warpSize": 32, "max_num_regs": 65536}
 
     @classmethod
-    def is_active(cls) -> bool:
+    def is_active(cls) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride] (Triton's has no annotation)
         return False  # on its own: `install` sets it
 
     def map_python_to_cpp_type(self, ty: str) -> str:
@@ -68,10 +69,10 @@ class EmulatorDriver(DriverBase):
     def get_device_capability(self, device: int) -> tuple[int, int]:
         return divmod(self._architecture(), 10)
 
-    def get_current_target(self) -> GPUTarget:
+    def get_current_target(self) -> GPUTarget:  # pyright: ignore[reportIncompatibleMethodOverride]
         return GPUTarget("cuda", self._architecture(), 32)
 
-    def get_active_torch_device(self) -> torch.device:
+    def get_active_torch_device(self) -> torch.device:  # pyright: ignore[reportIncompatibleMethodOverride]
         return torch.device("cpu")
 
     def get_device_interface(self) -> Any:
@@ -153,12 +154,12 @@ def install(architecture: Callable[[], int], cache: Path | None = None) -> Emula
     Compiled kernels are kept in a folder of the emulator's own: PTX stands there where a GPU would find its binary.
     """
     cache = cache or default_cache()
-    triton.knobs.cache.dir = str(cache / "triton")
+    knobs.cache.dir = str(cache / "triton")
     CUDABackend.make_cubin = _keep_ptx
     driver = EmulatorDriver(architecture, cache)
     triton.runtime.driver.set_active(driver)
     return driver
 
 
-def _keep_ptx(self: Any, source: str, metadata: Any, options: Any, capability: Any) -> bytes:
-    return source.encode()
+def _keep_ptx(self: CUDABackend, src: str, metadata: Any, opt: Any, capability: Any) -> bytes:
+    return src.encode()
