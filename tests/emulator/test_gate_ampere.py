@@ -11,6 +11,7 @@ PARTS = (Part("sm_80", "fp16"), Part("sm_80", "tf32"), Part("sm_86", "fp16", ("l
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # the first test of a part compiles its kernels
 @pytest.mark.parametrize(("part", "op", "case"), [p for part in PARTS for p in part.parameters()])
 def test_gate(part: Part, op: str, case: str) -> None:
     assert_passes(part.row(op, case))

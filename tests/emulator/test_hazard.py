@@ -11,6 +11,7 @@ from .hazard import HAZARDS
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # the first test compiles kernels and runs them all
 @pytest.mark.parametrize(("op", "case", "dtype", "needed"), HAZARDS, ids=lambda value: str(value))
 def test_the_workaround_is_needed_and_enough(op: str, case: str, dtype: str, needed: bool) -> None:
     require_emulator()
