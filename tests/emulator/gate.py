@@ -6,12 +6,13 @@ import time
 import zlib
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .known import known
+from .known import Known, known
 from .machine import Mode, Run
 from .problem import Case, Kind, Problem
 from .subject import Guards, assert_as_accurate, assert_statistics_of, assume, persistent_programs, poisoned
@@ -34,6 +35,7 @@ class Row:
     arch: str
     dtype: str
     case: str
+    triton: str  # its version
     adversaries: int = 0
     ratio: float = float("nan")  # error over the plain twin's
     problems: list[tuple[str, str]] = field(default_factory=list)  # kind and text
@@ -49,18 +51,22 @@ class Row:
     @property
     def reason(self) -> str | None:
         """Why it is known not to pass."""
-        mark = known(self.op, self.case, self.dtype)
+        mark = self._mark
         return mark.reason if mark else None
 
     @property
     def status(self) -> str:
         """ok, FAIL, known, or MENDED: a case that is known not to pass has passed."""
-        mark = known(self.op, self.case, self.dtype)
+        mark = self._mark
         if mark is None:
             return "FAIL" if self.problems else "ok"
         if not self.problems:
             return "MENDED" if mark.certain else "ok"
         return "known" if {kind for kind, _ in self.problems} <= mark.problems else "FAIL"
+
+    @property
+    def _mark(self) -> Known | None:
+        return known(self.op, self.case, self.dtype, self.triton)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -95,7 +101,7 @@ def check(
     adversaries: tuple[tuple[Mode, int], ...] = ADVERSARIES,
     seed: int = 0,
 ) -> Row:
-    row = Row(case.op, arch, kind.name, case.name)
+    row = Row(case.op, arch, kind.name, case.name, version("triton"))
     started = time.perf_counter()
     try:
         _check(driver, build(case, kind, seed), arch, adversaries, row)
