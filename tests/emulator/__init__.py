@@ -1,0 +1,1 @@
+"""Runs the PTX that Triton compiles for a GPU, on a CPU, over real tensors. See README.md."""

@@ -1,0 +1,171 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+from . import counts
+from .breaks import BREAKS, attempt
+from .build import NoCompiler, compiler
+from .cases import CASES, OPS
+from .driver import EmulatorDriver, install
+from .gate import ADVERSARIES, ARCHITECTURES, Row, call, check
+from .hazard import HAZARDS, look
+from .problem import KINDS
+from .shapes import SHAPES
+from .subject import architecture, kernels_run
+
+
+def main(arguments: list[str]) -> int:
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "check": _check,
+        "count": _count,
+        "break": _break,
+        "hazard": _hazard,
+    }
+    name = arguments[0] if arguments and arguments[0] in commands else "check"
+    try:
+        compiler()
+    except NoCompiler as error:
+        print(error)
+        return 2
+    return commands[name](arguments[arguments[:1] == [name] :])
+
+
+def emulator(cache: Path | None) -> EmulatorDriver:
+    """The emulator as Triton's device, and as the one that the project's ops run on."""
+    torch.set_num_threads(1)
+    driver = install(architecture, cache)
+    kernels_run()
+    return driver
+
+
+def parser(text: str) -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(prog="python -m tests.emulator", description=text)
+    result.add_argument("--cache", type=Path, help="where the engine and compiled kernels are kept")
+    return result
+
+
+def _check(arguments: list[str]) -> int:
+    options = parser("Every kernel's PTX, emulated on this CPU, against its float64 oracle under every adversary.")
+    options.add_argument("--arch", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
+    options.add_argument("--op", nargs="+", default=list(OPS), choices=OPS)
+    options.add_argument("--dtype", nargs="+", default=list(KINDS), choices=list(KINDS))
+    options.add_argument("--case", default="", help="only cases whose names contain this")
+    options.add_argument("--quick", action="store_true", help="the first two adversaries only")
+    options.add_argument("--truncating", action="store_true", help="sums as tensor cores have been seen to take them")
+    options.add_argument("--seed", type=int, default=0, help="of the data")
+    options.add_argument("--json", action="store_true", help="a line of JSON for each case, and no table")
+    chosen = options.parse_args(arguments)
+    driver = emulator(chosen.cache)
+    driver.settings.truncating = chosen.truncating
+    adversaries = ADVERSARIES[:2] if chosen.quick else ADVERSARIES
+    rows: list[Row] = []
+    started = time.perf_counter()
+    for arch in chosen.arch:
+        for case in CASES:
+            for dtype in case.kinds:
+                if case.op not in chosen.op or dtype not in chosen.dtype or chosen.case not in case.name:
+                    continue
+                row = check(driver, case, KINDS[dtype], arch, adversaries, chosen.seed)
+                rows.append(row)
+                print(json.dumps(row.as_json()) if chosen.json else _line(row), flush=True)
+    if not chosen.json:
+        print(f"\n{table(rows)}\n\n{len(rows)} cases in {time.perf_counter() - started:.0f} s")
+    return any(row.status in ("FAIL", "MENDED") for row in rows)
+
+
+def _line(row: Row) -> str:
+    text = f"{row.status:7}{row.name:55} ratio {row.ratio:.3f}  {row.instructions / 1e6:7.2f} M instructions  "
+    text += f"{row.emulated:6.2f} of {row.seconds:6.2f} s"
+    if row.status == "known":
+        return f"{text}\n       {row.reason}"
+    return "\n       ".join([text, *(problem[:400] for _, problem in row.problems[:6])])
+
+
+def table(rows: list[Row]) -> str:
+    """A line for each op, architecture and dtype."""
+    lines = ["| op | architecture | dtype | cases | adversaries | worst error ratio | faults | known |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
+    rows = sorted(rows, key=_group)
+    for (op, arch, dtype), members in groupby(rows, key=_group):
+        group = list(members)
+        worst = max((row.ratio for row in group if row.ratio == row.ratio), default=float("nan"))
+        faults = sum(row.status in ("FAIL", "MENDED") for row in group)
+        expected = [row for row in group if row.status == "known"]
+        known = f"{len(expected)}: {', '.join(row.case for row in expected)}" if expected else ""
+        adversaries = min(row.adversaries for row in group)
+        lines.append(f"| {op} | {arch} | {dtype} | {len(group)} | {adversaries} | {worst:.3f} | {faults} | {known} |")
+    return "\n".join(lines)
+
+
+def _group(row: Row) -> tuple[str, str, str]:
+    return row.op, row.arch, row.dtype
+
+
+def _count(arguments: list[str]) -> int:
+    options = parser("What the first block of a kernel executes, by class of instruction.")
+    options.add_argument("shape", nargs="+", choices=list(SHAPES))
+    options.add_argument("--arch", default="sm_90", choices=ARCHITECTURES)
+    options.add_argument("--dtype", default="bf16", choices=list(KINDS))
+    options.add_argument("--lines", action="store_true", help="every instruction that touches memory, too")
+    chosen = options.parse_args(arguments)
+    driver = emulator(chosen.cache)
+    driver.settings.count, driver.blocks = True, (0, 1)
+    for name in chosen.shape:
+        problem = SHAPES[name](KINDS[chosen.dtype])
+        for run in call(driver, problem, chosen.arch, "earliest", 0, programs=1 << 20)[1]:  # a tile for each program
+            print(f"{name} {chosen.dtype} {chosen.arch}, {counts.table(run)}\n")
+            if chosen.lines:
+                print(f"{counts.by_line(run)}\n")
+    return 0
+
+
+def _break(arguments: list[str]) -> int:
+    options = parser("PTX broken on purpose, one instruction at a time: how much of it the emulator notices.")
+    options.add_argument("--arch", nargs="+", default=["sm_80", "sm_90"], choices=["sm_80", "sm_90"])
+    options.add_argument("--json", action="store_true", help="a line of JSON for each way to break it")
+    chosen = options.parse_args(arguments)
+    driver = emulator(chosen.cache)
+    missed = False
+    for what in BREAKS:
+        if what.arch not in chosen.arch:
+            continue
+        outcome = attempt(driver, what)
+        missed |= outcome.caught < what.least
+        if chosen.json:
+            print(json.dumps({"name": what.name, "least": what.least, **asdict(outcome)}), flush=True)
+        else:
+            print(f"{what.name}: {outcome.caught} of {outcome.tried} noticed, {what.least} must be", flush=True)
+            print("".join(f"    {detail}\n" for detail in outcome.details), end="", flush=True)
+    return missed
+
+
+def _hazard(arguments: list[str]) -> int:
+    options = parser("Registers written over while wgmma reads them, with the project's workaround and without.")
+    options.add_argument("--json", action="store_true", help="a line of JSON for each case")
+    chosen = options.parse_args(arguments)
+    driver = emulator(chosen.cache)
+    unexpected = False
+    for op, case, dtype, needed in HAZARDS:
+        for on in (True, False):
+            seen = look(driver, op, case, dtype, needed, on)
+            unexpected |= not seen.as_expected
+            if chosen.json:
+                print(json.dumps(asdict(seen)), flush=True)
+                continue
+            print(
+                f"{op} {dtype} {case:20} workaround {'on ' if on else 'off'} {seen.races:3} faults, "
+                f"{'same' if seen.same_bits else 'OTHER'} bits, error {seen.error:.1e} (twin {seen.twin:.1e})  "
+                f"{seen.example[:160]}",
+                flush=True,
+            )
+    return unexpected

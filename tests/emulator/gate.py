@@ -1,0 +1,164 @@
+"""One case on one architecture under every adversary, held to the project's own bounds."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .known import Known, known
+from .machine import Mode, Run
+from .problem import Case, Kind, Problem
+from .subject import Guards, assert_as_accurate, assert_statistics_of, assume, persistent_programs, poisoned
+
+if TYPE_CHECKING:  # so that rows and cases can be named without Triton
+    from .driver import EmulatorDriver
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
+ADVERSARIES: tuple[tuple[Mode, int], ...] = (
+    ("earliest", 0), ("latest", 0), ("latest", 1), ("random", 2), ("random", 3),
+)  # fmt: skip
+PROGRAMS = 2  # of a persistent kernel, so that each takes several tiles
+
+
+@dataclass
+class Row:
+    """What became of one case."""
+
+    op: str
+    arch: str
+    dtype: str
+    case: str
+    triton: str  # its version
+    adversaries: int = 0
+    ratio: float = float("nan")  # error over the plain twin's
+    problems: list[tuple[str, str]] = field(default_factory=list)  # kind and text
+    notes: list[tuple[str, str]] = field(default_factory=list)
+    instructions: int = 0
+    emulated: float = 0.0  # seconds in the engine
+    seconds: float = 0.0
+
+    @property
+    def name(self) -> str:
+        return f"{self.arch} {self.op} {self.dtype} {self.case}"
+
+    @property
+    def reason(self) -> str | None:
+        """Why it is known not to pass."""
+        mark = self._mark
+        return mark.reason if mark else None
+
+    @property
+    def status(self) -> str:
+        """ok, FAIL, known, or MENDED: a case that is known not to pass has passed."""
+        mark = self._mark
+        if mark is None:
+            return "FAIL" if self.problems else "ok"
+        if not self.problems:
+            return "MENDED" if mark.certain else "ok"
+        return "known" if {kind for kind, _ in self.problems} <= mark.problems else "FAIL"
+
+    @property
+    def _mark(self) -> Known | None:
+        return known(self.op, self.case, self.dtype, self.triton)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def build(case: Case, kind: Kind, seed: int = 0) -> Problem:
+    """The case's data: the same for every architecture, whatever ran before."""
+    torch.manual_seed(zlib.crc32(f"{case.op} {case.name} {kind.name} {seed}".encode()))
+    return case.build(kind)
+
+
+def call(
+    driver: EmulatorDriver, problem: Problem, arch: str, mode: Mode, seed: int, programs: int = PROGRAMS
+) -> tuple[list[Tensor], list[Run]]:
+    """The kernel's results under one adversary, and its launches. AssertionError if anything else has changed."""
+    driver.settings.mode, driver.settings.seed = mode, seed
+    driver.runs.clear()
+    guards = Guards()
+    with ExitStack() as stack:
+        for context in (assume(arch), poisoned(guards), persistent_programs(programs)):
+            stack.enter_context(context)
+        result = problem.call(guards)
+    guards.check()
+    return list(result) if isinstance(result, tuple) else [result], list(driver.runs)
+
+
+def check(
+    driver: EmulatorDriver,
+    case: Case,
+    kind: Kind,
+    arch: str,
+    adversaries: tuple[tuple[Mode, int], ...] = ADVERSARIES,
+    seed: int = 0,
+) -> Row:
+    row = Row(case.op, arch, kind.name, case.name, version("triton"))
+    started = time.perf_counter()
+    try:
+        _check(driver, build(case, kind, seed), arch, adversaries, row)
+    except Exception as error:  # which is what became of this case; the others go on
+        row.problems.append(("ERROR", f"{type(error).__name__}: {str(error)[:1000]}"))
+    row.seconds = time.perf_counter() - started
+    return row
+
+
+def _check(
+    driver: EmulatorDriver, problem: Problem, arch: str, adversaries: tuple[tuple[Mode, int], ...], row: Row
+) -> None:
+    first: list[Tensor] | None = None
+    for mode, seed in adversaries:
+        label = f"[{mode} {seed}]"
+        try:
+            outputs, runs = call(driver, problem, arch, mode, seed)
+        except AssertionError as error:
+            row.problems.append(("GUARD", f"{label} {error}"))
+            continue
+        if not runs:
+            raise RuntimeError("no kernel was launched")
+        row.adversaries += 1
+        for run in runs:
+            row.emulated += run.seconds
+            row.instructions += run.executed
+            for finding in run.findings:
+                text = f"{label} {run.kernel}: {finding}"
+                (row.notes if finding.harmless else row.problems).append((finding.kind, text))
+        if first is None:
+            first = [output.clone() for output in outputs]
+            _judge(problem, outputs, row)
+            continue
+        for one, other in zip(first, outputs, strict=True):
+            differ = (bits(one) != bits(other)).sum().item()
+            if differ:
+                text = f"{label} {differ} of {bits(one).numel()} bytes are not those of {adversaries[0][0]}"
+                row.problems.append(("BITS", text))
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.contiguous().flatten().view(torch.uint8)
+
+
+def _judge(problem: Problem, outputs: list[Tensor], row: Row) -> None:
+    plain, exact = problem.plain(), problem.exact()
+    errors = [_rms(x.double() - exact) for x in (outputs[0], plain, exact.to(plain.dtype))]
+    row.ratio = errors[0] / max(*errors[1:], 1e-300)
+    checks = {"ACCURACY": lambda: assert_as_accurate(outputs[0], plain, exact)}
+    if problem.statistics:
+        checks["STATISTICS"] = lambda: assert_statistics_of(outputs[1], outputs[0])
+    for kind, assertion in checks.items():
+        try:
+            assertion()
+        except AssertionError as error:
+            row.problems.append((kind, str(error)))
+
+
+def _rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()

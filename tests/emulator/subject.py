@@ -1,0 +1,73 @@
+"""What the emulator's tests take from the rest of the project: the one place that knows where it lies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from kernel_checks import Guards, assert_as_accurate, assert_statistics_of
+
+from clip_fast.kernels import ops, targets
+from clip_fast.kernels import reference as oracles
+from clip_fast.kernels.reference import merge_statistics, row_statistics
+
+__all__ = [
+    "Guards",
+    "architecture",
+    "assert_as_accurate",
+    "assert_statistics_of",
+    "assume",
+    "kernels_run",
+    "merge_statistics",
+    "ops",
+    "oracles",
+    "persistent_programs",
+    "poisoned",
+    "row_statistics",
+    "workaround",
+]
+
+assume = targets.assume
+
+
+def architecture() -> int:
+    """Of the GPU that launches are configured for: 80, 90."""
+    return int(targets.target_of(torch.device("cpu")).name[3:])
+
+
+def kernels_run() -> None:
+    """From now on an op with impl="triton" takes a CPU's tensors for a GPU's."""
+    ops.triton_can_run = lambda device: True
+
+
+@contextmanager
+def workaround(on: bool) -> Iterator[None]:
+    """Within this context launches do, or leave, what they do for the sake of Triton before 3.9."""
+    from clip_fast.kernels import primitives
+
+    with mock.patch.object(primitives, "_RELEASE", (3, 8) if on else (3, 9)):
+        yield
+
+
+@contextmanager
+def persistent_programs(number: int) -> Iterator[None]:
+    """Within this context persistent kernels run as on a device of so many multiprocessors."""
+    from clip_fast.kernels import linear
+
+    with mock.patch.object(linear, "multiprocessors", return_value=number):
+        yield
+
+
+@contextmanager
+def poisoned(guards: Guards) -> Iterator[None]:
+    """Within this context what launchers allocate is poisoned and has guard bands."""
+
+    def new_empty(self: torch.Tensor, *size: Any, dtype: torch.dtype | None = None, **_: Any) -> torch.Tensor:
+        shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
+        return guards.empty(tuple(shape), dtype or self.dtype, self.device)
+
+    with mock.patch.object(torch.Tensor, "new_empty", new_empty):
+        yield
