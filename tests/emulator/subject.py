@@ -1,4 +1,4 @@
-"""What the emulator's tests take from the rest of the project: the one place that knows where it lies."""
+"""All that the emulator's tests import from the rest of the project."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from unittest import mock
 import torch
 from kernel_checks import Guards, assert_as_accurate, assert_statistics_of
 
-from clip_fast.kernels import ops, targets
-from clip_fast.kernels import reference as oracles
-from clip_fast.kernels.reference import merge_statistics, row_statistics
+from clip_fast.kernels import dispatch, ops, oracles, targets
+from clip_fast.kernels.statistics import merge_statistics, row_statistics
 
 __all__ = [
     "Guards",
@@ -34,18 +33,18 @@ assume = targets.assume
 
 
 def architecture() -> int:
-    """Of the GPU that launches are configured for: 80, 90."""
+    """The compute capability that launches are configured for, times ten: 80, 90."""
     return int(targets.target_of(torch.device("cpu")).name[3:])
 
 
 def kernels_run() -> None:
-    """From now on an op with impl="triton" takes a CPU's tensors for a GPU's."""
-    ops.triton_can_run = lambda device: True
+    """From now on an op with impl="triton" treats a CPU's tensors as a GPU's."""
+    dispatch.triton_can_run = lambda device: True
 
 
 @contextmanager
 def workaround(on: bool) -> Iterator[None]:
-    """Within this context launches do, or leave, what they do for the sake of Triton before 3.9."""
+    """Within this context launches use the workaround for Triton before 3.9, or leave it out."""
     from clip_fast.kernels import primitives
 
     with mock.patch.object(primitives, "_RELEASE", (3, 8) if on else (3, 9)):
@@ -63,7 +62,7 @@ def persistent_programs(number: int) -> Iterator[None]:
 
 @contextmanager
 def poisoned(guards: Guards) -> Iterator[None]:
-    """Within this context what launchers allocate is poisoned and has guard bands."""
+    """Within this context all memory that launchers allocate is poisoned and has guard bands."""
 
     def new_empty(self: torch.Tensor, *size: Any, dtype: torch.dtype | None = None, **_: Any) -> torch.Tensor:
         shape = size[0] if len(size) == 1 and not isinstance(size[0], int) else size
