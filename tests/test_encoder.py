@@ -318,6 +318,41 @@ def test_what_the_fast_path_does_not_know_the_plain_tower_does(
     assert relative_error(before, after) > 1e-4
 
 
+@pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
+@pytest.mark.parametrize("ran", [False, True], ids=["first call", "later"])
+@pytest.mark.parametrize(
+    ("wrap", "reason"),
+    [
+        (torch.nn.Sequential, "visual is a Sequential"),
+        (torch.nn.DataParallel, "visual is a DataParallel"),
+        (lambda visual: torch.nn.Sequential(torch.nn.Identity(), visual), "visual is a Sequential"),
+    ],
+)
+def test_a_wrapped_tower_runs_as_it_is(
+    wrap: Callable[[Any], Any], reason: str, ran: bool, config: VitConfig | ResNetConfig, images: Tensor
+) -> None:
+    model = make(config)
+    wanted = model.visual(images)
+    if ran:
+        model.encode_image(images)
+    model.visual = wrap(model.visual)
+    with pytest.warns(UserWarning, match=f"the plain tower runs, not the fast one: {reason}"):
+        assert torch.equal(model.encode_image(images), wanted)
+    raw = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
+    assert model.encode_image(raw).shape == (2, config.embed_dim)
+    assert (model.device, model.dtype) == (CPU, torch.float32)
+
+
+def test_a_tower_that_was_replaced_by_another_of_its_kind(images: Tensor) -> None:
+    model, other = make(), make()
+    model.encode_image(images)
+    model.visual = other.visual
+    assert torch.equal(model.encode_image(images), other.encode_image(images))
+    model.visual = other.visual.double()
+    assert model.encode_image(images).dtype == torch.float64
+    assert relative_error(model.encode_image(images), exact(other, images)) < 1e-13
+
+
 def test_batch_norms_in_training_use_their_batch(images: Tensor) -> None:
     model = make(RESNET)
     before = model.encode_image(images)

@@ -24,11 +24,11 @@ class Without:
 for path in sys.argv[1:]:
     parent, _, leaf = path.rpartition(".")
     place, _, name = parent.rpartition(".")
-    holder = attrgetter(place)(torch) if place else torch
-    setattr(holder, name, Without(getattr(holder, name), leaf)) if parent else delattr(torch, leaf)
-    module = sys.modules.get(f"torch.{parent}")
-    if module is not None:
-        sys.modules[f"torch.{parent}"] = getattr(holder, name)
+    module = f"torch.{parent}"
+    lost = Without(sys.modules[module] if module in sys.modules else attrgetter(parent)(torch), leaf)
+    if module in sys.modules:
+        sys.modules[module] = lost
+    setattr(attrgetter(place)(torch) if place else torch, name, lost)
 
 import clip_fast
 with warnings.catch_warnings(record=True) as said, torch.no_grad():

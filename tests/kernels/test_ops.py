@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Callable
@@ -216,6 +217,21 @@ def test_a_gpu_is_launched_for_as_the_newest_that_is_no_newer(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     target = targets._detect.__wrapped__(torch.device("cuda"))
     assert target.name == name
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float64, torch.int8])
+def test_a_dtype_that_no_kernel_computes_in_has_no_launch(dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=f"kernels take float16, bfloat16 and float32, got {dtype}"):
+        targets.kind_of(dtype, "ieee")
+
+
+def test_an_architecture_is_found_by_its_number_not_by_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    late = dataclasses.replace(targets.TARGETS["sm_100"], name="sm_103", capability=103)
+    monkeypatch.setitem(targets.TARGETS, "sm_103", late)
+    monkeypatch.setattr(torch.version, "hip", None)
+    for capability, name in (((12, 0), "sm_120"), ((10, 3), "sm_103"), ((10, 1), "sm_100")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        assert targets._detect.__wrapped__(torch.device("cuda")).name == name
 
 
 def test_an_unknown_implementation_is_refused() -> None:

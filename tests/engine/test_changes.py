@@ -1,0 +1,68 @@
+"""The hooks that follow weights: in the process while a tower lives, and gone with the last."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+
+import pytest
+import torch
+from peers import open_clip_vit
+from torch import nn
+from torch.nn.modules.module import _global_module_registration_hooks
+from torch.optim.optimizer import _global_optimizer_post_hooks
+
+import clip_fast
+from clip_fast.engine import changes
+
+
+def installed() -> tuple[int, int]:
+    """Our hooks on optimisers' steps and on registered modules."""
+    steps, modules = _global_optimizer_post_hooks.values(), _global_module_registration_hooks.values()
+    counted = [sum(getattr(hook, "__self__", None) is changes._hooks for hook in hooks) for hooks in (steps, modules)]
+    return counted[0], counted[1]
+
+
+@pytest.fixture(autouse=True)
+def _no_towers() -> Iterator[None]:
+    """Before and after a test no tower lives, whatever other tests have left."""
+    gc.collect()
+    if installed() != (0, 0):
+        pytest.skip("another test of this process holds a tower")
+    yield
+    gc.collect()
+    assert installed() == (0, 0)
+
+
+def test_hooks_live_as_long_as_the_last_tower() -> None:
+    first, _ = clip_fast.load("tiny-digits", "cpu")
+    second, _ = clip_fast.load("tiny-digits", "cpu")
+    assert installed() == (1, 1)
+    del first
+    assert installed() == (1, 1)
+    del second
+    assert installed() == (0, 0)
+    clip_fast.load("tiny-digits", "cpu")
+    assert installed() == (0, 0)
+
+
+def test_an_accelerated_model_takes_its_hooks_along() -> None:
+    model = clip_fast.accelerate(open_clip_vit())
+    assert installed() == (1, 1)
+    del model
+    gc.collect()  # it refers to itself
+    assert installed() == (0, 0)
+
+
+def test_a_tower_that_goes_while_hooks_are_called_leaves_them_be() -> None:
+    """PyTorch iterates over its hooks then, and raises where they change."""
+    held: list[object] = [clip_fast.load("tiny-digits", "cpu")[0]]
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    handle = optimizer.register_step_post_hook(lambda *_: held.clear())
+    optimizer.step()
+    handle.remove()
+    assert installed() == (1, 1)  # they stay until the next tower is gone
+    clip_fast.load("tiny-digits", "cpu")
+    assert installed() == (0, 0)
