@@ -1,1 +1,1 @@
-"""How long an encoder takes on a GPU, calculated from the machine code of its kernels and a device's published rates."""
+"""How long an encoder takes on a GPU, calculated from its kernels' machine code and a device's rates."""

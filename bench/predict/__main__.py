@@ -93,13 +93,16 @@ def _launch_line(p: Predicted) -> list[str]:
 
 
 def _about(devices: Iterable[str]) -> str:
-    sources = [
-        f"Calculated with rates of the {name}, {'some of them measured by others' if DEVICES[name].measured else 'peaks'}: "
-        f"{DEVICES[name].source}."
-        for name in sorted(devices)
-    ]
+    lines: list[str] = []
+    for name in sorted(devices):
+        kind = "sustained rates" if DEVICES[name].sustained else "peak rates, so these are upper bounds"
+        lines.append(f"Calculated with the {name}'s {kind}. {DEVICES[name].source}.")
     version = importlib.metadata.version("triton")
-    return "\n\n".join([*sources, f"All figures are calculated from the code that Triton {version} compiles. ± 15 %, calculated by hand with other assumptions."])  # fmt: skip
+    lines.append(
+        f"Every figure is calculated, from the code that Triton {version} makes. Take calculated times as right to 15 "
+        "%, those of attention to 40 %."
+    )
+    return "\n\n".join(lines)
 
 
 def measured_on(devices: Iterable[str], results: Path = RESULTS) -> dict[tuple[str, str, int, str], str]:
@@ -121,7 +124,7 @@ def measured_on(devices: Iterable[str], results: Path = RESULTS) -> dict[tuple[s
 
 def document(them: Sequence[Prediction]) -> str:
     """As JSON: the version of Triton, and a line for each prediction and each of its launches."""
-    lines = [json.dumps(row) for p in them for row in rows_of(p)]
+    lines = [json.dumps(row, ensure_ascii=False) for p in them for row in rows_of(p)]
     version = json.dumps(importlib.metadata.version("triton"))
     return f'{{"bench": "predict", "triton": {version}, "rows": [\n' + ",\n".join(lines) + "\n]}\n"
 
@@ -130,7 +133,7 @@ def rows_of(p: Prediction) -> list[dict[str, Any]]:
     """The whole first, then each launch: all figures are calculated."""
     where = {"device": p.device, "model": p.model, "batch": p.batch, "precision": p.precision}
     whole = {"seconds": p.seconds, "on_device": p.on_device, "on_host": p.on_host, "rival": p.rival, "least": p.least}
-    rows = [where | {"launch": "", "times": 1} | {name: _rounded(value) for name, value in whole.items()}]
+    rows: list[dict[str, Any]] = [where | {"launch": ""} | {name: _rounded(value) for name, value in whole.items()}]
     for each in p.launches:
         times = {name: _rounded(value) for name, value in asdict(each.time).items()}
         row = where | {"launch": each.launch.label, "times": each.count, "seconds": _rounded(each.time.device)}
@@ -155,16 +158,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the predictions there")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per CPU core)")
     options = parser.parse_args(arguments)
-    models, precisions, devices = (
-        text.split(",") for text in (options.models, options.precisions, options.devices)
-    )
+    models, precisions, devices = (text.split(",") for text in (options.models, options.precisions, options.devices))
     for chosen, known in ((models, MODELS), (precisions, DTYPES), (devices, DEVICES)):
         if unknown := [name for name in chosen if name not in known]:
             parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: there is nothing to compile")
     try:
-        them = predictions(models, [int(batch) for batch in options.batches.split(",")], precisions, devices, options.jobs)
+        them = predictions(
+            models, [int(batch) for batch in options.batches.split(",")], precisions, devices, options.jobs
+        )
     except ValueError as error:
         parser.error(str(error))
     if options.json:

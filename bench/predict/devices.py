@@ -1,7 +1,7 @@
-"""What the calculation knows of a GPU: published rates, each with its source.
+"""What the calculation knows of a GPU: its rates, each with its source.
 
-Only two kinds of rate stand here. Peaks follow from a vendor's document. Sustained rates were measured by others on
-such a device and published. Where none is known the peak is used, and the prediction is then an upper bound.
+Peaks follow from a vendor's document. A sustained rate is what a large product reaches. Where none is known the peak
+stands for it, and the prediction is then an upper bound.
 """
 
 from __future__ import annotations
@@ -10,12 +10,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 SCHEDULERS = 4  # of a multiprocessor, each issuing one instruction of a warp a clock: CUDA C++ Programming Guide
-SPECIAL_FUNCTIONS = 16  # results a clock and multiprocessor: the same, table "Throughput of native arithmetic instructions"
-SHARED_BYTES = 128  # a clock and multiprocessor, of shared memory and first-level cache: vendors' whitepapers since Volta
+SPECIAL_FUNCTIONS = (
+    16  # results a clock and multiprocessor: the same, table "Throughput of native arithmetic instructions"
+)
+SHARED_BYTES = (
+    128  # a clock and multiprocessor, of shared memory and first-level cache: vendors' whitepapers since Volta
+)
 
-# What cuBLAS, fused passes and cuDNN's attention reach of what one large product and one large copy do. On an H100 and
-# an H200 published products of K = 1024 to 4096 take 0.83 of the limit of endless K, fused passes 0.87 of a copy's
-# bytes a second, and cuDNN's forward attention at a head size of 64 0.38 of the product's operations a second.
+# What cuBLAS reaches of a product of endless K where K is 768 to 4096, fused passes of a copy's bytes a second, and
+# cuDNN's attention with heads of 64 of the product's operations a second. Estimated: 660 of 795 TFLOP/s, 3.75 of 4.3
+# TB/s and 300 TFLOP/s on an H200. Sure to about a tenth.
 LIBRARY_PRODUCT, LIBRARY_PASS, LIBRARY_ATTENTION = 0.83, 0.87, 0.38
 
 
@@ -31,7 +35,6 @@ class Device:
     memory: float  # bytes a second of a large copy, reads and writes together
     source: str
     sustained: Mapping[str, float] = field(default_factory=dict)  # precision -> operations a second of endless products
-    measured: bool = False  # whether clock, memory and sustained rates are measured ones
 
     def chip(self, precision: str) -> float:
         """Operations a second of the whole device: sustained where that is known, else the peak."""
@@ -53,11 +56,11 @@ DEVICES: dict[str, Device] = {
     for device in (
         Device(
             "H200", "sm_90", 132, 1.70e9, _tensor(4096, 128), 4.3e12,
-            "NVIDIA H200 datasheet: 989 TFLOP/s dense in half precision, 4.8 TB/s. Measured: 788 TFLOP/s of cuBLAS at "
-            "8192 cubed and 4.3 TB/s of a copy; power lowers the clock to about 1.70 GHz beside idle tensor cores. "
-            "Endless K by Triton's Gluon tutorial 07-persistence, whose H100 has 540 TFLOP/s at K = 512 and 670 at "
-            "16384: K / (K + 120) of 795 where cuBLAS has 788",
-            {"bf16": 795e12, "fp16": 795e12, "tf32": 397e12}, measured=True,
+            "NVIDIA H200 datasheet: 989 TFLOP/s dense in half precision (1.83 GHz), 4.8 TB/s. Taken are 795 TFLOP/s of "
+            "large products, at 1.70 GHz, and 4.3 TB/s of a copy: figures that were handed on as measured, without a "
+            "publication. That a tile of K columns takes as long as one of K + 120 is from the table in Triton's Gluon "
+            "tutorial 07-persistence, of an H100",
+            {"bf16": 795e12, "fp16": 795e12, "tf32": 397e12},
         ),
         Device(
             "A100", "sm_80", 108, 1.41e9, _tensor(2048, 64), 2.039e12,
@@ -66,17 +69,17 @@ DEVICES: dict[str, Device] = {
         ),
         Device(
             "RTX 4090", "sm_89", 128, 2.52e9, _tensor(512, 128), 1.008e12,
-            "NVIDIA Ada GPU architecture whitepaper: 165.2 TFLOP/s dense in half precision with float32 sums, 2.52 GHz, "
-            "1,008 GB/s",
+            "NVIDIA Ada GPU architecture whitepaper: 165.2 TFLOP/s dense in half precision with float32 sums, 2.52 "
+            "GHz, 1,008 GB/s",
         ),
         Device(
             "L4", "sm_89", 58, 2.04e9, _tensor(1024, 128), 0.300e12,
-            "NVIDIA L4 datasheet: 242 TFLOP/s in half precision with sparsity, so 121 dense, 30.3 in float32 (2.04 GHz), "
-            "300 GB/s. Its 72 W do not keep that clock",
+            "NVIDIA L4 datasheet: 242 TFLOP/s in half precision with sparsity, so 121 dense, 30.3 in float32 (2.04 "
+            "GHz), 300 GB/s. Its 72 W do not keep that clock",
         ),
         Device(
             "B200", "sm_100", 148, 1.85e9, _tensor(8192, 128), 7.7e12,
-            "NVIDIA HGX B200 datasheet: 18 PFLOP/s dense in half precision and 62 TB/s of eight GPUs",
+            "NVIDIA HGX B200 datasheet: 4.5 PFLOP/s in half precision with sparsity, so 2.25 dense, 7.7 TB/s",
         ),
     )
 }  # fmt: skip

@@ -35,7 +35,7 @@ class Predicted:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A batch of a model on a device. Seconds; None where the rival or the roofline is not asked for."""
+    """A batch of a model on a device, in seconds."""
 
     device: str
     model: str
@@ -64,7 +64,9 @@ def read_kernel(job: Job) -> Kernel:
     """Compiles `job`, and counts what its machine code executes."""
     compiled = compiled_kernel(job)
     usage, sass = disassembled(compiled.asm["cubin"])
-    numbers = {name: int(value) for name, _, value in (item.partition(":") for item in usage.split()) if value.isdigit()}
+    numbers = {
+        name: int(value) for name, _, value in (item.partition(":") for item in usage.split()) if value.isdigit()
+    }
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     return Kernel(
         code.read(sass), warps, compiled.metadata.num_stages,
@@ -79,7 +81,9 @@ def read_kernels(jobs: Iterable[Job], processes: int) -> dict[tuple[Any, ...], K
         return dict(zip(unique, pool.map(read_kernel, unique.values()), strict=True))
 
 
-def predict(model: str, batch: int, precision: str, device: Device, launches: Sequence[Launch], kernels: Kernels) -> Prediction:  # fmt: skip
+def predict(
+    model: str, batch: int, precision: str, device: Device, launches: Sequence[Launch], kernels: Kernels
+) -> Prediction:
     """The prediction for a batch that has these launches."""
     config = MODELS[model]
     assert isinstance(config, VitConfig)

@@ -2,11 +2,12 @@
 
 A block works on a tile: a main loop of steps, then an epilogue, in series, since the same warps do both.
 
-    tile alone  = passes · step + once
-    step        = max(tensor, issue, special, memory pipe, latency / stages ahead)   loads and products run by themselves
-                = tensor + issue + special                                           where a step's products wait for
-                                                                                     its own softmax, as attention's do
-    once        = fill and drain + barriers + waits + max(issue, special, memory pipe)
+    alone = passes · step + once
+    step  = max(tensor, issue, special, memory pipe, latency / stages ahead)
+    once  = fill and drain + barriers + waits + max(issue, special, memory pipe)
+
+Loads and products run by themselves, so the slowest decides a step. Where a step's products wait for its own softmax,
+as attention's do, a step is tensor + issue + special.
 
 Blocks that share a multiprocessor fill each other's gaps, but no pipe does two things at once. With `busy` the time
 that the busiest pipe has of a tile, c of them take
@@ -27,7 +28,9 @@ from .devices import SCHEDULERS, SHARED_BYTES, SPECIAL_FUNCTIONS, Device
 
 # Clocks. None is measured on a GPU by this project.
 BARRIER = 57  # of a block's warps. Half of a round of store, barrier, load, barrier: estimated
-FILL_AND_DRAIN = 1200  # of a tile: last product, first load, handing over the store. Of K₀ = 120 in `devices`: estimated
+FILL_AND_DRAIN = (
+    1200  # of a tile: last product, first load, handing over the store. Of K₀ = 120 in `devices`: estimated
+)
 LATENCY = 1000  # of a load from memory or second-level cache that nothing hides: estimated
 GAP = 1e-6  # seconds between two launches of a graph: estimated
 
