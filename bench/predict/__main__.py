@@ -65,8 +65,8 @@ def _title(p: Prediction) -> str:
 def _summary(p: Prediction) -> list[str]:
     return [
         _title(p), f"{p.batch / p.seconds:,.0f}", f"{p.least / p.seconds:.0%}", f"{p.on_device * 1e3:.3g}",
-        "graph" if p.replayed else f"{p.on_host * 1e3:.3g}", f"{p.batch / p.rival:,.0f}",
-        f"{p.rival / p.seconds:.2f}",
+        "graph" if p.replayed else f"{p.on_host * 1e3:.3g}",
+        *(["", ""] if p.rival is None else [f"{p.batch / p.rival:,.0f}", f"{p.rival / p.seconds:.2f}"]),
     ]  # fmt: skip
 
 
@@ -95,7 +95,7 @@ def _launch_line(p: Predicted) -> list[str]:
 def _about(devices: Iterable[str]) -> str:
     lines: list[str] = []
     for name in sorted(devices):
-        kind = "sustained rates" if DEVICES[name].sustained else "peak rates, so these are upper bounds"
+        kind = "sustained rates" if DEVICES[name].sustained else "peak rates, so these are upper bounds, and no rival's"
         lines.append(f"Calculated with the {name}'s {kind}. {DEVICES[name].source}.")
     version = importlib.metadata.version("triton")
     lines.append(
@@ -133,17 +133,16 @@ def rows_of(p: Prediction) -> list[dict[str, Any]]:
     """The whole first, then each launch: all figures are calculated."""
     where = {"device": p.device, "model": p.model, "batch": p.batch, "precision": p.precision}
     whole = {"seconds": p.seconds, "on_device": p.on_device, "on_host": p.on_host, "rival": p.rival, "least": p.least}
-    rows: list[dict[str, Any]] = [where | {"launch": ""} | {name: _rounded(value) for name, value in whole.items()}]
+    rows: list[dict[str, Any]] = [where | {"launch": ""} | _rounded(whole)]
     for each in p.launches:
-        times = {name: _rounded(value) for name, value in asdict(each.time).items()}
-        row = where | {"launch": each.launch.label, "times": each.count, "seconds": _rounded(each.time.device)}
-        rows.append(row | times | {"tiles": each.launch.work.tiles})
+        row = where | {"launch": each.launch.label, "times": each.count, "tiles": each.launch.work.tiles}
+        rows.append(row | _rounded({"seconds": each.time.device} | asdict(each.time)))
     return rows
 
 
-def _rounded(value: float) -> float:
+def _rounded(values: Mapping[str, float | None]) -> dict[str, float | None]:
     """To five digits: the same code has the same table on any machine."""
-    return float(f"{value:.5g}")
+    return {name: None if value is None else float(f"{value:.5g}") for name, value in values.items()}
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

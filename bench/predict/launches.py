@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -46,11 +47,6 @@ class Launch:
     work: Work
     moved: int  # bytes: each operand read once, each result written once
 
-    @property
-    def persistent(self) -> bool:
-        """Whether a block walks over several tiles."""
-        return self.grid < self.work.tiles
-
 
 class _Launching(TorchDispatchMode):
     """Within this context ops on tensors without storage are launched, not only given shapes."""
@@ -65,14 +61,19 @@ class _Launching(TorchDispatchMode):
 
 def launches_of(config: VitConfig, batch: int, precision: str, device: Device) -> list[Launch]:
     """Every launch of `encode` for a batch, in its order; from images that are normalised before."""
-    computed = precisions.BY_NAME[precision]
-    with torch.device("meta"):
-        state = reference.build(config).state_dict()
-        tower = FastVit.prepare(state, config, computed, IMAGE_MEAN, IMAGE_STD)
-        images = torch.empty(batch, 3, config.image_size, config.image_size, dtype=computed.weights)
+    tower = _tower(config, precision)
+    size = (batch, 3, config.image_size, config.image_size)
+    images = torch.empty(size, dtype=tower.precision.weights, device="meta")
     with assume(device.arch, device.multiprocessors), caught() as launches, torch.no_grad(), _Launching():
         tower.encode(images)
     return [_launch(device.arch, *launch) for launch in launches]
+
+
+@cache
+def _tower(config: VitConfig, precision: str) -> FastVit:
+    with torch.device("meta"):
+        state = reference.build(config).state_dict()
+        return FastVit.prepare(state, config, precisions.BY_NAME[precision], IMAGE_MEAN, IMAGE_STD)
 
 
 def _launch(arch: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:

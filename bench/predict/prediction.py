@@ -43,7 +43,7 @@ class Prediction:
     precision: str
     launches: tuple[Predicted, ...]
     replayed: bool  # as a CUDA graph, which costs the host next to nothing
-    rival: float
+    rival: float | None  # None where the device's sustained rates are not known, which it is a share of
     least: float  # what the arithmetic that the mathematics needs takes at the device's rates
 
     @property
@@ -97,7 +97,7 @@ def predict(
     limits = Ceilings({precision: device.chip(precision)}, device.memory)
     return Prediction(
         device.name, model, batch, precision, predicted, _bucket(config, batch) is not None,
-        rival.seconds_of(config, batch, precision, device),
+        rival.seconds_of(config, batch, precision, device) if precision in device.sustained else None,
         least_seconds(batch * operations(config), traffic(config, batch, precision), precision, limits),
     )  # fmt: skip
 
