@@ -1,13 +1,21 @@
 #!/usr/bin/env bash
-# Everything that a GPU is needed for, in one bounded call: ceilings, proof, whole encoders, kernels, the pipeline and
-# the tuner. Run it again to pick up what is left; every stage keeps what it has measured.
+# Everything that a GPU is needed for, in two calls of at most nine minutes each. The first has what tells most:
+#
+#   environment  the device, the driver, the versions
+#   tests        the kernels' tests in bf16, and those of equal bits, in at most 150 seconds
+#   epilogue     `linear` at K = 64 beside K = 1024, which settles what its epilogue costs
+#   first        ViT-L/14 and ViT-B/32 in bf16 at 256 and 1 images, beside eager and compiled rivals
+#
+# The second has the rest: ceilings all_tests end_to_end kernels compiled pipeline tune plot. A call goes as far as its
+# time allows, and the same command goes on: a stage that is done is not begun again, one that was cut or failed is.
+# `stages` in the output says of each which it is. Pictures are drawn in each call. What a benchmark has measured and which tests have passed is kept.
 #
 #   bench/gpu.sh [--minutes 9] [--stage NAME]... [--output DIR] [--archive FILE] [--dry-run]
 #
-# Stages, in this order, so that a call which is cut short leaves what tells most: environment ceilings tests end_to_end
-# kernels compiled pipeline tune plot. Needs PyTorch with CUDA, Triton and this checkout; nothing is installed or
-# downloaded. What is missing (pytest, a rival, matplotlib) is said and left out.
+# Needs PyTorch with CUDA, Triton and this checkout; nothing is installed or downloaded. What is missing (pytest, a
+# rival, matplotlib) is said and left out.
 #
+# --stage     only this one, whether it is done or not.
 # --output    where results go; by default bench/results/DEVICE-DATE, or where this device and code have some already.
 #             So does the tuner's table, as launches.py. Copied over kernels/launches.py it is what runs from then on; to
 #             what was measured before that is other code, and results begin anew.
@@ -33,7 +41,8 @@ while (($#)); do
         *) echo "gpu.sh: unknown argument $1" >&2; exit 2 ;;
     esac
 done
-((${#stages[@]})) || stages=(environment ceilings tests end_to_end kernels compiled pipeline tune plot)
+named=${#stages[@]}
+((named)) || stages=(environment tests epilogue first ceilings all_tests end_to_end kernels compiled pipeline tune plot)
 
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -54,20 +63,31 @@ has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_s
 left() { echo $((deadline - SECONDS)); }
 minutes_left() { "$python" -c "print(max(0, $(left) - 20) / 60)"; }  # a run ends what it has begun
 
-# run NAME COMMAND...: within what is left of the time, and within `most` seconds; its output in NAME.log too.
+# state STAGE: done, cut, failed, missing (a package is), or nothing, of this code; mark STAGE STATE: from now on.
+state() { awk -v stage="$1" -v code="$code" '$1 == stage && $3 == code {print $2}' "$output/stages" 2>/dev/null; }
+mark() {
+    local others
+    others=$(awk -v stage="$1" '$1 != stage' "$output/stages" 2>/dev/null)
+    printf '%s\n' ${others:+"$others"} "$1 $2 $code" >"$output/stages"
+}
+
+# run NAME COMMAND...: within what is left of the time, and within `most` seconds; its output in NAME.log too. What had
+# to end by its own limit, or by the clock, leaves its stage cut.
 run() {
-    local name=$1 limit; shift
+    local name=$1 limit began=$SECONDS; shift
     limit=$(left)
-    if ((limit < 20)); then echo "== $name: no time left"; return 1; fi
+    if ((limit < 20)); then echo "== $name: no time left"; outcome=cut; return 1; fi
     if ((${most:-limit} < limit)); then limit=$most; fi
     echo "== $name ($limit s)"
-    timeout -s INT -k 10 "$limit" "$@" 2>&1 | tee "$output/$name.log"  # interrupted, pytest says what it found
+    # Interrupted, pytest says what it found. Its list of what has passed is for the next call, not for the screen.
+    timeout -s INT -k 10 "$limit" "$@" 2>&1 | tee "$output/$name.log" | grep --line-buffered -v "^PASSED "
     local result=${PIPESTATUS[0]}
-    if ((result == 124 || result == 137)); then
+    if ((result == 124 || result == 137)) || ((!result && SECONDS - began > limit - 25 && limit > 25)); then
         echo "== $name: cut by the time limit"
+        [[ $outcome == failed ]] || outcome=cut
     elif ((result)); then
         echo "== $name: failed with exit status $result"
-        status=1
+        outcome=failed status=1
     fi
     return "$result"
 }
@@ -76,31 +96,69 @@ stage_environment() {
     run environment "$python" -m bench.environment
 }
 
+# tests NAME ARGUMENTS...: those that have not passed yet by this code; a call that is cut keeps what has passed.
+tests() {
+    local name=$1 passed="$output/tests.passed"; shift
+    if ! has pytest; then echo "== $name: pytest is not installed"; outcome=missing; return; fi
+    [[ -e $passed && $(head -n 1 "$passed") == "$code" ]] || echo "$code" >"$passed"
+    sed -n '2,$s/^/--deselect=/p' "$passed" >"$output/passed.arguments"
+    local how=(-q -p no:cacheprovider -rfEp -m "slow or not slow" --maxfail=30)
+    has xdist && [[ -z $dry ]] && how+=(-n 14)  # each has a context and a cache on the GPU
+    run "$name" "$python" -m pytest "${how[@]}" "$@" "@$output/passed.arguments"
+    local result=$?
+    sed -n 's/^PASSED //p' "$output/$name.log" >>"$passed"
+    if ((result == 5)); then echo "== $name: passed already"; outcome=done status=$before; fi  # nothing is left to run
+}
+
+stage_tests() {
+    local chosen=(tests/kernels tests/engine/test_cuda.py)
+    local these="dtype1 or bf16 or batch or one_row or one_embedding or one_pooled or every_run or many_programs"
+    [[ -n $dry ]] && chosen=(tests/kernels/test_layer_norm.py) these="accuracy and dtype1 and 64"
+    most=150 tests tests "${chosen[@]}" -k "$these"
+}
+
+stage_epilogue() {
+    local size=()
+    [[ -n $dry ]] && size=(--model toy --batch 1 --precision fp32 --ks 64,128 --rounds 1 --device cpu)
+    most=60 run epilogue "$python" -m bench.epilogue "${size[@]}" --json "$output/epilogue.json"
+}
+
+eager="clip_fast;openai-clip;open_clip;transformers"
+end_to_end() {  # NAME ARGUMENTS...
+    local name=$1; shift
+    run "$name" "$python" -m bench.end_to_end "$@" \
+        --json "$output/end_to_end.json" --resume --minutes "$(minutes_left)"
+}
+
+stage_first() {  # eager rivals of both models, then what is compiled, which takes minutes a model
+    local size=(--models "ViT-L/14,ViT-B/32" --batches 256,1 --precisions bf16)
+    local compiled="clip_fast;transformers, compiled;open_clip, compiled"
+    if [[ -n $dry ]]; then
+        size=(--models toy --batches 2,1 --precisions fp32 --rounds 1 --device cpu)
+        compiled="clip_fast;open_clip, compiled"
+    fi
+    end_to_end first --systems "$eager" "${size[@]}"
+    end_to_end first_compiled --systems "$compiled" "${size[@]}"
+}
+
 stage_ceilings() {
     local size=(--models "ViT-L/14,ViT-L/14@336px,ViT-B/16,ViT-B/32,RN50" --precisions bf16,fp16,tf32,fp32)
     [[ -n $dry ]] && size=(--models toy --batches 1 --precisions fp32 --device cpu)
     run ceilings "$python" -m bench.roofline "${size[@]}" --json "$output/ceilings.json"
 }
 
-stage_tests() {
-    if ! has pytest; then echo "== tests: pytest is not installed"; return; fi
-    local code passed="$output/tests.passed"
-    code=$("$python" -m bench.environment --code)
-    if [[ -e $passed && $(<"$passed") == "$code" ]]; then echo "== tests: passed already"; return; fi
-    local chosen=(tests/kernels tests/test_graphs.py tests/test_cuda.py --maxfail=30)
-    has xdist && chosen+=(-n 4)  # each has a context and a cache on the GPU
-    [[ -n $dry ]] && chosen=(tests/kernels/test_layer_norm.py tests/test_cuda.py -k "accuracy and 64")  # the suite has them all
-    # Never all of the time: what is not through by then is no nearer the next time.
-    most=$((seconds * 6 / 10)) run tests "$python" -m pytest -q -p no:cacheprovider "${chosen[@]}" &&
-        echo "$code" >"$passed"
+stage_all_tests() {
+    local chosen=(tests/kernels tests/engine/test_graphs.py tests/engine/test_cuda.py)
+    # The suite has them all.
+    [[ -n $dry ]] && chosen=(tests/kernels/test_layer_norm.py tests/engine/test_cuda.py -k "accuracy and 64")
+    # Never all of the time: other stages come after it.
+    most=$((seconds * 4 / 10)) tests all_tests "${chosen[@]}"
 }
 
-eager="clip_fast;openai-clip;open_clip;transformers"
-stage_end_to_end() {  # without torch.compile, which takes minutes a model
+stage_end_to_end() {  # without torch.compile
     local size=(--models "ViT-L/14,ViT-B/32,ViT-B/16,RN50" --batches 1,8,32,256,1024 --precisions bf16,fp16)
     [[ -n $dry ]] && size=(--models toy --batches 1,2 --precisions fp32 --rounds 1 --device cpu)
-    run end_to_end "$python" -m bench.end_to_end "${size[@]}" --systems "$eager" \
-        --json "$output/end_to_end.json" --resume --minutes "$(minutes_left)"
+    end_to_end end_to_end --systems "$eager" "${size[@]}"
 }
 
 kernels() {  # NAME ARGUMENTS...
@@ -118,8 +176,7 @@ stage_compiled() {  # all rivals, torch.compile(max-autotune) among them; small 
         size=(--models toy --batches 2 --precisions fp32 --rounds 1 --device cpu --systems "clip_fast;open_clip, compiled")
         ops=(--ops mean_token)
     fi
-    run compiled "$python" -m bench.end_to_end "${size[@]}" \
-        --json "$output/end_to_end.json" --resume --minutes "$(minutes_left)"
+    end_to_end compiled "${size[@]}"
     kernels compiled_kernels "${ops[@]}"
 }
 
@@ -138,19 +195,27 @@ stage_tune() {
 }
 
 stage_plot() {
-    if ! has matplotlib; then echo "== plot: matplotlib is not installed"; return; fi
-    if [[ ! -e $output/end_to_end.json ]]; then echo "== plot: nothing was measured"; return; fi
+    if ! has matplotlib; then echo "== plot: matplotlib is not installed"; outcome=missing; return; fi
+    if [[ ! -e $output/end_to_end.json ]]; then echo "== plot: nothing was measured"; outcome=missing; return; fi
     run plot "$python" -m bench.plot "$output/end_to_end.json"
 }
 
 for stage in "${stages[@]}"; do
     if ! declare -F "stage_$stage" >/dev/null; then echo "gpu.sh: no stage $stage" >&2; exit 2; fi
 done
+code=$("$python" -m bench.environment --code)
 for stage in "${stages[@]}"; do
+    if ((!named)) && [[ $stage != plot && $(state "$stage") == done ]]; then echo "== $stage: done already"; continue; fi
+    outcome=done before=$status
     "stage_$stage"
+    mark "$stage" "$outcome"
     if [[ -n $archive ]]; then
         tar -czf "$archive.partial" -C "$output" . && mv "$archive.partial" "$archive"
     fi
 done
+rm -f "$output/passed.arguments"
+sed 's/^/== /; s/ [^ ]*$//' "$output/stages"
+unfinished=$(for stage in "${stages[@]}"; do [[ $(state "$stage") == done ]] || printf ' %s' "$stage"; done)
+[[ -z $unfinished ]] || echo "not finished:$unfinished. The same command goes on with them."
 echo "results are in $output"
 exit $status
