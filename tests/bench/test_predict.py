@@ -391,6 +391,20 @@ def test_the_committed_predictions_are_of_todays_code(tmp_path: Path) -> None:
     assert json.loads(file.read_text()) == committed, again
 
 
+def test_the_page_has_the_committed_figures() -> None:
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    committed = json.loads(regressions.PREDICTED.read_text())
+    section = page.partition("## Predicted, not measured")[2].partition("\n## ")[0]
+    assert f"Triton {committed['triton']}" in section
+    lines = [line.split(" | ") for line in section.splitlines() if line.startswith("| ViT")]
+    wholes = [row for row in committed["rows"] if not row["launch"]]
+    assert len(lines) == len(wholes) == 8
+    for (name, throughput, *_, last), row in zip(lines, wholes, strict=True):
+        assert name == f"| {row['model']}, batch {row['batch']}"
+        assert throughput == f"{row['batch'] / row['seconds']:,.0f}"
+        assert last == f"{row['rival'] / row['seconds']:.2f} |"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [(["--models", "no such"], "unknown: no such"), (["--models", "RN50"], "ResNet"), (["--devices", "H2"], "H200")],
