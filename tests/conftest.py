@@ -17,6 +17,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, help="of every test's random data, which is otherwise fresh")
 
 
+def _leaves_slow_tests_out(config: pytest.Config) -> bool:
+    """Whether the slow tests are left out: neither a -m nor a single test was asked for."""
+    return not config.option.markexpr and not any("::" in argument for argument in config.args)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if _leaves_slow_tests_out(config):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if _leaves_slow_tests_out(config):
+        left = len(terminalreporter.stats.get("deselected", ()))  # xdist's workers do not tell
+        terminalreporter.write_line(
+            f"{left or 'all'} slow tests were left out: `python -m pytest -m slow` runs them, "
+            '`python -m pytest -m "slow or not slow"` runs everything'
+        )
+
+
 @pytest.fixture(autouse=True)
 def _random_data(request: pytest.FixtureRequest) -> None:
     """Fresh in every run; the report of a test that fails says how to have the same again."""
