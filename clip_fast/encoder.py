@@ -19,7 +19,18 @@ from .engine.engine import Engine, checked
 from .engine.tower import Tower, Watch
 from .errors import NotServed
 from .towers import reference
-from .towers.config import ENCODE, ENCODE_TOKENS, IMAGE_MEAN, IMAGE_STD, Config, Rgb, Task, TaskName, hidden_state
+from .towers.config import (
+    ENCODE,
+    ENCODE_TOKENS,
+    HIDDEN_STATES,
+    IMAGE_MEAN,
+    IMAGE_STD,
+    Config,
+    Rgb,
+    Task,
+    TaskName,
+    hidden_state,
+)
 from .towers.fast import Results, normalised
 from .towers.precision import PrecisionName
 
@@ -176,7 +187,7 @@ class ImageEncoder(nn.Module):
             ValueError: the images have another shape, the encoder is a ResNet, or there is no such layer.
         """
         self._require("hidden_state", "hidden states")
-        layers: int = getattr(self.config, "layers")  # noqa: B009 (a number in every family with hidden states)
+        layers = len(self.config.row_shapes(HIDDEN_STATES)) - 1
         index = layer if layer >= 0 else layers + 1 + layer
         if not 0 <= index <= layers:
             raise ValueError(f"layer must be between {-layers - 1} and {layers}, got {layer}")
@@ -196,19 +207,17 @@ class ImageEncoder(nn.Module):
         results = route.route(self, images, task)
         return self._plain(images, task, because=results) if isinstance(results, str) else results
 
-    def _current_engine(self) -> Engine | None:
+    def _look(self) -> tuple[Engine | None, str | None]:
         if self._replica():
-            return None
+            return None, _REPLICA
         if self.visual is not self._watch.modules[0] or self._watch.replaced():
             self.refresh()
-        return self._engine
+        return self._engine, self._problem()
 
     def _traced_engine(self) -> Engine | None:
         return None if self._replica() else self._engine
 
     def _problem(self) -> str | None:
-        if self._replica():
-            return _REPLICA
         if self._difference:
             return self._difference
         if self._watch.hooked() or pytorch.has_global_hook():

@@ -170,8 +170,12 @@ class Forward:
             message = f"the original forward of {name} runs, not clip_fast's: {reason}"
             warnings.warn(message, stacklevel=_users_level())
 
-    def _current_engine(self) -> Engine | None:
+    def _look(self) -> tuple[Engine | None, str | None]:
         reading = self._reading()
+        return self._engine_of(reading), self._problem(reading)
+
+    def _engine_of(self, reading: _Reading) -> Engine | None:
+        """The engine in the precision of this call: autocast's, unless `accelerate` was given one."""
         engine = reading.engine
         if engine is None or self._precision is not None or engine.tower.weight().is_meta:
             return engine
@@ -185,8 +189,7 @@ class Forward:
     def _traced_engine(self) -> Engine | None:
         return None if self._last is None else self._last.engine
 
-    def _problem(self) -> str | None:
-        reading = self._reading()
+    def _problem(self, reading: _Reading) -> str | None:
         if reading.engine is None:
             return reading.problem
         if reading.watch.hooked() or pytorch.has_global_hook():

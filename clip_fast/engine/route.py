@@ -42,16 +42,15 @@ class Owner(Protocol):
         """The name that compiled graphs know the owner by."""
         ...
 
-    def _current_engine(self) -> Engine | None:
-        """The engine of the tower as it is now, in the precision of this call; None where the tower is not served."""
+    def _look(self) -> tuple[Engine | None, str | None]:
+        """Looks at the tower as it is now: its engine, in the precision of this call, and why it cannot serve.
+
+        The engine is None where the tower is not served at all; the reason is None where nothing is in the way.
+        """
         ...
 
     def _traced_engine(self) -> Engine | None:
         """The engine of the tower as it was last looked at: a graph must not trace the look."""
-        ...
-
-    def _problem(self) -> str | None:
-        """The reason why the fast path cannot serve the tower as it is now; None where there is none."""
         ...
 
     def _autocast(self) -> str:
@@ -85,9 +84,9 @@ def judge(owner: Owner, images: Tensor, task: Task, asked: str | None = None) ->
     """`route` where nothing is recorded: looks at the tower, the call and the modes."""
     if pytorch.transformed():
         return TRANSFORMED
-    engine = owner._current_engine()
+    engine, problem = owner._look()
     reason = engine and _by_plain_tower(engine, images)
-    if reason := reason or asked or owner._problem():
+    if reason := reason or asked or problem:
         return reason
     assert engine is not None
     try:

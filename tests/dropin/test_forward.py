@@ -430,9 +430,9 @@ def test_weights_are_prepared_once_however_often_the_attention_is_switched(image
     with torch.no_grad():
         stays_fast(model, images)
         forward: Any = Forward.of(tower(model))
-        engine = forward._current_engine()
+        engine, _ = forward._look()
         model.set_attn_implementation("eager")
-        assert forward._current_engine() is engine
+        assert forward._look()[0] is engine
 
 
 def test_raw_pixels_reach_the_original_as_floats() -> None:
