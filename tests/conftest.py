@@ -31,8 +31,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if _leaves_slow_tests_out(config):
-        left = len(terminalreporter.stats.get("deselected", ()))  # xdist's workers do not tell
+    left = len(terminalreporter.stats.get("deselected", ()))
+    distributed = getattr(config.option, "numprocesses", None)  # then workers leave them out, and do not count
+    if _leaves_slow_tests_out(config) and (left or distributed):
         terminalreporter.write_line(
             f"{left or 'all'} slow tests were left out: `python -m pytest -m slow` runs them, "
             '`python -m pytest -m "slow or not slow"` runs everything'

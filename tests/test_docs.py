@@ -25,6 +25,7 @@ RUN_BY = {
     "pip install --no-deps -r tests/requirements-peers.txt": ".ci/run",
     "ruff check . && ruff format --check . && pyright": ".ci/run",
     'python -m pytest -n auto --dist loadfile -m "slow or not slow"': ".ci/run",
+    "python -m pytest -n auto --dist loadfile": ".ci/run",
     "mkdocs build --strict": "tests/test_docs.py",
     "python -m pytest tests/kernels -q": ".ci/run",
     "python -m tests.emulator": "tests/emulator/part.py",
