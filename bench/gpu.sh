@@ -1,24 +1,24 @@
 #!/usr/bin/env bash
-# Everything that a GPU is needed for, in one bounded call: ceilings, proof, whole encoders, kernels, the pipeline and
-# the tuner. Run it again to pick up what is left; every stage keeps what it has measured.
+# All work that needs a GPU, in one bounded call: ceilings, tests, whole encoders, kernels, the pipeline and the tuner.
+# Run it again to continue. Every stage keeps its measurements.
 #
 #   bench/gpu.sh [--minutes 9] [--stage NAME]... [--output DIR] [--archive FILE] [--dry-run]
 #
-# Stages, in this order, so that a call which is cut short leaves what tells most: environment ceilings tests end_to_end
-# kernels compiled pipeline tune plot. Needs PyTorch with CUDA, Triton and this checkout; nothing is installed or
-# downloaded. What is missing (pytest, a rival, matplotlib) is said and left out.
+# The stages run in this order, so that a call which is cut short has the most telling results: environment ceilings
+# tests end_to_end kernels compiled pipeline tune plot. They need PyTorch with CUDA, Triton and this checkout. Nothing
+# is installed or downloaded. A missing package (pytest, a rival, matplotlib) is named and left out.
 #
-# --output    where results go; by default bench/results/DEVICE-DATE, or where this device and code have some already.
-#             So does the tuner's table, as launches.py. Copied over kernels/launches.py it is what runs from then on; to
-#             what was measured before that is other code, and results begin anew.
-# --archive   all of the output as one tar file too, written anew after each stage, for machines that give back one file.
-#             To go on elsewhere unpack it, and name the folder as --output.
-# --dry-run   every stage at toy size on a CPU, under Triton's interpreter, in a folder of its own.
+# --output    the folder for results; by default bench/results/DEVICE-DATE, or the folder that has results of this
+#             device and code. The tuner's table goes there too, as launches.py. Copy it over kernels/launches.py to use
+#             it. That changes the code, so measurements start again in a new folder.
+# --archive   write all of the output as one tar file too, again after each stage, for machines that return one file.
+#             To continue elsewhere, unpack it and name the folder as --output.
+# --dry-run   run every stage at toy size on a CPU, under Triton's interpreter, in a folder of its own.
 #
-# Rivals without binary parts (openai-clip, open_clip_torch, timm, and ftfy and wcwidth that the first two need) take
-# part where they are on PYTHONPATH; `pip install --no-deps --target DIR ...` fills such a folder anywhere. They must be
-# there from the first call on: results of other versions are not gone on with. Where there is no git, CLIP_FAST_COMMIT
-# says the commit. Compilers keep their caches in .cache/, for the next call.
+# Rivals without binary parts (openai-clip, open_clip_torch, timm, and ftfy and wcwidth, which the first two need) take
+# part if they are on PYTHONPATH; `pip install --no-deps --target DIR ...` fills such a folder anywhere. They must be
+# there from the first call on, since results of other versions are not continued. Where there is no git,
+# CLIP_FAST_COMMIT gives the commit. Compilers keep their caches in .cache/ for the next call.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -52,16 +52,16 @@ status=0
 
 has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
 left() { echo $((deadline - SECONDS)); }
-minutes_left() { "$python" -c "print(max(0, $(left) - 20) / 60)"; }  # a run ends what it has begun
+minutes_left() { "$python" -c "print(max(0, $(left) - 20) / 60)"; }  # less 20 s, to finish a step
 
-# run NAME COMMAND...: within what is left of the time, and within `most` seconds; its output in NAME.log too.
+# run NAME COMMAND...: runs it within the time left, and within `most` seconds; its output goes to NAME.log too.
 run() {
     local name=$1 limit; shift
     limit=$(left)
     if ((limit < 20)); then echo "== $name: no time left"; return 1; fi
     if ((${most:-limit} < limit)); then limit=$most; fi
     echo "== $name ($limit s)"
-    timeout -s INT -k 10 "$limit" "$@" 2>&1 | tee "$output/$name.log"  # interrupted, pytest says what it found
+    timeout -s INT -k 10 "$limit" "$@" 2>&1 | tee "$output/$name.log"  # SIGINT lets pytest report its failures
     local result=${PIPESTATUS[0]}
     if ((result == 124 || result == 137)); then
         echo "== $name: cut by the time limit"
@@ -88,15 +88,15 @@ stage_tests() {
     code=$("$python" -m bench.environment --code)
     if [[ -e $passed && $(<"$passed") == "$code" ]]; then echo "== tests: passed already"; return; fi
     local chosen=(tests/kernels tests/test_graphs.py tests/test_cuda.py --maxfail=30)
-    has xdist && chosen+=(-n 4)  # each has a context and a cache on the GPU
-    [[ -n $dry ]] && chosen=(tests/kernels/test_layer_norm.py tests/test_cuda.py -k "accuracy and 64")  # the suite has them all
-    # Never all of the time: what is not through by then is no nearer the next time.
+    has xdist && chosen+=(-n 4)  # only four: each process has a context and a cache on the GPU
+    [[ -n $dry ]] && chosen=(tests/kernels/test_layer_norm.py tests/test_cuda.py -k "accuracy and 64")  # the suite runs them all
+    # Not all of the time: tests that are cut start again at the next call, and would leave none for other stages.
     most=$((seconds * 6 / 10)) run tests "$python" -m pytest -q -p no:cacheprovider "${chosen[@]}" &&
         echo "$code" >"$passed"
 }
 
 eager="clip_fast;openai-clip;open_clip;transformers"
-stage_end_to_end() {  # without torch.compile, which takes minutes a model
+stage_end_to_end() {  # without torch.compile, which takes minutes for each model
     local size=(--models "ViT-L/14,ViT-B/32,ViT-B/16,RN50" --batches 1,8,32,256,1024 --precisions bf16,fp16)
     [[ -n $dry ]] && size=(--models toy --batches 1,2 --precisions fp32 --rounds 1 --device cpu)
     run end_to_end "$python" -m bench.end_to_end "${size[@]}" --systems "$eager" \
@@ -112,7 +112,7 @@ kernels() {  # NAME ARGUMENTS...
 
 stage_kernels() { kernels kernels --without-compiled; }
 
-stage_compiled() {  # all rivals, torch.compile(max-autotune) among them; small models first, they compile sooner
+stage_compiled() {  # all rivals, torch.compile(max-autotune) among them; small models compile sooner
     local size=(--models "ViT-B/32,RN50,ViT-B/16,ViT-L/14" --batches 256,1 --precisions bf16) ops=()
     if [[ -n $dry ]]; then
         size=(--models toy --batches 2 --precisions fp32 --rounds 1 --device cpu --systems "clip_fast;open_clip, compiled")

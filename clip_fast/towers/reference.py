@@ -1,8 +1,8 @@
-"""CLIP's two image encoders in plain PyTorch: the oracle that every fast path is judged against.
+"""CLIP's two image encoders in plain PyTorch: the oracle for every fast path.
 
-Written to be read beside the papers, in the order in which data meets the parts, and with nothing clever in it. The
-modules work in any floating dtype, float64 included, and carry OpenAI's parameter names, so that a canonical state dict
-(see `clip_fast.checkpoint`) loads as it is. Neither encoder normalises its output.
+The code is to be read beside the papers. It follows the order in which data meets the parts, and does nothing clever.
+The modules work in any floating dtype, float64 included. They have OpenAI's parameter names, so that a canonical state
+dict (see `clip_fast.checkpoint`) loads without renaming. Neither encoder normalises its output.
 
 Sources: Radford et al. 2021 (CLIP), section 2.4; Dosovitskiy et al. 2020 (ViT), section 3.1; He et al. 2018 ("Bag of
 tricks", ResNet-D stem) and Zhang 2019 (anti-aliased strides) for the modified ResNet; Hendrycks & Gimpel 2016, section
@@ -36,7 +36,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
     """Multi-head softmax(q kᵀ / √D) v. q: (B, Nq, W); k, v: (B, N, W). Returns (B, Nq, W).
 
-    With `causal` a query sees keys up to its own position, as a text's do.
+    With `causal` a query sees only keys up to its own position, as in the text encoder.
     """
     head_dim = q.shape[-1] // heads
     q, k, v = (x.reshape(*x.shape[:2], heads, head_dim).transpose(1, 2) for x in (q, k, v))  # (B, H, N, D)
@@ -47,7 +47,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False)
 
 
 def random_parameter(*shape: int, std: float) -> nn.Parameter:
-    """Normally distributed. On the meta device no numbers are drawn, which would import torch.compile first."""
+    """A normally distributed parameter. No numbers are drawn on the meta device: that would import torch.compile."""
     parameter = nn.Parameter(torch.empty(shape))
     if not parameter.is_meta:
         nn.init.normal_(parameter, std=std)
@@ -102,7 +102,7 @@ class ResidualBlock(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The stack of blocks, under the name that checkpoints give it."""
+    """The stack of blocks, under its name in checkpoints."""
 
     def __init__(self, config: VitConfig | TextConfig, causal: bool = False) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ def _norm(channels: int, eps: float) -> nn.BatchNorm2d:
 
 
 class Bottleneck(nn.Module):
-    """1×1, 3×3, 1×1 convolutions around a shortcut; a stride is an average pool before a convolution of stride one."""
+    """1×1, 3×3 and 1×1 convolutions beside a shortcut. A stride is an average pool before a convolution of stride 1."""
 
     expansion = 4
 
@@ -216,7 +216,7 @@ class AttentionPool(nn.Module):
 class ModifiedResNet(nn.Module):
     """CLIP's ResNet: images (B, 3, image_size, image_size) -> embeddings (B, E).
 
-    Batch norms use their running statistics: an encoder is used for inference, so construct it in `eval()` mode.
+    Put it into `eval()` mode, as `build` does: for inference the batch norms must use their running statistics.
     """
 
     def __init__(self, config: ResNetConfig) -> None:

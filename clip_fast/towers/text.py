@@ -1,6 +1,6 @@
 """CLIP's text encoder in plain PyTorch.
 
-Radford et al. 2021, section 2.4: a causal Transformer over byte-pair tokens, read at the end-of-text token.
+It is a causal Transformer over byte-pair tokens, read at the end-of-text token (Radford et al. 2021, section 2.4).
 
 Shapes: B texts, L context length, W width, E embed_dim.
 """
@@ -21,7 +21,7 @@ VOCABULARY = 49408  # tokens: 256 bytes and 256 bytes that end a word, the merge
 class TextEncoder(nn.Module):
     """Tokens (B, L) of an integer dtype -> embeddings (B, E), not normalised.
 
-    Its parameters have OpenAI's names, `logit_scale` included, the logarithm of what cosines are multiplied by.
+    Its parameters have OpenAI's names. One of them is `logit_scale`, the logarithm of the factor for cosines.
     """
 
     def __init__(self, config: TextConfig) -> None:
