@@ -19,6 +19,7 @@ Shapes: B images, N = 1 + G tokens, W width, H heads, D = W / H, P patch size, E
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -52,16 +53,50 @@ class Block:
     fc2: Folded
 
 
+class Vit(FastTower):
+    """A ViT on any device: its tasks, and the memory that they take."""
+
+    rows_on_cpu: ClassVar[int] = 1600  # the activations of more tokens leave the caches
+
+    @property
+    def tasks(self) -> Mapping[TaskName, Callable[..., Tensor | Results]]:
+        return {
+            "encode": self.encode,
+            "encode_tokens": self.encode_tokens,
+            "hidden_state": self.hidden_state,
+            "hidden_states": self.hidden_states,
+        }
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """Embeds images (B, 3, h, w), normalised floats or raw uint8 pixels, any strides: (B, E), not normalised."""
+
+    @abstractmethod
+    def encode_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeds images: (B, E), and their patch tokens (B, G, W) after ln_post, as open_clip gives them."""
+
+    @abstractmethod
+    def hidden_state(self, images: Tensor, layer: int) -> Tensor:
+        """The residual stream (B, N, W) after `layer` blocks: 0 is ln_pre's output, `layers` the last block's."""
+
+    @abstractmethod
+    def hidden_states(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The residual stream (B, N, W) before the first block and after each: layers + 1 tensors."""
+
+    @staticmethod
+    def activations(config: VitConfig) -> int:
+        """The peak in an MLP: x before and within the block, the attended tokens, the hidden layer and the result."""
+        return config.tokens * (4 * config.width + config.mlp_width)
+
+
 @dataclass(frozen=True)
-class FastVit(FastTower):
+class FastVit(Vit):
     """A ViT as the kernels read it.
 
     `patch` (W, K′) and `position` (N, W) are for normalised images. `patch_uint8` and `position_uint8` are for raw
     pixels, with the normalisation folded in. Weights are of the compute dtype. The terms that an epilogue adds are
     float32.
     """
-
-    rows_on_cpu: ClassVar[int] = 1600  # in Triton's interpreter
 
     config: VitConfig
     precision: Precision
@@ -128,24 +163,9 @@ class FastVit(FastTower):
             projection=folded(proj.T, proj.new_zeros(config.embed_dim), norm="ln_post"),
         )
 
-    @staticmethod
-    def activations(config: VitConfig) -> int:
-        """The peak in `_mlp`: x before and within the block, the attended tokens, the MLP's hidden layer and result."""
-        return config.tokens * (4 * config.width + config.mlp_width)
-
     # --- the encoder -------------------------------------------------------------------------------------------------
 
-    @property
-    def tasks(self) -> Mapping[TaskName, Callable[..., Tensor | Results]]:
-        return {
-            "encode": self.encode,
-            "encode_tokens": self.encode_tokens,
-            "hidden_state": self.hidden_state,
-            "hidden_states": self.hidden_states,
-        }
-
     def encode(self, images: Tensor) -> Tensor:
-        """Embeds images (B, 3, h, w), normalised floats or raw uint8 pixels, any strides: (B, E), not normalised."""
         x, statistics = self._embed(images)
         for block in self.blocks[:-1]:
             x, statistics = self._block(block, x, statistics)
@@ -153,17 +173,14 @@ class FastVit(FastTower):
         return self._project(x, statistics)
 
     def encode_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeds images: (B, E), and their patch tokens (B, G, W) after ln_post, as open_clip gives them."""
         x, statistics = self._after(images, self.config.layers)
         tokens, _ = ops.layer_norm(x, *self.ln_post, self.config.eps)
         return self._project(x[:, 0], statistics[:, 0]), tokens[:, 1:]
 
     def hidden_state(self, images: Tensor, layer: int) -> Tensor:
-        """The residual stream (B, N, W) after `layer` blocks: 0 is ln_pre's output, `layers` the last block's."""
         return self._after(images, layer)[0]
 
     def hidden_states(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The residual stream (B, N, W) before the first block and after each: layers + 1 tensors."""
         x, statistics = self._embed(images)
         states = [x]
         for block in self.blocks:

@@ -20,20 +20,20 @@ Shapes: B images, N = 1 + G tokens, W width, H heads, D = W / H, E embed_dim.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import Rgb, TaskName, VitConfig
+from .config import Rgb, VitConfig
 from .cpu import Product, images_at_a_time, one_query_attention
-from .fast import FastTower, Results, normalised
+from .fast import normalised
 from .precision import Precision
 from .reference import QUICK_GELU_SLOPE
-from .vit import FastVit
+from .vit import Vit
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,8 @@ class Block:
 
 
 @dataclass(frozen=True)
-class CpuVit(FastTower):
+class CpuVit(Vit):
     """A ViT as a CPU computes it. It also serves GPUs that Triton has no tensor cores on."""
-
-    rows_on_cpu: ClassVar[int] = 1600  # the activations of more tokens leave the caches
 
     config: VitConfig
     precision: Precision
@@ -120,37 +118,20 @@ class CpuVit(FastTower):
             proj=source["proj"].to(wide),
         )
 
-    @staticmethod
-    def activations(config: VitConfig) -> int:
-        return FastVit.activations(config)
-
     # --- the encoder -------------------------------------------------------------------------------------------------
 
-    @property
-    def tasks(self) -> Mapping[TaskName, Callable[..., Tensor | Results]]:
-        return {
-            "encode": self.encode,
-            "encode_tokens": self.encode_tokens,
-            "hidden_state": self.hidden_state,
-            "hidden_states": self.hidden_states,
-        }
-
     def encode(self, images: Tensor) -> Tensor:
-        """Embeds images (B, 3, h, w), normalised floats or raw uint8 pixels: (B, E), not normalised."""
         x = self.hidden_state(images, self.config.layers - 1)
         return self._project(self._last_block(x))
 
     def encode_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeds images: (B, E), and their patch tokens (B, G, W) after ln_post, as open_clip gives them."""
         x = self.hidden_state(images, self.config.layers)
         return self._project(x[:, 0]), self._norm(x[:, 1:], self.ln_post)
 
     def hidden_state(self, images: Tensor, layer: int) -> Tensor:
-        """The residual stream (B, N, W) after `layer` blocks: 0 is ln_pre's output, `layers` the last block's."""
         return deque(self._residual_stream(images, layer), maxlen=1).pop()
 
     def hidden_states(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The residual stream (B, N, W) before the first block and after each: layers + 1 tensors."""
         return tuple(x.clone() for x in self._residual_stream(images, self.config.layers))
 
     def _residual_stream(self, images: Tensor, layers: int) -> Iterator[Tensor]:
