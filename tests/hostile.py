@@ -1,4 +1,4 @@
-"""Items that do to their decoder what broken images might; in a module of their own, for worker processes to import."""
+"""Items that harm their decoder as broken images might. Worker processes import them, so they have their own module."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Killing(Item):
 
 @dataclass(frozen=True, slots=True)
 class KillingOnce(Item):
-    """Kills its decoder unless `marker` is there, which it then is."""
+    """Kills its decoder once: it makes `marker` before, and does nothing while that exists."""
 
     marker: str
 

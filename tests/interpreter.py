@@ -1,4 +1,4 @@
-"""Triton's interpreter, where there is no GPU: imported before anything else imports Triton, and taught bfloat16."""
+"""Triton's interpreter, for machines without a GPU. It is imported before anything else imports Triton, and mended."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-ORIGINALS: dict[str, Any] = {}  # the interpreter's own methods, for the test that says when they are mended
+ORIGINALS: dict[str, Any] = {}  # the interpreter's own methods, for the test that fails once Triton mends them
 
 
 def import_kernels_interpreted() -> None:
-    """Import Triton and all kernels with the interpreter asked for: Triton decides at its import, and at each kernel's.
+    """Imports Triton and all kernels while the environment asks for the interpreter.
 
-    The variable is set for that long only, so that tests outside this folder, in the same process, do without Triton.
+    Triton reads the variable at its own import and at each kernel's. It is unset afterwards, so that other tests in the
+    same process do without Triton.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
@@ -28,10 +29,10 @@ def import_kernels_interpreted() -> None:
 
 
 def _mend_bfloat16() -> None:
-    """Teach the interpreter bfloat16, which it keeps as raw uint16: it multiplies the raw bits, and truncates casts.
+    """Mends the interpreter's bfloat16. It keeps bfloat16 as raw uint16, multiplies the raw bits, and truncates casts.
 
-    Products are summed in float64 and rounded once. NumPy's float32 product is a BLAS call whose last bits depend on
-    where in a tile a row stands, as a GPU's do not.
+    Products are summed in float64 and rounded once. NumPy's float32 product is a BLAS call, whose last bits depend on a
+    row's place in a tile. A GPU's do not.
     """
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle

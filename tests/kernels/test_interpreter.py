@@ -1,4 +1,4 @@
-"""What the interpreter cannot do by itself, and that the help it gets in `conftest.py` is right and still needed."""
+"""The help that the interpreter gets in `tests/interpreter.py` is right, and still needed."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _cast(x: Tensor) -> Tensor:
 
 @pytest.fixture(autouse=True, scope="module")
 def _kernels() -> None:
-    """Decorated here, where the environment asks for the interpreter."""
+    """Kernels that are decorated while the environment asks for the interpreter."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         for kernel in (_dot_kernel, _cast_kernel):
@@ -68,7 +68,7 @@ def test_casts_round_to_nearest_even() -> None:
 
 
 def test_the_help_is_still_needed(interpreter_originals: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails on the day that Triton's interpreter knows bfloat16: take the help out of `conftest.py` then."""
+    """Fails once Triton's interpreter knows bfloat16. Then remove the help from `tests/interpreter.py`."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     for name, method in interpreter_originals.items():
