@@ -87,9 +87,9 @@ stage_tests() {
     local code passed="$output/tests.passed"
     code=$("$python" -m bench.environment --code)
     if [[ -e $passed && $(<"$passed") == "$code" ]]; then echo "== tests: passed already"; return; fi
-    local chosen=(tests/kernels tests/test_graphs.py tests/test_cuda.py --maxfail=30)
+    local chosen=(tests/kernels tests/engine/test_graphs.py tests/engine/test_cuda.py --maxfail=30)
     has xdist && chosen+=(-n 4)  # only four: each process has a context and a cache on the GPU
-    [[ -n $dry ]] && chosen=(tests/kernels/test_layer_norm.py tests/test_cuda.py -k "accuracy and 64")  # the suite runs them all
+    [[ -n $dry ]] && chosen=(tests/kernels/test_layer_norm.py tests/engine/test_cuda.py -k "accuracy and 64")  # the suite runs them all
     # Not all of the time: tests that are cut start again at the next call, and would leave none for other stages.
     most=$((seconds * 6 / 10)) run tests "$python" -m pytest -q -p no:cacheprovider "${chosen[@]}" &&
         echo "$code" >"$passed"
