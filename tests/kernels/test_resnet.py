@@ -45,6 +45,7 @@ def test_what_is_launched(launches: list[str]) -> None:
     assert launches == [*convolutions, "_mean_token_kernel", "_linear_kernel", *pool, "_linear_kernel"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_accuracy(dtype: torch.dtype, guards: Guards) -> None:
     """In half precision the typical ratio of errors is bounded, since so small a tower has few numbers."""

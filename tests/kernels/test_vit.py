@@ -51,6 +51,7 @@ def test_a_block_is_five_launches(launches: list[str]) -> None:
     assert launches == ["_patch_embed_kernel", "_layer_norm_kernel", *block, *block, *last, "_linear_kernel"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_accuracy(name: str, dtype: torch.dtype, guards: Guards) -> None:
@@ -59,6 +60,7 @@ def test_accuracy(name: str, dtype: torch.dtype, guards: Guards) -> None:
     assert worst_cosine(got, wanted) >= 0.9999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_outlier_channels(dtype: torch.dtype, guards: Guards) -> None:
     """A few roundings decide the errors, so that a tower's ratio of errors scatters by a factor of 1.7 up or down.
@@ -90,6 +92,7 @@ def draws(
         yield got, tower.to(dtype)(x), wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [88, 104])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_head_sizes_that_are_no_power_of_two(head_dim: int, dtype: torch.dtype, guards: Guards) -> None:
