@@ -15,7 +15,6 @@ Shapes: B images, N tokens, W width, H heads, D = W / H, P patch size, G patches
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import islice
 from typing import cast
 
 import torch
@@ -82,10 +81,10 @@ class ResidualBlock(nn.Module):
         self.mlp = Mlp(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self._attention(self.ln_1(x))
+        x = x + self.attention(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 
-    def _attention(self, x: Tensor) -> Tensor:
+    def attention(self, x: Tensor) -> Tensor:
         mask = None if self.attn_mask is None else self.attn_mask[: len(x), : len(x)].to(x)
         # With its weights PyTorch writes attention out as above; the fused one has no forward-mode derivative on a CPU.
         return self.attn(x, x, x, attn_mask=mask, need_weights=True, average_attn_weights=False)[0]
@@ -98,6 +97,9 @@ class Transformer(nn.Module):
         super().__init__()
         self.width, self.layers = config.width, config.layers
         self.resblocks = nn.Sequential(*(ResidualBlock(config, attn_mask) for _ in range(config.layers)))
+
+    def blocks(self) -> list[ResidualBlock]:
+        return cast(list[ResidualBlock], list(self.resblocks))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.resblocks(x)
@@ -147,7 +149,7 @@ class VisionTransformer(nn.Module):
         class_token = self.class_embedding.expand(len(images), 1, -1)  # (B, 1, W)
         x = torch.cat([class_token, patches], dim=1) + self.positional_embedding  # (B, N, W)
         x = self.ln_pre(x).transpose(0, 1)  # (N, B, W)
-        for block in islice(self.transformer.resblocks, layer):
+        for block in self.transformer.blocks()[:layer]:
             x = block(x)
         return x.transpose(0, 1)
 
@@ -195,7 +197,7 @@ class AttentionPool(nn.Module):
     def __init__(self, config: ResNetConfig) -> None:
         super().__init__()
         features = config.features
-        self.heads = config.heads
+        self.num_heads = config.heads
         self.positional_embedding = random_parameter(config.tokens, features, std=features**-0.5)
         self.q_proj = nn.Linear(features, features)
         self.k_proj = nn.Linear(features, features)
@@ -205,7 +207,7 @@ class AttentionPool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(2).transpose(1, 2)  # (B, h·w, C)
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding  # (B, 1 + h·w, C)
-        pooled = attention(self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x), self.heads)  # (B, 1, C)
+        pooled = attention(self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x), self.num_heads)  # (B, 1, C)
         return self.c_proj(pooled[:, 0])  # (B, E)
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from random_towers import relative_error
 
-from clip_fast import tokens as text
-from clip_fast.tokens import tokenize
+from clip_fast import simple_tokenizer as text
+from clip_fast.simple_tokenizer import tokenize
 from clip_fast.towers.config import TextConfig
 from clip_fast.towers.text import TextEncoder
 
