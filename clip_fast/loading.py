@@ -30,7 +30,7 @@ def default_dtype(device: torch.device) -> torch.dtype:
 def load(
     name: str | os.PathLike[str],
     device: str | torch.device | None = None,
-    jit: bool | torch.dtype = False,
+    jit: bool | torch.dtype | None = False,
     download_root: str | os.PathLike[str] | None = None,
     *,
     dtype: torch.dtype | None = None,

@@ -58,6 +58,7 @@ class Clip(ImageEncoder):
         self.ln_final = text.ln_final
         self.text_projection = text.text_projection
         self.logit_scale = text.logit_scale
+        self.register_load_state_dict_pre_hook(_rename_old)  # pyright: ignore[reportUnknownMemberType]
 
     def encode_text(self, text: Tensor) -> Tensor:
         """Embeds texts as `clip_fast.tokenize` gives them: (B, L) integers -> (B, embed_dim), not normalised.
@@ -111,11 +112,12 @@ class Clip(ImageEncoder):
         for parameter, deviation in deviations:
             nn.init.normal_(parameter, std=deviation)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        old = prefix + _OLD_PREFIX
-        for name in [name for name in state_dict if name.startswith(old)]:
-            state_dict[prefix + name.removeprefix(old)] = state_dict.pop(name)
-        super()._load_from_state_dict(state_dict, prefix, *others)
+
+def _rename_old(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    """Gives the text side's names in a state dict of clip_fast's first versions as they are now."""
+    old = prefix + _OLD_PREFIX
+    for name in [name for name in state_dict if name.startswith(old)]:
+        state_dict[prefix + name.removeprefix(old)] = state_dict.pop(name)
 
 
 CLIP = Clip  # for `isinstance`

@@ -28,10 +28,10 @@ from .weights_file import WeightsFile, read_json, read_weights
 class Checkpoint:
     """An image tower as read from a file, and the text tower where the file has OpenAI's.
 
-    `state_dict` has exactly the names and shapes of `reference.build(config).state_dict()`; its tensors are contiguous,
-    on the CPU, independent of the file and of the dtype that they have in it (float16 for 8 bits). `mean` and `std`
-    normalise the RGB channels of pixels scaled to [0, 1]; `squash` and `on_white` are those of `Preprocess`. `text` has the text tower's config, and
-    the names and shapes of `text.TextEncoder(config).state_dict()`.
+    `state_dict` has exactly the names and shapes of `reference.build(config).state_dict()`. Its tensors are contiguous,
+    on the CPU, independent of the file, and of the dtype that they have in it (8 bits in float16). `mean` and `std`
+    normalise the RGB channels of pixels scaled to [0, 1]; `squash` and `on_white` are those of `Preprocess`. `text` has
+    the text tower's config, and the names and shapes of `text.TextEncoder(config).state_dict()`.
     """
 
     config: Config
@@ -166,6 +166,6 @@ def _activation(file: WeightsFile) -> Activation:
     warnings.warn(
         f"{file.path}: taken for one of OpenAI's models, with QuickGELU; if it is not, pass activation='gelu' "
         "(and activation='quick_gelu' to silence this warning)",
-        stacklevel=5,
+        stacklevel=6,
     )
     return "quick_gelu"

@@ -249,5 +249,5 @@ def _warn_of_preprocessing(path: Path, other: dict[str, Any]) -> None:
         warnings.warn(
             f"{path}: this model's images are not preprocessed as CLIP's ({settings}), which is not done here; "
             "the encoder is right, but preprocess images yourself",
-            stacklevel=6,
+            stacklevel=7,
         )

@@ -25,6 +25,7 @@ from .layouts import listing, prefixes
 from .torchscript import read_torchscript, refused_global
 
 _INDEX = ".index.json"
+_TRAINING = "state_dict"  # where open_clip's training checkpoints have it
 _LFS_POINTER = b"version https://git-lfs"
 _CODE = re.compile(r"(^|/)code/|\.debug_pkl$")  # of a TorchScript archive, which is not read
 
@@ -144,19 +145,18 @@ def _read_pickle(path: Path, *, mmap: bool) -> _Contents:
     name, content = _state_dict_in(path, content)
     if not isinstance(content, dict):
         raise CheckpointError(path, f"is not a checkpoint: it holds {type(content).__name__}, not a state dict")
-    return _Contents(_named(cast(dict[Any, Any], content)), training=name == "state_dict")
+    return _Contents(_named(cast(dict[Any, Any], content)), training=name == _TRAINING)
 
 
 def _state_dict_in(path: Path, content: Any) -> tuple[str, Any]:
     """The state dict in a training checkpoint and its name there; what has none is given as it is, without a name."""
-    models = dict(_models_in("", content))
-    if len(models) > 1 and "state_dict" not in models:
+    models: dict[str, Any] = dict(_models_in("", content))
+    if not models and isinstance(content, dict) and _TRAINING in content:
+        models = {_TRAINING: cast(dict[Any, Any], content)[_TRAINING]}
+    if len(models) > 1 and _TRAINING not in models:
         raise CheckpointError(path, f"holds several models, {', '.join(models)}: save one of them alone")
-    name = next(iter(models), "")
-    if "state_dict" in models or (not models and isinstance(content, dict) and "state_dict" in content):
-        name = "state_dict"
-        return name, models.get(name, cast(dict[Any, Any], content)[name])
-    return name, models.get(name, content)
+    name = _TRAINING if _TRAINING in models else next(iter(models), "")
+    return name, models.get(name, cast(Any, content))
 
 
 def _models_in(name: str, content: Any, depth: int = 3) -> Iterator[tuple[str, dict[Any, Any]]]:
