@@ -166,7 +166,7 @@ def scrambled(draw: random.Random, data: bytes) -> bytes:
         elif kind == 2:
             del changed[place : place + draw.randrange(1, 200)]
         else:
-            changed = changed[: draw.randrange(1, len(changed))]
+            changed = changed[: draw.randrange(len(changed))]
         if not changed:
             break
     return bytes(changed)
@@ -281,14 +281,16 @@ def test_spoilt_checkpoints_are_read_or_refused(files: int, tmp_path: Path) -> N
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            named = True
             try:
                 clip_fast.load(path, "cpu", activation=draw.choice((None, "quick_gelu")))
                 loaded += 1
             except CheckpointError as error:
-                assert str(folder) in str(error), f"file {number}, {kind.__name__}, seed {seed}"
+                named = str(folder) in str(error)
                 refused += 1
             except BaseException as error:
                 raise AssertionError(f"file {number}, {kind.__name__}, seed {seed}: {error!r}") from error
+            assert named, f"file {number}, {kind.__name__}, seed {seed}"
             grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB
             assert grown < 300 * 1024, f"file {number}, {kind.__name__}, seed {seed}: {grown} KiB"
         for file in folder.iterdir():
