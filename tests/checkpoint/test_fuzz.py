@@ -130,17 +130,14 @@ def spoil_name(draw: random.Random, name: str) -> str:
 
 def spoiled(draw: random.Random, entries: dict[str, Any]) -> dict[Any, Any]:
     entries = dict(entries)
-    for _ in range(draw.choice((1, 1, 1, 2, 5))):
-        name = draw.choice(sorted(entries))
-        value = entries[name]
-        if not isinstance(value, Tensor) or not value.ndim or draw.random() < 0.2:
+    for name in draw.sample(sorted(entries), draw.choice((1, 1, 1, 2, 5))):
+        value: Tensor = entries[name]
+        if value.ndim == 0 or draw.random() < 0.2:
             del entries[name]
         elif draw.random() < 0.3:
             entries[spoil_name(draw, name)] = entries.pop(name)
         else:
             entries[name] = draw.choice((spoil_shape, spoil_values))(draw, value)
-        if not entries:
-            break
     if draw.random() < 0.2:
         prefix = draw.choice(("module.", "model.", "a.b.c."))
         entries = {prefix + name: value for name, value in entries.items()}
