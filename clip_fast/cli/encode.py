@@ -240,6 +240,7 @@ def _settings(
         "activation": arguments.activation,
         "weights": weights_digest(model),
         "squash": preprocess.squash,
+        **({"on_white": True} if preprocess.on_white else {}),  # alone then: older folders do not have it
         "dtype": str(model.dtype).removeprefix("torch."),
         "batch_size": options.batch_size,
         "shard_size": options.shard_size,

@@ -14,16 +14,16 @@ from numpy.typing import NDArray
 from ..bulk.atomic import new_file
 from ..bulk.decoder import Decoder
 from ..bulk.manifest import weights_digest
-from ..clip import Clip
 from ..encoder import ImageEncoder
 from ..errors import printable
 from ..inputs.containers import IMAGE_COLUMN
 from ..inputs.items import ImageFile
 from ..loading import load
+from ..model import Clip
 from ..preprocess import Preprocess
 from ..search.gallery import page
 from ..search.index import Index
-from ..tokens import tokenize
+from ..simple_tokenizer import tokenize
 from .messages import EXIT_OK
 from .parser import DTYPES
 
