@@ -6,6 +6,10 @@ model, preprocess = clip_fast.load("ViT-B/32")
 embeddings = model.encode_image(preprocess(image).unsqueeze(0))  # (1, 512), not normalised
 """
 
+from .cli import interrupt as _interrupt  # first, since the others take seconds
+
+# isort: split
+
 from .checkpoint.published import available_models
 from .clip import Clip
 from .dropin.accelerate import accelerate, restore

@@ -112,11 +112,12 @@ class StoredFolder:
         """
         there = [shard.records for shard in self.shards]
         if self.done is not None and self._numbered:
-            expected = [self._shards.metadata_path(index) for index in range(self.done.shards)]
+            shards = self.done.shards
+            expected = [self._shards.metadata_path(index) for index in range(shards)]
             if missing := [str(path) for path in expected if path not in there]:
-                raise ValueError(f"{', '.join(missing)}: missing, of {self.done.shards} shards; --resume makes them again")
+                raise ValueError(f"{', '.join(missing)}: missing, though {self.manifest} counts {shards} shards")
             if others := [str(path) for path in there if path not in expected]:
-                raise ValueError(f"{', '.join(others)}: not of the run, whose manifest counts {self.done.shards} shards")
+                raise ValueError(f"{', '.join(others)}: too many, as {self.manifest} counts {shards} shards")
         if not there:
             raise ValueError(f"{self.folder} has no finished shard")
 

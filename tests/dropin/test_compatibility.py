@@ -147,7 +147,8 @@ def is_transformers(model: Any) -> bool:
 
 def vision(model: Any) -> Any:
     """The image part of a model of transformers, which may be all of it."""
-    return getattr(model, "vision_model", getattr(model, "vision_tower", model))
+    inside = getattr(model, "model", model)  # LLaVA's
+    return getattr(model, "vision_model", getattr(inside, "vision_tower", model))
 
 
 def embeddings(model: Any, images: Tensor) -> Any:
