@@ -19,7 +19,7 @@ import logging
 import os
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from hashlib import file_digest, sha256
 from pathlib import Path
 from types import TracebackType
@@ -254,7 +254,7 @@ def read_footer(path: Path) -> Footer:
     with _naming_damage(path):
         metadata = parquet.read_metadata(path)
         content = json.loads(metadata.metadata[_FOOTER])
-        footer = Footer(*(content[name] for name in ("inputs", "images", "failed", "bytes")), content.get("sha256"))
+        footer = Footer(**{each.name: content[each.name] for each in fields(Footer) if each.name in content})
         if metadata.num_rows != footer.images:
             raise ValueError(f"{metadata.num_rows} rows of {footer.images}")
         return footer

@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stop_watching()
     try:
         return _run(argv)
-    except (ReaderGoneError, BrokenPipeError):  # the second: while an error was told
+    except BrokenPipeError:  # of standard error, while one of these was told
         return EXIT_READER_GONE
 
 
@@ -83,7 +83,7 @@ def _run(argv: Sequence[str] | None) -> int:
         say(f"error: {str(error) or type(error).__name__}")
         return EXIT_NOTHING_DONE
     except ReaderGoneError:
-        raise
+        return EXIT_READER_GONE
     except TooManyErrors as error:
         say(f"stopped: {error}")
         return EXIT_TOO_MANY_ERRORS

@@ -36,9 +36,7 @@ def search(arguments: argparse.Namespace) -> int:
         raise ValueError("give either a TEXT or an --image to look for")
     index = Index(arguments.index)
     if not index.complete:
-        say(
-            f"{printable(arguments.index)}: encode has not finished it: searching the {len(index)} images that are there"
-        )
+        say(f"{printable(arguments.index)}: encode has not finished it; searching the {len(index)} images in it")
     name, dtype = arguments.model or _setting(index, "model"), _setting(index, "dtype", tuple(DTYPES))
     weights = _setting(index, "weights")
     activation = arguments.activation or _setting(index, "activation", (None, *get_args(Activation)))

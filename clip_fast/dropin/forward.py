@@ -329,10 +329,9 @@ def _selects_layers() -> bool:
 
 def _layers(asked: object) -> list[int] | None:
     """The layers that `output_hidden_states` names by their numbers; None where it is anything else."""
-    numbers = [asked] if isinstance(asked, int) else asked
-    if isinstance(numbers, list | tuple):
-        return numbers if all(isinstance(number, int) for number in numbers) else None
-    return None
+    numbers: list[object] = [*asked] if isinstance(asked, list | tuple) else [asked]
+    layers = [number for number in numbers if isinstance(number, int)]
+    return layers if len(layers) == len(numbers) else None
 
 
 def _chosen(states: Results, asked: object) -> tuple[Tensor | None, ...]:
