@@ -6,7 +6,8 @@ model, preprocess = clip_fast.load("ViT-B/32")
 embeddings = model.encode_image(preprocess(image).unsqueeze(0))  # (1, 512), not normalised
 """
 
-from .cli import interrupt as _interrupt  # noqa: F401 (first, since the other imports take seconds)
+# First, since the other imports take seconds.
+from .cli import interrupt as _interrupt  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
 # isort: split
 

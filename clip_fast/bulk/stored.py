@@ -135,7 +135,7 @@ def _mapped(path: Path) -> NDArray[Any]:
     """A .npy of rows, memory-mapped."""
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # NumPy, too
         raise ValueError(f"{path} is damaged: {error}") from error
     if rows.ndim != 2:
         raise ValueError(f"{path} is damaged: it has {rows.ndim} dimensions, expected 2")
@@ -149,5 +149,5 @@ def _table(path: Path) -> Generator[Any, None, None]:
     try:
         with parquet.ParquetFile(path, page_checksum_verification=True) as file:
             yield file
-    except (OSError, ValueError, KeyError, AttributeError) as error:  # pyarrow's errors are among these
+    except Exception as error:  # pyarrow raises whatever its parsing stumbles on
         raise ValueError(f"{path} is damaged: {error}") from error
