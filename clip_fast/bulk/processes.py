@@ -39,8 +39,8 @@ def run_on_devices(devices: Sequence[torch.device], job: ProcessJob, report: Cal
     """Runs `pipeline.run` in a process for each device, into a folder that the caller has locked.
 
     Raises:
-        RuntimeError: a process failed or died; the message names the device, and the error of the process with its type.
-            The traceback there is the cause. The shards that were written stay.
+        RuntimeError: a process failed or died; the message names the device, and the type of the error there, whose
+            traceback is the cause. The shards that were written stay.
     """
     context = multiprocessing.get_context(
         "spawn"

@@ -20,8 +20,8 @@ def verify(arguments: argparse.Namespace) -> int:
         problems.append(str(error))
     for shard in stored.shards:
         try:
-            images += shard.shape()[0]
             without += not shard.check()
+            images += shard.shape()[0]
         except ValueError as error:
             problems.append(str(error))
     if not problems:
