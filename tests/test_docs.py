@@ -26,6 +26,7 @@ RUN_BY = {
     "ruff check . && ruff format --check . && pyright": ".ci/run",
     "python -m pytest -n auto --dist loadfile": ".ci/run",
     'python -m pytest -n auto --dist loadfile -m "not slow"': ".ci/run",
+    "clip-fast verify embeddings/": "tests/cli/test_verify.py",
     "mkdocs build --strict": "tests/test_docs.py",
     "python -m pytest tests/kernels -q": ".ci/run",
     "python -m bench.machine_code": "tests/bench/test_machine_code.py",

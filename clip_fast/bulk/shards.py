@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import summary
 from ..extras import pyarrow
 from ..inputs.items import Item
 from .atomic import TEMPORARY_SUFFIX, locked, naming, new_file
@@ -239,8 +240,10 @@ def read_records(path: Path) -> list[Record]:
     """
     _, parquet = pyarrow()
     with _naming_damage(path):
-        columns = parquet.read_table(path, page_checksum_verification=True).to_pydict()
-        names = ("key", "image_path", "width", "height", "error")
+        table = parquet.read_table(path, page_checksum_verification=True)
+        if not table.schema.equals(columns_of([]).schema):
+            raise ValueError(f"it has other columns: {table.schema}")
+        columns, names = table.to_pydict(), ("key", "image_path", "width", "height", "error")
         return [Record(*values) for values in zip(*(columns[name] for name in names), strict=True)]
 
 
@@ -282,8 +285,9 @@ def check_records(path: Path, footer: Footer) -> None:
     Raises:
         ValueError: the file is damaged; the message names it.
     """
-    if _digest(read_records(path)) != footer.inputs:
-        raise ValueError(f"{path} is damaged: its names are not those that were written")
+    records = read_records(path)
+    if (_digest(records), _failures(records)) != (footer.inputs, footer.failed):
+        raise ValueError(f"{path} is damaged: its records are not those that were written")
 
 
 @contextmanager
@@ -292,7 +296,7 @@ def _naming_damage(path: Path) -> Generator[None, None, None]:
     try:
         yield
     except Exception as error:  # pyarrow raises whatever its parsing stumbles on
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{path} is damaged: {summary(error)}") from error
 
 
 def _sync_folder(folder: Path) -> None:
@@ -312,12 +316,15 @@ def _digest(named: Sequence[Item | Record]) -> str:
 
 
 def _metadata(records: list[Record], embeddings: tuple[bytes, memoryview]) -> Any:
-    failed = sum(record.error is not None for record in records)
     checksum = sha256()
     for part in embeddings:
         checksum.update(part)
-    footer = Footer(_digest(records), len(records), failed, sum(map(len, embeddings)), checksum.hexdigest())
+    footer = Footer(_digest(records), len(records), _failures(records), sum(map(len, embeddings)), checksum.hexdigest())
     return columns_of(records).replace_schema_metadata({_FOOTER: json.dumps(asdict(footer))})
+
+
+def _failures(records: list[Record]) -> int:
+    return sum(record.error is not None for record in records)
 
 
 def _error_lines(records: list[Record]) -> bytes:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import summary
 from ..extras import pyarrow
 from ..inputs.parquet import Parquet
 from .manifest import MANIFEST_NAME, RAY_MANIFEST_NAME, read_manifest
@@ -136,7 +137,7 @@ def _mapped(path: Path) -> NDArray[Any]:
     try:
         rows = np.load(path, mmap_mode="r", allow_pickle=False)
     except Exception as error:  # NumPy, too
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{path} is damaged: {summary(error)}") from error
     if rows.ndim != 2:
         raise ValueError(f"{path} is damaged: it has {rows.ndim} dimensions, expected 2")
     return rows
@@ -150,4 +151,4 @@ def _table(path: Path) -> Generator[Any, None, None]:
         with parquet.ParquetFile(path, page_checksum_verification=True) as file:
             yield file
     except Exception as error:  # pyarrow raises whatever its parsing stumbles on
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{path} is damaged: {summary(error)}") from error
