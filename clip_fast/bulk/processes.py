@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from multiprocessing.pool import RemoteTraceback
 
 import torch
 
@@ -20,6 +19,10 @@ from .decoder import Decoder
 from .pipeline import Options, Step, run
 from .shards import ShardFolder
 from .workers import end_with_parent, interrupts_blocked
+
+
+class _ErrorThere(Exception):
+    """The cause of an error here: the traceback of the one in a device's process."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def run_on_devices(devices: Sequence[torch.device], job: ProcessJob, report: Cal
                     del names[connection]
                 else:
                     problem, trace = message
-                    raise RuntimeError(f"{names[connection]}: {problem}") from RemoteTraceback(trace)
+                    raise RuntimeError(f"{names[connection]}: {problem}") from _ErrorThere(trace)
     finally:
         for process in processes:
             process.terminate()
