@@ -9,6 +9,11 @@ with torch.no_grad():
 Code that was written for openai-clip runs with `import clip_fast as clip`.
 """
 
+# First, since the other imports take seconds.
+from .cli import interrupt as _interrupt  # noqa: F401  # pyright: ignore[reportUnusedImport]
+
+# isort: split
+
 from . import clip as clip  # as openai-clip's package has it
 from .checkpoint.published import available_models
 from .dropin.accelerate import accelerate, restore

@@ -26,6 +26,7 @@ RUN_BY = {
     "ruff check . && ruff format --check . && pyright": ".ci/run",
     'python -m pytest -n auto --dist loadfile -m "slow or not slow"': ".ci/run",
     "python -m pytest -n auto --dist loadfile": ".ci/run",
+    "clip-fast verify embeddings/": "tests/cli/test_verify.py",
     "mkdocs build --strict": "tests/test_docs.py",
     "python -m pytest tests/kernels -q": ".ci/run",
     "python -m tests.emulator": "tests/emulator/part.py",

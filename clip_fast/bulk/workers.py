@@ -18,6 +18,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
@@ -279,7 +280,19 @@ def _context() -> ForkServerContext:
     """A fork server with the imports done: workers start at once, and inherit neither a GPU nor the folder's lock."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
+    with interrupts_blocked():
+        forkserver.ensure_running()
     return context
+
+
+@contextmanager
+def interrupts_blocked() -> Generator[None, None, None]:
+    """Processes that are started in the block never see Ctrl-C, not even while they import; this one sees it after."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def start_fork_server() -> None:
@@ -288,4 +301,3 @@ def start_fork_server() -> None:
     Without this call `decode_batches` starts it, and waits for it.
     """
     _context()
-    forkserver.ensure_running()

@@ -32,7 +32,7 @@ from ..inputs.items import Failure, Item, Unreadable
 from ..inputs.parquet import Parquet
 from ..loading import default_device, default_dtype, load
 from ..preprocess import Preprocess
-from .messages import EXIT_OK, EXIT_SOME_FAILED, report, say
+from .messages import EXIT_OK, EXIT_SOME_FAILED, report, say, show
 from .parser import DTYPES
 
 _LARGE = (  # options for a folder or a parquet file, and not for a single .npy
@@ -109,7 +109,7 @@ def _encode_on_ray(arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         say(f"{printable(arguments.output)}: complete, {totals['images']} images, {totals['failed']} failed")
     if arguments.json:
-        print(json.dumps({"output": arguments.output, "complete": True, **totals}))
+        show(json.dumps({"output": arguments.output, "complete": True, **totals}))
     return EXIT_SOME_FAILED if totals["failed"] else EXIT_OK
 
 
@@ -150,7 +150,7 @@ def _encode_to_npy(arguments: argparse.Namespace) -> int:
         say(f"{printable(arguments.output)}: float32 [{rows}, {columns}]")
     if arguments.json:
         counts = {"images": rows + writer.failed, "failed": writer.failed}
-        print(json.dumps({"output": arguments.output, "complete": True, **counts}))
+        show(json.dumps({"output": arguments.output, "complete": True, **counts}))
     return EXIT_SOME_FAILED if writer.failed else EXIT_OK
 
 
@@ -269,4 +269,4 @@ def _progress(arguments: argparse.Namespace, inputs: Inputs) -> Generator[Progre
                 f"{summary['images_per_second']} images/s, {summary['bound']}-bound"
             )
         if arguments.json:
-            print(json.dumps({"output": arguments.output, "complete": complete, **summary}))
+            show(json.dumps({"output": arguments.output, "complete": complete, **summary}))

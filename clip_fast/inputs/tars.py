@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
@@ -36,7 +37,8 @@ class Tar:
     """The images in an uncompressed tar, in its order, chosen by the suffixes that Pillow reads.
 
     As in webdataset, a sample's key is the member's path up to the first dot of its name. A member whose name starts
-    with a dot is no sample. A link, a sparse file or a device is an unreadable sample.
+    with a dot is no sample. A link, a sparse file or a device is an unreadable sample. An archive that was appended to
+    may have several members of one name: the location of the second ends in `#2`, where no suffix of an image does.
     """
 
     suffix: ClassVar[str] = ".tar"
@@ -57,6 +59,7 @@ class Tar:
 
     def __iter__(self) -> Iterator[Item]:
         suffixes = image_suffixes()
+        seen: Counter[str] = Counter()
         try:
             with tarfile.open(self.path, "r:") as tar:
                 for member in tar:
@@ -65,7 +68,9 @@ class Tar:
                     sample = name.partition(".")[0]
                     if not sample or member.isdir() or os.path.splitext(name)[1].lower() not in suffixes:
                         continue
-                    key, location = os.path.join(folder, sample), f"{self.path}/{member.name}"
+                    seen[member.name] += 1
+                    number = f"#{seen[member.name]}" if seen[member.name] > 1 else ""
+                    key, location = os.path.join(folder, sample), f"{self.path}/{member.name}{number}"
                     kind = _unreadable_kind(member)
                     if kind:
                         yield Unreadable(key, location, f"{kind} in the archive")

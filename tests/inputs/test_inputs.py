@@ -584,6 +584,23 @@ def test_an_item_is_found_again_by_its_location(tmp_path: Path) -> None:
             item_at(str(tmp_path / gone))
 
 
+def test_members_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    """As in an archive that was appended to. Without a number, as in an index of earlier releases, it is the first."""
+    path = tmp_path / "a.tar"
+    for colour, name in enumerate(["x.png", "y.png", "x.png", "x.png", "x.png#2.png", "sub/x.png", "y.png"]):
+        with tarfile.open(path, "a") as tar:
+            member = tarfile.TarInfo(name)
+            member.size = len(png(colour))
+            tar.addfile(member, io.BytesIO(png(colour)))
+    items = list(find_inputs([path]))
+    names = ["x.png", "y.png", "x.png#2", "x.png#3", "x.png#2.png", "sub/x.png", "y.png#2"]
+    assert [item.location for item in items] == [f"{path}/{name}" for name in names]
+    assert [item.key for item in items] == ["x", "y", "x", "x", "x", "sub/x", "y"]
+    assert [value_of(item_at(item.location)) for item in items] == list(range(7))
+    with pytest.raises(FileNotFoundError):
+        item_at(f"{path}/x.png#4")
+
+
 def test_null_and_empty_cells(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "t.parquet", image=[b"", None, png(1)])
     items = list(find_inputs([path]))
