@@ -16,7 +16,8 @@ from ..checkpoint.published import available_models
 from ..extras import pyarrow, ray
 from ..inputs.containers import IMAGE_COLUMN, Container
 from ..inputs.inputs import Files, Inputs, find_inputs
-from ..inputs.items import Item, Unreadable, image_suffixes
+from ..inputs.images import image_suffixes
+from ..inputs.items import Item, Unreadable
 from ..inputs.parquet import Parquet, ParquetCell
 from ..inputs.tars import Tar
 from ..loading import default_dtype, load

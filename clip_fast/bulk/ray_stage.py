@@ -27,7 +27,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..inputs.items import ImageFile, Item, Unreadable, image_suffixes
+from ..inputs.images import image_suffixes
+from ..inputs.items import ImageFile, Item, Unreadable
 from ..loading import load
 from ..towers.config import Activation
 from .decoder import Decoder

@@ -662,7 +662,7 @@ def test_a_parquet_that_does_not_answer_for_a_moment_is_no_row(
             patch.setattr(pq, "ParquetFile", failing)
             patch.setattr(pq, "read_metadata", failing)
         else:
-            patch.setattr(pq.ParquetFile, "read_row_group", failing)
+            patch.setattr(pq.ParquetFile, "iter_batches", failing)
         if number in LASTING:
             assert [type(item) for item in inputs] == [Unreadable]
         else:
