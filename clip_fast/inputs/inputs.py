@@ -50,7 +50,7 @@ class Inputs:
     """
 
     parts: Sequence[Files | Container]
-    passed_over: Mapping[str, int] = field(default_factory=dict)
+    passed_over: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def __iter__(self) -> Iterator[Item]:
         for part in self.parts:

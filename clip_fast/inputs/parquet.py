@@ -178,7 +178,7 @@ def keys_of(column: Any) -> list[str | None]:
 
 
 def _texts_of(column: Any) -> list[bytes | None]:
-    """The cells of an Arrow array of text or bytes: a file may have text that is not UTF-8, which Arrow would refuse."""
+    """The cells of an Arrow array of text or bytes. Text in a file may be no UTF-8, which Arrow gives as bytes only."""
     return column.cast(pyarrow()[0].large_binary()).to_pylist()
 
 
