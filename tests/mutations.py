@@ -9,7 +9,11 @@ def mutated(data: bytes, others: list[bytes]) -> bytes:
     """`data` after one to four damages; parts of `others` may be put into it."""
     damaged = bytearray(data)
     for _ in range(random.randint(1, 4)):
-        at = random.randrange(len(damaged) + 1) if random.random() < 0.5 else random.randrange(min(len(damaged), 200) + 1)
+        at = (
+            random.randrange(len(damaged) + 1)
+            if random.random() < 0.5
+            else random.randrange(min(len(damaged), 200) + 1)
+        )
         match random.randrange(7):
             case 0:
                 damaged[at : at + 1] = random.randbytes(1)

@@ -257,7 +257,10 @@ class _Column:
             self._rewind()
         try:
             while row >= self._next:
-                rows = next(self._coming).column(0)
+                batch = next(self._coming, None)
+                if batch is None:
+                    raise ValueError("the table ends before this row")
+                rows = batch.column(0)
                 self._slices.append((self._next, rows))
                 self._next += len(rows)
         except Exception:
