@@ -63,9 +63,11 @@ class _Pixels(Item):
         elif data.ndim == 3 and data.shape[0] == 1 and data.shape[2] > 4:  # Ray's (H, W) among images of (H, W, C)
             data = data[0]
         try:
-            return Image.fromarray(data)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"an array of shape {self.data.shape} and dtype {self.data.dtype} is no image") from error
+            if data.ndim > 1:
+                return Image.fromarray(data)
+        except (TypeError, ValueError):  # what Pillow has no mode for
+            pass
+        raise ValueError(f"an array of shape {self.data.shape} and dtype {self.data.dtype} is no image")
 
 
 class ImageEncoder:
