@@ -174,7 +174,7 @@ def test_batches_of_other_kinds_are_refused() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["numpy", "pyarrow", "pandas"])
 def test_images_that_ray_has_read_in_batches_of_every_format(cluster: Any, tmp_path: Path, form: str) -> None:
-    modes = ["1", "L", "LA", "RGB", "RGBA"]
+    modes = ["L", "LA", "RGB", "RGBA"]  # of one dtype, as Ray asks of the images in a batch
     for mode in modes:
         MODES[mode].save(tmp_path / f"{mode}.png")
     ray.init(address=cluster.address)

@@ -46,7 +46,7 @@ def iptc(data: bytes) -> bytes:
         return struct.pack(">BBBH", 0x1C, record, number, len(value)) + value
 
     size = struct.pack(">H", 8)
-    return field(3, 20, size) + field(3, 30, size) + field(3, 60, b"\0\1") + field(3, 120, b"\5") + field(8, 10, data)
+    return field(3, 20, size) + field(3, 30, size) + field(3, 60, b"\1\0") + field(3, 120, b"\5") + field(8, 10, data)
 
 
 @pytest.mark.parametrize("place", ["decoder", "gallery"])
