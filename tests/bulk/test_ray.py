@@ -189,7 +189,7 @@ def test_images_that_ray_has_read_in_batches_of_every_format(cluster: Any, tmp_p
     assert {Path(row["path"]).stem: row["status"] for row in rows} == dict.fromkeys(modes, "ok")
     for row in rows:
         wanted = expected(Image.open(row["path"]))
-        torch.testing.assert_close(torch.tensor(np.array(row["embedding"])), wanted, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.tensor(np.array(row["embedding"], np.float32)), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_normalised_embeddings_and_batches_without_images() -> None:
