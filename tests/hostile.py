@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from dataclasses import dataclass
@@ -36,3 +37,19 @@ class KillingOnce(Item):
             Path(self.marker).touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return Path(self.location)
+
+
+@dataclass(frozen=True, slots=True)
+class Greedy(Item):
+    """Takes more memory than any worker may."""
+
+    def source(self) -> Path:
+        raise AssertionError(len(bytearray(1 << 33)))
+
+
+@dataclass(frozen=True, slots=True)
+class Peak(Item):
+    """Fails with the most memory that its decoder has had, in bytes."""
+
+    def source(self) -> Path:
+        raise ValueError(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))

@@ -5,7 +5,8 @@
 
 PyTorch's DataLoader has the processes, the shared memory and the pinning. This module adds what it lacks. A worker that
 spends more than `time_limit` on an image is killed by its own alarm clock. When one worker is dead, all are replaced.
-The image that it died of is tried once more; the second death makes it a failure.
+The image that it died of is tried once more; the second death makes it a failure. A worker has a memory limit, and an
+image that needs more is a failure.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import threading
 import time
@@ -22,18 +24,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from ..inputs import images
 from ..inputs.items import Item, Unreadable
 from .decoder import Decoder, failure_reason
 
 BATCHES_AHEAD = 3  # per worker
 STRIKES = 2  # worker deaths that make an image a failure
 MAX_RESTARTS = 5  # in a row without a batch, for deaths without an image to blame
+
+MEMORY_LIMIT = 2 * images.MEMORY_LIMIT  # bytes that a worker may take: an image is read, and decoded
 
 DEATH_SECONDS = 2.0  # from a broken connection to the end of the process that broke it
 
@@ -247,6 +253,22 @@ def _share(tensor: Tensor) -> None:
 def _start_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
     end_with_parent()
+    os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # others reserve a gigabyte when they begin
+    limit_memory()
+
+
+def limit_memory() -> None:
+    """Lets this process take `MEMORY_LIMIT` more than it has. An allocation beyond fails, as an exception mostly.
+
+    Memory that is shared, as that of batches is, does not count.
+    """
+    pages = Path("/proc/self/statm")
+    if not pages.exists():
+        return  # not Linux
+    taken = int(pages.read_text().split()[5]) * resource.getpagesize()
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = taken + MEMORY_LIMIT
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 def end_with_parent() -> None:

@@ -80,6 +80,10 @@ def _find(arguments: argparse.Namespace) -> Inputs:
     if not arguments.quiet:
         say("listing the inputs")  # takes a minute or more for millions of files
     inputs = find_inputs(_paths(arguments), image_column=arguments.image_column, key_column=arguments.key_column)
+    if inputs.passed_over and not arguments.quiet:
+        counts = sorted(inputs.passed_over.items(), key=lambda each: (-each[1], each[0]))
+        kinds = ", ".join(f"{count} {printable(suffix) or 'without a suffix'}" for suffix, count in counts)
+        say(f"passed over in folders, by suffix: {kinds}")
     if all(isinstance(item, Unreadable) for item in inputs):
         report(Failure(item.location, item.reason) for item in inputs if isinstance(item, Unreadable))
         raise ValueError("no image found")

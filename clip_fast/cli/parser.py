@@ -31,8 +31,8 @@ Embeds images with a CLIP image encoder.
 A PATH is
   a file       taken whatever its suffix;
   a folder     all images below it, by the suffixes of the formats that Pillow reads, sorted by path;
-  a .tar       a webdataset: the images in it; its samples' keys are kept;
-  a .parquet   a table with a column of images: their bytes, or paths to them;
+  a .tar       a webdataset, not compressed: the images in it; its samples' keys are kept;
+  a .parquet   a table with a column of images: their bytes, base64, or paths to them;
   a pattern    with * ? [...] and ** (any depth), where the shell has not expanded it: what it matches, sorted;
   braces       data/{0000..0099}.tar, {train,test}/*.jpg: each number, or word, in their place.
 Rows follow the order of the arguments. A file reached twice is embedded once.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -12,10 +13,13 @@ from typing import ClassVar
 
 from ..errors import reason_of
 from .containers import Columns
-from .items import Item, Unreadable, image_bytes, image_suffixes, may_pass
+from .finder import is_leftover
+from .images import check_bytes, image_suffixes
+from .items import Item, Unreadable, image_bytes, may_pass, size_of_file
 
 _TAR_BLOCK = 512  # bytes; an archive ends in at least one block of zeros
 _TAR_END = 1 << 20  # bytes of zeros at the end, at most; tar pads to 10 KiB
+_TAR_HEADERS = 1 << 20  # bytes of one member's headers, at most; names are a few kilobytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,7 @@ class TarMember(Item):
     size: int
 
     def source(self) -> io.BytesIO:
+        check_bytes(self.size)
         with open(self.tar, "rb") as file:
             file.seek(self.offset)
             return image_bytes(file.read(self.size), self.size)
@@ -51,8 +56,8 @@ class Tar:
 
     @classmethod
     def around(cls, location: str, columns: Columns) -> Tar | None:
-        tar, found, _ = location.partition(f"{cls.suffix}/")
-        return cls(tar + cls.suffix) if found else None
+        found = re.search(rf"{re.escape(cls.suffix)}(?=/)", location, re.IGNORECASE)
+        return cls(location[: found.end()]) if found else None
 
     def count(self) -> None:
         """Unknown: only listing the whole tar tells."""
@@ -61,12 +66,16 @@ class Tar:
         suffixes = image_suffixes()
         seen: Counter[str] = Counter()
         try:
-            with tarfile.open(self.path, "r:") as tar:
+            size_of_file(self.path)
+            with _Headers(self.path) as file, tarfile.open(self.path, "r:", file) as tar:
                 for member in tar:
+                    file.left = _TAR_HEADERS
                     tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # tarfile would keep them all
                     folder, name = os.path.split(member.name)
                     sample = name.partition(".")[0]
                     if not sample or member.isdir() or os.path.splitext(name)[1].lower() not in suffixes:
+                        continue
+                    if is_leftover(member.name):
                         continue
                     seen[member.name] += 1
                     number = f"#{seen[member.name]}" if seen[member.name] > 1 else ""
@@ -77,7 +86,7 @@ class Tar:
                     else:
                         yield TarMember(key, location, self.path, member.offset_data, member.size)
                 self._check_end(tar.offset)
-        except (tarfile.TarError, OSError, ValueError, OverflowError) as error:  # tarfile lets the last two escape
+        except Exception as error:  # tarfile raises whatever its parsing stumbles on
             if may_pass(error):
                 raise
             yield Unreadable(self.path, self.path, f"not a readable, uncompressed tar: {reason_of(error)}")
@@ -92,6 +101,18 @@ class Tar:
             end = file.read(_TAR_END + 1)
         if not _TAR_BLOCK <= len(end) <= _TAR_END or end.strip(b"\0"):
             raise tarfile.ReadError(f"cut or damaged at byte {offset}, and what may follow is lost")
+
+
+class _Headers(io.FileIO):
+    """A tar whose headers are read. `tarfile` would take a name of any length into memory, from a sparse file too."""
+
+    left = _TAR_HEADERS  # bytes that may still be read for the next member
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.left -= _TAR_HEADERS if size is None or size < 0 else size
+        if self.left < 0:
+            raise tarfile.ReadError(f"headers of more than {_TAR_HEADERS} bytes for one member")
+        return super().read(size) or b""
 
 
 def _unreadable_kind(member: tarfile.TarInfo) -> str | None:

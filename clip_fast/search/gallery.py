@@ -62,7 +62,7 @@ def _thumbnail(location: str, image_column: str) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(item_at(location, image_column).source()) as image:
+            with item_at(location, image_column).open() as image:
                 image.draft("RGB", (_SIDE, _SIDE))
                 small = ImageOps.exif_transpose(image).convert("RGB")
                 small.thumbnail((_SIDE, _SIDE))
