@@ -46,7 +46,7 @@ class StoredShard:
         if self.embeddings is not None:
             mapped = _mapped(self.embeddings)
             for start in range(0, len(mapped), rows):
-                yield mapped[start : start + rows].astype(np.float32)
+                yield np.asarray(mapped[start : start + rows], np.float32)
             return
         with _table(self.records) as file:
             for batch in file.iter_batches(rows, columns=["embedding"]):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from .containers import IMAGE_COLUMN, Columns, Container
@@ -116,11 +117,31 @@ def item_at(location: str, image_column: str = IMAGE_COLUMN) -> Item:
     Raises:
         FileNotFoundError: there is none any more.
     """
-    if os.path.exists(location):
-        return ImageFile(location, location)
+    found = items_at([location], image_column)
+    if location not in found:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", location)
+    return found[location]
+
+
+def items_at(locations: Iterable[str], image_column: str = IMAGE_COLUMN) -> dict[str, Item]:
+    """The items that lie at `locations`, as in `item_at`, without those that are gone. A container is listed once.
+
+    A container that cannot be read has no items.
+    """
     columns = Columns(image_column)
-    container = next(filter(None, (kind.around(location, columns) for kind in CONTAINERS)), None)
-    for item in container or ():
-        if item.location == location:
-            return item
-    raise FileNotFoundError(errno.ENOENT, "No such file or directory", location)
+    found: dict[str, Item] = {}
+    inside: dict[Container, set[str]] = {}
+    for location in locations:
+        if os.path.exists(location):
+            found[location] = ImageFile(location, location)
+        elif container := next(filter(None, (kind.around(location, columns) for kind in CONTAINERS)), None):
+            inside.setdefault(container, set()).add(location)
+    for container, wanted in inside.items():
+        with suppress(OSError):
+            for item in container:
+                if item.location in wanted:
+                    found[item.location] = item
+                    wanted.discard(item.location)
+                if not wanted:
+                    break
+    return found

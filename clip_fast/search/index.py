@@ -88,16 +88,18 @@ class Index:
         best_rows = np.empty((len(unit), 0), np.int64)
         faiss = extras.faiss() if len(self) >= _LARGE else None
         for start, block in self._blocks():
-            norms = np.linalg.norm(block, axis=1)
+            norms = np.sqrt(np.einsum("ij,ij->i", block, block))
             there = np.flatnonzero((norms > 0) & np.isfinite(norms))
             if not len(there):
                 continue
-            rows = block[there] / norms[there, None]
+            if len(there) < len(block):
+                block, norms = block[there], norms[there]
             if faiss is not None:
+                rows = block / norms[:, None]
                 scores, found = faiss.knn(unit, rows, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
                 found = there[found] + start
             else:
-                scores = unit @ rows.T
+                scores = unit @ block.T / norms
                 found = np.broadcast_to(there + start, scores.shape)
             best_scores, best_rows = _best(
                 np.concatenate([best_scores, scores], axis=1), np.concatenate([best_rows, found], axis=1), k

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import resource
 import shutil
 import subprocess
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +28,7 @@ from clip_fast.bulk.manifest import RAY_MANIFEST_NAME
 from clip_fast.bulk.shards import OutputFolder
 from clip_fast.bulk.tables import ParquetWriter, Record, Shard
 from clip_fast.cli import main as cli
+from clip_fast.inputs.tars import Tar
 from clip_fast.search import gallery
 from clip_fast.search import index as search
 from clip_fast.search.index import Hit, Index
@@ -458,6 +462,29 @@ def test_a_page_stands_alone(index: Path, capsys: pytest.CaptureFixture[str]) ->
     text = Path("found.html").read_text()
     assert text.count("<img ") == len(PHOTOGRAPHS) + 1
     assert "FileNotFoundError" in text
+
+
+def test_a_page_lists_a_tar_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And shows the right one of two members of one name."""
+    path, gone = tmp_path / "a.tar", tmp_path / "gone.tar"
+    with tarfile.open(path, "w") as tar:
+        for value in (0, 255):
+            file = io.BytesIO()
+            Image.new("RGB", (8, 8), (value, 0, 0)).save(file, "PNG")
+            member = tarfile.TarInfo("x.png")
+            member.size = len(file.getvalue())
+            tar.addfile(member, io.BytesIO(file.getvalue()))
+    lists: list[str] = []
+    listed = Tar.__iter__
+    monkeypatch.setattr(Tar, "__iter__", lambda tar: (lists.append(tar.path), listed(tar))[1])
+    places = [f"{path}/x.png#2", f"{gone}/x.png", f"{path}/x.png", f"{path}/y.png"]
+    text = gallery.page("x", [Hit(1.0, i, "k", place) for i, place in enumerate(places)])
+    assert sorted(lists) == [str(path), str(gone)]
+    shown = re.findall(r'<img alt="([^"]*)" src="data:image/jpeg;base64,([^"]*)"', text)
+    assert [place for place, _ in shown] == [places[0], places[2]]
+    reds = [Image.open(io.BytesIO(base64.b64decode(data))).getpixel((4, 4))[0] for _, data in shown]  # type: ignore[index]
+    assert reds[0] > 200 > 50 > reds[1]
+    assert text.count("FileNotFoundError") == 2
 
 
 def test_names_are_text_in_a_page() -> None:
