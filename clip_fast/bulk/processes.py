@@ -56,8 +56,8 @@ def run_on_devices(devices: Sequence[torch.device], job: ProcessJob, report: Cal
             process = context.Process(target=_serve, args=(job, device, part, len(devices), sending))
             with interrupts_blocked():
                 process.start()
+                processes.append(process)
             sending.close()
-            processes.append(process)
             names[receiving] = str(device)
         while names:
             for connection in wait(list(names)):

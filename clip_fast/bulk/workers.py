@@ -309,12 +309,24 @@ def _context() -> ForkServerContext:
 
 @contextmanager
 def interrupts_blocked() -> Generator[None, None, None]:
-    """Processes that are started in the block never see Ctrl-C, not even while they import; this one sees it after."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Processes that are started in the block never see Ctrl-C, not even while they import; this one sees it after.
+
+    The block's signals are noted, too: another thread, which blocks none, may be given one, and Python would then
+    interrupt the main thread in the middle of a start.
+    """
+    noted: list[int] = []
+    handler = None
+    if threading.current_thread() is threading.main_thread():
+        handler = signal.signal(signal.SIGINT, lambda number, _: noted.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
+        if noted:
+            signal.raise_signal(signal.SIGINT)
 
 
 def start_fork_server() -> None:
