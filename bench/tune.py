@@ -2,8 +2,9 @@
 
     python -m bench.tune --minutes 20 --json bench/results/DEVICE-DATE/tune.json
 
-For every op and kind of dtype, tiles, warps and stages are varied around the table's own entry. What the machine code
-already condemns (spills, too much shared memory, no matrix instructions) is not timed. The rest is timed at the op's
+For every op and kind of dtype, tiles, warps and stages are varied around the table's own entry, and for a persistent
+kernel the blocks that a multiprocessor holds. What the machine code already condemns (spills, too much shared memory,
+no matrix instructions, fewer blocks that fit) is not timed. The rest is timed at the op's
 heaviest shape, the best few at all shapes that weigh anything, in interleaved rounds beside the current launch. A
 shape weighs as much as its time and the number of times that its model meets it. An entry is replaced where the sum of
 all shapes' times so weighed is lower by more than that sum's spread.
@@ -61,6 +62,9 @@ _KINDS: dict[Kind, str] = {
 }  # the precision that stands for each kind of dtype
 _LEAST_WEIGHT = 0.01  # of all arithmetic: a shape with less does not decide anything
 _ACCUMULATOR = (16, 128)  # registers of a thread that a tile of the result may take
+_PERSISTENT = ("linear",)  # ops whose programs walk over the tiles, so that the number of programs is to be chosen
+_BLOCKS = (1, 2)  # of a persistent kernel on a multiprocessor
+_RESIDENT_WARPS = 16  # more do not fit with the registers that such a tile takes
 _AT_A_TIME = 8  # launches in a step of the screening
 _SCREENING_ROUNDS = 3
 _FINALISTS = 6
@@ -101,9 +105,12 @@ class Entry:
         found = [current]
         for m, n, warps, s in itertools.product((64, 128, 256), block_ns, (4, 8, 16), stages):
             columns = int(head[1]) if head else n  # of the result
-            launch = Launch(m, n, current.block_k, num_warps=warps, num_stages=s)
-            if _ACCUMULATOR[0] <= m * columns // (32 * warps) <= _ACCUMULATOR[1] and launch != current:
-                found.append(launch)
+            if not _ACCUMULATOR[0] <= m * columns // (32 * warps) <= _ACCUMULATOR[1]:
+                continue
+            for blocks in _BLOCKS if self.op in _PERSISTENT else (1,):
+                launch = Launch(m, n, current.block_k, num_warps=warps, num_stages=s, blocks=blocks)
+                if launch != current and blocks * warps <= _RESIDENT_WARPS:
+                    found.append(launch)
         return found
 
 
@@ -160,20 +167,23 @@ def problems_of(entry: Entry, arch: str, launches: Sequence[Launch], workers: in
             jobs += [(launch, job) for name in entry.cases for job in jobs_of(known[name], arch)]
     problems: dict[Launch, list[str]] = {launch: [] for launch in launches}
     with ThreadPoolExecutor(workers) as pool:
-        for (launch, _), found in zip(jobs, pool.map(_problems, [job for _, job in jobs]), strict=True):
+        for (launch, _), found in zip(jobs, pool.map(_problems, jobs), strict=True):
             problems[launch] += found
     return problems
 
 
-def _problems(job: Job) -> list[str]:
+def _problems(launched: tuple[Launch, Job]) -> list[str]:
     try:
-        return isolated(_compiled_problems, job)
+        return isolated(_compiled_problems, *launched)
     except ChildProcessError as error:  # a launch that cannot be compiled is no candidate
         return [f"is not compiled: {error}"]
 
 
-def _compiled_problems(job: Job) -> list[str]:
-    return compile_job(job).problems
+def _compiled_problems(launch: Launch, job: Job) -> list[str]:
+    row = compile_job(job)
+    if launch.blocks > 1 and row.resident < launch.blocks:
+        return [*row.problems, f"{row.resident} blocks fit a multiprocessor, {launch.blocks} are wanted"]
+    return row.problems
 
 
 _PROCESSES = multiprocessing.get_context("forkserver")
@@ -361,6 +371,7 @@ def rendered(table: LaunchTable) -> str:
                 launch = entries[arch]
                 blocks = f"{launch.block_m}, {launch.block_n}, {launch.block_k}"
                 options = f"num_warps={launch.num_warps}, num_stages={launch.num_stages}"
+                options += f", blocks={launch.blocks}" if launch.blocks > 1 else ""
                 lines.append(f'                "{arch}": Launch({blocks}, {options}),')
             lines.append("            },")
         lines.append("        },")
