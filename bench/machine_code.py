@@ -285,6 +285,7 @@ class Row:
     bulk_stored: int  # bytes that they store
     occupancy: float  # resident warps, as a fraction of those that a multiprocessor holds
     seconds: float
+    resident: int = 0  # blocks that a multiprocessor holds at a time
     overwritten: int = 0  # instructions that write to registers that a matrix instruction may still be reading
     exempt: str = ""
     problems: list[str] = field(default_factory=list)
@@ -354,7 +355,7 @@ def _read_sass(row: Row, cubin: bytes) -> None:
             width = next((narrow[suffix] for suffix in suffixes if suffix in narrow), 32)
             row.loads[width] = row.loads.get(width, 0) + 1
     row.overwritten = _overwritten(code)
-    row.occupancy = _occupancy(row)
+    row.resident, row.occupancy = _occupancy(row)
 
 
 def _overwritten(code: Sequence[tuple[int, str, str]]) -> int:
@@ -450,7 +451,8 @@ def _main_loop(code: Sequence[tuple[int, str, str]]) -> Iterable[str]:
     return [name for body in inner for name in body]
 
 
-def _occupancy(row: Row) -> float:
+def _occupancy(row: Row) -> tuple[int, float]:
+    """Blocks that a multiprocessor holds at a time, and the fraction of its warps that they are."""
     most = TARGETS[row.arch].resident
     assert most is not None
     registers_per_warp = -(-row.registers * 32 // 256) * 256
@@ -460,7 +462,7 @@ def _occupancy(row: Row) -> float:
         REGISTERS // (registers_per_warp * row.num_warps),
         most.shared_memory // (row.shared + SYSTEM_SHARED_MEMORY),
     )
-    return resident * row.num_warps / most.warps
+    return resident, resident * row.num_warps / most.warps
 
 
 def _read_amdgcn(row: Row, assembly: str) -> None:
@@ -481,8 +483,8 @@ def _read_amdgcn(row: Row, assembly: str) -> None:
             row.loads[width] = row.loads.get(width, 0) + 1
     threads = 64 * row.num_warps
     per_simd = 512 // max(8, -(-row.registers // 8) * 8)
-    resident = min(32 * 64 // threads, 4 * per_simd // row.num_warps, 65_536 // max(row.shared, 1))
-    row.occupancy = resident * row.num_warps / 32
+    row.resident = min(32 * 64 // threads, 4 * per_simd // row.num_warps, 65_536 // max(row.shared, 1))
+    row.occupancy = row.resident * row.num_warps / 32
 
 
 def _amd_loops(assembly: str) -> list[str]:

@@ -2,9 +2,11 @@
 
     python -m bench.tune --minutes 20 --json bench/results/DEVICE-DATE/tune.json
 
-For every op and kind of dtype the search varies tiles, warps and stages around the table's own entry.
+For every op and kind of dtype the search varies tiles, warps and stages around the table's own entry, and for a
+persistent kernel the blocks that a multiprocessor holds.
 
-1. Launches with bad machine code (spills, too much shared memory, no matrix instructions) are left out.
+1. Launches with bad machine code (spills, too much shared memory, no matrix instructions, fewer blocks than the
+   launch asks for) are left out.
 2. The others are timed at the op's heaviest shape.
 3. The best few are timed at all shapes with 1 % of the arithmetic or more, in interleaved rounds beside the current
    launch.
@@ -64,6 +66,9 @@ _KINDS: dict[Kind, str] = {
 }  # kind of dtype -> the precision that it is timed in
 _LEAST_WEIGHT = 0.01  # of all arithmetic: a shape with a smaller share decides nothing
 _ACCUMULATOR = (16, 128)  # the fewest and the most registers of a thread for a tile of the result
+_PERSISTENT = ("linear",)  # ops whose programs walk over the tiles, so that the number of programs is a choice
+_BLOCKS = (1, 2)  # of a persistent kernel on a multiprocessor
+_RESIDENT_WARPS = 16  # the most that fit with the registers of such a tile
 _AT_A_TIME = 8  # launches in a step of the screening
 _SCREENING_ROUNDS = 3
 _FINALISTS = 6
@@ -104,9 +109,12 @@ class Entry:
         found = [current]
         for m, n, warps, s in itertools.product((64, 128, 256), block_ns, (4, 8, 16), stages):
             columns = int(head[1]) if head else n  # of the result
-            launch = Launch(m, n, current.block_k, num_warps=warps, num_stages=s)
-            if _ACCUMULATOR[0] <= m * columns // (32 * warps) <= _ACCUMULATOR[1] and launch != current:
-                found.append(launch)
+            if not _ACCUMULATOR[0] <= m * columns // (32 * warps) <= _ACCUMULATOR[1]:
+                continue
+            for blocks in _BLOCKS if self.op in _PERSISTENT else (1,):
+                launch = Launch(m, n, current.block_k, num_warps=warps, num_stages=s, blocks=blocks)
+                if launch != current and blocks * warps <= _RESIDENT_WARPS:
+                    found.append(launch)
         return found
 
 
@@ -163,20 +171,23 @@ def problems_of(entry: Entry, arch: str, launches: Sequence[Launch], workers: in
             jobs += [(launch, job) for name in entry.cases for job in jobs_of(known[name], arch)]
     problems: dict[Launch, list[str]] = {launch: [] for launch in launches}
     with ThreadPoolExecutor(workers) as pool:
-        for (launch, _), found in zip(jobs, pool.map(_problems, [job for _, job in jobs]), strict=True):
+        for (launch, _), found in zip(jobs, pool.map(_problems, jobs), strict=True):
             problems[launch] += found
     return problems
 
 
-def _problems(job: Job) -> list[str]:
+def _problems(launched: tuple[Launch, Job]) -> list[str]:
     try:
-        return isolated(_compiled_problems, job)
+        return isolated(_compiled_problems, *launched)
     except ChildProcessError as error:  # a launch that cannot be compiled is no candidate
         return [f"is not compiled: {error}"]
 
 
-def _compiled_problems(job: Job) -> list[str]:
-    return compile_job(job).problems
+def _compiled_problems(launch: Launch, job: Job) -> list[str]:
+    row = compile_job(job)
+    if launch.blocks > 1 and row.resident < launch.blocks:
+        return [*row.problems, f"{row.resident} blocks fit a multiprocessor, {launch.blocks} are wanted"]
+    return row.problems
 
 
 _PROCESSES = multiprocessing.get_context("forkserver")
@@ -365,6 +376,7 @@ def rendered(table: LaunchTable) -> str:
                 launch = entries[arch]
                 blocks = f"{launch.block_m}, {launch.block_n}, {launch.block_k}"
                 options = f"num_warps={launch.num_warps}, num_stages={launch.num_stages}"
+                options += f", blocks={launch.blocks}" if launch.blocks > 1 else ""
                 lines.append(f'                "{arch}": Launch({blocks}, {options}),')
             lines.append("            },")
         lines.append("        },")

@@ -85,6 +85,7 @@ def test_what_is_tried(name: str) -> None:
     assert len(set(candidates)) == len(candidates) > 20
     assert {launch.block_k for launch in candidates} == {current.block_k}  # the reduction step is not varied
     assert {launch.num_warps for launch in candidates} == {4, 8, 16}
+    assert {launch.blocks for launch in candidates} == ({1, 2} if entry.op == "linear" else {1})
     if entry.op == "linear":  # each half of a tile has a tile of statistics
         assert all(launch.block_n // 2 >= STATISTICS_TILE for launch in candidates)
 
@@ -131,7 +132,7 @@ def test_what_wins(rows: list[tune.Row], expected: Launch | None) -> None:
 def test_the_table_stands_in_its_file_as_it_is_written(tmp_path: Path) -> None:
     assert tune.rendered(TABLE) == tune.LAUNCHES_FILE.read_text()
     changed = LaunchTable({op: {kind: dict(some) for kind, some in kinds.items()} for op, kinds in TABLE.items()})
-    changed["linear"]["half"] |= {"sm_90": A, "sm_89": B}
+    changed["linear"]["half"] |= {"sm_90": A, "sm_89": replace(B, blocks=2)}
     copied = tmp_path / "launches.py"
     copied.write_text(tune.rendered(changed))
     written = imported(copied)
@@ -223,9 +224,11 @@ entry = tune.Entry("flash_attention_64", "half", ("flash_attention fp16 N=50 D=6
 sound = Launch(128, 64, 0, num_warps=4, num_stages=3)
 large = Launch(128, 128, 0, num_warps=8, num_stages=4)
 odd = Launch(64, 48, 0, num_warps=4, num_stages=2)
-problems = tune.problems_of(entry, "sm_86", [sound, large, odd], 2)
+crowded = Launch(128, 64, 0, num_warps=4, num_stages=3, blocks=3)
+problems = tune.problems_of(entry, "sm_86", [sound, large, odd, crowded], 2)
 assert problems[sound] == [], problems
 assert "of shared memory, 101376 are there" in problems[large][0], problems
+assert problems[crowded] == ["2 blocks fit a multiprocessor, 3 are wanted"], problems
 assert problems[odd][0].startswith("is not compiled: CompilationError"), problems
 """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

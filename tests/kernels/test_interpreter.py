@@ -20,6 +20,12 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
+def _exact_dot(a: Tensor, b: Tensor) -> Tensor:
+    out = torch.empty(16, 16)
+    _exact_dot_kernel[(1,)](a, b, out)
+    return out
+
+
 def _cast(x: Tensor) -> Tensor:
     out = torch.empty(len(x), dtype=torch.bfloat16)
     _cast_kernel[(1,)](x, out, N=len(x))
@@ -31,7 +37,7 @@ def _kernels() -> None:
     """Kernels that are decorated while the environment asks for the interpreter."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        for kernel in (_dot_kernel, _cast_kernel):
+        for kernel in (_dot_kernel, _exact_dot_kernel, _cast_kernel):
             globals()[kernel.__name__] = triton.jit(kernel)
 
 
@@ -39,6 +45,12 @@ def _dot_kernel(a_ptr, b_ptr, out_ptr):
     offsets = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
     a, b = tl.load(a_ptr + offsets), tl.load(b_ptr + offsets)
     tl.store(out_ptr + offsets, tl.dot(a, b))
+
+
+def _exact_dot_kernel(a_ptr, b_ptr, out_ptr):
+    offsets = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    a, b = tl.load(a_ptr + offsets), tl.load(b_ptr + offsets)
+    tl.store(out_ptr + offsets, tl.dot(a, b, input_precision="ieee"))
 
 
 def _cast_kernel(x_ptr, out_ptr, N: tl.constexpr):
@@ -57,6 +69,15 @@ AWKWARD = (
 def test_products_are_those_of_the_values(dtype: torch.dtype) -> None:
     a, b = torch.randn(16, 16).to(dtype), torch.randn(16, 16).to(dtype)
     torch.testing.assert_close(_dot(a, b), (a.double() @ b.double()).float(), rtol=1e-6, atol=1e-6)
+
+
+def test_exact_products_of_float32_are_one_chain() -> None:
+    """As a GPU sums them: whoever sums many of them at once sees the error grow."""
+    a, b = torch.randn(16, 16), torch.randn(16, 16)
+    chain = torch.zeros(16, 16)
+    for k in range(16):
+        chain = (a[:, k, None].double() * b[None, k].double() + chain.double()).float()
+    assert_same_bits(_exact_dot(a, b), chain)
 
 
 def test_casts_round_to_nearest_even() -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from unittest import mock
 
+import interpreter
 import pytest
 import torch
 from kernel_checks import DEVICE, DTYPES, Guards, assert_as_accurate, assert_same_bits, assert_statistics_of
 from torch import Tensor
 
 from clip_fast.kernels import linear, ops, oracles, targets
+from clip_fast.kernels.launches import TABLE
 from clip_fast.kernels.statistics import row_statistics
 
 EPILOGUES: dict[str, dict[str, bool | str]] = {
@@ -198,6 +201,31 @@ def test_many_programs_walk_over_every_tile(path: str, monkeypatch: pytest.Monke
         assert_same_bits(operands.run(guards)[0], one)
 
 
+@pytest.mark.parametrize(("rows", "blocks", "programs"), [(128, 1, 3), (1024, 1, 7), (1024, 2, 14), (640, 2, 14)])
+def test_as_many_programs_as_the_multiprocessors_hold(
+    rows: int, blocks: int, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "multiprocessors", lambda device: 7)
+    launch = targets.Launch(128, 128, 64, num_warps=4, num_stages=3, blocks=blocks)
+    assert linear._grid(launch, rows, 384, DEVICE) == (programs,)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile", [(64, 64), (64, 128), (128, 128), (128, 256)], ids=lambda tile: f"{tile[0]}x{tile[1]}")
+def test_bits_do_not_follow_the_tile(
+    tile: tuple[int, int], dtype: torch.dtype, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the reduction step of the table, whatever the tile of the result and the number of warps."""
+    operands = Operands(70, 320, 200, dtype, **EPILOGUES["all"])
+    y, statistics = operands.run()
+    launch = TABLE.launch_for("linear", dtype, targets.target_of(DEVICE), operands.precision)
+    warps = 4 if max(tile) <= 128 else 8
+    other = replace(launch, block_m=tile[0], block_n=tile[1], num_warps=warps, num_stages=2)
+    monkeypatch.setattr(linear.TABLE, "launch_for", lambda *_: other)
+    for got, wanted in zip(operands.run(), (y, statistics), strict=True):
+        assert_same_bits(got, wanted)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_and_infinity_stay_in_their_row(dtype: torch.dtype, path: str, guards: Guards) -> None:
     operands = Operands(5, 192, 100, dtype, **EPILOGUES["all"])
@@ -247,6 +275,24 @@ def test_activations_over_their_whole_range(activation: str, dtype: torch.dtype,
     operands.x.zero_()
     operands.bias = torch.linspace(-200, 200, 2048, device=DEVICE)
     y, _ = operands.run(guards)
+    assert_as_accurate(y, operands.twin(), operands.exact())
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU's special functions err as they do")
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("deviation", [0.5, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_special_functions_at_their_worst(
+    activation: str, dtype: torch.dtype, deviation: float, sign: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By NVIDIA's instructions, each off by all that PTX allows it, everywhere to the same side."""
+    monkeypatch.setattr(linear, "by_name", lambda target: True)
+    monkeypatch.setattr(interpreter, "SIGN_OF_ERROR", sign)
+    operands = Operands(64, 256, 64, dtype, bias=True, activation=activation)
+    operands.weight *= deviation
+    operands.bias *= 0.1  # type: ignore[operator]
+    y, _ = operands.run()
     assert_as_accurate(y, operands.twin(), operands.exact())
 
 
