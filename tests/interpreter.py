@@ -33,9 +33,9 @@ def import_kernels_interpreted() -> None:
 def _mend_bfloat16() -> None:
     """Mends the interpreter's bfloat16. It keeps bfloat16 as raw uint16, multiplies the raw bits, and truncates casts.
 
-    Products are summed in float64 and rounded once, as if by tensor cores. NumPy's float32 product is a BLAS call, whose
-    last bits depend on a row's place in a tile. A GPU's do not. Exact products of float32 are summed as a GPU sums them:
-    a chain of fused multiply-adds, each rounded to float32.
+    Products are summed in float64 and rounded once, as if by tensor cores. NumPy's float32 product is a BLAS call whose
+    last bits depend on a row's place in a tile. A GPU's do not. Exact products of float32 are summed as on a GPU: in a
+    chain of fused multiply-adds, each rounded to float32.
     """
     import triton.language as tl
     from triton._C.libtriton.ir import INPUT_PRECISION
