@@ -1,1 +1,1 @@
-"""Measurements of the kernels and encoders, and the check of the machine code that Triton makes of them."""
+"""Measurements of the kernels and encoders, and a check of the machine code that Triton compiles."""

@@ -2,9 +2,9 @@
 
     python -m bench.end_to_end --models ViT-B/32 --batches 1,32 --precisions fp32
 
-Every system encodes the same random images with the same random weights. They are timed in interleaved rounds, and each
-one's error and lowest cosine against the plain tower in float64 stand in its row, so that speed bought with accuracy
-shows. What is not installed or fails is listed with the reason.
+Every system encodes the same random images with the same random weights. They are timed in interleaved rounds. A row
+holds a system's error and its lowest cosine against the plain tower in float64, so that speed bought with accuracy
+shows. Systems that are not installed or fail are listed with the reason.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ Row = dict[str, Any]
 
 
 class _Entrant:
-    """A system on its way through a model's batches: built at its first, judged once at each."""
+    """A system during a model's batches. It is built at the first batch, and judged once at each."""
 
     def __init__(self, system: System, task: Task, exact: Tensor) -> None:
         self.system, self._task, self._exact = system, task, exact
         self.encode: Encode | Failed | None = None
-        self._held = 0  # bytes of a GPU, since earlier batches
+        self._held = 0  # bytes of a GPU that it holds since earlier batches
         self._judged: dict[int, Row | Failed] = {}
 
     def judged(self, images: Tensor) -> Row | Failed:
-        """Error and lowest cosine of the first images' embeddings against float64, and the memory that it took."""
+        """The system's error and lowest cosine on the first images, against float64, and the memory that it took."""
         batch = len(images)
         if batch not in self._judged:
             with memory_of(self._task.device) as taken:
@@ -67,16 +67,16 @@ def heats(
     model: str, config: Config, precision: str, lacking: Mapping[int, Sequence[System]], rounds: int,
     device: torch.device, ours: System | None = None, ends: float = math.inf,
 ) -> Iterator[list[Row]]:  # fmt: skip
-    """Heat after heat: some systems in the same interleaved rounds, and their rows.
+    """The rows of one heat after another. A heat is some systems in the same interleaved rounds.
 
-    Some systems are compiled for minutes. So that a run which is cut short has measured something, a heat takes as many
-    as get ready within one minute, and one at least. Ours is in all of them: `beside` is its time in a row's own
-    rounds, by which rows of different heats are compared.
+    Some systems take minutes to compile. A heat takes as many systems as get ready within one minute, and one at least,
+    so that a run which is cut short has measured something. Our system is in every heat. A row's `beside` is our time
+    in that row's own rounds; rows of different heats are compared by it.
 
     Args:
         lacking: batch -> the systems to measure.
-        ours: what takes part in every heat, though it may have its row already.
-        ends: value of `time.monotonic` after which no further system begins.
+        ours: our system, which takes part in every heat, even if it has its row already.
+        ends: the value of `time.monotonic` after which no further system begins.
     """
     tower = random_tower(config)
     task = Task(config, {name: t.detach() for name, t in tower.state_dict().items()}, device, precision)
@@ -96,14 +96,14 @@ def heats(
                 names: list[str] = []
                 while waiting and (not names or time.monotonic() < closes):
                     names.append(waiting.pop(0))
-                    entrants[names[-1]].judged(there)  # which is what takes its time
+                    entrants[names[-1]].judged(there)  # builds it, which takes the time; `_heat` reads the result
                 beside = [ours.name] if ours and ours.name not in names else []
                 rows = _heat(about, [entrants[name] for name in (*beside, *names)], there, rounds)
                 yield [rows[name] for name in names]
 
 
 def _heat(about: Row, entrants: Sequence[_Entrant], images: Tensor, rounds: int) -> dict[str, Row]:
-    """A row for each, by name: its time, or why it has none."""
+    """A row for each system, by name: its time, or the reason why it has none."""
     results = {entrant.system.name: entrant.judged(images) for entrant in entrants}
     calls = {e.system.name: [partial(e.encode, images)] for e in entrants if callable(e.encode)}
     calls = {name: call for name, call in calls.items() if not isinstance(results[name], Failed)}
@@ -134,7 +134,7 @@ def _built(system: System, task: Task) -> Encode | Failed:
         return system.encode(task)
     except Unavailable as why:
         return Failed(str(why))
-    except Exception as error:  # whatever a rival stumbles on is its result
+    except Exception as error:  # any failure of a rival is its result
         return Failed(reason(error))
 
 
@@ -157,9 +157,10 @@ def _judge(encode: Encode | Failed, images: Tensor, exact: Tensor, calls: int) -
 
 
 def add_ratios(rows: Sequence[Row], limits: Ceilings) -> None:
-    """Each system's throughput over openai-clip's, over the best rival's, and over what the machine allows.
+    """Adds each system's throughput relative to openai-clip's, to the best rival's and to the machine's ceilings.
 
-    Systems are compared by their time in units of ours in the same rounds; where there is no such time, by seconds.
+    Systems are compared by their time divided by ours in the same rounds. Where ours is missing they are compared by
+    seconds.
     """
     for these in _contests(rows):
         done = [row for row in these if "failed" not in row]
@@ -187,10 +188,10 @@ def _contests(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def markdown(rows: Sequence[Row], where: Environment) -> str:
-    """A table for every model, batch and precision, the fastest system first, what failed below.
+    """A table for every model, batch and precision: the fastest system first, failures below.
 
-    Where it was taken, the time of a call whose result is waited for stands beside the time that calls take one after
-    the other. Columns in which nothing was measured are left out.
+    One column is the time per call when calls are issued one after the other. Where it was measured, another is the
+    time of one call whose result is waited for. Columns in which nothing was measured are left out.
     """
     parts: list[str] = []
     for these in _contests(rows):
@@ -208,7 +209,7 @@ def markdown(rows: Sequence[Row], where: Environment) -> str:
 
 
 def _cells(row: Row) -> dict[str, str]:
-    """A row of a table by its columns; empty where nothing was measured."""
+    """A row's cells by column. A cell is empty where nothing was measured."""
 
     def number(name: str, scale: float = 1.0, form: str = ".2f") -> str:
         return "" if row[name] is None else format(row[name] * scale, form)
@@ -231,16 +232,16 @@ def _cells(row: Row) -> dict[str, str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.end_to_end", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--models", default="ViT-B/32", help="names, with commas between")
-    parser.add_argument("--batches", help="with commas between; by default up to 1024 on a GPU, 1 and 32 on a CPU")
+    parser.add_argument("--models", default="ViT-B/32", help="names, separated by commas")
+    parser.add_argument("--batches", help="separated by commas; by default up to 1024 on a GPU, 1 and 32 on a CPU")
     parser.add_argument("--precisions", help="of fp32, tf32, fp16, bf16; by default bf16 on a GPU, fp32 on a CPU")
-    parser.add_argument("--systems", help="names, with semicolons between; by default all")
+    parser.add_argument("--systems", help="names, separated by semicolons; by default all")
     parser.add_argument("--layers", type=int, help="cut ViTs to this many blocks, to try the benchmark itself")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="write the results there, and the tables beside them as markdown")
-    parser.add_argument("--resume", action="store_true", help="keep what that file has, and measure what it lacks")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing new after as long")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of that file, and measure missing ones")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing new after so many minutes")
     options = parser.parse_args(arguments)
     device = chosen_device(options.device)
     on_gpu = device.type == "cuda"
@@ -275,14 +276,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for found in heats(model, config, precision, lacking, options.rounds, device, ours, ends):
                 rows += found
                 print("\n".join(_line(row) for row in found), flush=True)
-                _keep(options.json, rows, where, limits)  # after each: a run that is cut short keeps what it has
+                _keep(options.json, rows, where, limits)  # after each heat, for a run that is cut short
     limits = higher(limits, ceilings(device, precisions))  # the machine may have been busy at the beginning
     _keep(options.json, rows, where, limits)
     print(markdown(rows, where))
 
 
 def _keep(file: Path | None, rows: Sequence[Row], where: Environment, limits: Ceilings) -> None:
-    """Relates the rows to each other and to the ceilings, and writes them where a file is named."""
+    """Adds the rows' ratios to each other and to the ceilings, and writes the rows if a file is named."""
     add_ratios(rows, limits)
     if file:
         save(file, document("end_to_end", where, limits, rows))

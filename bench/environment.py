@@ -1,9 +1,9 @@
-"""What a measurement was made on: device, driver, versions, commit, threads.
+"""The environment of a measurement: device, driver, versions, commit, threads.
 
     python -m bench.environment
 
-prints it. Every result on disk carries it, so that no number stands without its machine. Where there is no git, the
-variable CLIP_FAST_COMMIT says the commit.
+prints it. Every result on disk contains it, so that no number is without its machine. Where there is no git, the
+variable CLIP_FAST_COMMIT gives the commit.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 LAUNCHES_FILE = ROOT / "kernels" / "launches.py"
 
-# Of what is measured, and of what it is compared with.
+# The packages that are measured, and their rivals; results name their versions.
 PACKAGES = (
     "torch", "triton", "numpy", "openai-clip", "open_clip_torch", "transformers", "timm", "clip-retrieval",
     "onnxruntime", "openvino",
 )  # fmt: skip
 
-# What decides a result: the code, its rivals, and how they are timed.
+# The files that decide a result: the code, its rivals, and the timing.
 _MEASURED = (
     "kernels", "clip_fast", "bench/kernels", "bench/end_to_end.py", "bench/models.py", "bench/pipeline.py",
     "bench/roofline.py", "bench/systems.py", "bench/timing.py",
@@ -42,26 +42,29 @@ _MEASURED = (
 
 @dataclass(frozen=True)
 class Environment:
-    """A machine and what is installed on it; None where there is none, or it cannot be told."""
+    """A machine and its software. A field is None where there is no such thing, or it cannot be found out."""
 
     date: str  # UTC, of the run
     commit: str | None  # of this repository, with "-dirty" where files differ from it
-    device: str  # the GPU, or the CPU model where that is measured
+    device: str  # the name of the GPU; where the CPU is measured, its model
     device_memory: int  # bytes
     driver: str | None  # of the GPU
-    cuda: str | None  # that PyTorch was built with; or its ROCm version
+    cuda: str | None  # the version that PyTorch was built with, or its ROCm version
     cpu: str
     cpu_instructions: str  # the widest that PyTorch uses
-    bf16_on_cpu: bool  # whether the CPU multiplies it in hardware
-    cores: int  # that this process may use
+    bf16_on_cpu: bool  # whether the CPU multiplies bfloat16 in hardware
+    cores: int  # the number that this process may use
     threads: int  # of PyTorch, within an operation
     system: str
     python: str
     versions: Mapping[str, str | None]
-    code: str | None = None  # `fingerprint` of what is measured
+    code: str | None = None  # `fingerprint` of the measured code
 
     def folder(self, results: Path = RESULTS) -> Path:
-        """Where results belong: the folder that has some of this device and code, or a new one, of device and date."""
+        """The folder for results: one that has results of this device and code, or a new one named by device and date.
+
+        A second folder of the same date has the code's fingerprint in its name too.
+        """
         name = re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
         for folder in sorted(results.glob(f"{name}-????-??-??*"), reverse=True):
             begun = [json.loads(file.read_text()) for file in folder.glob("*.json")]
@@ -71,7 +74,7 @@ class Environment:
         return today.with_name(f"{today.name}-{self.code}") if any(today.glob("*.json")) else today
 
     def line(self) -> str:
-        """What belongs under a table."""
+        """The line under a table."""
         about = [self.device, f"{self.cores} cores, {self.threads} threads"]
         about += [f"driver {self.driver}"] if self.driver else []
         about += [f"{name} {version}" for name, version in self.versions.items() if version]
@@ -79,7 +82,7 @@ class Environment:
 
 
 def chosen_device(name: str) -> torch.device:
-    """The device of a command line; where it is a GPU, PyTorch's current one from now on, on which events are taken."""
+    """The device that a command line names. A GPU becomes PyTorch's current one, since events are recorded there."""
     device = torch.device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -87,10 +90,11 @@ def chosen_device(name: str) -> torch.device:
 
 
 def fingerprint(launches: bool = True) -> str:
-    """A hash of the code that decides what is measured. Pictures, tables and tests may change without another.
+    """A hash of the code that decides a result. Changes of pictures, tables and tests leave it as it is.
 
     Args:
-        launches: whether the table of launch configurations counts, which the tuner itself rewrites.
+        launches: whether the table of launch configurations is hashed too. The tuner leaves it out, since it rewrites
+            the table itself.
     """
     digest = hashlib.sha256()
     for place in (ROOT / each for each in _MEASURED):
@@ -103,7 +107,7 @@ def fingerprint(launches: bool = True) -> str:
 
 
 def environment(device: torch.device) -> Environment:
-    """The machine as it is now, `device` being what is measured."""
+    """The machine as it is now. `device` is the one that is measured."""
     on_gpu = device.type == "cuda"
     return Environment(
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -125,13 +129,13 @@ def environment(device: torch.device) -> Environment:
 
 
 def bf16_on_cpu() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware: what emulates it is slower than float32."""
+    """Whether this CPU multiplies bfloat16 in hardware. Emulated bfloat16 is slower than float32."""
     flags = set(_cpuinfo("flags", "Features").split())
     return not flags.isdisjoint({"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"})
 
 
 def _cpu_model() -> str:
-    """Its name, which may be many generations', and what tells them apart."""
+    """The CPU's name, with the numbers that tell generations of the same name apart."""
     name = _cpuinfo("model name") or platform.processor() or platform.machine()
     family, model, stepping = _cpuinfo("cpu family"), _cpuinfo("model"), _cpuinfo("stepping")
     return f"{name} (family {family}, model {model}, stepping {stepping})" if family else name

@@ -1,32 +1,33 @@
 #!/usr/bin/env bash
-# Everything that a GPU is needed for, in two calls of at most nine minutes each. The first has what tells most:
+# All work that needs a GPU, in two calls of at most nine minutes each. The first call has the most telling results:
 #
 #   environment  the device, the driver, the versions
-#   tests        the kernels' tests in bf16, and those of equal bits, in at most 150 seconds
-#   epilogue     `linear` at K = 64 beside K = 1024, which settles what its epilogue costs
-#   first        ViT-L/14 and ViT-B/32 in bf16 at 256 and 1 images, beside eager and compiled rivals
+#   tests        the kernels' tests in bf16, and the tests of equal bits, in at most 150 seconds
+#   epilogue     `linear` at K = 64 beside K = 1024, which gives the cost of its epilogue
+#   first        ViT-L/14 and ViT-B/32 in bf16 at 256 images and at 1, beside eager and compiled rivals
 #
-# The second has the rest: ceilings all_tests end_to_end kernels compiled pipeline tune plot. A call goes as far as its
-# time allows, and the same command goes on: a stage that is done is not begun again, one that was cut or failed is.
-# `stages` in the output says of each which it is. Pictures are drawn in each call. What a benchmark has measured and which tests have passed is kept.
+# The second call has the rest: ceilings all_tests end_to_end kernels compiled pipeline tune plot. A call goes as far as
+# its time allows, and the same command continues. It leaves out the stages that are done, and repeats those that were
+# cut or failed. The file `stages` in the output has the state of each. Every stage keeps its measurements, and tests
+# that have passed do not run again. Pictures are drawn in each call.
 #
 #   bench/gpu.sh [--minutes 9] [--stage NAME]... [--output DIR] [--archive FILE] [--dry-run]
 #
-# Needs PyTorch with CUDA, Triton and this checkout; nothing is installed or downloaded. What is missing (pytest, a
-# rival, matplotlib) is said and left out.
+# The stages need PyTorch with CUDA, Triton and this checkout. Nothing is installed or downloaded. A missing package
+# (pytest, a rival, matplotlib) is named and left out.
 #
-# --stage     only this one, whether it is done or not.
-# --output    where results go; by default bench/results/DEVICE-DATE, or where this device and code have some already.
-#             So does the tuner's table, as launches.py. Copied over kernels/launches.py it is what runs from then on; to
-#             what was measured before that is other code, and results begin anew.
-# --archive   all of the output as one tar file too, written anew after each stage, for machines that give back one file.
-#             To go on elsewhere unpack it, and name the folder as --output.
-# --dry-run   every stage at toy size on a CPU, under Triton's interpreter, in a folder of its own.
+# --stage     run only this stage, whether it is done or not.
+# --output    the folder for results; by default bench/results/DEVICE-DATE, or the folder that has results of this
+#             device and code. The tuner's table goes there too, as launches.py. Copy it over kernels/launches.py to use
+#             it. That changes the code, so measurements start again in a new folder.
+# --archive   write all of the output as one tar file too, again after each stage, for machines that return one file.
+#             To continue elsewhere, unpack it and name the folder as --output.
+# --dry-run   run every stage at toy size on a CPU, under Triton's interpreter, in a folder of its own.
 #
-# Rivals without binary parts (openai-clip, open_clip_torch, timm, and ftfy and wcwidth that the first two need) take
-# part where they are on PYTHONPATH; `pip install --no-deps --target DIR ...` fills such a folder anywhere. They must be
-# there from the first call on: results of other versions are not gone on with. Where there is no git, CLIP_FAST_COMMIT
-# says the commit. Compilers keep their caches in .cache/, for the next call.
+# Rivals without binary parts (openai-clip, open_clip_torch, timm, and ftfy and wcwidth, which the first two need) take
+# part if they are on PYTHONPATH; `pip install --no-deps --target DIR ...` fills such a folder anywhere. They must be
+# there from the first call on, since results of other versions are not continued. Where there is no git,
+# CLIP_FAST_COMMIT gives the commit. Compilers keep their caches in .cache/ for the next call.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -61,9 +62,9 @@ status=0
 
 has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
 left() { echo $((deadline - SECONDS)); }
-minutes_left() { "$python" -c "print(max(0, $(left) - 20) / 60)"; }  # a run ends what it has begun
+minutes_left() { "$python" -c "print(max(0, $(left) - 20) / 60)"; }  # less 20 s, to finish a step
 
-# state STAGE: done, cut, failed, missing (a package is), or nothing, of this code; mark STAGE STATE: from now on.
+# state STAGE prints done, cut, failed, missing (a package is), or nothing; mark STAGE STATE sets it, for this code.
 state() { awk -v stage="$1" -v code="$code" '$1 == stage && $3 == code {print $2}' "$output/stages" 2>/dev/null; }
 mark() {
     local others
@@ -71,15 +72,15 @@ mark() {
     printf '%s\n' ${others:+"$others"} "$1 $2 $code" >"$output/stages"
 }
 
-# run NAME COMMAND...: within what is left of the time, and within `most` seconds; its output in NAME.log too. What had
-# to end by its own limit, or by the clock, leaves its stage cut.
+# run NAME COMMAND...: runs it within the time left, and within `most` seconds; its output goes to NAME.log too. A
+# command that ends at its limit leaves its stage cut. A benchmark ends there by itself.
 run() {
     local name=$1 limit began=$SECONDS; shift
     limit=$(left)
     if ((limit < 20)); then echo "== $name: no time left"; outcome=cut; return 1; fi
     if ((${most:-limit} < limit)); then limit=$most; fi
     echo "== $name ($limit s)"
-    # Interrupted, pytest says what it found. Its list of what has passed is for the next call, not for the screen.
+    # SIGINT lets pytest report its failures. Its list of passed tests is for the next call, not for the screen.
     timeout -s INT -k 10 "$limit" "$@" 2>&1 | tee "$output/$name.log" | grep --line-buffered -v "^PASSED "
     local result=${PIPESTATUS[0]}
     if ((result == 124 || result == 137)) || ((!result && SECONDS - began > limit - 25 && limit > 25)); then
@@ -170,7 +171,7 @@ kernels() {  # NAME ARGUMENTS...
 
 stage_kernels() { kernels kernels --without-compiled; }
 
-stage_compiled() {  # all rivals, torch.compile(max-autotune) among them; small models first, they compile sooner
+stage_compiled() {  # all rivals, torch.compile(max-autotune) among them; small models compile sooner
     local size=(--models "ViT-B/32,RN50,ViT-B/16,ViT-L/14" --batches 256,1 --precisions bf16) ops=()
     if [[ -n $dry ]]; then
         size=(--models toy --batches 2 --precisions fp32 --rounds 1 --device cpu --systems "clip_fast;open_clip, compiled")

@@ -1,16 +1,25 @@
-"""Compile every kernel in every launch configuration for every architecture, without a GPU, and read the machine code.
+"""Compiles every kernel in every launch configuration for every architecture, without a GPU; reads the machine code.
 
     python -m bench.machine_code [--arch sm_90 …] [--only linear] [--json FILE]
 
-The launchers of `kernels/` are called as a model calls them, on tensors without storage, and each launch is caught
-before it needs a device: what is compiled is what would run. Per launch the table shows registers, spilled bytes,
-shared memory against what a block may have, the matrix and copy instructions in the code, the bytes that the copy
-engine moves, the widths of the global loads of its main loop, and how many of a multiprocessor's warps can be resident.
+The launchers of `kernels/` are called as a model calls them, on tensors without storage. Each launch is caught before
+it needs a device, so that the compiled kernels are those that would run. For each launch the table shows:
 
-The exit status is 1 where a kernel spills registers, wants more shared memory than there is, is a matrix product
-without matrix instructions, moves its tiles without the copy instructions of its architecture, loads less than 16 bytes
-at a time in its main loop, or writes to registers that a matrix instruction may still be reading. What is exempt is
-marked, and the reason printed.
+* registers and spilled bytes;
+* shared memory, and the limit for a block;
+* the matrix and copy instructions in the code, and the bytes that the copy engine moves;
+* the widths of the global loads in the main loop;
+* the share of a multiprocessor's warps that can be resident.
+
+The exit status is 1 if a kernel
+
+* spills registers, or needs more shared memory than there is;
+* is a matrix product without matrix instructions;
+* moves its tiles without the copy instructions of its architecture;
+* loads less than 16 bytes at a time in its main loop;
+* or writes to registers that a matrix instruction may still be reading.
+
+Kernels that are exempt from wide loads are printed with the reason.
 """
 
 from __future__ import annotations
@@ -45,10 +54,10 @@ from .report import save
 
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
 _DTYPE_NAMES = {HALF: "fp16", BFLOAT: "bf16", FLOAT: "fp32", torch.uint8: "u8", torch.float64: "fp64"}
-_WIDE = 128  # bits: the widest load there is
+_WIDE = 128  # bits of the widest load
 
 
-# --- what is launched ------------------------------------------------------------------------------------------------
+# --- the launches ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ class Case:
 
 
 def _why_narrow(case: str, kernel: str, arch: str) -> str:
-    """Why some loads in a kernel's main loop cannot be 16 bytes wide; empty where they must be."""
+    """The reason why some loads in a kernel's main loop cannot be 16 bytes wide; empty where all must be."""
     if "P=14" in case:
         return "runs of 14 pixels begin at any multiple of 2 pixels"
     if case.endswith("of u8") and arch == "sm_90":
@@ -144,7 +153,7 @@ def _mean_token(dtype: torch.dtype) -> object:
 
 
 def cases() -> Iterator[Case]:
-    """Every kernel in every launch configuration: the shapes of ViT-B, L, H, g and bigG and of the ResNets."""
+    """Every kernel in every launch configuration, at the shapes of ViT-B, L, H, g and bigG and of the ResNets."""
     kinds = (("fp16", HALF, "ieee"), ("bf16", BFLOAT, "ieee"), ("fp32", FLOAT, "ieee"), ("tf32", FLOAT, "tf32"))
     for kind, dtype, precision in kinds:
         for patch in (14, 16, 32):
@@ -182,7 +191,7 @@ def _bind(function: Callable[..., object], *args: object, **kwargs: object) -> C
 
 @dataclass(frozen=True)
 class Job:
-    """One kernel to compile: what Triton's compiler is given, in a form that identifies it."""
+    """One kernel to compile: the arguments of Triton's compiler, in a form that identifies the kernel."""
 
     case: str
     kernel: str
@@ -201,7 +210,7 @@ class Job:
 
 @contextmanager
 def caught() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
-    """Within this context kernels are not launched but noted: function, arguments, keyword arguments."""
+    """Within this context kernels are noted and not launched: function, arguments, keyword arguments."""
     from triton.runtime.jit import JITFunction
 
     launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
@@ -259,12 +268,12 @@ def _type_of(value: Any) -> str:
     return f"tensordesc<{_DTYPE_NAMES[value.base.dtype]}{list(value.block_shape)}>".replace(" ", "")
 
 
-# --- compiling one, and reading what came out ------------------------------------------------------------------------
+# --- compiling a kernel, and reading its code ------------------------------------------------------------------------
 
 
 @dataclass
 class Row:
-    """What the machine code of one launch looks like."""
+    """The properties of one launch's machine code."""
 
     case: str
     kernel: str
@@ -273,24 +282,25 @@ class Row:
     num_stages: int
     instructions: int
     registers: int
-    spilled: int  # bytes of local memory a thread needs
+    spilled: int  # bytes of local memory that a thread needs
     shared: int  # bytes
     shared_limit: int
-    matrix: dict[str, int]  # matrix instructions and how often they stand in the code
-    copies: dict[str, int]  # asynchronous copies between global and shared memory
-    loads: dict[int, int]  # width in bits of a thread's load in the main loop -> how many stand there
-    bytes_loaded: int  # by a thread in one pass of the main loop, where no copy engine does it
-    bulk_loaded: int  # bytes that the copy engine's instructions load, each counted as often as it stands in the code
-    bulk_stored: int  # and that they store
-    occupancy: float  # resident warps, as a fraction of what a multiprocessor holds
+    matrix: dict[str, int]  # matrix instruction -> its count in the code
+    copies: dict[str, int]  # asynchronous copy between global and shared memory -> its count in the code
+    loads: dict[int, int]  # width in bits of a thread's load in the main loop -> the number of such loads
+    bytes_loaded: int  # by a thread in one pass of the main loop, without those that a copy engine loads
+    bulk_loaded: int  # bytes that the copy engine's instructions load; each instruction in the code counts once
+    bulk_stored: int  # bytes that they store
+    occupancy: float  # resident warps, as a fraction of those that a multiprocessor holds
     seconds: float
-    overwritten: int = 0  # instructions that write to what a matrix instruction may still be reading
+    resident: int = 0  # blocks that a multiprocessor holds at a time
+    overwritten: int = 0  # instructions that write to registers that a matrix instruction may still be reading
     exempt: str = ""
     problems: list[str] = field(default_factory=list)
 
 
 def compiled_kernel(job: Job) -> Any:
-    """What Triton's compiler makes of `job`."""
+    """Compiles `job`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -361,15 +371,15 @@ def _read_sass(row: Row, cubin: bytes) -> None:
             width = next((narrow[suffix] for suffix in suffixes if suffix in narrow), 32)
             row.loads[width] = row.loads.get(width, 0) + 1
     row.overwritten = _overwritten(code)
-    row.occupancy = _occupancy(row)
+    row.resident, row.occupancy = _occupancy(row)
 
 
 def _overwritten(code: Sequence[tuple[int, str, str]]) -> int:
-    """How many instructions of loops write to registers that an HGMMA may still be reading.
+    """The number of instructions in loops that write to registers that an HGMMA may still be reading.
 
-    HGMMA, Hopper's, takes its left operand from registers or shared memory, and goes on. Those that end with "gsb0" end
-    a group, and `WARPGROUP.DEPBAR gsb0, N` waits for all groups but the last N. A loop is walked through twice, so that
-    what one pass has begun meets the next.
+    HGMMA is Hopper's asynchronous matrix instruction. It takes its left operand from registers or shared memory. One
+    that ends with "gsb0" ends a group, and `WARPGROUP.DEPBAR gsb0, N` waits for all groups except the last N. A loop is
+    read twice, so that the second pass meets the groups that the first one left open.
     """
     found: set[int] = set()
     for start, end in _loops(code):
@@ -401,7 +411,7 @@ def _written(name: str, operands: str) -> set[int]:
 
 
 def _loops(code: Sequence[tuple[int, str, str]]) -> list[tuple[int, int]]:
-    """Where loops begin and end: branches backwards."""
+    """The first and last addresses of loops, which are branches backwards."""
     loops = []
     for address, name, operands in code:
         if name.startswith("BRA") and (target := re.search(r"0x([0-9a-f]+)", operands)):
@@ -412,19 +422,19 @@ def _loops(code: Sequence[tuple[int, str, str]]) -> list[tuple[int, int]]:
 
 
 def _block_bytes(descriptor: str) -> int:
-    """Of "tensordesc<fp16[128,64]>": 16384."""
+    """The bytes of a descriptor's block: 16384 for "tensordesc<fp16[128,64]>"."""
     dtype, *sides = re.findall(r"\w+", descriptor.removeprefix("tensordesc"))
     itemsizes = {name: dtype.itemsize for dtype, name in _DTYPE_NAMES.items()}
     return itemsizes[dtype] * math.prod(map(int, sides))
 
 
 def _bulk_bytes(ptx: str, blocks: Sequence[int]) -> tuple[int, int]:
-    """Bytes that the copy engine's instructions load and store, each counted as often as it stands in the code.
+    """The bytes that the copy engine's instructions load and store; each instruction in the code counts once.
 
-    An instruction moves the block of a descriptor, whose address is in the register that it names.
+    An instruction moves the block of a descriptor. It names the register that holds the descriptor's address.
 
     Args:
-        blocks: bytes in a block of each descriptor, which are the kernel's parameters of 128 bytes, in their order.
+        blocks: the bytes of each descriptor's block, in the order of the kernel's parameters of 128 bytes.
     """
     parameters = re.findall(r"\.param \.align \d+ \.b8 (\w+)\[128\]", ptx)
     moved = dict(zip(parameters, blocks, strict=True))
@@ -439,8 +449,8 @@ def _bulk_bytes(ptx: str, blocks: Sequence[int]) -> tuple[int, int]:
 def _main_loop(code: Sequence[tuple[int, str, str]]) -> Iterable[str]:
     """Names of the instructions in the smallest loops that hold a matrix instruction.
 
-    Where a loop of few steps was unrolled and none is left around the matrix instructions, the asynchronous copies of
-    the whole code, which feed them; where there are no matrix instructions, all loops.
+    Where the compiler unrolled a loop of few steps, no loop is left around the matrix instructions. Then these are the
+    asynchronous copies of the whole code, which feed them. Without matrix instructions the smallest loops are taken.
     """
     loops = _loops(code)
     bodies = [[name for address, name, _ in code if start <= address <= end] for start, end in loops]
@@ -457,10 +467,12 @@ def _main_loop(code: Sequence[tuple[int, str, str]]) -> Iterable[str]:
     return [name for body in inner for name in body]
 
 
-def _occupancy(row: Row) -> float:
+def _occupancy(row: Row) -> tuple[int, float]:
+    """Blocks that a multiprocessor holds at a time, and the fraction of its warps that they are."""
     most = TARGETS[row.arch].resident
     assert most is not None
-    return resident_blocks(row.arch, row.registers, row.num_warps, row.shared) * row.num_warps / most.warps
+    resident = resident_blocks(row.arch, row.registers, row.num_warps, row.shared)
+    return resident, resident * row.num_warps / most.warps
 
 
 def resident_blocks(arch: str, registers: int, num_warps: int, shared: int) -> int:
@@ -494,12 +506,12 @@ def _read_amdgcn(row: Row, assembly: str) -> None:
             row.loads[width] = row.loads.get(width, 0) + 1
     threads = 64 * row.num_warps
     per_simd = 512 // max(8, -(-row.registers // 8) * 8)
-    resident = min(32 * 64 // threads, 4 * per_simd // row.num_warps, 65_536 // max(row.shared, 1))
-    row.occupancy = resident * row.num_warps / 32
+    row.resident = min(32 * 64 // threads, 4 * per_simd // row.num_warps, 65_536 // max(row.shared, 1))
+    row.occupancy = row.resident * row.num_warps / 32
 
 
 def _amd_loops(assembly: str) -> list[str]:
-    """Bodies of the smallest loops that hold a matrix instruction, or of all loops if none does."""
+    """The bodies of the smallest loops that hold a matrix instruction; without any, of the smallest loops."""
     labels = {match[1]: match.start() for match in re.finditer(r"^(\.LBB\w+):", assembly, re.MULTILINE)}
     spans = []
     for match in re.finditer(r"s_c?branch\w*\s+(\.LBB\w+)", assembly):
@@ -535,7 +547,7 @@ def _problems(row: Row, descriptors: bool) -> list[str]:
         problems.append(f"spills {row.spilled} bytes a thread")
     if row.shared > row.shared_limit:
         problems.append(f"wants {row.shared} bytes of shared memory, {row.shared_limit} are there")
-    exact_float = row.case.split()[1] == "fp32"  # such products have no matrix instruction on NVIDIA
+    exact_float = row.case.split()[1] == "fp32"  # NVIDIA has no matrix instruction for exact float32 products
     if row.kernel not in _NO_MATRIX and not exact_float and not row.matrix:
         problems.append("has no matrix instruction")
     if row.arch == "sm_90" and row.kernel == "_linear_kernel" and not exact_float and "HGMMA" not in row.matrix:
@@ -571,7 +583,7 @@ def _line(row: Row) -> str:
 
 
 def document(rows: Sequence[Row]) -> str:
-    """The table as JSON, a kernel a line; without what differs from run to run."""
+    """The table as JSON, one kernel a line, without the seconds, which differ from run to run."""
     lines = [json.dumps({name: value for name, value in asdict(row).items() if name != "seconds"}) for row in rows]
     version = json.dumps(importlib.metadata.version("triton"))
     return f'{{"triton": {version}, "rows": [\n' + ",\n".join(lines) + "\n]}\n"

@@ -1,4 +1,4 @@
-"""The models that benchmarks know by name: those that are published, and toys to try a benchmark itself."""
+"""The models that benchmarks know by name: the published ones, and toys to try a benchmark itself."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from clip_fast.checkpoint.published import OPENAI_MODELS
 from clip_fast.towers import reference
 from clip_fast.towers.config import Config, ResNetConfig, VitConfig
 
-_BRANCH = 0.25  # gain of a bottleneck's last batch norm: with one, variances double at every bottleneck
+_BRANCH = 0.25  # gain of a bottleneck's last batch norm; a gain of one would double the variance at every bottleneck
 
-# The ViT family of open_clip from B to bigG, as its model cards give the shapes; trained with the exact GELU.
+# The ViT family of open_clip from B to bigG, with the shapes of its model cards. They were trained with the exact GELU.
 OPEN_CLIP_MODELS: dict[str, VitConfig] = {
     "ViT-B-32": VitConfig(224, 32, width=768, layers=12, heads=12, embed_dim=512, activation="gelu"),
     "ViT-B-16": VitConfig(224, 16, width=768, layers=12, heads=12, embed_dim=512, activation="gelu"),
@@ -37,7 +37,7 @@ MODELS: dict[str, Config] = {
 
 
 def random_tower(config: Config) -> nn.Module:
-    """A plain tower whose embeddings depend on the images: PyTorch's own initialisation lets a ResNet's maps fade."""
+    """A plain tower whose embeddings depend on the images. PyTorch's own initialisation lets a ResNet's maps fade."""
     tower = reference.build(config)
     for name, module in tower.named_modules():
         if isinstance(config, ResNetConfig) and isinstance(module, nn.Conv2d):
@@ -48,5 +48,5 @@ def random_tower(config: Config) -> nn.Module:
 
 
 def random_images(count: int, size: int) -> Tensor:
-    """(count, 3, size, size): noise over large squares of colour, without which a ResNet tells no two of them apart."""
+    """(count, 3, size, size): noise over large squares of colour. A ResNet cannot tell images of noise alone apart."""
     return F.interpolate(torch.randn(count, 3, 4, 4), size).add_(torch.randn(count, 3, size, size), alpha=0.25)

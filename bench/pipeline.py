@@ -1,15 +1,18 @@
-"""Photographs on disk to embeddings on disk: where the time goes, and how fast the whole is beside clip's own parts.
+"""From photographs on disk to embeddings on disk: the time of each stage, and the speed of the whole beside rivals.
 
     python -m bench.pipeline --model ViT-B/32 --photos photos/ --json pipeline.json
 
-First the stages, one after the other in one process, over a part of the photographs: reading, decoding, resizing,
-putting a batch together and copying it to the device, encoding, writing. Then the whole, in interleaved rounds:
-`clip_fast.pipeline`, with and without `--fast-decode`; what a user of openai-clip writes, its `preprocess` and
-`encode_image` with a DataLoader between; and clip-retrieval's inference, the tool that such jobs are given to, around
-the same tower of openai-clip. All have random weights, the same, and the same number of worker processes.
+The stages come first, one after the other in one process, over a part of the photographs: reading, decoding, resizing,
+putting a batch together and copying it to the device, encoding, writing. Then come whole runs, in interleaved rounds:
 
-Files are read before the first round, so reading is reading from memory. The time of a whole run counts from its first
-batch: worker processes have started by then, and that is shown apart.
+* `clip_fast.bulk.pipeline`, with and without `--fast-decode`;
+* the code that a user of openai-clip writes: its `preprocess` and `encode_image` with a DataLoader between them;
+* the inference of clip-retrieval, a tool made for such jobs, around the same tower of openai-clip.
+
+All have the same random weights and the same number of worker processes.
+
+Files are read before the first round, so later reads come from memory. The speed of a whole run is measured from its
+first batch on, when the worker processes have started. The time up to the first batch has a column of its own.
 """
 
 from __future__ import annotations
@@ -59,13 +62,13 @@ Row = dict[str, Any]
 
 STAGES: tuple[str, ...] = ("read", "decode", "resize", "copy", "encode", "write")
 RETRIEVAL = "clip-retrieval"
-_STAGED = 1024  # photographs that go through the stages alone
+_STAGED = 1024  # the number of photographs for the stages
 _PHOTOS = ROOT / "tests" / "data"
 
 
 @dataclass(frozen=True)
 class Job:
-    """Photographs and what encodes them."""
+    """Photographs and the settings to encode them with."""
 
     paths: tuple[Path, ...]
     task: Task
@@ -73,7 +76,7 @@ class Job:
     workers: int  # processes that decode
 
     def rival(self) -> Encode:
-        """openai-clip's tower, as `bench.end_to_end` has it."""
+        """openai-clip's tower, as in `bench.end_to_end`."""
         return next(system for system in SYSTEMS if system.name == BASELINE).encode(self.task)
 
 
@@ -87,11 +90,11 @@ def _wait(device: torch.device) -> None:
 
 @torch.inference_mode()
 def stages(job: Job, preprocess: Preprocess, encode: Encode, *, raw: bool, folder: Path) -> dict[str, float]:
-    """Seconds per image of every stage, alone in this process.
+    """Seconds per image of every stage, each alone in this process.
 
     Args:
-        raw: whether uint8 pixels go to the encoder, or normalised floats, as clip's `preprocess` makes them; these are
-            made in the stage "resize".
+        raw: whether uint8 pixels go to the encoder. Otherwise normalised floats do, as clip's `preprocess` makes them;
+            the stage "resize" makes these.
     """
     seconds = dict.fromkeys(STAGES, 0.0)
 
@@ -104,7 +107,7 @@ def stages(job: Job, preprocess: Preprocess, encode: Encode, *, raw: bool, folde
 
     paths = job.paths[:_STAGED]
     for start in range(-job.batch_size, len(paths), job.batch_size):
-        if start == 0:  # the batch before warmed up
+        if start == 0:  # the batch before this one was the warm-up
             seconds.update(dict.fromkeys(STAGES, 0.0))
         images: list[Tensor] = []
         for path in paths[max(start, 0) : max(start, 0) + job.batch_size]:
@@ -132,17 +135,16 @@ def stages(job: Job, preprocess: Preprocess, encode: Encode, *, raw: bool, folde
 
 @dataclass(frozen=True)
 class Run:
-    """One run from files to a file: seconds of all of it, of these to the first batch, images per second from there on,
-    and the embeddings."""
+    """One run from files to a file."""
 
-    seconds: float
-    start_up: float
-    images_per_second: float
-    rows: NDArray[Any]
+    seconds: float  # in all
+    start_up: float  # seconds up to the first batch
+    images_per_second: float  # after the first batch
+    rows: NDArray[Any]  # the embeddings
 
 
 class _Clock:
-    """Notes when batches are done."""
+    """Notes the times at which batches are done."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
@@ -163,13 +165,13 @@ class _Clock:
 
 
 def ours(job: Job, encoder: ImageEncoder, folder: Path, *, fast: bool) -> Run:
-    """`clip_fast.pipeline`, as `clip-fast encode --output FOLDER/` runs it."""
+    """`clip_fast.bulk.pipeline`, as `clip-fast encode --output FOLDER/` runs it."""
     clock = _Clock()
     decoder = Decoder(Preprocess(job.task.config.image_size, encoder.mean, encoder.std), fast)
     options = Options(batch_size=job.batch_size, shard_size=len(job.paths), workers=job.workers)
 
     def report(step: Step) -> None:
-        if step.encoding:  # as the others do: when a batch is encoded, not when it has been written
+        if step.encoding:  # like the rivals, count a batch when it is encoded, not when it is written
             clock.tick(min(job.batch_size, len(job.paths) - clock.done))
 
     with OutputFolder(folder) as output:
@@ -182,7 +184,7 @@ def ours(job: Job, encoder: ImageEncoder, folder: Path, *, fast: bool) -> Run:
 
 
 class _Photos(Dataset[Tensor]):
-    """What users of openai-clip write: a photograph by its number, preprocessed."""
+    """The dataset that users of openai-clip write: gives a photograph by its number, preprocessed."""
 
     def __init__(self, paths: Sequence[Path], preprocess: Callable[[Image.Image], Tensor]) -> None:
         self._paths, self._preprocess = paths, preprocess
@@ -196,7 +198,7 @@ class _Photos(Dataset[Tensor]):
 
 @torch.inference_mode()
 def theirs(job: Job, encode: Encode, preprocess: Callable[[Image.Image], Tensor], folder: Path) -> Run:
-    """openai-clip's `preprocess` and `encode_image`, a DataLoader between."""
+    """openai-clip's `preprocess` and `encode_image`, with a DataLoader between them."""
     clock = _Clock()
     on_gpu = job.task.device.type == "cuda"
     loader = DataLoader(
@@ -214,7 +216,7 @@ def theirs(job: Job, encode: Encode, preprocess: Callable[[Image.Image], Tensor]
 
 
 def _clip_retrieval(module: str) -> Any:
-    """A module of clip-retrieval's inference, without what its packages import beside it: a web server, wandb, …"""
+    """A module of clip-retrieval's inference, without the imports of its packages, such as a web server and wandb."""
     for package in ("clip_retrieval", "clip_retrieval.clip_inference"):
         if package not in sys.modules:
             found = importlib.util.find_spec(package)
@@ -228,7 +230,7 @@ def _clip_retrieval(module: str) -> Any:
 
 @dataclass(frozen=True)
 class _BatchLogger:
-    """In the place of clip-retrieval's logger, which its runner tells of every batch."""
+    """Replaces clip-retrieval's logger. The runner calls it after every batch."""
 
     clock: _Clock
 
@@ -241,8 +243,10 @@ class _BatchLogger:
 
 
 def clip_retrieval(job: Job, encode: Encode, preprocess: Callable[[Image.Image], Tensor], folder: Path) -> Run:
-    """clip-retrieval's reader, mapper, writer and the runner that joins them, as its `clip_inference` calls them. Only
-    the model is handed to it, where it would download one, and a logger that keeps our time."""
+    """clip-retrieval's reader, mapper, writer and the runner that joins them, as its `clip_inference` calls them.
+
+    Only the model and the logger are replaced: it would download the model, and our logger keeps the time.
+    """
     clock = _Clock()
     reader, mapper, writer = (_clip_retrieval(name) for name in ("reader", "mapper", "writer"))
     model = types.SimpleNamespace(encode_image=lambda images: encode(images.to(job.task.dtype)), encode_text=None)
@@ -266,7 +270,7 @@ def clip_retrieval(job: Job, encode: Encode, preprocess: Callable[[Image.Image],
 
 
 def clip_preprocess(image_size: int) -> Callable[[Image.Image], Tensor]:
-    """openai-clip's own."""
+    """openai-clip's own preprocessing."""
     return importlib.import_module("clip.clip")._transform(image_size)
 
 
@@ -274,11 +278,13 @@ def clip_preprocess(image_size: int) -> Callable[[Image.Image], Tensor]:
 
 
 def compare(job: Job, rounds: int, earlier: Sequence[Row] = (), ends: float = math.inf) -> Iterator[list[Row]]:
-    """Stages of both, then the whole runs in interleaved rounds; a row each. What fails is a row with the reason.
+    """Rows for the stages of ours and openai-clip's, then rows for the whole runs, in interleaved rounds.
+
+    A system that fails has a row with the reason.
 
     Args:
-        earlier: rows of a run that was cut short. Their stages stay; whole runs of fewer rounds are done again.
-        ends: value of `time.monotonic` after which no round begins.
+        earlier: rows of a run that was cut short. Their stages are kept. Whole runs of fewer rounds are done again.
+        ends: the value of `time.monotonic` after which no round begins.
 
     Yields:
         All rows so far, after the stages of each and after every round.
@@ -300,12 +306,12 @@ def compare(job: Job, rounds: int, earlier: Sequence[Row] = (), ends: float = ma
         try:
             rival, preprocess = job.rival(), clip_preprocess(size)
             if BASELINE not in staged:
-                # the stages of clip's transform cannot be told apart from outside; ours computes the same bits
+                # The stages inside clip's transform cannot be timed from outside. Ours computes the same bits.
                 rows.append({"system": BASELINE, "stages": stages(job, ours_alone, rival, raw=False, folder=folder)})
                 yield rows
             systems[BASELINE] = lambda place: theirs(job, rival, preprocess, place)
             systems[RETRIEVAL] = lambda place: clip_retrieval(job, rival, preprocess, place)
-        except Exception as error:  # its result
+        except Exception as error:  # a rival's failure is its result
             rows += [{"system": name, "failed": reason(error)} for name in (BASELINE, RETRIEVAL)]
         whole = [row for row in earlier if row.get("rounds") == rounds]
         if len(whole) == len(systems):
@@ -389,7 +395,7 @@ def markdown(rows: Sequence[Row], about: str, where: Environment) -> str:
 
 
 def _photographs(given: Sequence[str], count: int, folder: Path) -> tuple[Path, ...]:
-    """`count` files: those that are given, or this repository's few, copied as often as it takes."""
+    """`count` files: copies of the given ones, or of the few in this repository, repeated as often as needed."""
     found = find_inputs(given or [_PHOTOS])
     files = [Path(item.location) for item in found if not isinstance(item, Unreadable)]
     if not files:
@@ -406,15 +412,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.pipeline", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--model", choices=MODELS, default="ViT-B/32")
     parser.add_argument("--photos", nargs="+", default=[], help="files and folders (default: the tests' photographs)")
-    parser.add_argument("--count", type=int, default=8192 if on_gpu else 256, help="photographs, repeated up to that")
+    parser.add_argument("--count", type=int, default=8192 if on_gpu else 256, help="how many; fewer files are repeated")
     parser.add_argument("--batch-size", type=int, default=256 if on_gpu else 32)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) // (1 if on_gpu else 2)))
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp16" if on_gpu else "fp32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument("--json", type=Path, help="write the results there, and the tables beside them as markdown")
-    parser.add_argument("--resume", action="store_true", help="keep what that file has, and measure what it lacks")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further round after as long")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of that file, and measure missing ones")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no further round after so many minutes")
     options = parser.parse_args(arguments)
     ends = time.monotonic() + options.minutes * 60
 
@@ -435,7 +441,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         job = Job(paths, Task(config, state, device, options.precision), options.batch_size, options.workers)
         for rows in compare(job, options.rounds, earlier, ends):
             text = markdown(rows, about, where)
-            if options.json:  # after each: a run that is cut short keeps what it has
+            if options.json:  # after each round, so that a run which is cut short keeps its rows
                 save(options.json, document("pipeline", where, None, [*others, *(job_of_rows | row for row in rows)]))
                 save(options.json.with_suffix(".md"), text)
     print(text)

@@ -2,8 +2,8 @@
 
     python -m bench.plot bench/results/DEVICE-DATE/end_to_end.json
 
-writes `throughput-PRECISION.svg` and `latency-PRECISION.svg` beside each file, or into `--output`. What was not
-measured has no bar and no point.
+writes `throughput-PRECISION.svg` and `latency-PRECISION.svg` beside each file, or into `--output`. A system that was
+not measured has no bar and no point.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .environment import Environment
 from .report import save
 
 Row = dict[str, Any]
-Draw = Callable[[Any, Sequence[Row]], None]  # one model's rows into a panel
+Draw = Callable[[Any, Sequence[Row]], None]  # draws one model's rows into a panel
 
 OURS = "clip_fast"
 _OURS_COLOUR = "#d55e00"
@@ -35,8 +35,8 @@ def pictures(document: dict[str, Any]) -> dict[str, str]:
     """File name -> SVG, from a document of `bench.end_to_end`.
 
     Raises:
-        ValueError: where the document is another benchmark's, or nothing in it was measured.
-        ModuleNotFoundError: without matplotlib.
+        ValueError: the document is another benchmark's, or nothing in it was measured.
+        ModuleNotFoundError: matplotlib is not installed.
     """
     if document.get("bench") != "end_to_end":
         raise ValueError(f"expected results of the benchmark 'end_to_end', got {document.get('bench')!r}")
@@ -77,7 +77,7 @@ def _figure(title: str, caption: str, rows: Sequence[Row], draw: Draw) -> str:
     models = list(dict.fromkeys(row["model"] for row in rows))
     columns = min(_COLUMNS, len(models))
     lines = -(-len(models) // columns)
-    # Text stays text: small, and sharp at any size. The salt makes the same picture the same file.
+    # Text is kept as text, which is small, and sharp at any size. With the salt the same picture is the same file.
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 8}):
         figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1] * lines + 0.8), layout="constrained")
         panels = figure.subplots(lines, columns, squeeze=False).flat
@@ -87,7 +87,7 @@ def _figure(title: str, caption: str, rows: Sequence[Row], draw: Draw) -> str:
         for axes in panels[len(models) :]:
             axes.set_visible(False)
         handles, labels = figure.axes[0].get_legend_handles_labels()
-        if handles:  # curves; bars stand beside their names
+        if handles:  # curves need a legend; bars are beside their names
             figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=7)
         figure.suptitle(title, fontsize=10)
         figure.supxlabel(textwrap.fill(caption, round(_PANEL[0] * columns * 22)), fontsize=5, color="#555555")
@@ -97,7 +97,10 @@ def _figure(title: str, caption: str, rows: Sequence[Row], draw: Draw) -> str:
 
 
 def _bars(axes: Any, rows: Sequence[Row], colours: dict[str, str]) -> None:
-    """Throughput at the largest batch that most systems have, the fastest on top, and the roofline as a line."""
+    """Throughput at the batch that most systems were measured at, the largest of several such batches.
+
+    The fastest system is on top. A line shows the roofline.
+    """
     systems = Counter(row["batch"] for row in rows)
     batch = max(systems, key=lambda batch: (systems[batch], batch))
     rows = sorted((row for row in rows if row["batch"] == batch), key=lambda row: row["images_per_second"])
@@ -113,7 +116,7 @@ def _bars(axes: Any, rows: Sequence[Row], colours: dict[str, str]) -> None:
 
 
 def _curves(axes: Any, rows: Sequence[Row], colours: dict[str, str]) -> None:
-    """Median time of a batch against its size, both on logarithmic axes."""
+    """A batch's median time against its size, on logarithmic axes."""
     for name in dict.fromkeys(row["system"] for row in rows):
         points = sorted((row["batch"], row["seconds"] * 1e3) for row in rows if row["system"] == name)
         ours = name == OURS

@@ -1,20 +1,21 @@
-"""What got worse in the machine code since the table that is committed: a guard without a clock.
+"""Compares machine code with the committed table, and prints every measure that got worse or better.
 
     python -m bench.machine_code --json build/machine_code.json
     python -m bench.regressions build/machine_code.json
 
-compares instructions (all, and the matrix and copy instructions by name), registers, spilled bytes, shared memory, the
-bytes a thread loads in a pass of the main loop, those that the copy engine moves, and resident warps of every kernel
-with `bench/results/machine_code.json`, and prints what changed. The exit status is 1 where anything got worse, or a
-kernel is missing. Where that is meant, commit the new table in the old one's place.
+compares every kernel with its row in `bench/results/machine_code.json`: instructions (all, and the matrix and copy
+instructions by name), registers, spilled bytes, shared memory, the bytes that a thread loads in a pass of the main
+loop, the bytes that the copy engine moves, and resident warps. The exit status is 1 if anything got worse, or a kernel
+is missing. If that is intended, commit the new table in place of the old one.
 
     python -m bench.predict --json build/predictions.json
     python -m bench.regressions build/predictions.json
 
-compares calculated times with `bench/results/predictions.json` likewise: of each batch of a model on the device and on
-the host. Where one got worse, the launches that take longer are named.
+compares calculated times with `bench/results/predictions.json` in the same way: those of each batch of a model, on the
+device and on the host. If one got worse, the launches that take longer are named.
 
-The same compiler makes the same code. Tables of two versions of Triton are not compared, and the exit status is 2.
+No clock is involved: the same compiler makes the same code. Tables of two versions of Triton are not compared; then the
+exit status is 2.
 """
 
 from __future__ import annotations
@@ -33,11 +34,11 @@ from .environment import ROOT
 COMMITTED = ROOT / "bench" / "results" / "machine_code.json"
 PREDICTED = ROOT / "bench" / "results" / "predictions.json"
 
-# Architecture, case, kernel, and which of its launches in that case; of a prediction: device, the batch of a model,
-# the launch, or nothing for all of them, and which of those with one name.
+# Architecture, case, kernel, and the number of its launch in that case. Of a prediction: device, the batch of a model,
+# the launch (empty for all of them), and its number among those of one name.
 Key = tuple[str, str, str, int]
 
-# Measures of a row, and whether more of it is better.
+# The measures of a row -> whether more is better.
 MEASURES = {
     "instructions": False,
     "registers": False,
@@ -49,12 +50,12 @@ MEASURES = {
     "occupancy": True,
 }
 _TIMES = ("on_device", "on_host")  # of a prediction, in seconds; "seconds" is that of one launch
-_BY_NAME = ("matrix", "copies")  # counts of instructions by name, of which more is worse, and none left is worse still
+_BY_NAME = ("matrix", "copies")  # counts of instructions by name: more is worse, and so is none where there were some
 
 
 @dataclass(frozen=True)
 class Change:
-    """A measure of one kernel that is not what it was; a kernel that came or went has no measure."""
+    """A measure of one kernel that changed. For a kernel that is new or gone the measure is None."""
 
     key: Key
     measure: str | None

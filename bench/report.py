@@ -29,7 +29,7 @@ def resumed(path: Path, bench: str, where: Environment) -> list[dict[str, Any]]:
     """The rows of an earlier run of the same benchmark; none where there is no file.
 
     Raises:
-        ValueError: the file is another benchmark's, or of another machine, other versions or other code.
+        ValueError: the file is of another benchmark, another machine, other versions or other code.
     """
     if not path.exists():
         return []
@@ -45,7 +45,7 @@ def resumed(path: Path, bench: str, where: Environment) -> list[dict[str, Any]]:
 
 
 def highest(path: Path, limits: Ceilings) -> Ceilings:
-    """The highest that the device reached, in this run or in those whose results `path` has: one set for all rows."""
+    """The highest ceilings that the device reached, in this run or those that `path` has: one set for all rows."""
     earlier = json.loads(path.read_text())["ceilings"] if path.exists() else None
     if earlier is None:
         return limits
@@ -53,7 +53,7 @@ def highest(path: Path, limits: Ceilings) -> Ceilings:
 
 
 def higher(one: Ceilings, other: Ceilings) -> Ceilings:
-    """The higher of two measurements of the same device, for each precision that either has."""
+    """The higher of two measurements of the same device, for each precision that is in either."""
     flops = {name: max(one.flops.get(name, 0.0), other.flops.get(name, 0.0)) for name in {**one.flops, **other.flops}}
     return Ceilings(flops, max(one.bytes, other.bytes))
 

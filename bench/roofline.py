@@ -1,11 +1,11 @@
-"""What encoding images must cost: the arithmetic and the bytes of a tower, and the throughput that they allow.
+"""The least cost of encoding images: a tower's arithmetic and bytes, and the throughput that they allow.
 
-Counted is what the mathematics needs, not what an implementation does: of the last attention only the one query that
-leaves the encoder, with its sums re-associated (see `kernels/attention_pool.py`). Norms and activations are left out.
+The counts are those of the mathematics, not of an implementation. In the last attention only the one query that leaves
+the encoder counts, with its sums re-associated (see `kernels/attention_pool.py`). Norms and activations are left out.
 
     python -m bench.roofline
 
-measures the machine's ceilings, and says the throughput that they allow each model.
+measures the machine's ceilings, and prints the throughput that they allow for each model.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _one_query(n: int, w: int, heads: int) -> int:
 
 
 def _convolutions(config: Config) -> int:
-    """Of a ResNet, counted on tensors without storage."""
+    """The operations of a ResNet's convolutions, counted on tensors without storage."""
     count = 0
 
     def add(module: nn.Module, _: tuple[Tensor], output: Tensor) -> None:
@@ -75,7 +75,7 @@ def traffic(config: Config, batch: int, precision: str) -> int:
 
 
 def least_seconds(operations: float, traffic: float, precision: str, ceilings: Ceilings) -> float:
-    """Time at the ceilings: all arithmetic at the product's rate, or all traffic at the copy's."""
+    """Time at the ceilings: all arithmetic at the product's rate or all traffic at the copy's, whichever is longer."""
     return max(operations / ceilings.flops[precision], traffic / ceilings.bytes)
 
 
@@ -85,8 +85,8 @@ def least_seconds(operations: float, traffic: float, precision: str, ceilings: C
 def main(arguments: Sequence[str] | None = None) -> None:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="python -m bench.roofline", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--models", default=",".join(OPENAI_MODELS), help="names, with commas between")
-    parser.add_argument("--batches", default="256,1", help="with commas between")
+    parser.add_argument("--models", default=",".join(OPENAI_MODELS), help="names, separated by commas")
+    parser.add_argument("--batches", default="256,1", help="separated by commas")
     parser.add_argument("--precisions", default="fp32,tf32,fp16,bf16" if on_gpu else "fp32", help="of these four")
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument("--json", type=Path, help="write the results there, and the tables beside them as markdown")

@@ -1,7 +1,7 @@
-"""The systems that encode CLIP images, ours and the ones people use, each made of the same weights.
+"""The systems that encode CLIP images: ours and the ones that people use, each made from the same weights.
 
-A `System` builds an `Encode` from a plain tower. What cannot be built (its package is missing, or it has no such model)
-raises `Unavailable` with the reason, which stands in the table in its place.
+A `System` builds an `Encode` from a plain tower. One that cannot be built (its package is missing, or has no such
+model) raises `Unavailable` with the reason. The table shows the reason in its place.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ Encode = Callable[[Tensor], Tensor]  # (B, 3, H, W) in the task's dtype -> (B, e
 
 
 class Unavailable(Exception):
-    """Why a system does not take part."""
+    """The reason why a system does not take part."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is to be encoded with: a tower's shape and float32 weights under canonical names, where, and how exactly."""
+    """A tower to encode with: its shape, float32 weights under canonical names, the device and the precision."""
 
     config: Config
     state_dict: dict[str, Tensor]
@@ -61,7 +61,7 @@ class Task:
 
 @dataclass(frozen=True)
 class System:
-    """A way to encode images. `devices` are those that it is run on, `package` what it needs beside PyTorch."""
+    """A way to encode images. It needs `package` beside PyTorch, and is measured on `devices`."""
 
     name: str
     package: str | None
@@ -70,7 +70,7 @@ class System:
     precisions: tuple[str, ...] = ("fp32", "tf32", "fp16", "bf16")
 
     def encode(self, task: Task) -> Encode:
-        """Raises Unavailable where it cannot take part; and whatever its package raises."""
+        """Raises Unavailable where it cannot take part. Exceptions of its package are passed on."""
         if self.package is not None:
             try:
                 importlib.metadata.version(self.package)
@@ -108,7 +108,7 @@ def _openai_clip(task: Task) -> Encode:
     task.ready(tower)
     for module in tower.modules():
         if isinstance(module, nn.LayerNorm):
-            module.float()  # which its forward takes for granted; convert_weights leaves them so, too
+            module.float()  # its forward expects float32 weights; convert_weights leaves them in float32 too
     return tower
 
 
@@ -176,15 +176,21 @@ def _timm_tower(task: Task) -> nn.Module:
 
 @contextmanager
 def compilations() -> Iterator[None]:
-    """Within this context compiled systems begin with nothing, and one that PyTorch would run eagerly, because it has
-    been compiled for too many shapes, fails."""
+    """Within this context compiled systems start without earlier compilations.
+
+    A system that was compiled for too many shapes fails. PyTorch would otherwise run it eagerly.
+    """
     torch.compiler.reset()
     with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
         yield
 
 
 def _compiled(build: Callable[[Task], Encode], attention: str | None = None) -> Callable[[Task], Encode]:
-    """torch.compile of a system, as hard as it tries; with scaled_dot_product_attention pinned to a backend."""
+    """torch.compile of a system at its highest setting.
+
+    Args:
+        attention: the backend to pin scaled_dot_product_attention to; None leaves the choice to PyTorch.
+    """
 
     def compiled(task: Task) -> Encode:
         on_gpu = task.device.type == "cuda"
@@ -192,7 +198,8 @@ def _compiled(build: Callable[[Task], Encode], attention: str | None = None) -> 
         encode = torch.compile(build(task), backend=_inductor(options), dynamic=False)
         if attention is None and on_gpu:
             return encode
-        # With weights that are constants, which Inductor packs once. Dynamo must know, too: it is no option of a graph.
+        # Freezing makes the weights constants, which Inductor packs once. Dynamo reads this setting too, so it cannot
+        # be an option of the graph.
         frozen = nullcontext if on_gpu else partial(torch._inductor.config.patch, freezing=True)
         pinned = partial(sdpa_kernel, [getattr(SDPBackend, attention)]) if attention else nullcontext
 
@@ -208,8 +215,8 @@ def _compiled(build: Callable[[Task], Encode], attention: str | None = None) -> 
 def _inductor(options: dict[str, Any]) -> Callable[..., Any]:
     """Inductor under a name of its own.
 
-    Compiled graphs are looked up by code and backend, and any two of PyTorch's own "inductor" are the same backend. So
-    two systems of one package would share the graph of the first, whose attention was chosen when it was compiled.
+    PyTorch looks compiled graphs up by code and backend, and takes any two uses of its own "inductor" for one backend.
+    Two systems of one package would then share the first one's graph, with the attention that was chosen for that.
     """
 
     def inductor(graph: torch.fx.GraphModule, examples: list[Tensor]) -> Any:
@@ -255,11 +262,14 @@ def _openvino(task: Task) -> Encode:
     return lambda images: torch.from_numpy(compiled(images.shape)(images.float().numpy())[0].copy())
 
 
-_REGISTERED: list[torch.library.Library] = []  # held for as long as the process lives
+_REGISTERED: list[torch.library.Library] = []  # kept alive until the process ends
 
 
 def _stand_in_for_torchvision_operators() -> None:
-    """torchvision's Python part, which the packages import for their preprocessing, wants operators of its build."""
+    """Defines the operators that torchvision's Python part needs, where its compiled part cannot be loaded.
+
+    The packages import torchvision for their preprocessing.
+    """
     try:
         importlib.import_module("torchvision")
     except RuntimeError:
@@ -271,11 +281,11 @@ def _stand_in_for_torchvision_operators() -> None:
 
 OURS = "clip_fast"
 BASELINE = "openai-clip"
-FLOAT32 = "openai-clip, fp32"  # as it runs on a CPU, beside what computes in less there
+FLOAT32 = "openai-clip, fp32"  # as people run it on a CPU; measured beside lower precisions
 _CPU: tuple[str, ...] = ("cpu",)
 _CUDA: tuple[str, ...] = ("cuda",)
 
-SYSTEMS = (  # those that are compiled last: that takes minutes each
+SYSTEMS = (  # compiled ones come late: compiling takes minutes each
     System(OURS, None, _ours),
     System(BASELINE, "openai-clip", _openai_clip),
     System(FLOAT32, "openai-clip", _in_float32, _CPU, ("bf16",)),

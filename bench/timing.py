@@ -1,13 +1,13 @@
-"""How times are taken: rivals in interleaved rounds, medians and their spread, and the machine's ceilings beside them.
+"""Timing: rivals in interleaved rounds, medians with their spread, and the machine's ceilings.
 
     results = measure({"ours": [lambda: f(x)], "theirs": [lambda: g(x)]}, device, rounds=7, graph=True)
 
-Clocks, temperatures and neighbours change during a run. So every rival is timed once a round, the first of a round
-being another each time, and what changes meets all of them. Before a sample a rival runs untimed, as in a loop over
-images: it then finds its own weights in the caches, and no core taken by its predecessor's threads, which spin for a
-while before they sleep. A rival that fails is a `Failed` in its place.
+Clocks, temperatures and neighbours change during a run. So every rival is timed once a round, and each round starts
+with another rival: a change meets all of them. Before a sample a rival runs untimed, as in a loop over images. Then
+its own weights are in the caches. By then the threads of the rival before, which spin for a while, sleep and leave the
+cores free. A rival that fails has a `Failed` in its place.
 
-On a GPU a sample is the device's time by events, over as many calls as fill a few milliseconds; on a CPU wall time.
+On a GPU a sample is the device's time by events, over as many calls as fill ten milliseconds. On a CPU it is wall time.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ Sampler = Callable[[], float]  # takes one sample: seconds of one call
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 WARM_UP = 3  # calls before the first sample: libraries choose their algorithms, compilers compile
-_SAMPLE_SECONDS = 0.01  # that a sample takes at least
+_SAMPLE_SECONDS = 0.01  # the least time of a sample
 _UNTIMED_SECONDS = 0.1  # before a sample on a CPU: ONNX Runtime's threads spin for half as long
-_CACHES = 4  # second-level caches that a rotation fills
+_CACHES = 4  # a rotation is larger than this many second-level caches
 _MOST_COPIES = 1024  # in a rotation
-_MOST_MEMORY = 1 / 8  # of the device's, for a rotation
+_MOST_MEMORY = 1 / 8  # the share of the device's memory for a rotation
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Times:
 
     @property
     def spread(self) -> float:
-        """Distance of the quartiles, as a fraction of the median; 0 of a single sample."""
+        """Distance of the quartiles, as a fraction of the median; 0 for a single sample."""
         if len(self.samples) < 2:
             return 0.0
         first, _, third = statistics.quantiles(self.samples, n=4, method="inclusive")
@@ -60,13 +60,13 @@ class Times:
 
 @dataclass(frozen=True)
 class Failed:
-    """What was not measured, and why."""
+    """Takes the place of a result that was not measured, with the reason."""
 
     reason: str
 
 
 def reason(error: BaseException) -> str:
-    """An exception on one line of a table."""
+    """An exception as one line for a table."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
     return text if len(text) <= 200 else text[:199] + "…"
@@ -83,14 +83,14 @@ def measure(
     """Times every rival in `rounds` interleaved rounds.
 
     Args:
-        rivals: name -> calls that do the same work, one after the other, each on buffers of its own; what they return
-            is kept until the last has returned, so that results have a buffer each, too. Where all of them are larger
-            than the caches together (`rotated`), what is timed is cold.
-        device: PyTorch's current one, where it is a GPU.
+        rivals: name -> calls that do the same work, one after the other, each on buffers of its own. Their results are
+            kept until the last call has returned, so that results have a buffer each too. If all these buffers together
+            are larger than the caches (`rotated`), the calls are timed with cold caches.
+        device: the device to measure; a GPU must be PyTorch's current one.
         graph: on an NVIDIA GPU, time replays of a CUDA graph of the calls: the device's time without the host's. The
             graphs of all rivals share their memory.
-        awaited: wall time from a call until the device has done it, each call alone: the latency that one caller sees.
-            Otherwise calls are issued one after the other, and a device that falls behind has a queue of them.
+        awaited: take wall time from a call until the device has done it, each call alone: the latency that one caller
+            sees. Otherwise calls are issued one after the other, and a device that falls behind has a queue of them.
     """
     prepare = _capturer() if graph else _as_it_is
     samplers: dict[str, Sampler] = {}
@@ -98,14 +98,14 @@ def measure(
     for name, calls in rivals.items():
         try:
             samplers[name] = sampler(calls, device, prepare, awaited=awaited)
-        except Exception as error:  # whatever a rival stumbles on is its result
+        except Exception as error:  # any failure of a rival is its result
             results[name] = Failed(reason(error))
     results |= interleaved(samplers, rounds)
     return {name: results[name] for name in rivals}
 
 
 def interleaved(samplers: Mapping[str, Sampler], rounds: int) -> dict[str, Times | Failed]:
-    """One sample of every sampler per round; round r begins with the r-th of them."""
+    """One sample of every sampler per round. Round r begins with the r-th sampler."""
     names = list(samplers)
     samples: dict[str, list[float]] = {name: [] for name in names}
     failed: dict[str, Times | Failed] = {}
@@ -128,7 +128,7 @@ def _as_it_is(once: Call) -> Call:
 def sampler(
     calls: Sequence[Call], device: torch.device, prepare: Callable[[Call], Call] = _as_it_is, *, awaited: bool = False
 ) -> Sampler:
-    """Warms `calls` up and returns what times them: seconds of one call, the mean over enough of them."""
+    """Warms `calls` up and returns their sampler: it takes the mean seconds of one call, over enough calls."""
 
     def once() -> list[object]:
         return [call() for call in calls]
@@ -149,7 +149,7 @@ def sampler(
 
 
 def _by_the_clock(once: Call, device: torch.device) -> Callable[[int], float]:
-    """Wall time; on a GPU until it has done each."""
+    """Wall time. On a GPU each call is waited for."""
     wait = torch.cuda.synchronize if device.type == "cuda" else None
 
     def elapsed(repeats: int) -> float:
@@ -178,15 +178,16 @@ def _by_events(once: Call) -> Callable[[int], float]:
 
 
 def _capturer() -> Callable[[Call], Call]:
-    """Makes calls into replays of CUDA graphs, all of one memory pool: no two of them run at once."""
+    """Turns calls into replays of CUDA graphs. All share one memory pool, since no two of them run at once."""
     stream, pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
-    graphs: list[torch.cuda.CUDAGraph] = []  # a pool ends with its last graph, and a capture that fails is none
+    graphs: list[torch.cuda.CUDAGraph] = []  # kept, since a pool ends with its last graph; failed captures do not count
 
     def captured(once: Call) -> Call:
         graph = torch.cuda.CUDAGraph()
         graphs.append(graph)
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries allocate their workspaces per stream, and not while it is captured
+        # Libraries allocate a workspace for each stream, and cannot do so during a capture.
+        with torch.cuda.stream(stream):
             for _ in range(WARM_UP):
                 once()
         torch.cuda.current_stream().wait_stream(stream)
@@ -201,11 +202,11 @@ def _capturer() -> Callable[[Call], Call]:
 
 
 def rotated(make: Callable[[], T], footprint: int, device: torch.device) -> list[T]:
-    """As many of what `make` makes as it takes to find nothing of one left in the cache when its turn comes again.
+    """So many copies of a call's operands that none of one is left in the cache when its turn comes again.
 
     Args:
-        make: fresh operands of one call.
-        footprint: bytes that a call reads and writes.
+        make: makes fresh operands of one call.
+        footprint: the bytes that a call reads and writes.
     """
     if device.type != "cuda":
         return [make()]
@@ -217,7 +218,7 @@ def rotated(make: Callable[[], T], footprint: int, device: torch.device) -> list
 
 @contextmanager
 def products_in(precision: str) -> Iterator[None]:
-    """PyTorch's float32 products and convolutions rounded to TF32 where that is the precision, exact elsewhere."""
+    """Within this context PyTorch's float32 products and convolutions use TF32 if `precision` is "tf32", else not."""
     backends: tuple[Any, Any] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [backend.allow_tf32 for backend in backends]
     try:
@@ -231,7 +232,7 @@ def products_in(precision: str) -> Iterator[None]:
 
 @dataclass
 class Taken:
-    """Bytes that a stretch of work took of a GPU: at its peak, and for good."""
+    """Bytes of a GPU that some work took: at its peak, and for good."""
 
     peak: int = 0
     held: int = 0
@@ -239,9 +240,10 @@ class Taken:
 
 @contextmanager
 def memory_of(device: torch.device) -> Iterator[Taken | None]:
-    """What the work in this context takes of a GPU, known at its end; None on a CPU: nobody counts there.
+    """The GPU memory that the work in this context takes, known at its end. None on a CPU, where nothing counts it.
 
-    Counted is what the allocator reserves, so that the pools of CUDA graphs are in it, which replays do not allocate.
+    The bytes that the allocator reserves are counted. They include the pools of CUDA graphs, though replays allocate
+    nothing.
     """
     if device.type != "cuda":
         yield None
@@ -257,7 +259,7 @@ def memory_of(device: torch.device) -> Iterator[Taken | None]:
 
 
 def _reserved(device: torch.device) -> int:
-    """Bytes that are in use, those that only wait for their next use given back."""
+    """The bytes in use, after those that PyTorch merely keeps for reuse are given back."""
     gc.collect()
     torch.cuda.empty_cache()
     return torch.cuda.memory_reserved(device)
@@ -268,7 +270,7 @@ def _reserved(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device reached, at best, in a run of its own beside the measurements."""
+    """The best rates that the device reached, in a run of its own beside the measurements."""
 
     flops: Mapping[str, float]  # precision -> operations per second of a large square matrix product
     bytes: float  # per second of a large copy, reads and writes together
@@ -277,11 +279,11 @@ class Ceilings:
 def ceilings(device: torch.device, precisions: Sequence[str], rounds: int = 7) -> Ceilings:
     """Measures the ceilings with PyTorch's own products and copy, on random data.
 
-    Of its two products on a CPU the faster one's: where one is half as fast, as MKL's in float32 on a CPU of AMD's
-    with AVX-512, it is no ceiling.
+    On a CPU, where PyTorch has two products, the faster one is the ceiling. The other may be half as fast, as MKL's is
+    in float32 on AMD's CPUs with AVX-512.
 
     Args:
-        precisions: of "fp32", "tf32", "fp16" and "bf16".
+        precisions: some of "fp32", "tf32", "fp16" and "bf16".
     """
     large = device.type == "cuda"
     size, elements = (8192, 1 << 28) if large else (2048, 1 << 25)

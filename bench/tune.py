@@ -1,19 +1,24 @@
-"""Searches the launch table on a GPU, and writes what it finds into `kernels/launches.py`.
+"""Searches for faster launches on a GPU, and writes them into `kernels/launches.py`.
 
     python -m bench.tune --minutes 20 --json bench/results/DEVICE-DATE/tune.json
 
-For every op and kind of dtype, tiles, warps and stages are varied around the table's own entry. What the machine code
-already condemns (spills, too much shared memory, no matrix instructions) is not timed. The rest is timed at the op's
-heaviest shape, the best few at all shapes that weigh anything, in interleaved rounds beside the current launch. A
-shape weighs as much as its time and the number of times that its model meets it. An entry is replaced where the sum of
-all shapes' times so weighed is lower by more than that sum's spread.
+For every op and kind of dtype the search varies tiles, warps and stages around the table's own entry, and for a
+persistent kernel the blocks that a multiprocessor holds.
 
-One launch serves every batch, so "one row, one result" holds whatever is chosen; `pytest tests/kernels` proves it
-again. The reduction step of a product is not varied, so that its sums keep their order. In attention the tile of keys
-is a step of the softmax's sum, and is varied: a new entry may change last bits, for all batches alike. Not searched is
-what the table does not hold: the order of a product's tiles, and the constants of LayerNorm and of the pools.
+1. Launches with bad machine code (spills, too much shared memory, no matrix instructions, fewer blocks than the
+   launch asks for) are left out.
+2. The others are timed at the op's heaviest shape.
+3. The best few are timed at all shapes with 1 % of the arithmetic or more, in interleaved rounds beside the current
+   launch.
+4. A launch's total is the sum of its times at all shapes, each multiplied by the number of times that the shape's model
+   meets it. The entry is replaced if another launch's total is lower by more than the spread of these totals.
 
-Every step (some launches at one shape) is on disk before the next begins, and `--resume` goes on from there.
+One launch serves every batch, so "one row, one result" holds for any choice; `pytest tests/kernels` proves it again.
+The reduction step of a product is not varied, so that its sums keep their order. In attention the tile of keys is a
+step of the softmax's sum, and is varied. So a new entry may change last bits, for all batches alike. Parameters outside
+the table are not searched: the order of a product's tiles, and the constants of LayerNorm and of the pools.
+
+Every step (some launches at one shape) is on disk before the next begins, and `--resume` continues from there.
 """
 
 from __future__ import annotations
@@ -58,9 +63,12 @@ _KINDS: dict[Kind, str] = {
     "half": "bf16",
     "float32": "fp32",
     "tf32": "tf32",
-}  # the precision that stands for each kind of dtype
-_LEAST_WEIGHT = 0.01  # of all arithmetic: a shape with less does not decide anything
-_ACCUMULATOR = (16, 128)  # registers of a thread that a tile of the result may take
+}  # kind of dtype -> the precision that it is timed in
+_LEAST_WEIGHT = 0.01  # of all arithmetic: a shape with a smaller share decides nothing
+_ACCUMULATOR = (16, 128)  # the fewest and the most registers of a thread for a tile of the result
+_PERSISTENT = ("linear",)  # ops whose programs walk over the tiles, so that the number of programs is a choice
+_BLOCKS = (1, 2)  # of a persistent kernel on a multiprocessor
+_RESIDENT_WARPS = 16  # the most that fit with the registers of such a tile
 _AT_A_TIME = 8  # launches in a step of the screening
 _SCREENING_ROUNDS = 3
 _FINALISTS = 6
@@ -69,7 +77,7 @@ _COMPILE_SECONDS = 120
 
 @dataclass(frozen=True)
 class Entry:
-    """A place in the launch table: what is tuned on its own.
+    """A place in the launch table, which is tuned on its own.
 
     `cases` are those of `bench.machine_code` that show a launch's machine code.
     """
@@ -84,26 +92,29 @@ class Entry:
         return f"{self.op} {self.kind}"
 
     def shapes(self, batches: Sequence[int]) -> list[Contest]:
-        """The op's shapes that weigh anything in its models, the heaviest first."""
+        """The op's shapes that matter in its models, the heaviest first."""
         op = re.sub(r"_\d+$", "", self.op)
         found = sorted(contests(self.models, batches, [_KINDS[self.kind]], [op]), key=_weight, reverse=True)
         least = _LEAST_WEIGHT * sum(map(_weight, found))
         return [contest for contest in found if _weight(contest) >= least]
 
     def candidates(self, current: Launch) -> list[Launch]:
-        """Launches around the current one, itself first."""
+        """The current launch, and then launches around it."""
         block_ns, stages = (64, 128, 256), (2, 3, 4, 5)
         head = re.search(r"_(\d+)$", self.op)
         if head:
             block_ns, stages = (16, 32, 64, 128), (1, 2, 3, 4)
-        elif self.op == "linear":  # takes a tile in two halves, and each needs a tile of statistics
+        elif self.op == "linear":  # its kernel halves a tile, and each half needs a tile of statistics
             block_ns = tuple(n for n in block_ns if n >= 2 * STATISTICS_TILE)
         found = [current]
         for m, n, warps, s in itertools.product((64, 128, 256), block_ns, (4, 8, 16), stages):
             columns = int(head[1]) if head else n  # of the result
-            launch = Launch(m, n, current.block_k, num_warps=warps, num_stages=s)
-            if _ACCUMULATOR[0] <= m * columns // (32 * warps) <= _ACCUMULATOR[1] and launch != current:
-                found.append(launch)
+            if not _ACCUMULATOR[0] <= m * columns // (32 * warps) <= _ACCUMULATOR[1]:
+                continue
+            for blocks in _BLOCKS if self.op in _PERSISTENT else (1,):
+                launch = Launch(m, n, current.block_k, num_warps=warps, num_stages=s, blocks=blocks)
+                if launch != current and blocks * warps <= _RESIDENT_WARPS:
+                    found.append(launch)
         return found
 
 
@@ -112,7 +123,7 @@ def _weight(contest: Contest) -> int:
 
 
 def entries() -> Iterator[Entry]:
-    """The table's entries, the one that decides first."""
+    """The table's entries, in each kind the one that decides most first."""
 
     def some(*names: str) -> dict[str, Config]:
         return {name: PUBLISHED[name] for name in names}
@@ -148,11 +159,11 @@ def trial(entry: Entry, arch: str, launch: Launch) -> Iterator[None]:
             place[arch] = before
 
 
-# --- what the machine code condemns ----------------------------------------------------------------------------------
+# --- launches with bad machine code ----------------------------------------------------------------------------------
 
 
 def problems_of(entry: Entry, arch: str, launches: Sequence[Launch], workers: int) -> dict[Launch, list[str]]:
-    """What is wrong with each launch's machine code; the compiler may refuse it, or die of it, too."""
+    """The problems of each launch's machine code. One may be that the compiler refuses the launch, or dies of it."""
     known = {case.name: case for case in cases()}
     jobs: list[tuple[Launch, Job]] = []
     for launch in launches:
@@ -160,20 +171,23 @@ def problems_of(entry: Entry, arch: str, launches: Sequence[Launch], workers: in
             jobs += [(launch, job) for name in entry.cases for job in jobs_of(known[name], arch)]
     problems: dict[Launch, list[str]] = {launch: [] for launch in launches}
     with ThreadPoolExecutor(workers) as pool:
-        for (launch, _), found in zip(jobs, pool.map(_problems, [job for _, job in jobs]), strict=True):
+        for (launch, _), found in zip(jobs, pool.map(_problems, jobs), strict=True):
             problems[launch] += found
     return problems
 
 
-def _problems(job: Job) -> list[str]:
+def _problems(launched: tuple[Launch, Job]) -> list[str]:
     try:
-        return isolated(_compiled_problems, job)
+        return isolated(_compiled_problems, *launched)
     except ChildProcessError as error:  # a launch that cannot be compiled is no candidate
         return [f"is not compiled: {error}"]
 
 
-def _compiled_problems(job: Job) -> list[str]:
-    return compile_job(job).problems
+def _compiled_problems(launch: Launch, job: Job) -> list[str]:
+    row = compile_job(job)
+    if launch.blocks > 1 and row.resident < launch.blocks:
+        return [*row.problems, f"{row.resident} blocks fit a multiprocessor, {launch.blocks} are wanted"]
+    return row.problems
 
 
 _PROCESSES = multiprocessing.get_context("forkserver")
@@ -181,10 +195,10 @@ _PROCESSES.set_forkserver_preload(["bench.machine_code", "triton"])
 
 
 def isolated(function: Callable[..., T], *arguments: Any) -> T:
-    """`function(*arguments)` in a process of its own: a compiler that aborts takes nothing along.
+    """`function(*arguments)` in a process of its own, so that an aborting compiler ends only that.
 
     Raises:
-        ChildProcessError: it raised something, died, or took longer than any launch is worth.
+        ChildProcessError: the function raised an exception, its process died, or it took longer than two minutes.
     """
     receiver, sender = _PROCESSES.Pipe(duplex=False)
     process = _PROCESSES.Process(target=_answer, args=(sender, function, arguments))
@@ -218,16 +232,16 @@ def _answer(sender: Connection, function: Callable[..., object], arguments: tupl
 
 @dataclass(frozen=True)
 class Settings:
-    """Of a run; `deadline` is a time of `time.monotonic` after which no step begins."""
+    """The settings of a run. `deadline` is the value of `time.monotonic` after which no step begins."""
 
     device: torch.device
     batches: Sequence[int]
     rounds: int
     deadline: float
-    workers: int  # that compile
+    workers: int  # processes that compile
 
     def plan(self, entry: Entry, current: Launch) -> tuple[list[Launch], list[Contest]]:
-        """An entry's launches and shapes; the first few on a CPU, where Triton's interpreter takes its time."""
+        """An entry's launches and shapes. On a CPU only the first few, since Triton's interpreter is slow."""
         launches, shapes = entry.candidates(current), entry.shapes(self.batches)
         return (launches, shapes) if self.device.type == "cuda" else (launches[:3], shapes[:2])
 
@@ -236,10 +250,10 @@ class Settings:
 
 
 def search(entry: Entry, target: Target, rows: list[Row], settings: Settings) -> Iterator[list[Row]]:
-    """Adds to an entry's rows what they lack, step by step, and yields each step.
+    """Adds the missing rows to an entry's rows, step by step, and yields each step.
 
-    A step's rows are one for each launch in it, with its samples or with why it has none. First come those of the
-    screening, then those of the finals, a shape each. The first row of all is the current launch's.
+    A step has one row for each of its launches, with the samples or the reason why there are none. The steps of the
+    screening come first. Then comes one step of the finals for each shape. The very first row is the current launch's.
     """
     current = _current(entry, target, rows)
     candidates, shapes = settings.plan(entry, current)
@@ -319,14 +333,15 @@ def _timed(rows: Sequence[Row], stage: str) -> list[Row]:
 
 
 def _finals(rows: Sequence[Row]) -> set[str]:
-    """The shapes at which they have taken place."""
+    """The shapes at which finals have taken place."""
     return {row["shape"] for row in rows if row["stage"] == "final"}
 
 
 def winner(rows: Sequence[Row]) -> Launch | None:
-    """The launch to put in the current one's place, whose rows are the first; None where the current one stays.
+    """The launch that replaces the current one; None if the current one stays.
 
-    Rows are those of one entry. A launch that fails at a shape that another one does is out.
+    The rows are those of one entry, and the first is the current launch's. A launch is out if it fails at a shape where
+    another one does not.
     """
     current = _launch(rows[0])
     finals = _timed(rows, "final")
@@ -350,7 +365,7 @@ def winner(rows: Sequence[Row]) -> Launch | None:
 
 
 def rendered(table: LaunchTable) -> str:
-    """The whole of `kernels/launches.py` for a table."""
+    """The whole text of `kernels/launches.py` for a table."""
     lines = [f'"""{launches.__doc__}"""', "", "from __future__ import annotations", ""]
     lines += ["from .targets import Launch, LaunchTable", "", "TABLE = LaunchTable(", "    {"]
     for op, kinds in table.items():
@@ -361,6 +376,7 @@ def rendered(table: LaunchTable) -> str:
                 launch = entries[arch]
                 blocks = f"{launch.block_m}, {launch.block_n}, {launch.block_k}"
                 options = f"num_warps={launch.num_warps}, num_stages={launch.num_stages}"
+                options += f", blocks={launch.blocks}" if launch.blocks > 1 else ""
                 lines.append(f'                "{arch}": Launch({blocks}, {options}),')
             lines.append("            },")
         lines.append("        },")
@@ -370,13 +386,13 @@ def rendered(table: LaunchTable) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.tune", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", default="", help="only the entries whose name contains this")
-    parser.add_argument("--batches", default="256,32", help="with commas between")
+    parser.add_argument("--batches", default="256,32", help="separated by commas")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing new after as long")
-    parser.add_argument("--json", type=Path, help="write all that was timed there")
-    parser.add_argument("--resume", action="store_true", help="keep what that file has, and do what it lacks")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing new after so many minutes")
+    parser.add_argument("--json", type=Path, help="write all times there")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of that file, and measure missing ones")
     parser.add_argument("--table", type=Path, default=LAUNCHES_FILE, help="the file whose table is rewritten")
-    parser.add_argument("--dry-run", action="store_true", help="on a CPU, at toy size, changing nothing")
+    parser.add_argument("--dry-run", action="store_true", help="run on a CPU, at toy size, and change nothing")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     options = parser.parse_args(arguments)
     everything = list(entries())
@@ -400,7 +416,8 @@ def tune(
 ) -> None:
     """Tunes the entries whose name contains `only`. `file` is written after each step, the table after each entry.
 
-    What is finished in `file` is put into the table again, asked for or not: the table may not have come along.
+    Entries that are finished in `file` are put into the table again, even if `only` excludes them: the file may have
+    been copied without the table.
     """
     where = replace(environment(settings.device), code=fingerprint(launches=False))
     target = targets.target_of(settings.device)
@@ -409,7 +426,7 @@ def tune(
         own = [row for row in rows if (row["op"], row["kind"]) == (entry.op, entry.kind)]
         if only in entry.name:
             for step in search(entry, target, own, settings):
-                if settings.device.type == "cuda":  # a fault on it fails all that follows: nothing is kept of that
+                if settings.device.type == "cuda":  # raises after a fault, so that no later row is kept
                     torch.cuda.synchronize(settings.device)
                 rows += step
                 if file:

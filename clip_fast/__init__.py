@@ -3,17 +3,26 @@
 import clip_fast
 
 model, preprocess = clip_fast.load("ViT-B/32")
-embeddings = model.encode_image(preprocess(image).unsqueeze(0))  # (1, 512), not normalised
+with torch.no_grad():
+    embeddings = model.encode_image(preprocess(image).unsqueeze(0))  # (1, 512), not normalised
+
+Code that was written for openai-clip runs with `import clip_fast as clip`.
 """
 
+# First, since the other imports take seconds.
+from .cli import interrupt as _interrupt  # noqa: F401  # pyright: ignore[reportUnusedImport]
+
+# isort: split
+
+from . import clip as clip  # as openai-clip's package has it
 from .checkpoint.published import available_models
-from .clip import Clip
 from .dropin.accelerate import accelerate, restore
 from .encoder import ImageEncoder
 from .errors import CheckpointError, NotServed
 from .loading import load
+from .model import Clip
 from .preprocess import Preprocess
-from .tokens import tokenize
+from .simple_tokenizer import tokenize
 from .verification import Verdict, verify
 from .version import __version__ as __version__
 

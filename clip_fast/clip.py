@@ -1,69 +1,33 @@
-"""CLIP whole: the fast image encoder with its text side, for zero-shot classification and retrieval by text."""
+"""The names of openai-clip's `clip.clip`, for code that imports it: `from clip_fast import clip`."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from .checkpoint.download import Pretrained, download
+from .checkpoint.published import OPENAI_CHECKPOINTS, available_models
+from .loading import load
+from .model import build_model as build_model
+from .preprocess import Preprocess
+from .simple_tokenizer import SimpleTokenizer, tokenize
 
-from .encoder import ImageEncoder, with_weights
-from .towers.config import Config, TextConfig
-from .towers.text import TextEncoder
+__all__ = ["available_models", "load", "tokenize"]
+
+_MODELS = {name: source.url for name, source in OPENAI_CHECKPOINTS.items()}
 
 
-class Clip(ImageEncoder):
-    """An `ImageEncoder` that embeds texts too: a drop-in for the model of `clip.load`.
+def _download(url: str, root: str | None = None) -> str:  # pyright: ignore[reportUnusedFunction]
+    """The file of one of `_MODELS`, downloaded where needed and checked, in `root` or in `~/.cache/clip`."""
+    return str(download(Pretrained(url, url.split("/")[-2]), Path(root or "~/.cache/clip").expanduser()))
 
-    Args:
-        config, state_dict, device, dtype, options: the image encoder's, see `ImageEncoder`.
-        text_config, text_state_dict: the text encoder's, under the names of `TextEncoder`.
 
-    In its own state dict the text encoder's weights have the names of `clip`'s behind "text."; `clip_fast.load` reads
-    those of `clip` as they are.
-    """
+def _transform(n_px: int) -> Preprocess:  # pyright: ignore[reportUnusedFunction]
+    """The preprocessing for images of `n_px` pixels a side."""
+    return Preprocess(n_px)
 
-    def __init__(
-        self,
-        config: Config,
-        state_dict: dict[str, Tensor],
-        text_config: TextConfig,
-        text_state_dict: dict[str, Tensor],
-        device: torch.device,
-        dtype: torch.dtype,
-        **options: Any,
-    ) -> None:
-        super().__init__(config, state_dict, device, dtype, **options)
-        with torch.device("meta"):
-            text = TextEncoder(text_config)
-        self.text = with_weights(text, text_state_dict, device, dtype)
 
-    @property
-    def logit_scale(self) -> Tensor:
-        """The logarithm of what cosines are multiplied by."""
-        return self.text.logit_scale
-
-    @property
-    def context_length(self) -> int:
-        """Tokens that a text may have, start and end included."""
-        return len(self.text.positional_embedding)
-
-    @property
-    def vocab_size(self) -> int:
-        return self.text.token_embedding.num_embeddings
-
-    def encode_text(self, text: Tensor) -> Tensor:
-        """Embeds texts as `clip_fast.tokenize` gives them: (B, L) integers -> (B, embed_dim), not normalised.
-
-        Raises:
-            ValueError: for tokens of another shape or dtype.
-        """
-        return self.text(text.to(self.device))
-
-    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Cosines of images (B, …) and texts (T, L), times exp(logit_scale): (B, T), and the same transposed."""
-        image_embeddings = F.normalize(self.encode_image(image), dim=-1)
-        text_embeddings = F.normalize(self.encode_text(text), dim=-1)
-        logits = self.logit_scale.exp() * image_embeddings @ text_embeddings.T
-        return logits, logits.T
+def __getattr__(name: str) -> Any:
+    if name == "_tokenizer":  # made when it is asked for: it needs the extra "text"
+        return SimpleTokenizer()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,14 +19,25 @@ from .engine.engine import Engine, checked
 from .engine.tower import Tower, Watch
 from .errors import NotServed
 from .towers import reference
-from .towers.config import ENCODE, ENCODE_TOKENS, IMAGE_MEAN, IMAGE_STD, Config, Rgb, Task, TaskName, hidden_state
+from .towers.config import (
+    ENCODE,
+    ENCODE_TOKENS,
+    HIDDEN_STATES,
+    IMAGE_MEAN,
+    IMAGE_STD,
+    Config,
+    Rgb,
+    Task,
+    TaskName,
+    hidden_state,
+)
 from .towers.fast import Results, normalised
 from .towers.precision import PrecisionName
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
 _REPLICA = "it is a replica of DataParallel, whose weights last for one call"
-_SILENT = route.SILENT | {route.TRANSFORMED, route.GRADIENTS, _REPLICA}
+_SILENT = route.SILENT | {route.TRANSFORMED, _REPLICA}
 
 
 class ImageEncoder(nn.Module):
@@ -49,8 +60,9 @@ class ImageEncoder(nn.Module):
     libraries that PyTorch multiplies with do not keep that, and cuDNN's convolutions in a ResNet do not promise it.
 
     `visual` is the tower in plain PyTorch. It runs instead of the fast path where gradients are wanted (they are
-    enabled, and the images or a weight require them). It also runs, with a warning, where its modules are hooked or
-    replaced, or where batch norms are in training mode.
+    enabled, and the images or a weight require them), with a warning if the encoder is in evaluation mode and its
+    weights require them. It also runs, with a warning, where its modules are hooked or replaced, or where batch norms
+    are in training mode. An encoder that is made by this class has weights that require no gradients.
     """
 
     def __init__(
@@ -153,12 +165,12 @@ class ImageEncoder(nn.Module):
             return_patch_tokens: also return a ViT's patch tokens after its last LayerNorm, as open_clip gives them.
 
         Returns:
-            (B, embed_dim) of the encoder's dtype, on its device; not normalised. With patch tokens a pair, the second
-            (B, patches, width).
+            (B, embed_dim) of the encoder's dtype, under autocast too, on its device; not normalised. With patch tokens
+            a pair, the second (B, patches, width).
 
         Raises:
             ValueError: the images have another shape, or patch tokens are wanted of a ResNet.
-            TypeError: the images are of another integer dtype.
+            TypeError: the images are no tensor, or of another integer dtype.
         """
         if not return_patch_tokens:
             return self._results(image, ENCODE)[0]
@@ -176,7 +188,7 @@ class ImageEncoder(nn.Module):
             ValueError: the images have another shape, the encoder is a ResNet, or there is no such layer.
         """
         self._require("hidden_state", "hidden states")
-        layers: int = getattr(self.config, "layers")  # noqa: B009 (a number in every family with hidden states)
+        layers = len(self.config.row_shapes(HIDDEN_STATES)) - 1
         index = layer if layer >= 0 else layers + 1 + layer
         if not 0 <= index <= layers:
             raise ValueError(f"layer must be between {-layers - 1} and {layers}, got {layer}")
@@ -193,22 +205,27 @@ class ImageEncoder(nn.Module):
 
     def _results(self, images: Tensor, task: Task) -> Results:
         """A task's results: by the engine wherever it serves, else by the plain tower."""
+        if not isinstance(images, Tensor | torch.fx.Proxy):  # pyright: ignore[reportUnnecessaryIsInstance]
+            size = self.config.image_size
+            raise TypeError(
+                f"images must be a tensor [batch, 3, {size}, {size}], got {_kind(images)}: "
+                "preprocess(picture).unsqueeze(0) makes one of a PIL image, torch.stack(tensors) of a list, "
+                "torch.from_numpy(array) of an array"
+            )
         results = route.route(self, images, task)
         return self._plain(images, task, because=results) if isinstance(results, str) else results
 
-    def _current_engine(self) -> Engine | None:
+    def _look(self) -> tuple[Engine | None, str | None]:
         if self._replica():
-            return None
+            return None, _REPLICA
         if self.visual is not self._watch.modules[0] or self._watch.replaced():
             self.refresh()
-        return self._engine
+        return self._engine, self._problem()
 
     def _traced_engine(self) -> Engine | None:
         return None if self._replica() else self._engine
 
     def _problem(self) -> str | None:
-        if self._replica():
-            return _REPLICA
         if self._difference:
             return self._difference
         if self._watch.hooked() or pytorch.has_global_hook():
@@ -232,14 +249,18 @@ class ImageEncoder(nn.Module):
 
     def _plain(self, images: Tensor, task: Task, because: str) -> Results:
         """A task's results by the plain tower, through which gradients flow."""
-        if because not in _SILENT and because not in self._warned:
+        expected = because in _SILENT
+        if because == route.GRADIENTS:  # asked for in training, or by images: it is no oversight
+            expected = self.training or not any(p.requires_grad for p in self.visual.parameters())
+        if not expected and because not in self._warned:
             self._warned.add(because)
             warnings.warn(f"the plain tower runs, not the fast one: {because}", stacklevel=4)
         images = checked(images, self.config.image_size).to(self.device)
 
         def run(images: Tensor) -> Results:
             images = normalised(images, self.dtype, self.mean, self.std)
-            return (self.visual(images),) if task == ENCODE else self.visual.results(images, task)
+            results = (self.visual(images),) if task == ENCODE else self.visual.results(images, task)
+            return tuple(result.to(self.dtype) for result in results)
 
         if because == route.DOUBLE and self._engine is not None and not self._engine.gradients_wanted(images):
             with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
@@ -258,6 +279,10 @@ def with_weights(
         }
         module.load_state_dict(weights, assign=True)
         return module.eval().requires_grad_(False)
+
+
+def _kind(value: object) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
 def _difference(tower: Any, config: Config) -> str | None:

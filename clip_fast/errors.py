@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 
-class CheckpointError(ValueError):
-    """A checkpoint is missing or not sound; the message names the file and what is wrong with it."""
+class CheckpointError(ValueError, RuntimeError):
+    """A checkpoint is missing or not sound; the message names the file and what is wrong with it.
+
+    It is a RuntimeError too, which `clip.load` raises for an unknown name.
+    """
 
     def __init__(self, path: object, problem: str) -> None:
         super().__init__(f"{path}: {problem}")

@@ -40,6 +40,11 @@ def ftfy() -> Any:
     return _extra("ftfy", "text", "tokenize")
 
 
+def torchvision_transforms() -> Any:
+    """torchvision.transforms. Raises ModuleNotFoundError, see `_extra`."""
+    return _extra("torchvision.transforms", "transforms", "preprocess.transforms")
+
+
 def faiss() -> Any:
     """FAISS, or None where it is not installed: it only makes search faster."""
     try:

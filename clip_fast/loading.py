@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from dataclasses import replace
 
 import torch
 
 from .checkpoint.published import resolve
 from .checkpoint.reading import read_checkpoint
-from .clip import Clip
 from .encoder import ImageEncoder
+from .model import from_checkpoint
 from .preprocess import Preprocess
 from .towers.config import Activation
 from .towers.families import for_image_size
@@ -28,31 +28,35 @@ def default_dtype(device: torch.device) -> torch.dtype:
 
 
 def load(
-    name_or_path: str | os.PathLike[str],
+    name: str | os.PathLike[str],
     device: str | torch.device | None = None,
-    dtype: torch.dtype | None = None,
+    jit: bool | torch.dtype | None = False,
+    download_root: str | os.PathLike[str] | None = None,
     *,
+    dtype: torch.dtype | None = None,
     precision: PrecisionName | None = None,
     image_size: int | None = None,
     activation: Activation | None = None,
-    download_root: str | os.PathLike[str] | None = None,
     cuda_graphs: bool = True,
-    jit: bool = False,
 ) -> tuple[ImageEncoder, Preprocess]:
     """Loads a CLIP image encoder and its preprocessing, as `clip.load` does.
 
+    The model is in evaluation mode and its weights require gradients, as those of `clip.load` do. The fast path runs
+    under `torch.no_grad()` or `torch.inference_mode()`; otherwise the plain tower does, which can be trained.
+
     Args:
-        name_or_path: a name from `available_models()`, or a checkpoint: OpenAI's `.pt`, open_clip's `.pt`, `.bin` or
-            `.safetensors`, or a Hugging Face folder.
+        name: a name from `available_models()`, or a checkpoint: OpenAI's `.pt`, open_clip's `.pt`, `.bin` or
+            `.safetensors`, a Hugging Face folder, or a file that a training loop saved such a model's state dict in.
         device: where to compute; by default a GPU where there is one.
+        jit: must be False, the value with which callers of `clip.load` ask for no TorchScript. A dtype in this place
+            is taken for `dtype`.
+        download_root: folder for downloaded checkpoints; by default `~/.cache/clip`, which `clip` uses too.
         dtype: of the weights and embeddings; by default, as in `clip`, float16 on a GPU and float32 on a CPU.
         precision: to compute in, "fp32", "tf32", "fp16" or "bf16"; by default that of `dtype`.
         image_size: the size of the images to encode, where it is not the model's own. A ViT's positional embedding is
             resampled for it as open_clip does.
         activation: of the MLPs, for a checkpoint that does not say; plain state dicts do not.
-        download_root: folder for downloaded checkpoints; by default `~/.cache/clip`, which `clip` uses too.
         cuda_graphs: replay small batches on an NVIDIA GPU as CUDA graphs: less time for each, some memory kept.
-        jit: must be False, the value with which callers of `clip.load` ask for no TorchScript.
 
     Returns:
         The encoder, which is a `Clip` where the checkpoint has OpenAI's text tower and embeds texts too; and a callable
@@ -62,22 +66,17 @@ def load(
         CheckpointError: the checkpoint is missing or not sound; the message names the file and what is wrong.
         ValueError: `image_size` is smaller than a patch, or not a ResNet's own; or `jit` is true.
     """
+    if isinstance(jit, torch.dtype):
+        jit, dtype = False, jit
     if jit:
         raise ValueError("clip_fast has no TorchScript model: pass jit=False")
     device = torch.device(device) if device is not None else default_device()
-    dtype = dtype or default_dtype(device)
-    checkpoint = read_checkpoint(resolve(name_or_path, download_root), activation)
-    config, state_dict = checkpoint.config, checkpoint.state_dict
+    checkpoint = read_checkpoint(resolve(name, download_root), activation)
+    config = checkpoint.config
     if image_size is not None and image_size != config.image_size:
-        state_dict, config = for_image_size(state_dict, config, image_size)
-    options: dict[str, Any] = {
-        "precision": precision,
-        "mean": checkpoint.mean,
-        "std": checkpoint.std,
-        "cuda_graphs": cuda_graphs,
-    }
-    if checkpoint.text is None:
-        model = ImageEncoder(config, state_dict, device, dtype, **options)
-    else:
-        model = Clip(config, state_dict, *checkpoint.text, device, dtype, **options)
-    return model, Preprocess(config.image_size, checkpoint.mean, checkpoint.std, checkpoint.squash)
+        state_dict, config = for_image_size(checkpoint.state_dict, config, image_size)
+        checkpoint = replace(checkpoint, state_dict=state_dict, config=config)
+    model = from_checkpoint(
+        checkpoint, device, dtype or default_dtype(device), precision=precision, cuda_graphs=cuda_graphs
+    )
+    return model, Preprocess(config.image_size, checkpoint.mean, checkpoint.std, checkpoint.squash, checkpoint.on_white)

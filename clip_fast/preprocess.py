@@ -2,19 +2,22 @@
 
 That transform is torchvision's Resize(bicubic) -> CenterCrop -> RGB -> ToTensor -> Normalize. Its pixels come from
 Pillow, its arithmetic from PyTorch; what is rebuilt here is the geometry: which size, which crop, in which order. With
-`squash`, it is open_clip's with resize_mode "squash": Resize to the square, no crop.
+`squash`, it is open_clip's with resize_mode "squash": Resize to the square, no crop. With `on_white`, RGB comes first,
+as transformers' image processors have it.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from . import extras
 from .towers.config import IMAGE_MEAN, IMAGE_STD
 
 
@@ -24,7 +27,8 @@ class Preprocess:
 
     `image_size` is the side of the square result in pixels; `mean` and `std` are per RGB channel of pixels scaled to
     [0, 1], those of the model's training. `squash` resizes the whole image to the square, whatever its aspect ratio, as
-    some models were trained; otherwise the middle is cut out. An EXIF orientation is not applied, as `clip` does not.
+    some models were trained; otherwise the middle is cut out. `on_white` converts to RGB before resizing, with what is
+    transparent on white, as transformers does. An EXIF orientation is not applied, as `clip` does not.
 
     As in `clip`, the whole image is resized before that crop, so memory grows with the aspect ratio: about
     4 image_size² bytes times long side / short side.
@@ -34,6 +38,7 @@ class Preprocess:
     mean: tuple[float, float, float] = IMAGE_MEAN
     std: tuple[float, float, float] = IMAGE_STD
     squash: bool = False
+    on_white: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.image_size < 1:
@@ -50,6 +55,20 @@ class Preprocess:
         std = torch.tensor(self.std, dtype=torch.float32, device="cpu").view(3, 1, 1)
         # Three roundings, as in clip: folded into one multiply and one add, the last bit would differ.
         return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+    @property
+    def transforms(self) -> list[Any]:
+        """The same steps as torchvision's transforms, in a new list, as `clip`'s `Compose` has them.
+
+        Raises:
+            ModuleNotFoundError: torchvision is not installed.
+        """
+        transforms = extras.torchvision_transforms()
+        bicubic = transforms.InterpolationMode.BICUBIC
+        resize = transforms.Resize((self.image_size,) * 2 if self.squash else self.image_size, interpolation=bicubic)
+        crop = transforms.CenterCrop(self.image_size)
+        geometry = [_rgb_on_white, resize, crop] if self.on_white else [resize, crop, _rgb]
+        return [*geometry, transforms.ToTensor(), transforms.Normalize(self.mean, self.std)]
 
     def uint8(self, image: Image.Image) -> Tensor:
         """The resized square in RGB, before scaling and normalising: a quarter of the bytes to move.
@@ -70,7 +89,7 @@ class Preprocess:
         if 0 in image.size:
             raise ValueError(f"image must have pixels, got one of {image.width}x{image.height}")
         try:
-            rgb = self._square(image).convert("RGB")
+            rgb = self._square(_rgb_on_white(image)) if self.on_white else _rgb(self._square(image))
         except ValueError as error:
             raise ValueError(
                 f"cannot make RGB pixels of an image of mode {image.mode!r}, {image.width}x{image.height}: {error}"
@@ -90,3 +109,15 @@ class Preprocess:
         size = (side, scaled_long) if image.width <= image.height else (scaled_long, side)
         left, top = (round((length - side) / 2) for length in size)  # a half goes to the even neighbour
         return image.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    return image.convert("RGB")
+
+
+def _rgb_on_white(image: Image.Image) -> Image.Image:
+    """`image` in RGB, with what is transparent on white."""
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")

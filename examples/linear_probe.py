@@ -14,6 +14,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
@@ -38,6 +39,7 @@ class Folders(Dataset[tuple[object, str]]):
             return self.preprocess(picture), self.paths[index].parent.name
 
 
+@torch.no_grad()
 def features(encoder: ImageEncoder, data: Folders, workers: int = 0) -> tuple[NDArray[np.float32], list[str]]:
     """Embeddings (pictures, embed_dim) and labels."""
     rows, labels = [], []

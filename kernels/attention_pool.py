@@ -46,13 +46,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import LOG2_E, TILE, load_row_statistics, online_softmax_update, stages_from_registers
+from .primitives import (
+    LOG2_E,
+    TILE,
+    add_product,
+    add_product_finely,
+    load_row_statistics,
+    online_softmax_update,
+    stages_from_registers,
+)
 from .statistics import statistics_tiles
 from .targets import kind_of, target_of
 
 _MIN_HEADS = 16  # what a tensor core takes at least
 _LINEAR_WARPS = 4
 _NUM_STAGES = 2
+# Of a step of exact float32. With keys and values every token has a rounding of its own, and attention averages them
+# away. Here one sum stands for all tokens, and must be as much better.
+_CHAINS = tl.constexpr(4)
 
 
 def _side(dtype: torch.dtype) -> int:
@@ -61,6 +72,11 @@ def _side(dtype: torch.dtype) -> int:
     Without tensor cores, as exact float32 products are, larger tiles than these do not fit into registers.
     """
     return 64 if dtype.itemsize == 2 else 32
+
+
+def _step(dtype: torch.dtype) -> int:
+    """The reduction step, the least that there is in float32, since the error grows with it (`add_product`)."""
+    return 64 if dtype.itemsize == 2 else 16
 
 
 def _stages(operand: Tensor, precision: str) -> int:
@@ -111,15 +127,14 @@ def _head_linear_kernel(
         x = tl.load(x_ptrs + k0 * x_stride_k, mask=inside_b[:, None] & inside_k[None, :], other=0.0)
         w = tl.load(weight_ptrs + k0 * weight_stride_k, mask=inside_n[None, :] & inside_k[:, None], other=0.0)
         if x.dtype == w.dtype:
-            acc = tl.dot(x, w, acc, input_precision=PRECISION)
+            acc, acc_low = add_product_finely(x, w, acc, acc_low, PRECISION, _CHAINS)
         else:
             # Float32 rows meet weights in half precision as sums of two numbers of that. Each has an accumulator: two
             # products into one are miscompiled on Blackwell (github.com/triton-lang/triton/issues/10821).
             high = x.to(w.dtype)
             acc_low = tl.dot((x - high.to(tl.float32)).to(w.dtype), w, acc_low)
             acc = tl.dot(high, w, acc)
-    if x_ptr.dtype.element_ty != weight_ptr.dtype.element_ty:
-        acc += acc_low
+    acc += acc_low
 
     if BIAS:
         acc += tl.load(bias_ptr + head * N + columns, mask=inside_n, other=0.0).to(tl.float32)[None, :]
@@ -206,6 +221,7 @@ def _scores_kernel(
             tl.store(moments_ptr + rows * 2 + 1, rstd, mask=inside_n)
 
     acc = tl.zeros((BLOCK_N, BLOCK_H), dtype=tl.float32)
+    acc_low = tl.zeros((BLOCK_N, BLOCK_H), dtype=tl.float32)
     for k0 in range(0, W, BLOCK_K):
         channel = k0 + tl.arange(0, BLOCK_K)
         inside_k = channel < W
@@ -215,7 +231,8 @@ def _scores_kernel(
         )  # fmt: skip
         u_ptrs = u_ptr + (image * H + heads[None, :]) * W + channel[:, None]
         u = tl.load(u_ptrs, mask=inside_h[None, :] & inside_k[:, None], other=0.0)
-        acc = tl.dot(y, u, acc, input_precision=PRECISION)
+        acc, acc_low = add_product_finely(y, u, acc, acc_low, PRECISION, _CHAINS)
+    acc += acc_low
 
     scores_ptrs = scores_ptr + (image * H + heads[None, :]) * tokens + token[:, None]
     tl.store(scores_ptrs, acc * (scale * LOG2_E), mask=inside_n[:, None] & inside_h[None, :])
@@ -280,9 +297,9 @@ def _weighted_sum_kernel(
         score_ptrs = scores_ptr + heads[:, None] * tokens + 1 + index[None, :]
         score = tl.load(score_ptrs, mask=inside_h[:, None] & inside_n[None, :], other=float("-inf"))
         p, rescale, running_max, running_sum = online_softmax_update(score, running_max, running_sum)
-        acc = tl.dot(p.to(y.dtype), y, acc * rescale[:, None], input_precision=PRECISION)
+        acc = add_product(p.to(y.dtype), y, acc * rescale[:, None], PRECISION)
 
-    z = acc / running_sum[:, None]
+    z = acc * (1.0 / running_sum)[:, None]
     z_ptrs = z_ptr + (image * H + heads[:, None]) * W + channel[None, :]
     tl.store(z_ptrs, z, mask=inside_h[:, None] & inside_w[None, :])
 
@@ -343,7 +360,7 @@ def attention_pool(
         scale,
         eps,
         TILES=triton.next_power_of_2(statistics_tiles(width)),
-        BLOCK_K=side,
+        BLOCK_K=_step(query.dtype),
         **token_options,
     )
     _weighted_sum_kernel[(batch, triton.cdiv(width, side), head_tiles)](
@@ -385,7 +402,7 @@ def _head_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, pr
         PRECISION=precision,
         BLOCK_B=side,
         BLOCK_N=side,
-        BLOCK_K=side,
+        BLOCK_K=_step(weight.dtype),
         num_warps=_LINEAR_WARPS,
         num_stages=_stages(weight, precision),
         enable_fp_fusion=True,

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launches import TABLE
-from .primitives import LOG2_E, online_softmax_update
+from .primitives import LOG2_E, add_product, online_softmax_update
 from .targets import target_of
 
 
@@ -87,12 +87,12 @@ def _flash_attention_kernel(
         if not EVEN:
             score = tl.where(inside_n[None, :], score, float("-inf"))
         p, rescale, m, l = online_softmax_update(score, m, l)  # noqa: E741
-        acc = tl.dot(p.to(v.dtype), v, acc * rescale[:, None], input_precision=PRECISION)
+        acc = add_product(p.to(v.dtype), v, acc * rescale[:, None], PRECISION)
 
     # --- store
     out_ptrs = out_ptr + (image * N + offs_m[:, None]) * (H * D) + head * D + offs_d[None, :]
     inside = (offs_m < N)[:, None] & inside_d[None, :]
-    tl.store(out_ptrs, (acc / l[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptrs, (acc * (1.0 / l)[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def flash_attention(qkv: Tensor, scale: float, precision: str) -> Tensor:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import tile_counts, tile_statistics
+from .primitives import rounded_product, tile_counts, tile_statistics
 from .statistics import STATISTICS_TILE, empty_statistics
 
 _NUM_WARPS = 4  # 1024 columns of 2 bytes are then one 16-byte load a thread
@@ -47,14 +47,14 @@ def _layer_norm_kernel(
     deviation = tl.where(inside, x - mean, 0.0)
     # Far from zero the mean's own rounding outweighs all else. The deviations are small and know what it was.
     deviation = tl.where(inside, deviation - tl.sum(tl.sum(deviation, axis=1), axis=0) / width, 0.0)
-    variance = tl.sum(tl.sum(deviation * deviation, axis=1), axis=0) / width
+    variance = tl.sum(tl.sum(rounded_product(deviation, deviation), axis=1), axis=0) / width
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
     y = (deviation * tl.rsqrt(variance + eps) * weight + bias).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + row * width + column, y, mask=inside)
 
     if STATISTICS:
-        tile_mean, tile_m2 = tile_statistics(y.to(tl.float32), tile_counts(T, width))
+        tile_mean, tile_m2 = tile_statistics(y.to(tl.float32), tile_counts(T, width), WHOLE=False)
         tiles = (width + TILE - 1) // TILE
         address = statistics_ptr + (row * tiles + tile) * 2
         tl.store(address, tile_mean, mask=tile < tiles)

@@ -7,8 +7,8 @@ and rstd are two numbers a row, merged from the statistics that the writer of x 
 the weight summed over K. What this kernel writes it leaves the statistics of, for the next LayerNorm. No pass over
 memory is then left between two products of a transformer block.
 
-One persistent program per multiprocessor walks over the tiles of y. Programs that run side by side share rows of x and
-all of the weight in the L2 cache:
+As many persistent programs as the multiprocessors hold at a time walk over the tiles of y. Those that run side by side
+share rows of x and all of the weight in the L2 cache:
 
             N ->                    order of the tiles in one group of GROUP_M rows of tiles:
       M   0  4   8  12              down the group first, then along N. M · K + M · N elements move through memory once,
@@ -17,7 +17,8 @@ all of the weight in the L2 cache:
           3  7  11  15
 
 Each element of y is the sum of its products in steps of BLOCK_K from k = 0, in one accumulator of float32: a row's bits
-depend on the row, the weight and the launch table alone, which does not look at M.
+depend on the row, the weight and the launch table alone, which does not look at M. Nor do they follow the tile of y or
+the number of warps, as long as BLOCK_K is the same.
 
 On devices with a tensor copy engine (Hopper and later) tiles travel by tensor descriptors, and the loads of the next
 tile of y overlap the epilogue of the last. Elsewhere, and for exact float32, they travel by pointers.
@@ -36,9 +37,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .launches import TABLE
-from .primitives import activate, load_row_statistics, tile_counts, tile_statistics
+from .primitives import activate, add_product, by_name, load_row_statistics, tile_counts, tile_statistics
 from .statistics import STATISTICS_TILE, empty_statistics, statistics_tiles
-from .targets import Launch, multiprocessors, target_of
+from .targets import Launch, Target, multiprocessors, target_of
 
 _GROUP_M = 8  # rows of tiles that share the weight while it is in the cache
 _ALIGNMENT = 16  # bytes; the copy engine wants addresses and strides in multiples of it
@@ -48,7 +49,7 @@ _ALIGNMENT = 16  # bytes; the copy engine wants addresses and strides in multipl
 def _linear_kernel(
     x,  # (M, K), rows x_stride apart: pointer, or descriptor with blocks of (BLOCK_M, BLOCK_K)
     weight,  # (N, K), contiguous: pointer, or descriptor with blocks of (BLOCK_N, BLOCK_K)
-    y,  # (M, N), contiguous: pointer, or descriptor with blocks of (BLOCK_M, BLOCK_N / 2)
+    y,  # (M, N), contiguous: pointer, or descriptor with blocks of (BLOCK_M, BLOCK_N / PARTS)
     residual,  # (M, N), rows residual_stride apart: pointer, or descriptor with blocks as y's
     bias_ptr,  # (N,)
     colsum_ptr,  # (N,), float32
@@ -68,7 +69,9 @@ def _linear_kernel(
     ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
     STATISTICS: tl.constexpr,
+    WHOLE_TILES: tl.constexpr,  # TILE divides N
     DESCRIPTORS: tl.constexpr,
+    BY_NAME: tl.constexpr,  # NVIDIA's special functions can be asked for
     PRECISION: tl.constexpr,  # of products of float32 operands: "ieee" or "tf32"
     X_TILES: tl.constexpr,  # tiles of statistics in a row of x, rounded up to a power of two
     TILE: tl.constexpr,  # columns that one pair of statistics covers
@@ -77,7 +80,9 @@ def _linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
+    PARTS: tl.constexpr,  # of a tile's columns that the epilogue takes one after another: 1 or 2
 ):
+    tl.assume(K > 0)  # or the compiler keeps a second epilogue, for a product without steps
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
 
@@ -92,7 +97,7 @@ def _linear_kernel(
             for k0 in range(0, K, BLOCK_K):
                 a = x.load([m0, k0])
                 b = weight.load([n0, k0])
-                acc = tl.dot(a, b.T, acc, input_precision=PRECISION)
+                acc = add_product(a, b.T, acc, PRECISION)
         else:
             # Rows past the end are read from the last one: they are computed and never stored.
             rows = tl.minimum(m0 + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
@@ -107,7 +112,7 @@ def _linear_kernel(
                 else:
                     a = tl.load(a_ptrs + k0, mask=offs_k[None, :] < K - k0, other=0.0)
                     b = tl.load(b_ptrs + k0, mask=offs_k[:, None] < K - k0, other=0.0)
-                acc = tl.dot(a, b, acc, input_precision=PRECISION)
+                acc = add_product(a, b, acc, PRECISION)
 
         mean = tl.zeros((BLOCK_M,), dtype=tl.float32)
         rstd = tl.zeros((BLOCK_M,), dtype=tl.float32)
@@ -115,13 +120,17 @@ def _linear_kernel(
             rows = m0 + tl.arange(0, BLOCK_M)
             mean, rstd = load_row_statistics(x_statistics_ptr, rows, x_statistics_pairs, rows < M, K, eps, X_TILES)
 
-        # The epilogue takes the tile in two halves: what it holds of them at a time, it needs half the memory for.
-        halves = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)).split()
-        for half in tl.static_range(2):  # pyright: ignore
+        # Parts take less memory at a time than the tile. A whole one keeps the layout that matrix instructions give it.
+        if PARTS == 1:  # noqa: SIM108
+            parts = (acc,)
+        else:
+            parts = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)).split()
+        for part in tl.static_range(PARTS):  # pyright: ignore
             _epilogue(
-                halves[half], m0, n0 + half * (BLOCK_N // 2), mean, rstd,
+                parts[part], m0, n0 + part * (BLOCK_N // PARTS), mean, rstd,
                 y, residual, bias_ptr, colsum_ptr, scale_ptr, y_statistics_ptr, M, N, residual_stride,
-                NORM, SCALE, BIAS, ACTIVATION, RESIDUAL, STATISTICS, DESCRIPTORS, TILE, BLOCK_M, BLOCK_N // 2,
+                NORM, SCALE, BIAS, ACTIVATION, RESIDUAL, STATISTICS, WHOLE_TILES, DESCRIPTORS, BY_NAME, TILE,
+                BLOCK_M, BLOCK_N // PARTS,
             )  # fmt: skip
 
 
@@ -147,7 +156,9 @@ def _epilogue(
     ACTIVATION: tl.constexpr,
     RESIDUAL: tl.constexpr,
     STATISTICS: tl.constexpr,
+    WHOLE_TILES: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    BY_NAME: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -170,19 +181,21 @@ def _epilogue(
         else:
             address = residual + rows[:, None].to(tl.int64) * residual_stride + columns[None, :]
             acc += tl.load(address, mask=inside, other=0.0).to(tl.float32)
-    acc = activate(acc, ACTIVATION)
 
+    dtype: tl.constexpr = y.dtype if DESCRIPTORS else y.dtype.element_ty
+    out = activate(acc, ACTIVATION, dtype, BY_NAME).to(dtype)
     if DESCRIPTORS:
-        out = acc.to(y.dtype)
         y.store([m0, n0], out)
     else:
-        out = acc.to(y.dtype.element_ty)
         tl.store(y + rows[:, None].to(tl.int64) * N + columns[None, :], out, mask=inside)
 
     if STATISTICS:
         T: tl.constexpr = BLOCK_N // TILE
-        stored = tl.where(inside, out.to(tl.float32), 0.0)
-        tile_mean, tile_m2 = tile_statistics(tl.reshape(stored, (BLOCK_M, T, TILE)), tile_counts(T, N - n0))
+        stored = out.to(tl.float32)
+        if not WHOLE_TILES:
+            stored = tl.where(inside_n[None, :], stored, 0.0)
+        stored = tl.reshape(stored, (BLOCK_M, T, TILE))
+        tile_mean, tile_m2 = tile_statistics(stored, tile_counts(T, N - n0), WHOLE_TILES)
         tiles = (N + TILE - 1) // TILE
         tile = n0 // TILE + tl.arange(0, T)
         pair = tl.join(tile_mean, tile_m2)  # (BLOCK_M, T, 2)
@@ -217,9 +230,11 @@ def linear(
     target = target_of(x.device)
     launch = TABLE.launch_for("linear", x.dtype, target, precision)
     block_m, block_n, block_k = launch.block_m, launch.block_n, launch.block_k
-    operands = [(x_rows, (block_m, block_k)), (weight, (block_n, block_k)), (y.view(m, n), (block_m, block_n // 2))]
+    parts = _parts(launch, target, residual)
+    part = (block_m, block_n // parts)
+    operands = [(x_rows, (block_m, block_k)), (weight, (block_n, block_k)), (y.view(m, n), part)]
     if residual_rows is not None:
-        operands.append((residual_rows, (block_m, block_n // 2)))
+        operands.append((residual_rows, part))
     exact_float = x.dtype == torch.float32 and precision == "ieee"  # no tensor cores: nothing to feed so fast
     descriptors = target.descriptors and not exact_float and all(_served_by_copy_engine(t) for t, _ in operands)
     x_arg, weight_arg, y_arg, *residual_arg = (_descriptor(*o) for o in operands) if descriptors else (
@@ -248,7 +263,9 @@ def linear(
         ACTIVATION=activation,
         RESIDUAL=residual is not None,
         STATISTICS=statistics,
+        WHOLE_TILES=n % STATISTICS_TILE == 0,
         DESCRIPTORS=descriptors,
+        BY_NAME=by_name(target),
         PRECISION=precision,
         X_TILES=triton.next_power_of_2(statistics_tiles(k)),
         TILE=STATISTICS_TILE,
@@ -257,13 +274,25 @@ def linear(
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         GROUP_M=_GROUP_M,
+        PARTS=parts,
         **launch.options,
     )
     return y, y_statistics
 
 
+def _parts(launch: Launch, target: Target, residual: Tensor | None) -> int:
+    """How many parts the epilogue takes a tile in; each holds whole tiles of statistics.
+
+    A residual's tile is in shared memory beside the result's. So is, on a datacenter Blackwell, what comes from the
+    memory that its tensor cores sum in.
+    """
+    crowded = residual is not None or (target.descriptors and not target.wgmma)
+    return 2 if crowded and launch.block_n >= 2 * STATISTICS_TILE else 1
+
+
 def _grid(launch: Launch, m: int, n: int, device: torch.device) -> tuple[int]:
-    return (min(triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n), multiprocessors(device)),)
+    tiles = triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n)
+    return (min(tiles, multiprocessors(device) * launch.blocks),)
 
 
 def _rows(x: Tensor) -> Tensor:

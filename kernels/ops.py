@@ -206,6 +206,7 @@ def linear(
     _require_float("x", x)
     rows, k = x.shape[:-1], x.shape[-1]
     _require(weight.ndim == 2 and weight.shape[1] == k, f"weight must be [N, {k}], got", weight)
+    _require(k > 0, "x must have features, got", x)
     n = len(weight)
     _require(weight.dtype == x.dtype, f"weight must have the dtype of x, {x.dtype}, got {weight.dtype}")
     _require(bias is None or bias.shape == (n,), f"bias must be [{n}], got", bias)

@@ -41,7 +41,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launches import TABLE
-from .primitives import stages_from_registers
+from .primitives import add_product, stages_from_registers
 from .targets import kind_of, target_of
 
 _IMAGE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
@@ -98,7 +98,7 @@ def _patch_embed_kernel(
         if images_ptr.dtype.element_ty == tl.uint8:
             pixels = pixels.to(tl.float32) - _MIDDLE
         w = tl.load(weight_ptrs + k[:, None])
-        acc = tl.dot(pixels.to(w.dtype), w, acc, input_precision=PRECISION)
+        acc = add_product(pixels.to(w.dtype), w, acc, PRECISION)
 
     # --- epilogue
     inside_n = (offs_n < W)[None, :]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton import knobs
 
 from .statistics import STATISTICS_TILE
 from .targets import Target
@@ -12,6 +13,14 @@ LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _SQRT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
 _QUICK_GELU_SLOPE: tl.constexpr = tl.constexpr(1.702)
 TILE: tl.constexpr = tl.constexpr(STATISTICS_TILE)
+
+# Abramowitz & Stegun 1964, 7.1.26: erf(z) = 1 − (a₁ t + … + a₅ t⁵) exp(−z²) with t = 1 / (1 + p z), within 1.5e-7.
+_ERF_P: tl.constexpr = tl.constexpr(0.3275911)
+_ERF_A1: tl.constexpr = tl.constexpr(0.254829592)
+_ERF_A2: tl.constexpr = tl.constexpr(-0.284496736)
+_ERF_A3: tl.constexpr = tl.constexpr(1.421413741)
+_ERF_A4: tl.constexpr = tl.constexpr(-1.453152027)
+_ERF_A5: tl.constexpr = tl.constexpr(1.061405429)
 
 _RELEASE = tuple(int(number) for number in triton.__version__.split(".")[:2])
 
@@ -25,31 +34,124 @@ def stages_from_registers(num_stages: int, kind: str, target: Target) -> int:
     return 1 if target.wgmma and kind != "float32" and _RELEASE < (3, 9) else num_stages
 
 
+def by_name(target: Target) -> bool:
+    """Whether NVIDIA's special functions can be asked for by name: on its GPUs, not in Triton's interpreter."""
+    return target.capability is not None and not knobs.runtime.interpret
+
+
 @triton.jit
-def activate(x, ACTIVATION: tl.constexpr):
-    """QuickGELU x · σ(1.702 x), GELU x · Φ(x) (Hendrycks & Gimpel 2016, section 2), ReLU, or x itself; in float32."""
+def add_product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b: one step of a sum that goes on over many. a (M, K), b (K, N), acc (M, N) float32.
+
+    A GPU's product of exact float32 is one chain of K multiply-adds, whose error grows with the chain's length. A step
+    is therefore summed from zero and added as a whole.
+    """
+    if PRECISION == "ieee" and a.dtype == tl.float32:
+        # The compiler makes one chain again of a sum, but not of a multiply-add.
+        acc = tl.fma(tl.dot(a, b, input_precision=PRECISION), 1.0, acc)
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def add_product_finely(a, b, acc, lost, PRECISION: tl.constexpr, CHAINS: tl.constexpr):
+    """As `add_product`, and in exact float32 more exactly, for CHAINS times the work: acc and what it has lost.
+
+    A step is summed in chains of K / CHAINS products. What adding it to acc rounds away is kept in `lost` (M, N), which
+    starts from zero and is added at the end (Knuth, The Art of Computer Programming, 4.2.2, theorem B).
+    """
+    if PRECISION == "ieee" and a.dtype == tl.float32:
+        k = tl.arange(0, a.shape[1])
+        step = tl.zeros_like(acc)
+        for chain in tl.static_range(CHAINS):  # pyright: ignore
+            part = tl.where((k % CHAINS == chain)[None, :], a, 0.0)
+            step = tl.fma(tl.dot(part, b, input_precision=PRECISION), 1.0, step)
+        total = acc + step
+        added = total - acc
+        lost += (acc - (total - added)) + (step - added)
+        acc = total
+    else:
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc, lost
+
+
+@triton.jit
+def rounded_product(a, b):
+    """a · b, rounded before anything is added to it.
+
+    The compiler fuses a plain product with the sum that it enters. Where a sum goes over the lanes of a warp, each lane
+    would then leave its own product unrounded, and lanes that hold the same sum would disagree in its last bit.
+    """
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr, dtype: tl.constexpr, BY_NAME: tl.constexpr):
+    """QuickGELU x · σ(1.702 x), GELU x · Φ(x) (Hendrycks & Gimpel 2016, section 2), ReLU, or x itself.
+
+    x and the value float32; `dtype` is what the value is rounded to next, whose precision is enough; BY_NAME
+    whether NVIDIA's special functions can be asked for.
+    """
     if ACTIVATION == "quick_gelu":
-        # Far below zero exp2 overflows to infinity and the quotient is −0, the right limit.
-        x = x / (1.0 + tl.exp2(x * -(_QUICK_GELU_SLOPE * LOG2_E)))
+        if BY_NAME and dtype == tl.bfloat16:
+            # σ(2 u) = (1 + tanh u) / 2. The instruction errs by 2⁻¹¹ at most, a quarter of bfloat16's last place.
+            half = 0.5 * x
+            x = half + half * _tanh(x * (0.5 * _QUICK_GELU_SLOPE))
+        else:
+            # Far below zero exp2 overflows to infinity and the quotient is −0, the right limit.
+            denominator = 1.0 + tl.exp2(x * -(_QUICK_GELU_SLOPE * LOG2_E))
+            x = x / denominator if dtype == tl.float32 else x * _reciprocal(denominator, BY_NAME)
     elif ACTIVATION == "gelu":
-        x = 0.5 * x * (1.0 + tl.erf(x * _SQRT_HALF))
+        if dtype == tl.float32:
+            x = 0.5 * x * (1.0 + tl.erf(x * _SQRT_HALF))
+        else:
+            z = tl.abs(x) * _SQRT_HALF
+            t = _reciprocal(1.0 + z * _ERF_P, BY_NAME)
+            polynomial = ((((t * _ERF_A5 + _ERF_A4) * t + _ERF_A3) * t + _ERF_A2) * t + _ERF_A1) * t
+            tail = 0.5 * x * (polynomial * tl.exp2(z * z * -LOG2_E))  # x (1 − erf(|x| / √2)) / 2, which is x Φ(−|x|)
+            x = tl.where(x < 0, tail, x - tail)
     elif ACTIVATION == "relu":
         x = tl.where(x < 0, 0.0, x)  # a NaN stays one
     return x
 
 
 @triton.jit
-def tile_statistics(x, count):
+def _tanh(x):
+    """tanh x by NVIDIA's instruction, within 2⁻¹¹ of itself (PTX ISA, `tanh`)."""
+    return tl.inline_asm_elementwise(
+        "tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )  # fmt: skip
+
+
+@triton.jit
+def _reciprocal(x, BY_NAME: tl.constexpr):
+    """1 / x for x ≥ 1: by NVIDIA's instruction, within one unit in the last place (PTX ISA, `rcp`), or by division."""
+    if BY_NAME:
+        inverse = tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        inverse = 1.0 / x
+    return inverse
+
+
+@triton.jit
+def tile_statistics(x, count, WHOLE: tl.constexpr):
     """Mean and sum of squared deviations of each tile of columns.
 
-    x (…, T, STATISTICS_TILE) float32, zero beyond a tile's `count` (T,) of columns -> two tensors (…, T).
+    x (…, T, STATISTICS_TILE) float32, zero beyond a tile's `count` (T,) of columns; WHOLE where no tile that counts is
+    short of columns -> two tensors (…, T).
     """
-    columns = tl.arange(0, TILE)
-    inside = columns[None, :] < count[:, None]
-    divisor = tl.maximum(count, 1).to(tl.float32)  # a tile that is padding has no columns
-    mean = tl.sum(x, axis=-1) / divisor
-    deviation = tl.where(inside, x - tl.expand_dims(mean, -1), 0.0)
-    return mean, tl.sum(deviation * deviation, axis=-1)
+    if WHOLE:
+        mean = tl.sum(x, axis=-1) / TILE
+        deviation = x - tl.expand_dims(mean, -1)
+    else:
+        inside = tl.arange(0, TILE)[None, :] < count[:, None]
+        divisor = tl.maximum(count, 1).to(tl.float32)  # a tile that is padding has no columns
+        mean = tl.sum(x, axis=-1) / divisor
+        deviation = tl.where(inside, x - tl.expand_dims(mean, -1), 0.0)
+    return mean, tl.sum(rounded_product(deviation, deviation), axis=-1)
 
 
 @triton.jit
@@ -59,9 +161,9 @@ def merge_statistics(mean, m2, count, width, eps):
     mean, m2 (M, T), zero where count (T,) is zero -> two tensors (M,).
     """
     count = count.to(tl.float32)[None, :]
-    row_mean = tl.sum(count * mean, axis=1) / width
+    row_mean = tl.sum(rounded_product(count, mean), axis=1) / width
     between = mean - row_mean[:, None]
-    row_m2 = tl.sum(m2 + count * between * between, axis=1)
+    row_m2 = tl.sum(tl.fma(count * between, between, m2), axis=1)
     return row_mean, tl.rsqrt(row_m2 / width + eps)
 
 
@@ -78,13 +180,12 @@ def load_row_statistics(statistics_ptr, rows, row_pairs, inside, width, eps, T: 
     statistics_ptr (M, ⌈width / TILE⌉, 2) float32, a row contiguous and row_pairs pairs from the next; rows (S,), read
     where `inside` (S,); T the number of tiles, rounded up to a power of two -> two tensors (S,).
     """
-    tile = tl.arange(0, T)
-    tiles = tl.cdiv(width, TILE)
-    # (S, T, 2): mean and squared deviations lie side by side
-    offsets = (rows[:, None].to(tl.int64) * row_pairs + tile[None, :]) * 2
-    address = statistics_ptr + offsets[:, :, None] + tl.arange(0, 2)[None, None, :]
-    mask = (inside[:, None] & (tile < tiles)[None, :])[:, :, None]
-    mean, m2 = tl.load(address, mask=mask, other=0.0).split()
+    # (S, 2 T), as it lies in memory: the lanes of a warp then share rows, and a load is of neighbours.
+    number = tl.arange(0, 2 * T)
+    address = statistics_ptr + rows[:, None].to(tl.int64) * row_pairs * 2 + number[None, :]
+    mask = inside[:, None] & (number < 2 * tl.cdiv(width, TILE))[None, :]
+    pairs = tl.reshape(tl.load(address, mask=mask, other=0.0), (rows.shape[0], T, 2))
+    mean, m2 = pairs.split()
     return merge_statistics(mean, m2, tile_counts(T, width), width, eps)
 
 

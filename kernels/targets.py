@@ -71,7 +71,8 @@ TARGETS: dict[str, Target] = {
 class Launch:
     """How a kernel is launched: tile of the result, reduction step, warps, and pipeline stages.
 
-    `block_m` × `block_n` are rows × columns for a GEMM, queries × keys for attention.
+    `block_m` × `block_n` are rows × columns for a GEMM, queries × keys for attention. `blocks` of a persistent kernel
+    are launched for each multiprocessor, as many as it holds at a time.
     """
 
     block_m: int
@@ -79,6 +80,7 @@ class Launch:
     block_k: int
     num_warps: int
     num_stages: int
+    blocks: int = 1
 
     @property
     def options(self) -> dict[str, int]:
@@ -155,7 +157,7 @@ def has_tensor_cores(device: torch.device) -> bool:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """The number of multiprocessors, on each of which one block of a persistent kernel runs; 1 for the interpreter."""
+    """The number of multiprocessors; 1 for the interpreter."""
     return _assumed_multiprocessors.get() or _multiprocessors(device)
 
 

@@ -1,4 +1,4 @@
-"""Files that are no images, or no whole ones: kind -> what makes one at a path, and what the reason given says."""
+"""Broken image files: kind -> a function that makes one at a path, and a part of the reason that is reported for it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Items that do to their decoder what broken images might; in a module of their own, for worker processes to import."""
+"""Items that harm their decoder as broken images might. Worker processes import them, so they have their own module."""
 
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ class Killing(Item):
 
 @dataclass(frozen=True, slots=True)
 class KillingOnce(Item):
-    """Kills its decoder unless `marker` is there, which it then is."""
+    """Kills its decoder once: it makes `marker` before, and does nothing while that exists."""
 
     marker: str
 
@@ -36,3 +37,19 @@ class KillingOnce(Item):
             Path(self.marker).touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return Path(self.location)
+
+
+@dataclass(frozen=True, slots=True)
+class Greedy(Item):
+    """Takes more memory than any worker may."""
+
+    def source(self) -> Path:
+        raise AssertionError(len(bytearray(1 << 33)))
+
+
+@dataclass(frozen=True, slots=True)
+class Peak(Item):
+    """Fails with the most memory that its decoder has had, in bytes."""
+
+    def source(self) -> Path:
+        raise ValueError(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))

@@ -1,22 +1,24 @@
-"""Triton's interpreter, where there is no GPU: imported before anything else imports Triton, and taught bfloat16."""
+"""Triton's interpreter, for machines without a GPU. It is imported before anything else imports Triton, and mended."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-ORIGINALS: dict[str, Any] = {}  # the interpreter's own methods, for the test that says when they are mended
+ORIGINALS: dict[str, Any] = {}  # the interpreter's own methods, for the test that fails once Triton mends them
 
 
 def import_kernels_interpreted() -> None:
-    """Import Triton and all kernels with the interpreter asked for: Triton decides at its import, and at each kernel's.
+    """Imports Triton and all kernels while the environment asks for the interpreter.
 
-    The variable is set for that long only, so that tests outside this folder, in the same process, do without Triton.
+    Triton reads the variable at its own import and at each kernel's. It is unset afterwards, so that other tests in the
+    same process do without Triton.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
@@ -25,15 +27,18 @@ def import_kernels_interpreted() -> None:
         for module in pkgutil.iter_modules(kernels.__path__):
             importlib.import_module(f"clip_fast.kernels.{module.name}")
         _mend_bfloat16()
+        _teach_special_functions()
 
 
 def _mend_bfloat16() -> None:
-    """Teach the interpreter bfloat16, which it keeps as raw uint16: it multiplies the raw bits, and truncates casts.
+    """Mends the interpreter's bfloat16. It keeps bfloat16 as raw uint16, multiplies the raw bits, and truncates casts.
 
-    Products are summed in float64 and rounded once. NumPy's float32 product is a BLAS call whose last bits depend on
-    where in a tile a row stands, as a GPU's do not.
+    Products are summed in float64 and rounded once, as if by tensor cores. NumPy's float32 product is a BLAS call whose
+    last bits depend on a row's place in a tile. A GPU's do not. Exact products of float32 are summed as on a GPU: in a
+    chain of fused multiply-adds, each rounded to float32.
     """
     import triton.language as tl
+    from triton._C.libtriton.ir import INPUT_PRECISION
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     def widened(handle: Any) -> Any:
@@ -42,8 +47,10 @@ def _mend_bfloat16() -> None:
         return handle.data.astype(np.float32)
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
-        product = np.matmul(widened(a).astype(np.float64), widened(b).astype(np.float64))
-        return TensorHandle((product + d.data).astype(d.data.dtype), d.dtype.scalar)
+        left, right = (widened(operand).astype(np.float64) for operand in (a, b))
+        if a.dtype.scalar == tl.float32 and input_precision == INPUT_PRECISION.IEEE:
+            return TensorHandle(_chain(left, right, d.data), d.dtype.scalar)
+        return TensorHandle((np.matmul(left, right) + d.data).astype(d.data.dtype), d.dtype.scalar)
 
     def casting(original: Any) -> Any:
         def cast(self: Any, src: Any, dst_type: Any, *rounding: Any) -> Any:
@@ -66,3 +73,51 @@ def _mend_bfloat16() -> None:
 def _to_bfloat16(x: np.ndarray) -> np.ndarray:
     """float32 -> bfloat16 as raw uint16, rounded to nearest even."""
     return torch.from_numpy(np.ascontiguousarray(x)).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+
+
+def _chain(a: np.ndarray, b: np.ndarray, acc: np.ndarray) -> np.ndarray:
+    """acc + a b, k by k, rounded to float32 after each. a and b are float32 in float64, where their products are exact.
+
+    The sum is rounded to float64 first, which changes the float32 about once in 2²⁹ times.
+    """
+    for k in range(a.shape[1]):
+        acc = (a[:, k, None] * b[None, k, :] + acc).astype(np.float32)
+    return acc
+
+
+class _Result:
+    """What a builder of Triton's compiler answers: an operation with results."""
+
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    def get_result(self, number: int) -> Any:
+        assert number == 0
+        return self.handle
+
+
+def _teach_special_functions() -> None:
+    """Teach the interpreter the PTX instructions that kernels name, each at its worst: off by all that PTX allows.
+
+    The sign of the error is that of the result, everywhere the same, so that no sum averages it away.
+    """
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_inline_asm(
+        self: Any, asm: str, constraints: str, values: list[Any], types: list[Any], is_pure: bool, pack: int
+    ) -> Any:
+        [x] = values
+        function, error = SPECIAL_FUNCTIONS[asm]
+        with np.errstate(over="ignore"):
+            value = function(x.data.astype(np.float64)) * (1 + SIGN_OF_ERROR * error)
+        return _Result(TensorHandle(value.astype(np.float32), x.dtype.scalar))
+
+    InterpreterBuilder.create_inline_asm = create_inline_asm
+
+
+# Instruction -> what it computes and its largest relative error. PTX ISA 8.7, section 9.7.3: tanh 2⁻¹¹, rcp 1 ulp.
+SPECIAL_FUNCTIONS: dict[str, tuple[Callable[[np.ndarray], np.ndarray], float]] = {
+    "tanh.approx.f32 $0, $1;": (np.tanh, 2.0**-11),
+    "rcp.approx.ftz.f32 $0, $1;": (np.reciprocal, 2.0**-23),
+}
+SIGN_OF_ERROR = 1.0

@@ -1,4 +1,4 @@
-"""What every kernel test holds a kernel to: accuracy judged in float64, and nothing touched that is not its own."""
+"""The checks of every kernel test: accuracy is judged in float64, and a kernel touches nothing that is not its own."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ GUARD = 1024  # poisoned elements on each side of a guarded tensor; a multiple o
 def assert_as_accurate(kernel: Tensor, plain: Tensor, exact: Tensor, factor: float = 1.2) -> None:
     """`kernel` errs from `exact` (float64) at most `factor` times as much as `plain`, its twin in the same dtype.
 
-    Held to by the root mean square over all elements. So that one bad row among many cannot hide, the worst row's is
-    held to too, at twice the plain twin's, since a maximum of few is not a steady statistic. Where the twin happens to
-    be exact, the bound is what rounding the exact result to the dtype costs.
+    The error is the root mean square over all elements. So that one bad row among many cannot hide, the worst row's
+    error is checked too. Its bound is twice the twin's, since a maximum of few is not a steady statistic. If the twin
+    happens to be exact, the bound is the error of rounding the exact result to the dtype.
     """
     assert kernel.shape == plain.shape == exact.shape
     assert kernel.dtype == plain.dtype
@@ -57,18 +57,18 @@ def _worst_row(error: Tensor) -> Tensor:
 
 
 def assert_same_bits(a: Tensor, b: Tensor) -> None:
-    """Equal bit for bit; a NaN equals the same NaN."""
+    """`a` and `b` are equal bit for bit. A NaN equals the same NaN."""
     assert a.shape == b.shape
     assert a.dtype == b.dtype
     assert torch.equal(_bits(a), _bits(b)), f"{(_bits(a) != _bits(b)).sum()} bytes differ"
 
 
 def _bits(x: Tensor) -> Tensor:
-    return x.detach().flatten().view(torch.uint8)  # which views no scalar
+    return x.detach().flatten().view(torch.uint8)  # flattened, since a scalar has no such view
 
 
 def poison(buffer: Tensor) -> Tensor:
-    """Fill with what shows when it is read: NaN, or the largest integer."""
+    """Fills `buffer` with a value that shows when it is read: NaN, or the largest integer."""
     return buffer.fill_(float("nan") if buffer.is_floating_point() else torch.iinfo(buffer.dtype).max)
 
 
@@ -105,6 +105,6 @@ class Guards:
         return view
 
     def check(self) -> None:
-        """Raises AssertionError where anything outside the handed-out tensors, or an input, has changed."""
+        """Raises AssertionError if an input, or anything outside the handed-out tensors, has changed."""
         for check in self._checks:
             check()

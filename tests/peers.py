@@ -1,4 +1,4 @@
-"""Small models of the packages that `accelerate` serves, with random weights, and what is asked of them."""
+"""Small models of the packages that `accelerate` serves, with random weights, and the calls that tests make of them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def embeddings(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def tower(model: nn.Module) -> Any:
-    """Its image tower."""
+    """The image tower of a model."""
     part: Any = model
     inner = part.visual if hasattr(model, "visual") else getattr(model, "vision_model", model)
     return getattr(inner, "vision_model", inner)  # transformers 4 has the tower one module deeper
@@ -72,7 +72,7 @@ def random_images(count: int = 3) -> Tensor:
 
 
 def why_original(tower: nn.Module, images: Tensor) -> str | None:
-    """The reason why the original forward of an accelerated tower would run; None where the fast path has just run."""
+    """The reason why the original forward of an accelerated tower would run; None if the fast path has just run."""
     forward: Any = Forward.of(tower)
     results = route.judge(forward, images, forward.task)
     return results if isinstance(results, str) else None

@@ -10,9 +10,9 @@ from clip_fast.towers.config import Config
 
 
 def random_tower(config: Config, outliers: bool = False) -> reference.VisionTransformer | reference.ModifiedResNet:
-    """A plain tower with fresh weights everywhere, no gain of one or bias of zero to hide a mistake.
+    """A plain tower with random weights everywhere, so that no gain of one or bias of zero hides a mistake.
 
-    With `outliers` a few channels of a ViT's residual stream reach several hundred, as those of trained networks do.
+    With `outliers` a few channels of a ViT's residual stream reach several hundred, as in trained networks.
     """
     tower = reference.build(config)
     with torch.no_grad():

@@ -1,129 +1,71 @@
-"""`Clip`: what `clip.load`'s model gives, from the checkpoint that `clip.load` reads."""
+"""`clip_fast.clip` and `load` under openai-clip's names and in its order of arguments."""
 
 from __future__ import annotations
 
-import copy
-import json
-import pickle
-import subprocess
-import sys
+import hashlib
 from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
-from random_towers import relative_error
-from safetensors.torch import save_file
-from torch import nn
 
 import clip_fast
+from clip_fast import clip
+from clip_fast.checkpoint import published
+from clip_fast.checkpoint.download import Pretrained
 
-clip_model = pytest.importorskip("clip.model")
-
-
-def make(vision_layers: int | tuple[int, ...]) -> nn.Module:
-    patch = 16 if isinstance(vision_layers, int) else None
-    width = 128 if patch else 32
-    return clip_model.CLIP(48, 64, vision_layers, width, patch, 77, 49408, 64, 1, 2).eval()
+theirs = pytest.importorskip("clip.clip")
 
 
-@pytest.mark.parametrize("vision_layers", [2, (1, 1, 1, 1)], ids=["vit", "resnet"])
-def test_a_drop_in_for_clips_model(vision_layers: int | tuple[int, ...], tmp_path: Path) -> None:
-    theirs = make(vision_layers)
-    torch.save(theirs.state_dict(), tmp_path / "clip.pt")
-    ours, _ = clip_fast.load(tmp_path / "clip.pt", "cpu", activation="quick_gelu")
-    assert isinstance(ours, clip_fast.Clip)
-    images = torch.randn(3, 3, 64, 64)
-    tokens = clip_fast.tokenize(["a dog", "two cats", "a beach at night", "nothing"])
-    with torch.inference_mode():
-        assert relative_error(ours.encode_text(tokens), theirs.encode_text(tokens)) < 1e-5
-        assert relative_error(ours.encode_image(images), theirs.encode_image(images)) < 1e-5
-        for copied in (ours, copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-            for got, wanted in zip(copied(images, tokens), theirs(images, tokens), strict=True):
-                assert relative_error(got, wanted) < 1e-5
-    assert torch.equal(ours.logit_scale, theirs.logit_scale)
+def test_load_takes_clips_arguments_in_clips_order(tmp_path: Path) -> None:
+    for loaded in (
+        clip_fast.load(name="tiny-digits", device="cpu"),
+        clip_fast.load("tiny-digits", "cpu", False, str(tmp_path)),
+        clip_fast.load("tiny-digits", "cpu", jit=False, download_root=None),
+        clip_fast.load("tiny-digits", "cpu", None),
+    ):
+        assert loaded[0].dtype == torch.float32
+    for third in ({"jit": torch.bfloat16}, {"dtype": torch.bfloat16}):  # a dtype stood third before `jit` did
+        assert clip_fast.load("tiny-digits", "cpu", **third)[0].dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="pass jit=False"):
+        clip_fast.load("tiny-digits", "cpu", True)
 
 
-def test_in_half_precision(tmp_path: Path) -> None:
-    theirs = make(2)
-    torch.save(theirs.state_dict(), tmp_path / "clip.pt")
-    ours, _ = clip_fast.load(tmp_path / "clip.pt", "cpu", torch.bfloat16, activation="quick_gelu")
-    assert isinstance(ours, clip_fast.Clip)
-    tokens = clip_fast.tokenize(["a dog", "two cats"])
-    embeddings = ours.encode_text(tokens)
-    assert embeddings.dtype == torch.bfloat16
-    assert relative_error(embeddings, theirs.encode_text(tokens)) < 0.05
+def test_downloads_go_to_the_fourth_argument(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = (published._ASSETS / "tiny-digits" / "model.safetensors").read_bytes()
+    (tmp_path / "there.safetensors").write_bytes(content)
+    source = Pretrained((tmp_path / "there.safetensors").as_uri(), hashlib.sha256(content).hexdigest())
+    monkeypatch.setitem(published.OPENAI_CHECKPOINTS, "ViT-B/32", source)
+    clip_fast.load("ViT-B/32", "cpu", False, tmp_path / "root")
+    assert (tmp_path / "root" / "there.safetensors").is_file()
 
 
-@pytest.mark.parametrize("vision_layers", [2, (1, 1, 1, 1)], ids=["vit", "resnet"])
-def test_loading_does_not_wait_for_torch_compile(vision_layers: int | tuple[int, ...], tmp_path: Path) -> None:
-    torch.save(make(vision_layers).state_dict(), tmp_path / "clip.pt")
-    code = """if True:
-        import sys, torch, clip_fast
-        heavy = {"torch._dynamo", "sympy"} - set(sys.modules)
-        assert heavy, "torch imports them by itself now: this test tells nothing"
-        model, _ = clip_fast.load(sys.argv[1], "cpu", activation="quick_gelu")
-        model.encode_image(torch.zeros(1, 3, 64, 64))
-        assert not heavy & set(sys.modules), heavy & set(sys.modules)
-    """
-    subprocess.run([sys.executable, "-c", code, tmp_path / "clip.pt"], check=True, timeout=300)
+@pytest.mark.parametrize("name", ["ViT-Z/99", "", "nowhere/clip.pt"])
+def test_an_unknown_name_is_clips_error_too(name: str) -> None:
+    for error in (RuntimeError, ValueError, clip_fast.CheckpointError):
+        with pytest.raises(error):
+            clip_fast.load(name, "cpu")
 
 
-def test_without_its_text_tower_a_checkpoint_gives_the_image_encoder(tmp_path: Path) -> None:
-    visual = {name: tensor for name, tensor in make(2).state_dict().items() if name.startswith("visual.")}
-    torch.save(visual, tmp_path / "clip.pt")
-    model, _ = clip_fast.load(tmp_path / "clip.pt", "cpu", activation="quick_gelu")
-    assert type(model) is clip_fast.ImageEncoder
+def test_the_names_that_other_code_imports(tmp_path: Path) -> None:
+    assert clip_fast.clip is clip
+    assert clip._MODELS == theirs._MODELS
+    assert [name for name in clip.available_models() if name in clip._MODELS] == theirs.available_models()
+    assert clip._transform(96) == clip_fast.Preprocess(96)
+    assert clip._tokenizer.encode("a dog") == theirs._tokenizer.encode("a dog")
+    assert {"available_models", "load", "tokenize"} == set(clip.__all__) == set(theirs.__all__)
+    for name in ("load", "tokenize", "available_models"):
+        assert getattr(clip, name) is getattr(clip_fast, name)
+    with pytest.raises(AttributeError, match=r"has no attribute .nothing."):
+        clip.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("squash", [False, True])
-@pytest.mark.parametrize("text", [False, True])
-def test_what_is_asked_for_and_what_the_config_says_reach_the_model(text: bool, squash: bool, tmp_path: Path) -> None:
-    """A model with a text tower and one without are made in two places."""
-    state = {name: tensor.contiguous() for name, tensor in make(2).state_dict().items()}
-    save_file(
-        {name: tensor for name, tensor in state.items() if text or name.startswith("visual.")},
-        tmp_path / "open_clip_model.safetensors",
-    )
-    mean, std = (0.5, 0.4, 0.3), (0.25, 0.3, 0.35)
-    config = {
-        "model_cfg": {
-            "quick_gelu": True,
-            "vision_cfg": {"image_size": 64, "patch_size": 16, "width": 128, "layers": 2},
-            "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2},
-        },
-        "preprocess_cfg": {"mean": mean, "std": std, "resize_mode": "squash" if squash else "shortest"},
-    }
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    model, preprocess = clip_fast.load(tmp_path, "cpu", precision="bf16", cuda_graphs=False)
-    assert isinstance(model, clip_fast.Clip) == text
-    assert preprocess == clip_fast.Preprocess(64, mean, std, squash)
-    assert (model.mean, model.std, model.precision, model.dtype) == (mean, std, "bf16", torch.float32)
-    assert model._engine.cuda_graphs is False
-    pictures = [Image.effect_noise((96, 64), 90).convert("RGB") for _ in range(3)]
-    floats = torch.stack([preprocess(picture) for picture in pictures])
-    pixels = torch.stack([preprocess.uint8(picture) for picture in pictures])
-    plain, _ = clip_fast.load(tmp_path, "cpu")
-    with torch.inference_mode():
-        wanted = plain.encode_image(floats)
-        assert relative_error(plain.encode_image(pixels), wanted) < 1e-4
-        for images in (floats, pixels):
-            assert 1e-4 < relative_error(model.encode_image(images), wanted) < 0.05  # in bfloat16, indeed
-        assert relative_error(plain.encode_image(clip_fast.Preprocess(64)(pictures[0])[None]), wanted[:1]) > 0.05
-    assert plain._engine.cuda_graphs is True
-
-
-def test_jit_is_refused(tmp_path: Path) -> None:
-    torch.save(make(2).state_dict(), tmp_path / "clip.pt")
-    with pytest.raises(ValueError, match="clip_fast has no TorchScript model: pass jit=False"):
-        clip_fast.load(tmp_path / "clip.pt", "cpu", activation="quick_gelu", jit=True)
-    model, _ = clip_fast.load(tmp_path / "clip.pt", "cpu", activation="quick_gelu", jit=False)
-    assert isinstance(model, clip_fast.Clip)
-
-
-def test_a_damaged_text_tower_is_named(tmp_path: Path) -> None:
-    state = make(2).state_dict()
-    state["ln_final.weight"] = state["ln_final.weight"][:-1]
-    torch.save(state, tmp_path / "clip.pt")
-    with pytest.raises(ValueError, match=r"ln_final.weight must have shape \[64\], got \[63\]"):
-        clip_fast.load(tmp_path / "clip.pt", "cpu", activation="quick_gelu")
+def test_a_download_by_address_is_checked(tmp_path: Path) -> None:
+    content = b"weights"
+    digest = hashlib.sha256(content).hexdigest()
+    for name in (digest, "0" * 64):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "m.pt").write_bytes(content)
+    got = clip._download((tmp_path / digest / "m.pt").as_uri(), str(tmp_path / "root"))
+    assert got == str(tmp_path / "root" / "m.pt")
+    with pytest.raises(clip_fast.CheckpointError, match="not whole or not genuine"):
+        clip._download((tmp_path / ("0" * 64) / "m.pt").as_uri(), str(tmp_path / "elsewhere"))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import pickle
+import random
 import re
+import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -369,3 +371,68 @@ def test_a_truncated_file_is_an_os_error(name: str) -> None:
 def test_arguments_that_make_no_sense(arguments: tuple[object, ...], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         Preprocess(*arguments)  # type: ignore[arg-type]
+
+
+# --- as transformers does, and as torchvision does --------------------------------------------------------------------
+
+
+TRANSPARENT = ("RGBA", "LA", "PA", "P with an index", "P with alphas", "RGB with a colour", "L with a level")
+OPAQUE = ("RGB", "L", "P", "1", "CMYK", "YCbCr")
+
+
+def picture(kind: str, width: int, height: int) -> Image.Image:
+    image = noise(kind.partition(" ")[0], width, height, random.randrange(2**32))
+    transparency = {
+        "P with an index": 3,
+        "P with alphas": bytes(range(256)),
+        "RGB with a colour": (0, 0, 0),
+        "L with a level": 9,
+    }
+    if kind in transparency:
+        if kind.startswith(("RGB", "L")):
+            image.paste(0 if kind.startswith("RGB") else 9, (0, 0, width // 2, height // 2))
+        image.info["transparency"] = transparency[kind]
+    return image
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency:UserWarning")  # of Pillow, at either
+@pytest.mark.parametrize("size", [(45, 33), (33, 45), (28, 28)], ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize("kind", TRANSPARENT + OPAQUE)
+def test_on_white_is_as_in_transformers(kind: str, size: tuple[int, int]) -> None:
+    pil = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
+    processor = pil.CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    image = picture(kind, *size)
+    wanted = processor(images=image, return_tensors="pt")["pixel_values"][0]
+    got = Preprocess(28, on_white=True)(image)
+    assert float((got - wanted).abs().max()) < 1e-5
+    if kind in TRANSPARENT:  # it makes a difference
+        assert float((Preprocess(28)(image) - wanted).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("on_white", [False, True])
+@pytest.mark.parametrize("squash", [False, True])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "L"])
+def test_the_transforms_are_the_steps(mode: str, squash: bool, on_white: bool) -> None:
+    transforms = pytest.importorskip("torchvision.transforms")
+    preprocess = Preprocess(28, (0.4, 0.5, 0.6), (0.2, 0.3, 0.4), squash, on_white)
+    image = noise(mode, 45, 33)
+    assert torch.equal(transforms.Compose(preprocess.transforms)(image), preprocess(image))
+    copy = pickle.loads(pickle.dumps(preprocess.transforms))
+    assert torch.equal(transforms.Compose(copy)(image), preprocess(image))
+
+
+def test_the_transforms_stand_where_clips_do(clip_transform: ClipTransform) -> None:
+    wanted, got = clip_transform(28).transforms, Preprocess(28).transforms
+    assert len(got) == len(wanted) == 5
+    for place in (0, 1, 3, 4):  # the third is a function
+        assert repr(got[place]) == repr(wanted[place])
+    pixels = torch.rand(3, 45, 33)  # as code that optimises images takes the steps apart
+    for step_got, step_wanted in zip(got[:2] + got[4:], wanted[:2] + wanted[4:], strict=True):
+        assert torch.equal(step_got(pixels), step_wanted(pixels))
+        pixels = step_wanted(pixels)
+
+
+def test_without_torchvision_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchvision.transforms", None)
+    with pytest.raises(ModuleNotFoundError, match=r'the extra "transforms": pip install "clip_fast\[transforms\]"'):
+        Preprocess(28).transforms  # noqa: B018

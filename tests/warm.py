@@ -1,12 +1,12 @@
-"""A process that has its imports done and forks children that run command lines of `clip-fast`.
+"""A process that has finished its imports, and forks children that run command lines of `clip-fast`.
 
-So that tests can start, kill and restart the command some dozens of times. Two requests, a line of JSON each:
+With it tests can start, kill and restart the command some dozens of times. It takes two requests, each a line of JSON:
 
     {"start": ARGUMENTS}                                      forks a child, in a session of its own
     {"end": SIGNAL or null, "after": SECONDS, "group": BOOL}  sends the child, or its group, a signal; waits for it
 
-The first is answered with `started ID`, the second with `status N`, −n for signal n. A child that has ended is not
-waited for before `end`, so that its number cannot be another process's when the signal is sent.
+The answer to the first is `started ID`. The answer to the second is `status N`, −n for signal n. A child that has ended
+is waited for only at `end`. Until then no other process can have its number, so the signal cannot reach another one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from clip_fast.cli import main as cli
 
 
 def warm_up() -> None:
-    """What a first run imports on its way; it must not start threads, which a fork does not take along."""
+    """Imports the modules that a first run would import. It must start no threads, since a fork loses them."""
     Image.init()
     model, _ = clip_fast.load("tiny-digits", "cpu")
     model.encode_image(torch.zeros(3, 3, 32, 32, dtype=torch.uint8))
@@ -42,7 +42,7 @@ if __name__ == "__main__":
             child = os.fork()
             if child == 0:
                 os.setsid()
-                signal.signal(signal.SIGINT, signal.default_int_handler)  # which tests in the background ignore
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # background tests ignore SIGINT
                 status = 70
                 try:
                     status = cli.main(request["start"])

@@ -2,9 +2,9 @@
 
     python -m bench.kernels --models ViT-L/14 --batches 256 --precisions bf16
 
-On a GPU what is timed is the device: replays of a CUDA graph, over operands that rotate through more memory than the
-second-level cache holds. Interleaved rounds, random operands, medians with their spread; the arithmetic and the traffic
-of each op against the ceilings measured in the same run; and each system's error against float64 in its row.
+On a GPU the device alone is timed: replays of a CUDA graph, over operands that rotate through more memory than the
+second-level cache holds. Rounds are interleaved, operands are random, and times are medians with their spread. A row
+relates an op's arithmetic and traffic to the ceilings measured in the same run, and has the error against float64.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .contests import COMPILED, OPS, OURS, contests
 
 
 def markdown(rows: Sequence[Row], where: Environment, limits: Ceilings) -> str:
-    """A table for every op and precision, a line for every shape: each system's time, then how ours stands."""
+    """A table for every op and precision, a line for every shape: each system's time, then how ours compares."""
     parts: list[str] = []
     for op, precision in dict.fromkeys((row["op"], row["precision"]) for row in rows):
         these = [row for row in rows if (row["op"], row["precision"]) == (op, precision)]
@@ -71,22 +71,22 @@ def _cells(systems: Sequence[str], rows: Mapping[str, Row]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="python -m bench.kernels", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--models", default="ViT-L/14,ViT-B/32,ViT-B/16,RN50", help="with commas between; or all")
-    parser.add_argument("--batches", default="256,1", help="with commas between")
+    parser.add_argument("--models", default="ViT-L/14,ViT-B/32,ViT-B/16,RN50", help="separated by commas; or all")
+    parser.add_argument("--batches", default="256,1", help="separated by commas")
     parser.add_argument("--precisions", default="bf16" if on_gpu else "fp32", help="of fp32, tf32, fp16, bf16")
-    parser.add_argument("--ops", default=",".join(OPS), help="with commas between")
+    parser.add_argument("--ops", default=",".join(OPS), help="separated by commas")
     parser.add_argument("--without-compiled", action="store_true", help="leave torch.compile out, which takes minutes")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument("--json", type=Path, help="write the results there, and the tables beside them as markdown")
-    parser.add_argument("--resume", action="store_true", help="keep what that file has, and measure what it lacks")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing new after as long")
+    parser.add_argument("--resume", action="store_true", help="keep the rows of that file, and measure missing ones")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing new after so many minutes")
     options = parser.parse_args(arguments)
     device, precisions = chosen_device(options.device), options.precisions.split(",")
     names = list(PUBLISHED) if options.models == "all" else options.models.split(",")
     where, limits = environment(device), ceilings(device, precisions)
     rows = resumed(options.json, "kernels", where) if options.resume and options.json else []
-    if rows:  # one set of ceilings for all of them
+    if rows:  # all rows, old and new, get one set of ceilings
         limits = highest(options.json, limits)
         for row in rows:
             if "failed" not in row:
@@ -100,13 +100,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         if time.monotonic() - started > options.minutes * 60:
             break
-        # Where a system is missing all are measured again: rivals are compared within one run.
+        # If a system is missing, all are measured again, since rivals are compared within one run.
         found = compare(contest, systems, options.rounds, limits, device)
-        if device.type == "cuda":  # a fault on it fails all that follows: nothing is kept of that
+        if device.type == "cuda":  # raises after a fault, so that no later row is kept
             torch.cuda.synchronize(device)
         rows = [row for row in rows if row not in before] + found
         print(f"{contest.name}: {_summary(found)}", flush=True)
-        if options.json:  # after each: a run that is cut short keeps what it has
+        if options.json:  # after each contest, so that a run which is cut short keeps its rows
             save(options.json, document("kernels", where, limits, rows))
             save(options.json.with_suffix(".md"), markdown(rows, where, limits))
     print(markdown(rows, where, limits))

@@ -1,4 +1,4 @@
-"""One contest run: every system's error against float64 and its times, as the rows of a table."""
+"""Runs one contest: every system's error against float64 and its times, as the rows of a table."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ import torch
 from ..timing import Ceilings, Failed, Times, measure, products_in, reason, rotated
 from .contests import OURS, PRODUCT, SEPARATE, Contest, Operands
 
-KEY = ("op", "model", "part", "batch", "precision")  # the columns that say which contest a row is of
-_MOST_ERROR = 0.05  # relative to the result: what errs by more computes something else
+KEY = ("op", "model", "part", "batch", "precision")  # the columns that name a row's contest
+_MOST_ERROR = 0.05  # relative to the result; a system with a larger error computes something else
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A system's error relative to the result's norm, None where it computes only a part, and its times."""
+    """A system's times, and its error relative to the result's norm: None for one that computes only a part."""
 
     error: float | None
     times: Times
 
 
 def compare(contest: Contest, systems: Iterable[str], rounds: int, limits: Ceilings, device: torch.device) -> list[Row]:
-    """A row for each of `systems`; what fails has a reason in place of numbers."""
+    """A row for each of `systems`. One that fails has a reason in place of numbers."""
     rows: list[Row] = []
     for name, found in measured(contest, systems, rounds, device).items():
         row: Row = {column: getattr(contest, column) for column in KEY}
@@ -48,14 +48,14 @@ def compare(contest: Contest, systems: Iterable[str], rounds: int, limits: Ceili
 
 
 def of_ceiling(row: Row, limits: Ceilings) -> float:
-    """How near an op came to the ceiling that is lower for it."""
+    """The fraction that an op reached of the ceiling that limits it."""
     return max(row["flops"] / limits.flops[row["precision"]], row["bytes"] / limits.bytes)
 
 
 def measured(
     contest: Contest, systems: Iterable[str], rounds: int, device: torch.device
 ) -> dict[str, Measured | Failed]:
-    """Judges some of a contest's systems by its separate passes in float64, and times those that compute the same."""
+    """Compares some of a contest's systems with its separate passes in float64, and times those that agree."""
     names = list(systems)
     results: dict[str, Measured | Failed] = {}
     errors: dict[str, float | None] = {}
@@ -74,7 +74,7 @@ def measured(
             graph = device.type == "cuda" and not torch.version.hip
             for name, times in measure(calls, device, rounds, graph=graph).items():
                 results[name] = times if isinstance(times, Failed) else Measured(errors[name], times)
-    except Exception as error:  # operands, or the truth that all are judged by, too large for the device
+    except Exception as error:  # the operands or the float64 result may not fit on the device
         return dict.fromkeys(names, Failed(reason(error)))
     return {name: results[name] for name in names}
 
@@ -82,6 +82,6 @@ def measured(
 def _error(contest: Contest, name: str, operands: Operands, exact: torch.Tensor) -> float | Failed:
     try:
         error = float((contest.systems[name](operands).double() - exact).norm() / exact.norm())
-    except Exception as failure:  # whatever a rival stumbles on is its result
+    except Exception as failure:  # any failure of a rival is its result
         return Failed(reason(failure))
     return error if error < _MOST_ERROR else Failed(f"computes something else: relative error {error:.2g}")

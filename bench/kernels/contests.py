@@ -1,9 +1,9 @@
-"""What competes: every op at the shapes of every CLIP model, ours beside PyTorch's ways to compute the same.
+"""The contests: every op at the shapes of every CLIP model, ours beside PyTorch's ways to compute the same.
 
-A `Contest` is one op at one shape. `operands` makes fresh random ones, and each of `systems` computes the op's result
-of them; the rivals read the weights that their users have (a LayerNorm's gain and shift beside the matrix), ours reads
-the folded ones, and in float32 what its epilogues add. "separate passes" is eager PyTorch: cuBLAS for the product and a
-kernel of its own for everything else.
+A `Contest` is one op at one shape. `operands` makes fresh random operands, and each of `systems` computes the op's
+result from them. The rivals read the weights that their users have, with a LayerNorm's gain and shift beside the
+matrix. Ours reads the folded weights, and in float32 the operands that its epilogues add. "separate passes" is eager
+PyTorch: cuBLAS for the product, and a kernel of its own for everything else.
 """
 
 from __future__ import annotations
@@ -30,10 +30,9 @@ Compute = Callable[[Operands], Tensor]
 OURS = "clip_fast"
 SEPARATE = "separate passes"
 COMPILED = "compiled"  # torch.compile(mode="max-autotune") of the separate passes
-CONVOLUTION = (
-    "cuDNN's convolution"  # of 1×1, with bias, residual and ReLU fused: the other way that a ResNet could take
-)
-PRODUCT = "product alone"  # what the library needs without what we fuse into it: no rival, a bound
+# The 1×1 convolution with bias, residual and ReLU fused: another way to compute a ResNet.
+CONVOLUTION = "cuDNN's convolution"
+PRODUCT = "product alone"  # the library's product without the steps that we fuse into it: a bound, not a rival
 OPS = ("linear", "flash_attention", "patch_embed", "layer_norm", "attention_pool", "mean_token")
 
 _BACKENDS = {"cuDNN": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
@@ -44,14 +43,14 @@ _EPS = 1e-5
 class Contest:
     """One op at one shape.
 
-    `operations` count multiplications and additions, `traffic` the bytes that ours must move: each operand read once
-    and the result written once.
+    `operations` counts multiplications and additions. `traffic` counts the bytes that ours must move: each operand is
+    read once, and the result is written once.
     """
 
     op: str
     model: str
-    part: str  # of the model: "ln+qkv"
-    count: int  # how often the model does it for a batch
+    part: str  # of the model, such as "ln+qkv"
+    count: int  # the number of times that the model does it for a batch
     batch: int
     precision: str
     operands: Callable[[torch.device], dict[str, Tensor]]
@@ -67,7 +66,7 @@ class Contest:
 def contests(
     models: Mapping[str, Config], batches: Sequence[int], precisions: Sequence[str], chosen: Sequence[str] = OPS
 ) -> Iterator[Contest]:
-    """All contests, those where the time of a model goes first; a shape that two models share stands once."""
+    """All contests, those that take most of a model's time first. A shape that two models share comes once."""
     met: set[tuple[object, ...]] = set()
     for op in OPS:
         if op not in chosen:
@@ -104,7 +103,7 @@ def _activation(x: Tensor, name: str) -> Tensor:
 
 
 def _linears(model: str, config: Config, batch: int, precision: str) -> Iterator[Contest]:
-    """Every product of a tower on the project's own GEMM, in the order that an image meets them."""
+    """Every product of a tower that the project's own GEMM may compute, in the order in which an image meets them."""
 
     def contest(part: str, count: int, m: int, n: int, k: int, **features: Any) -> Contest:
         return linear_contest(model, part, count, batch, precision, m, n, k, **features)
@@ -112,7 +111,7 @@ def _linears(model: str, config: Config, batch: int, precision: str) -> Iterator
     if isinstance(config, VitConfig):
         n, w, mlp = config.tokens, config.width, config.mlp_width
         activation = config.activation
-        others = config.layers - 1  # than the last block, in which the class tokens are all the rows
+        others = config.layers - 1  # the blocks before the last one, in which the class tokens are the only rows
         yield contest("ln+qkv", others, batch * n, 3 * w, w, norm=True)
         yield contest("out+residual", others, batch * n, w, w, residual=True)
         yield contest(f"ln+fc1+{activation}", others, batch * n, mlp, w, norm=True, activation=activation)
@@ -126,7 +125,7 @@ def _linears(model: str, config: Config, batch: int, precision: str) -> Iterator
     width, grid = config.width, config.image_size // 4  # of the map that the stage reads
     for stage, layers in enumerate(config.layers):
         planes, rows = config.width << stage, batch * grid**2
-        pooled = grid if stage == 0 else grid // 2  # by the first block, after its second convolution
+        pooled = grid if stage == 0 else grid // 2  # the first block pools after its second convolution
         rows_out = batch * pooled**2
         first = {"scaled": True, "activation": "relu", "grid": grid}
         block = {"scaled": True, "activation": "relu", "grid": pooled}
@@ -146,8 +145,13 @@ def linear_contest(
     scaled: bool = False, residual: bool = False, activation: ops.Activation = "none", x_step: int = 1,
     residual_step: int = 1, grid: int = 0,
 ) -> Contest:  # fmt: skip
-    """Rows of x, or of the residual, are each the first of so many in memory, as class tokens are among all tokens; or
-    the positions of maps of side `grid`."""
+    """One product as a contest: x (m, k) by a weight (n, k).
+
+    Args:
+        x_step, residual_step: the rows in memory for each row of x or of the residual. The first of them is used, as a
+            class token is the first of all tokens.
+        grid: the side of the maps whose positions are the rows; 0 where the rows are tokens.
+    """
     dtype = DTYPES[precision]
 
     def operands(device: torch.device) -> dict[str, Tensor]:
@@ -156,7 +160,7 @@ def linear_contest(
         made = {"x": x, "weight": weight, "bias": bias, "wide_bias": bias.float()}
         if residual:
             made["residual"] = _random(device, dtype, m, residual_step, n)[:, 0]
-        if scaled:  # a batch norm's; powers of two, so that a weight it is folded into is the same weight
+        if scaled:  # a batch norm's scale; powers of two do not round the weight that they are folded into
             scale = 2.0 ** torch.randint(-1, 2, (n,), device=device)
             made |= {"scale": scale, "scaled": (weight * scale[:, None]).to(dtype)}
         if norm:
@@ -259,7 +263,7 @@ def _attentions(model: str, config: Config, batch: int, precision: str) -> Itera
 
 
 def _patches(model: str, config: Config, batch: int, precision: str) -> Iterator[Contest]:
-    """Of images that were normalised before, and of raw pixels, whose normalisation ours has in its weights."""
+    """Patches of normalised images, and of raw pixels. For these our weights contain the normalisation."""
     if isinstance(config, VitConfig):
         yield _patch_embed(model, config, batch, precision, raw=False)
         yield _patch_embed(model, config, batch, precision, raw=True)
@@ -338,7 +342,7 @@ def _layer_norms(model: str, config: Config, batch: int, precision: str) -> Iter
 
 
 def _pools(model: str, config: Config, batch: int, precision: str) -> Iterator[Contest]:
-    """Attention of one query an image: of a ViT's class token in its last block, of a ResNet's mean token."""
+    """Attention with one query for each image: a ViT's class token in its last block, or a ResNet's mean token."""
     dtype, n, heads = DTYPES[precision], config.tokens, config.heads
     vit = isinstance(config, VitConfig)
     w = config.width if vit else config.features
@@ -413,7 +417,7 @@ def _mean_tokens(model: str, config: Config, batch: int, precision: str) -> Iter
 
 
 def _compiled(compute: Compute) -> Compute:
-    """Compiled at the first call: contests are cheap to make."""
+    """`compute`, compiled at the first call, so that making contests is cheap."""
     made: list[Compute] = []
 
     def compiled(o: Operands) -> Tensor:

@@ -1,10 +1,10 @@
-"""The contests under pytest-benchmark, a group for each, for its tables, its histograms and its comparisons of runs:
+"""The contests under pytest-benchmark, for its tables, its histograms and its comparisons of runs.
 
     pytest bench/kernels --models ViT-L/14 --batches 256 -k "linear and not compiled" --benchmark-autosave
 
-The rivals that are chosen are timed together, in interleaved rounds (`bench.timing`), when the first of a group runs;
-each benchmark then reports its own samples, which pytest-benchmark reads off a clock that they move. Beside other
-tests it has no place: `pytest` alone does not collect this folder.
+A contest is a group of benchmarks. When the first of a group runs, all chosen rivals of the contest are timed together,
+in interleaved rounds (`bench.timing`). Each benchmark then reports its own samples. They move a clock, and
+pytest-benchmark reads that clock. `pytest` without arguments does not collect this folder.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Clock:
-    """Stands still but for the samples that move it."""
+    """A clock that only samples move."""
 
     def __init__(self) -> None:
         self.now = 0.0

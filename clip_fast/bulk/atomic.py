@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import fcntl
 import glob
+import io
 import os
 import secrets
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, Any, BinaryIO
 
 TEMPORARY_SUFFIX = ".tmp"
+
+
+class _NamedFile(io.FileIO):
+    """A new file whose errors name the file that it becomes, also those of a disk that is full."""
+
+    def __init__(self, path: Path, target: Path) -> None:
+        super().__init__(path, "xb")
+        self._target = target
+
+    def write(self, data: Any, /) -> int:
+        with naming(self._target):
+            return super().write(data)
 
 
 class NewFile:
@@ -20,12 +33,13 @@ class NewFile:
     def __init__(self, target: Path) -> None:
         self.target = target
         self._temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}{TEMPORARY_SUFFIX}")
-        self.file = open(self._temporary, "xb")  # noqa: SIM115 (`finish` or `discard` closes it)
+        self.file: BinaryIO = io.BufferedWriter(_NamedFile(self._temporary, target))  # `finish` or `discard` closes it
 
     def finish(self) -> None:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
+        with naming(self.target):
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
 
     def move(self) -> None:
         os.replace(self._temporary, self.target)
@@ -91,3 +105,14 @@ def new_file(target: Path) -> Generator[BinaryIO, None, None]:
         new.move()
     finally:
         new.discard()
+
+
+@contextmanager
+def naming(path: Path) -> Generator[None, None, None]:
+    """Errors of the operating system in the block name `path`, where they name no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise

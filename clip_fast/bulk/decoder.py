@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from ..errors import reason_of
@@ -58,7 +58,7 @@ class Decoder:
 
     def __call__(self, item: Item) -> tuple[Tensor, tuple[int, int]]:
         """The item's pixels, uint8 (3, image_size, image_size), and its size. Raises whatever decoders raise."""
-        with _UNREMARKED, Image.open(item.source()) as image:
+        with _UNREMARKED, item.open() as image:
             size = image.size
             self.check(size)
             if self.fast:
@@ -96,8 +96,6 @@ class Decoder:
 
 def failure_reason(error: Exception) -> str:
     """Why an image could not be decoded, in the same words at every run."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image, or not in a format that Pillow reads"
     if isinstance(error, UnicodeEncodeError):
         return "bytes in the name that are not UTF-8"
     return reason_of(error)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import PIL
 import torch
@@ -18,21 +18,33 @@ from ..extras import pyarrow
 from ..kernels.dispatch import triton_can_run
 from ..version import __version__
 from .atomic import new_file
+from .tables import Totals
 
 MANIFEST_NAME = "manifest.json"
 RAY_MANIFEST_NAME = "_manifest.json"  # readers of a folder of parquet files skip names that begin with _
 
 
-def read_settings(manifest: Path) -> dict[str, Any]:
-    """The settings that a manifest holds.
+class Manifest(NamedTuple):
+    """The contents of a manifest: `done` are the totals, None until the run is complete. Ray's counts no shards."""
+
+    settings: dict[str, Any]
+    done: Totals | None
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest at `path`.
 
     Raises:
         ValueError: the file is no manifest; the message names it.
     """
     try:
-        return dict(json.loads(manifest.read_text("utf-8"))["settings"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{manifest} is no manifest of clip-fast encode: {error!r}") from error
+        content = json.loads(path.read_text("utf-8"))
+        settings, done = dict(content["settings"]), content.get("done")
+        if done is not None:
+            done = Totals(*(int(done.get(name, 0)) for name in ("images", "failed", "shards")))
+        return Manifest(settings, done)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no manifest of clip-fast encode: {error!r}") from error
 
 
 def manifest_bytes(manifest: dict[str, Any]) -> bytes:

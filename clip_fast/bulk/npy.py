@@ -27,7 +27,6 @@ from types import TracebackType
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from ..errors import printable
@@ -39,7 +38,7 @@ from .rows import Encoder, encode_rows, settle
 
 PATHS_NAME = "paths.txt"
 ERRORS_NAME = "errors.txt"
-DECODERS = 8  # threads; the largest photograph that Pillow reads takes each about half a gigabyte
+DECODERS = 8  # threads; each takes at most `images.MEMORY_LIMIT` or so, twice
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ def _decode(item: Item, preprocess: Preprocess) -> Tensor | Failure:
         item.location.encode()  # raises UnicodeEncodeError for a name that is no text
         if item.location.splitlines() != [item.location]:
             raise ValueError(f"a line break in the name, which {PATHS_NAME} cannot hold")
-        with Image.open(item.source()) as image:
+        with item.open() as image:
             Decoder(preprocess).check(image.size)
             return preprocess(image)
     except Exception as error:  # decoders fed with broken files raise whatever their parsing stumbles on

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -17,7 +18,11 @@ from ..towers.config import Activation
 from .decoder import Decoder
 from .pipeline import Options, Step, run
 from .shards import ShardFolder
-from .workers import end_with_parent
+from .workers import end_with_parent, interrupts_blocked
+
+
+class _ErrorThere(Exception):
+    """The cause of an error here: the traceback of the one in a device's process."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,8 @@ def run_on_devices(devices: Sequence[torch.device], job: ProcessJob, report: Cal
     """Runs `pipeline.run` in a process for each device, into a folder that the caller has locked.
 
     Raises:
-        RuntimeError: a process failed or died; the message names the device. The shards that were written stay.
+        RuntimeError: a process failed or died; the message names the device, and the type of the error there, whose
+            traceback is the cause. The shards that were written stay.
     """
     context = multiprocessing.get_context(
         "spawn"
@@ -48,9 +54,10 @@ def run_on_devices(devices: Sequence[torch.device], job: ProcessJob, report: Cal
         for part, device in enumerate(devices):
             receiving, sending = context.Pipe(duplex=False)
             process = context.Process(target=_serve, args=(job, device, part, len(devices), sending))
-            process.start()
+            with interrupts_blocked():
+                process.start()
+                processes.append(process)
             sending.close()
-            processes.append(process)
             names[receiving] = str(device)
         while names:
             for connection in wait(list(names)):
@@ -64,7 +71,8 @@ def run_on_devices(devices: Sequence[torch.device], job: ProcessJob, report: Cal
                 elif message is None:
                     del names[connection]
                 else:
-                    raise RuntimeError(f"{names[connection]}: {message}")
+                    problem, trace = message
+                    raise RuntimeError(f"{names[connection]}: {problem}") from _ErrorThere(trace)
     finally:
         for process in processes:
             process.terminate()
@@ -81,4 +89,4 @@ def _serve(job: ProcessJob, device: torch.device, part: int, parts: int, channel
         run(model, decoder, job.inputs, ShardFolder(job.folder), job.options, channel.send, part, parts)
         channel.send(None)
     except Exception as error:
-        channel.send(str(error) or type(error).__name__)
+        channel.send((f"{type(error).__name__}: {error}", traceback.format_exc()))

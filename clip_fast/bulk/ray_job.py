@@ -15,9 +15,11 @@ import torch
 from ..checkpoint.published import available_models
 from ..extras import pyarrow, ray
 from ..inputs.containers import IMAGE_COLUMN, Container
+from ..inputs.finder import is_leftover
+from ..inputs.images import image_suffixes
 from ..inputs.inputs import Files, Inputs, find_inputs
-from ..inputs.items import Item, Unreadable, image_suffixes
-from ..inputs.parquet import Parquet, ParquetCell
+from ..inputs.items import Item, Unreadable
+from ..inputs.parquet import Parquet, ParquetCell, keys_of
 from ..inputs.tars import Tar
 from ..loading import default_dtype, load
 from ..towers.config import Activation
@@ -194,7 +196,8 @@ def _list(row: dict[str, Any], folder: str) -> Iterator[dict[str, bytes]]:
 
 def _read_urls(data: Any, urls: Sequence[str], image_column: str, key_column: str | None) -> Any:
     """A dataset with columns `key`, `image_path` and `image`."""
-    kinds = {url.rpartition(".")[2] if url.endswith((Tar.suffix, Parquet.suffix)) else "image" for url in urls}
+    many = (Tar.suffix, Parquet.suffix)
+    kinds = {url.rpartition(".")[2].lower() if url.lower().endswith(many) else "image" for url in urls}
     if len(kinds) != 1 or not all("://" in url for url in urls):
         raise ValueError("URLs must be of one kind, tars, parquet files or images, and not among paths")
     (kind,) = kinds
@@ -208,13 +211,19 @@ def _read_urls(data: Any, urls: Sequence[str], image_column: str, key_column: st
         return table.map_batches(_named, batch_format="pyarrow", fn_kwargs={"image": image_column, "key": key_column})
     suffixes = sorted(suffix.removeprefix(".") for suffix in image_suffixes())
     files = data.read_binary_files(list(urls), include_paths=True, file_extensions=suffixes)
-    return files.map_batches(_named, batch_format="pyarrow", fn_kwargs={"image": BYTES, "key": _PATH})
+    own = files.map_batches(_without_leftovers, batch_format="pyarrow")
+    return own.map_batches(_named, batch_format="pyarrow", fn_kwargs={"image": BYTES, "key": _PATH})
 
 
 def _named(table: Any, image: str, key: str) -> Any:
     arrow, _ = pyarrow()
-    keys = table[key].cast(arrow.string())
-    return arrow.table({"key": keys, "image_path": table[_PATH], "image": table[image]})
+    places = table[_PATH].to_pylist()
+    keys = [place if name is None else name for name, place in zip(keys_of(table[key]), places, strict=True)]
+    return arrow.table({"key": arrow.array(keys, arrow.string()), "image_path": places, "image": table[image]})
+
+
+def _without_leftovers(table: Any) -> Any:
+    return table.filter(pyarrow()[0].array([not is_leftover(path) for path in table[_PATH].to_pylist()], "bool"))
 
 
 def _one_sample(member: str) -> str:
@@ -224,7 +233,9 @@ def _one_sample(member: str) -> str:
     """
     name = os.path.basename(member)
     is_image = os.path.splitext(name)[1].lower() in image_suffixes() and not name.startswith(".")
-    return f"{member.encode('utf-8', 'surrogateescape').hex()}.image" if is_image else ""
+    if not is_image or is_leftover(member):
+        return ""
+    return f"{member.encode('utf-8', 'surrogateescape').hex()}.image"
 
 
 def _members(table: Any) -> Any:

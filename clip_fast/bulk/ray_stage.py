@@ -27,7 +27,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..inputs.items import ImageFile, Item, Unreadable, image_suffixes
+from ..extras import pyarrow
+from ..inputs.base64_text import is_base64, without_base64
+from ..inputs.images import image_suffixes
+from ..inputs.items import ImageFile, Item, Unreadable, image_bytes
 from ..loading import load
 from ..towers.config import Activation
 from .decoder import Decoder
@@ -43,22 +46,28 @@ class _Bytes(Item):
     data: bytes
 
     def source(self) -> BytesIO:
-        if not self.data:
-            raise ValueError("not an image: zero bytes")
-        return BytesIO(self.data)
+        data = without_base64(self.data)
+        return image_bytes(data, len(data))
 
 
 @dataclass(frozen=True, slots=True)
 class _Pixels(Item):
-    """An image that Ray has decoded, uint8 (H, W, 3) or (H, W). It is encoded again for `Image.open`, without loss."""
+    """An image that Ray has decoded, (H, W) or (H, W, C), in the dtypes and channels that Pillow's arrays have."""
 
-    data: NDArray[np.uint8]
+    data: NDArray[Any]
 
-    def source(self) -> BytesIO:
-        file = BytesIO()
-        Image.fromarray(self.data).save(file, "BMP")
-        file.seek(0)
-        return file
+    def open(self) -> Image.Image:
+        data = self.data.astype(self.data.dtype.newbyteorder("="), copy=False)
+        if data.ndim == 3 and data.shape[2] == 1:
+            data = data[..., 0]
+        elif data.ndim == 3 and data.shape[0] == 1 and data.shape[2] > 4:  # Ray's (H, W) among images of (H, W, C)
+            data = data[0]
+        try:
+            if data.ndim > 1:
+                return Image.fromarray(data)
+        except (TypeError, ValueError):  # what Pillow has no mode for
+            pass
+        raise ValueError(f"an array of shape {self.data.shape} and dtype {self.data.dtype} is no image")
 
 
 class ImageEncoder:
@@ -67,14 +76,19 @@ class ImageEncoder:
     Args:
         model: a name or a checkpoint, as `clip_fast.load` takes it, that every worker can reach.
         device, dtype, activation: as in `clip_fast.load`. A worker with a GPU takes its own GPU by default.
-        column: the column with the images: their bytes, Hugging Face's {bytes, path}, paths, or decoded arrays. By
-            default "bytes", "image", or a column named like a webdataset's file, "jpg".
+        column: the column with the images: their bytes, base64, Hugging Face's {bytes, path}, paths, or decoded arrays.
+            By default "bytes", "image", or a column named like a webdataset's file, "jpg".
         normalize: give embeddings of length 1.
         fast_decode: let JPEGs decode at a reduced scale.
         threads: the number of decoding threads, by default one for every CPU.
 
-    A batch comes back with its other columns, `embedding` float32 (B, embed_dim), `width`, `height`, `status` ("ok" or
-    "failed") and `error`. An image that cannot be read has an embedding of zeros, and the reason in `error`.
+    A batch of any of Ray's formats, numpy, pyarrow or pandas, comes back in the same. It has its other columns,
+    `embedding` float32 (B, embed_dim), `width`, `height`, `status` ("ok" or "failed") and `error`. An image that cannot
+    be read has an embedding of zeros, and the reason in `error`.
+
+    Arrays are those of `ray.data.read_images`: (H, W) or (H, W, 1) is grey in 8 or 16 bits, (H, W, 2) grey with alpha,
+    (H, W, 3) RGB and (H, W, 4) RGBA. No array tells a palette's indices from grey, nor CMYK from RGBA: read such files
+    with mode="RGB", or as bytes.
     """
 
     def __init__(
@@ -95,21 +109,27 @@ class ImageEncoder:
         self.normalize = normalize
         self.threads = ThreadPoolExecutor(threads or os.cpu_count() or 1)
 
-    def __call__(self, batch: Batch) -> Batch:
+    def __call__(self, batch: Any) -> Any:
         """A batch of columns with the embeddings added.
 
+        Args:
+            batch: a dictionary of arrays, a `pyarrow.Table` or a `pandas.DataFrame`.
+
         Raises:
+            TypeError: the batch is something else.
             ValueError: no column holds images, or a column has the name of one that is added.
         """
-        column = self.column or _image_column(list(batch))
-        if column not in batch:
-            raise ValueError(f"no column {column!r}, only {', '.join(batch)}")
-        kept = {name: values for name, values in batch.items() if name != column}
-        added = self.embed([item_of(value) for value in batch[column]])
-        lost = sorted(kept.keys() & added.keys())
+        names = _names(batch)
+        column = self.column or _image_column(names)
+        if column not in names:
+            raise ValueError(f"no column {column!r}, only {', '.join(names)}")
+        values = batch[column]
+        items = [item_of(value) for value in (values.to_pylist() if _is_arrow(batch) else values)]
+        added = self.embed(items)
+        lost = sorted(({*names} - {column}) & added.keys())
         if lost:
             raise ValueError(f"columns of the batch would be lost, rename or drop them: {', '.join(lost)}")
-        return kept | added
+        return _replaced(batch, column, added)
 
     def embed(self, items: Sequence[Item]) -> Batch:
         """The columns that a batch of `items` gets."""
@@ -127,6 +147,37 @@ class ImageEncoder:
         }
 
 
+def _is_arrow(batch: Any) -> bool:
+    """Whether a batch is a `pyarrow.Table`. PyArrow need not be there for the other formats."""
+    return hasattr(batch, "column_names") and isinstance(batch, pyarrow()[0].Table)
+
+
+def _names(batch: Any) -> list[str]:
+    if isinstance(batch, dict):
+        return list(cast(Batch, batch))
+    if _is_arrow(batch):
+        return batch.column_names
+    if hasattr(batch, "assign"):
+        return list(batch.columns)
+    raise TypeError(f"a batch must be of Ray's format numpy, pyarrow or pandas, got a {type(batch).__name__}")
+
+
+def _replaced(batch: Any, column: str, added: Batch) -> Any:
+    """A batch, in its format, with columns in the place of one."""
+    if isinstance(batch, dict):
+        return {name: values for name, values in cast(Batch, batch).items() if name != column} | added
+    if not _is_arrow(batch):
+        return batch.drop(columns=[column]).assign(**{name: list(values) for name, values in added.items()})
+    arrow, _ = pyarrow()
+    batch = batch.drop_columns([column])
+    for name, values in added.items():
+        array = arrow.array(values.reshape(-1), arrow.string() if values.dtype == object else None)
+        batch = batch.append_column(
+            name, array if values.ndim == 1 else arrow.FixedSizeListArray.from_arrays(array, values.shape[1])
+        )
+    return batch
+
+
 def _image_column(names: Sequence[str]) -> str:
     for name in (BYTES, "image"):
         if name in names:
@@ -142,9 +193,10 @@ def item_of(value: Any, key: str = "", location: str = "") -> Item:
         cell = cast(dict[str, Any], value)
         return item_of(cell.get("path") if cell.get("bytes") is None else cell["bytes"], key, location)
     if isinstance(value, str):
-        return ImageFile(key or value, value)
+        data = os.fsencode(value)
+        return _Bytes(key, location, data) if is_base64(data) else ImageFile(key or value, value)
     if isinstance(value, np.ndarray):
-        return _Pixels(key, location, cast(NDArray[np.uint8], value))
+        return _Pixels(key, location, cast(NDArray[Any], value))
     if value is None or isinstance(value, bytes):
         return _Bytes(key, location, value or b"")
     return Unreadable(key, location, f"a {type(value).__name__} is no image")

@@ -6,28 +6,33 @@
     OUTPUT/manifest.json                        the settings, and the totals once all is done
 
 This is the layout that clip-retrieval and autofaiss read. Every input has its row, in order; the embedding of a failed
-one is zero. The metadata holds the size of the embeddings' file and is renamed into place after it: a shard is there
-once its metadata is. A killed run leaves whole shards, temporary files that the next run removes, and a lock that the
-operating system has released.
+one is zero. The metadata holds the size and the checksum of the embeddings' file and is renamed into place after it: a
+shard is there once its metadata is. A killed run leaves whole shards, temporary files that the next run removes, and a
+lock that the operating system has released.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
-from hashlib import sha256
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields
+from hashlib import file_digest, sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
+from ..errors import summary
 from ..extras import pyarrow
 from ..inputs.items import Item
-from .atomic import TEMPORARY_SUFFIX, locked, new_file
-from .manifest import MANIFEST_NAME, compare, read_settings, write_manifest
+from .atomic import TEMPORARY_SUFFIX, locked, naming, new_file
+from .manifest import MANIFEST_NAME, compare, read_manifest, write_manifest
 from .tables import Record, Shard, Totals, as_text, columns_of
 
 ERRORS_NAME = "errors.jsonl"
@@ -35,7 +40,22 @@ LOCK_NAME = ".lock"
 EMBEDDINGS_FOLDER = "img_emb"
 METADATA_FOLDER = "metadata"
 
-_FOOTER = b"clip_fast"  # key in the parquet footer, under which a shard's digest, counts and size stand
+_FOOTER = b"clip_fast"  # key in the parquet footer, under which a shard's `Footer` stands
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Footer:
+    """A shard in short: the digest of its inputs, its counts, and the size and SHA-256 of its embeddings' file.
+
+    Shards of earlier releases have no SHA-256.
+    """
+
+    inputs: str
+    images: int
+    failed: int
+    bytes: int
+    sha256: str | None = None
 
 
 class ShardFolder:
@@ -45,7 +65,7 @@ class ShardFolder:
         self.folder = Path(folder)
 
     def finished(self, index: int, items: Sequence[Item]) -> Totals | None:
-        """The counts of shard `index`; None where it is not there.
+        """The counts of shard `index`; None where it is not there, or damaged, which is logged.
 
         Raises:
             ValueError: the shard was made from other inputs than `items`.
@@ -53,15 +73,19 @@ class ShardFolder:
         path, embeddings = self.metadata_path(index), self.embeddings_path(index)
         if not path.exists() or not embeddings.exists():
             return None
-        footer = _read_footer(path)
-        if footer["bytes"] != embeddings.stat().st_size:
+        try:
+            footer = read_footer(path)
+            check_embeddings(embeddings, footer, contents=True)
+            check_records(path, footer)
+        except ValueError as error:
+            _log.warning("%s: the shard is made again", error)
             return None
-        if footer["inputs"] != _digest(items):
+        if footer.inputs != _digest(items):
             raise ValueError(
                 f"cannot resume {self.folder}: the inputs have changed, {path.name} was made from others than "
                 f"{items[0].key!r} to {items[-1].key!r}"
             )
-        return Totals(footer["images"], footer["failed"], 1)
+        return Totals(footer.images, footer.failed, 1)
 
     def write(self, shard: Shard) -> None:
         """Writes a shard, whole or not at all.
@@ -69,17 +93,18 @@ class ShardFolder:
         Raises:
             OSError: for example because the disk is full.
         """
+        data = npy_bytes(shard.rows)
         with new_file(self.embeddings_path(shard.index)) as file:
-            np.lib.format.write_array(file, np.ascontiguousarray(shard.rows), allow_pickle=False)
-            size = file.tell()
+            file.writelines(data)
         _, parquet = pyarrow()
         with new_file(self.metadata_path(shard.index)) as file:
-            parquet.write_table(_metadata(shard.records, size), file)
+            parquet.write_table(_metadata(shard.records, data), file, write_page_checksum=True)
         for folder in (EMBEDDINGS_FOLDER, METADATA_FOLDER):
             _sync_folder(self.folder / folder)
         errors = _error_lines(shard.records)
         if errors:
-            with open(self.folder / ERRORS_NAME, "ab", buffering=0) as file:
+            path = self.folder / ERRORS_NAME
+            with naming(path), open(path, "ab") as file:
                 file.write(errors)
 
     def embeddings_path(self, index: int) -> Path:
@@ -90,8 +115,13 @@ class ShardFolder:
 
     def all_metadata(self) -> list[Path]:
         """The metadata files of the finished shards, in their order."""
+        return [self.metadata_path(index) for index in self.finished_shards()]
+
+    def finished_shards(self) -> list[int]:
+        """The numbers of the finished shards, in their order."""
         paths = (self.folder / METADATA_FOLDER).glob("metadata_*.parquet")
-        return sorted(paths, key=lambda path: int(path.stem.rpartition("_")[2]))
+        numbers = (path.stem.removeprefix("metadata_") for path in paths)
+        return sorted(int(number) for number in numbers if number.isdecimal())
 
 
 class OutputFolder(ShardFolder):
@@ -137,12 +167,11 @@ class OutputFolder(ShardFolder):
         """
         self._settings = json.loads(json.dumps(settings))
         if self._manifest.exists():
-            compare(read_settings(self._manifest), self._settings, self.folder)
+            compare(read_manifest(self._manifest).settings, self._settings, self.folder)
         for folder in (self.folder, self.folder / EMBEDDINGS_FOLDER, self.folder / METADATA_FOLDER):
             for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
                 leftover.unlink()
-        if not self._manifest.exists():
-            write_manifest(self._manifest, {"settings": self._settings})
+        write_manifest(self._manifest, {"settings": self._settings})  # without totals, until the run is complete
         (self.folder / EMBEDDINGS_FOLDER).mkdir(exist_ok=True)
         (self.folder / METADATA_FOLDER).mkdir(exist_ok=True)
         self._write_errors()
@@ -160,8 +189,8 @@ class OutputFolder(ShardFolder):
             odd = sorted(path.name for path in set(paths) ^ set(expected))
             raise ValueError(f"{self.folder} should hold {shards} shards; missing or too many: {', '.join(odd)}")
         self._write_errors()
-        footers = [_read_footer(path) for path in paths]
-        totals = Totals(sum(each["images"] for each in footers), sum(each["failed"] for each in footers), shards)
+        footers = [read_footer(path) for path in paths]
+        totals = Totals(sum(each.images for each in footers), sum(each.failed for each in footers), shards)
         done = {"images": totals.images, "failed": totals.failed, "shards": totals.shards}
         write_manifest(self._manifest, {"settings": self._settings, "done": done})
         _sync_folder(self.folder)
@@ -180,33 +209,94 @@ class OutputFolder(ShardFolder):
         self.close()
 
     def _write_errors(self) -> None:
-        """Writes errors.jsonl anew from the finished shards, in their order."""
+        """Writes errors.jsonl anew from the finished shards, in their order; damaged ones are left to `finished`."""
         target = self.folder / ERRORS_NAME
-        paths = [path for path in self.all_metadata() if _read_footer(path)["failed"]]
-        if not paths:
-            target.unlink(missing_ok=True)
-            return
         with new_file(target) as file:
-            for path in paths:
-                file.write(_error_lines(read_records(path)))
+            for path in self.all_metadata():
+                with suppress(ValueError):
+                    if read_footer(path).failed:
+                        file.write(_error_lines(read_records(path)))
+            empty = not file.tell()
+        if empty:
+            target.unlink()
+
+
+def npy_bytes(rows: NDArray[Any]) -> tuple[bytes, memoryview]:
+    """A `.npy` file of `rows`: its header and its data.
+
+    NumPy's own writer does not say that a disk is full, only how many numbers it has written.
+    """
+    rows = np.ascontiguousarray(rows)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(rows))
+    return header.getvalue(), rows.reshape(-1).view(np.uint8).data
 
 
 def read_records(path: Path) -> list[Record]:
-    """The records of a shard's metadata."""
+    """The records of a shard's metadata.
+
+    Raises:
+        ValueError: the file is damaged; the message names it.
+    """
     _, parquet = pyarrow()
-    with _naming(path):
-        columns = parquet.read_table(path).to_pydict()
-        names = ("key", "image_path", "width", "height", "error")
+    with _naming_damage(path):
+        table = parquet.read_table(path, page_checksum_verification=True)
+        if not table.schema.equals(columns_of([]).schema):
+            raise ValueError(f"it has other columns: {table.schema}")
+        columns, names = table.to_pydict(), ("key", "image_path", "width", "height", "error")
         return [Record(*values) for values in zip(*(columns[name] for name in names), strict=True)]
 
 
+def read_footer(path: Path) -> Footer:
+    """The note on a shard in its metadata.
+
+    Raises:
+        ValueError: the file is damaged; the message names it.
+    """
+    _, parquet = pyarrow()
+    with _naming_damage(path):
+        metadata = parquet.read_metadata(path)
+        content = json.loads(metadata.metadata[_FOOTER])
+        footer = Footer(**{each.name: content[each.name] for each in fields(Footer) if each.name in content})
+        if metadata.num_rows != footer.images:
+            raise ValueError(f"{metadata.num_rows} rows of {footer.images}")
+        return footer
+
+
+def check_embeddings(path: Path, footer: Footer, *, contents: bool) -> None:
+    """Compares a shard's embeddings with what its metadata says of them: the size, and with `contents` the checksum.
+
+    Raises:
+        ValueError: they differ; the message names the file.
+    """
+    if not path.exists():
+        raise ValueError(f"{path} is missing")
+    if (size := path.stat().st_size) != footer.bytes:
+        raise ValueError(f"{path} is damaged: it has {size} bytes of {footer.bytes}")
+    if contents and footer.sha256 is not None:
+        with open(path, "rb") as file:
+            if file_digest(file, "sha256").hexdigest() != footer.sha256:
+                raise ValueError(f"{path} is damaged: its contents are not those that were written")
+
+
+def check_records(path: Path, footer: Footer) -> None:
+    """Reads a shard's metadata whole.
+
+    Raises:
+        ValueError: the file is damaged; the message names it.
+    """
+    records = read_records(path)
+    if (_digest(records), _failures(records)) != (footer.inputs, footer.failed):
+        raise ValueError(f"{path} is damaged: its records are not those that were written")
+
+
 @contextmanager
-def _naming(path: Path) -> Generator[None, None, None]:
-    """Errors in reading a shard's metadata name the file and the remedy."""
+def _naming_damage(path: Path) -> Generator[None, None, None]:
+    """Errors in reading a shard's metadata name the file."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's errors are among these
-        raise ValueError(f"{path} is damaged: without it, --resume makes the shard again ({error})") from error
+    except Exception as error:  # pyarrow raises whatever its parsing stumbles on
+        raise ValueError(f"{path} is damaged: {summary(error)}") from error
 
 
 def _sync_folder(folder: Path) -> None:
@@ -225,16 +315,16 @@ def _digest(named: Sequence[Item | Record]) -> str:
     return digest.hexdigest()
 
 
-def _read_footer(path: Path) -> dict[str, Any]:
-    _, parquet = pyarrow()
-    with _naming(path):
-        return json.loads(parquet.read_metadata(path).metadata[_FOOTER])
+def _metadata(records: list[Record], embeddings: tuple[bytes, memoryview]) -> Any:
+    checksum = sha256()
+    for part in embeddings:
+        checksum.update(part)
+    footer = Footer(_digest(records), len(records), _failures(records), sum(map(len, embeddings)), checksum.hexdigest())
+    return columns_of(records).replace_schema_metadata({_FOOTER: json.dumps(asdict(footer))})
 
 
-def _metadata(records: list[Record], size: int) -> Any:
-    failed = sum(record.error is not None for record in records)
-    footer = {"inputs": _digest(records), "images": len(records), "failed": failed, "bytes": size}
-    return columns_of(records).replace_schema_metadata({_FOOTER: json.dumps(footer)})
+def _failures(records: list[Record]) -> int:
+    return sum(record.error is not None for record in records)
 
 
 def _error_lines(records: list[Record]) -> bytes:

@@ -5,7 +5,8 @@
 
 PyTorch's DataLoader has the processes, the shared memory and the pinning. This module adds what it lacks. A worker that
 spends more than `time_limit` on an image is killed by its own alarm clock. When one worker is dead, all are replaced.
-The image that it died of is tried once more; the second death makes it a failure.
+The image that it died of is tried once more; the second death makes it a failure. A worker has a memory limit, and an
+image that needs more is a failure.
 """
 
 from __future__ import annotations
@@ -13,26 +14,32 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from ..inputs import images
 from ..inputs.items import Item, Unreadable
 from .decoder import Decoder, failure_reason
 
 BATCHES_AHEAD = 3  # per worker
 STRIKES = 2  # worker deaths that make an image a failure
 MAX_RESTARTS = 5  # in a row without a batch, for deaths without an image to blame
+
+MEMORY_LIMIT = 2 * images.MEMORY_LIMIT  # bytes that a worker may take: an image is read, and decoded
 
 DEATH_SECONDS = 2.0  # from a broken connection to the end of the process that broke it
 
@@ -246,6 +253,22 @@ def _share(tensor: Tensor) -> None:
 def _start_worker(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
     end_with_parent()
+    os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # others reserve a gigabyte when they begin
+    limit_memory()
+
+
+def limit_memory() -> None:
+    """Lets this process take `MEMORY_LIMIT` more than it has. An allocation beyond fails, as an exception mostly.
+
+    Memory that is shared, as that of batches is, does not count.
+    """
+    pages = Path("/proc/self/statm")
+    if not pages.exists():
+        return  # not Linux
+    taken = int(pages.read_text().split()[5]) * resource.getpagesize()
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = taken + MEMORY_LIMIT
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 def end_with_parent() -> None:
@@ -279,7 +302,31 @@ def _context() -> ForkServerContext:
     """A fork server with the imports done: workers start at once, and inherit neither a GPU nor the folder's lock."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
+    with interrupts_blocked():
+        forkserver.ensure_running()
     return context
+
+
+@contextmanager
+def interrupts_blocked() -> Generator[None, None, None]:
+    """Processes that are started in the block never see Ctrl-C, not even while they import; this one sees it after.
+
+    The block's signals are noted, too: another thread, which blocks none, may be given one, and Python would then
+    interrupt the main thread in the middle of a start.
+    """
+    noted: list[int] = []
+    handler = None
+    if threading.current_thread() is threading.main_thread():
+        handler = signal.signal(signal.SIGINT, lambda number, _: noted.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
+        if noted:
+            signal.raise_signal(signal.SIGINT)
 
 
 def start_fork_server() -> None:
@@ -288,4 +335,3 @@ def start_fork_server() -> None:
     Without this call `decode_batches` starts it, and waits for it.
     """
     _context()
-    forkserver.ensure_running()

@@ -1,13 +1,13 @@
-"""TODO."""
+"""How files name the weights of a CLIP, and where in a file its image tower is."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..errors import CheckpointError
-from .weights_file import WeightsFile
 
 # --- The image tower in a file ---------------------------------------------------------------------------------------
 
@@ -69,12 +69,22 @@ _UNSERVED = {  # parts of open_clip's models, by their keys
 }
 
 
-def layout_of(file: WeightsFile) -> Layout:
-    """How the image tower in a file is named."""
-    keys = file.entries.keys()
+def layout_of(path: Path, keys: Collection[str]) -> Layout:
+    """How the image tower in a file is named.
+
+    Raises:
+        CheckpointError: the file has none, or one that is not served.
+    """
     for pattern, part in _UNSERVED.items():
         if key := next((key for key in keys if re.match(pattern, key)), None):
-            raise CheckpointError(file.path, f"{key} belongs to {part}, which is not served")
+            raise CheckpointError(path, f"{key} belongs to {part}, which is not served")
+    layout = _layout(keys)
+    if layout is None:
+        raise CheckpointError(path, f"holds no CLIP image tower, only {listing(sorted(keys)) or 'nothing'}")
+    return layout
+
+
+def _layout(keys: Collection[str]) -> Layout | None:
     if any(key.startswith("vision_model.") for key in keys):
         return HUGGING_FACE
     if any(key.startswith("visual.") for key in keys):
@@ -83,7 +93,29 @@ def layout_of(file: WeightsFile) -> Layout:
         return TOWER_ALONE
     if "embeddings.patch_embedding.weight" in keys:  # of a CLIPVisionModel, as transformers 5 writes it
         return HUGGING_FACE
-    raise CheckpointError(file.path, f"holds no CLIP image tower, only {listing(sorted(keys)) or 'nothing'}")
+    return None
+
+
+# Keys that every image tower of a kind has and hardly anything else does, behind the prefix of a module that holds it.
+_MARKS = tuple(
+    re.compile(rf"(.+?\.){mark}")
+    for mark in (
+        r"visual\.(?:conv1\.weight|positional_embedding|attnpool\.positional_embedding|trunk\..+)",
+        r"vision_model\.embeddings\.patch_embedding\.weight",
+        r"embeddings\.patch_embedding\.weight",
+        r"(?:class_embedding|attnpool\.positional_embedding)",
+    )
+)
+
+
+def prefixes(keys: Collection[str]) -> list[str]:
+    """What stands before the names of each CLIP in a file: "" where nothing does. Empty where no CLIP is found."""
+    if _layout(keys):
+        return [""]
+    for mark in _MARKS:
+        if found := {match[1] for key in keys if (match := mark.fullmatch(key))}:
+            return sorted(found)
+    return []
 
 
 def listing(keys: list[str]) -> str:

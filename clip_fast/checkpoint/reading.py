@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 from torch import Tensor
 
 from ..errors import CheckpointError, summary
-from ..towers.config import (
-    Activation,
-    Config,
-    Rgb,
-    TextConfig,
-)
+from ..towers.config import Activation, Config, Rgb, TextConfig
 from .layouts import HUGGING_FACE, layout_of
 from .settings import STRUCTURE_ERRORS, BesideWeights, description, read_settings
 from .stored_tower import StoredTower
@@ -32,10 +28,10 @@ from .weights_file import WeightsFile, read_json, read_weights
 class Checkpoint:
     """An image tower as read from a file, and the text tower where the file has OpenAI's.
 
-    `state_dict` has exactly the names and shapes of `reference.build(config).state_dict()`; its tensors are contiguous,
-    on the CPU, independent of the file and of the dtype that they have in it. `mean` and `std` normalise the RGB
-    channels of pixels scaled to [0, 1], and `squash` is that of `Preprocess`. `text` has the text tower's config, and
-    the names and shapes of `text.TextEncoder(config).state_dict()`.
+    `state_dict` has exactly the names and shapes of `reference.build(config).state_dict()`. Its tensors are contiguous,
+    on the CPU, independent of the file, and of the dtype that they have in it (8 bits in float16). `mean` and `std`
+    normalise the RGB channels of pixels scaled to [0, 1]; `squash` and `on_white` are those of `Preprocess`. `text` has
+    the text tower's config, and the names and shapes of `text.TextEncoder(config).state_dict()`.
     """
 
     config: Config
@@ -44,6 +40,7 @@ class Checkpoint:
     std: Rgb
     text: tuple[TextConfig, dict[str, Tensor]] | None = None
     squash: bool = False
+    on_white: bool = False
 
 
 def read_checkpoint(path: str | os.PathLike[str], activation: Activation | None = None) -> Checkpoint:
@@ -63,17 +60,28 @@ def read_checkpoint(path: str | os.PathLike[str], activation: Activation | None 
     if activation is not None and activation not in get_args(Activation):
         raise ValueError(f"activation must be one of {get_args(Activation)} or None, got {activation!r}")
     file = read_weights(_locate(Path(path)))
-    tower = StoredTower(file, layout_of(file))
+    tower = StoredTower(file, layout_of(file.path, file.entries.keys()))
     settings = _settings_beside(tower)
 
     @cache
     def activation_of_file() -> Activation:
         return activation or settings.activation or _activation(file)
 
-    config = tower.config(settings, activation_of_file)
+    return _checkpoint(tower, settings, activation_of_file)
+
+
+def read_state_dict(state_dict: Mapping[str, Any]) -> Checkpoint:
+    """The model in a state dict of `clip`'s, with QuickGELU. Raises CheckpointError, see `read_checkpoint`."""
+    file = WeightsFile(Path("the state dict"), dict(state_dict))
+    tower = StoredTower(file, layout_of(file.path, file.entries.keys()))
+    return _checkpoint(tower, BesideWeights(), lambda: "quick_gelu")
+
+
+def _checkpoint(tower: StoredTower, settings: BesideWeights, activation: Callable[[], Activation]) -> Checkpoint:
+    config = tower.config(settings, activation)
     state_dict = tower.state_dict(config)
-    text = tower.text(settings, activation_of_file)
-    return Checkpoint(config, state_dict, settings.mean, settings.std, text, settings.squash)
+    text = tower.text(settings, activation)
+    return Checkpoint(config, state_dict, settings.mean, settings.std, text, settings.squash, settings.on_white)
 
 
 # --- Folders and the settings in them --------------------------------------------------------------------------------
@@ -90,15 +98,25 @@ _FOLDER_FILES = {
 
 
 def _locate(path: Path) -> Path:
-    """The weights at `path` or in this folder."""
+    """The weights at `path`, in this folder, or in the only folder in it that has some."""
     if path.is_dir():
-        present = [path / name for name in _FOLDER_FILES if (path / name).is_file()]
-        if not present:
+        if present := _weights_in(path):
+            return present
+        below = [folder for folder in sorted(path.iterdir()) if folder.is_dir() and _weights_in(folder)]
+        if len(below) > 1:
+            names = ", ".join(folder.name for folder in below)
+            raise CheckpointError(path, f"folder holds several models: choose one of its folders {names}")
+        weights = _weights_in(below[0]) if below else None
+        if weights is None:
             raise CheckpointError(path, f"folder holds none of {', '.join(_FOLDER_FILES)}")
-        return present[0]
+        return weights
     if not path.is_file():
         raise CheckpointError(path, "no such file")
     return path
+
+
+def _weights_in(folder: Path) -> Path | None:
+    return next((folder / name for name in _FOLDER_FILES if (folder / name).is_file()), None)
 
 
 def _settings_beside(tower: StoredTower) -> BesideWeights:
@@ -112,7 +130,7 @@ def _settings_beside(tower: StoredTower) -> BesideWeights:
         path = weights.with_name(name)
         belongs = _FOLDER_FILES.get(weights.name) == name or (hugging_face and name == "config.json")
         if path.is_file() and (belongs or _describes(path, tower)):
-            return read_settings(path)
+            return read_settings(path, tower.described())
     if hugging_face:
         raise CheckpointError(weights, "needs the config.json that transformers writes beside it")
     return BesideWeights()
@@ -120,7 +138,7 @@ def _settings_beside(tower: StoredTower) -> BesideWeights:
 
 def _describes(path: Path, tower: StoredTower) -> bool:
     """Whether the config at `path` is that of the tower; warns where it is a CLIP's and is not."""
-    held = tower.file.activation, *tower.shape()
+    held = tower.described()
     try:
         told = description(path, read_json(path))
     except (CheckpointError, *STRUCTURE_ERRORS) as error:
@@ -128,12 +146,10 @@ def _describes(path: Path, tower: StoredTower) -> bool:
         return False
     if told is None:
         return False
-    if told[1:] != held[1:] or held[0] not in (None, told[0]):
-        names = "activation", "width", "layers", "patch size", "tokens"
-        differing = [f"{name} {a}, not {b}" for name, a, b in zip(names, told, held, strict=True) if b not in (None, a)]
+    names = "activation", "width", "layers", "patch_size", "tokens", "embedding"
+    if differing := told.differences(held, names):
         warnings.warn(
-            f"{path}: not used, since it is another model's than {tower.file.path.name}: {', '.join(differing)}",
-            stacklevel=4,
+            f"{path}: not used, since it is another model's than {tower.file.path.name}: {differing}", stacklevel=4
         )
         return False
     return True
@@ -150,6 +166,6 @@ def _activation(file: WeightsFile) -> Activation:
     warnings.warn(
         f"{file.path}: taken for one of OpenAI's models, with QuickGELU; if it is not, pass activation='gelu' "
         "(and activation='quick_gelu' to silence this warning)",
-        stacklevel=5,
+        stacklevel=6,
     )
     return "quick_gelu"

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import math
+import reprlib
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
+
+import torch
 
 from ..errors import CheckpointError
 from ..towers.config import EPS, HEAD_DIM, IMAGE_MEAN, IMAGE_STD, RESNET_STRIDE, Activation, Rgb
 from .weights_file import read_json
 
+_LARGEST = float(torch.finfo(torch.float32).max)  # that a mean or a deviation may be
 _HUGGING_FACE_TYPES = ("clip", "clip_vision_model")
 STRUCTURE_ERRORS = (
     AttributeError,
     KeyError,
     TypeError,
     IndexError,
-    ZeroDivisionError,
+    ArithmeticError,
 )  # of JSON that is not as expected
 # Keys of open_clip's vision_cfg that change nothing here or are read from the weights' shapes, and harmless defaults.
 _OPEN_CLIP_KEYS = {"image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio", "patch_dropout"}
@@ -39,21 +44,42 @@ class BesideWeights:
     mean: Rgb = IMAGE_MEAN
     std: Rgb = IMAGE_STD
     squash: bool = False
+    on_white: bool = False
     text_heads: int | None = None
+    text_layers: int | None = None
     text_as_openai: bool = True
 
 
-def description(path: Path, content: dict[str, Any]) -> tuple[object, ...] | None:
-    """A ViT's or ResNet's activation and `StoredTower.shape` by a config; None by one that is no CLIP's.
+@dataclass(frozen=True)
+class Described:
+    """A ViT's or ResNet's shape by a config or by weights, None where it is not told."""
 
-    What the config leaves out has its package's defaults.
-    """
+    activation: object
+    width: object
+    layers: object  # a list for each stage of a ResNet
+    patch_size: object
+    tokens: object
+    embedding: object
+
+    def differences(self, held: Described, names: Sequence[str]) -> str:
+        """Where the config, this, and the weights, `held`, differ, in words; empty where they agree."""
+        pairs = {name: (getattr(self, name), getattr(held, name)) for name in names}
+        return ", ".join(
+            f"{name.replace('_', ' ')} {told}, not {found}"
+            for name, (told, found) in pairs.items()
+            if None not in (told, found) and told != found
+        )
+
+
+def description(path: Path, content: dict[str, Any]) -> Described | None:
+    """The shape by a config; None by one that is no CLIP's. What the config leaves out has its package's defaults."""
     if path.name == "config.json":
         if content.get("model_type") not in _HUGGING_FACE_TYPES:
             return None
         vision = _hugging_face_vision(content)
         layers, patch_size = vision.get("num_hidden_layers", 12), vision.get("patch_size", 32)
         width, activation = vision.get("hidden_size", 768), vision.get("hidden_act", "quick_gelu")
+        embedding = content.get("projection_dim", 512)
     else:
         model: dict[str, Any] = content["model_cfg"]
         vision: dict[str, Any] = model["vision_cfg"]
@@ -62,19 +88,34 @@ def description(path: Path, content: dict[str, Any]) -> tuple[object, ...] | Non
         is_resnet = isinstance(vision.get("layers"), list)
         layers, patch_size = vision.get("layers", 12), RESNET_STRIDE if is_resnet else vision.get("patch_size", 16)
         width, activation = vision.get("width", 768), "quick_gelu" if model.get("quick_gelu") else "gelu"
+        embedding = model.get("embed_dim")
     size: Any = vision.get("image_size", 224)
     side = cast(list[Any], size)[0] if isinstance(size, list) else size
-    return activation, width, layers, patch_size, (side // patch_size) ** 2 + 1
+    return Described(activation, width, layers, patch_size, (side // patch_size) ** 2 + 1, embedding)
 
 
-def read_settings(path: Path) -> BesideWeights:
+def read_settings(path: Path, held: Described) -> BesideWeights:
+    """What the config at `path` says, which must be that of the weights.
+
+    Raises:
+        CheckpointError: it cannot be understood, is that of a model that is not served, or not that of the weights.
+    """
     content = read_json(path)
     try:
-        if path.name == "config.json":
-            return _hugging_face_settings(path, content)
-        return _open_clip_settings(path, content)
+        settings = _settings(path, content)
+        told = description(path, content)
     except STRUCTURE_ERRORS as error:
         raise CheckpointError(path, f"has an unexpected structure: {error!r}") from error
+    names = "width", "layers", "patch_size", "embedding"
+    if told is not None and (differing := told.differences(held, names)):
+        raise CheckpointError(path, f"describes another model than its weights are: {differing}")
+    return settings
+
+
+def _settings(path: Path, content: dict[str, Any]) -> BesideWeights:
+    if path.name == "config.json":
+        return _hugging_face_settings(path, content)
+    return _open_clip_settings(path, content)
 
 
 def _hugging_face_settings(path: Path, content: dict[str, Any]) -> BesideWeights:
@@ -103,8 +144,9 @@ def _hugging_face_settings(path: Path, content: dict[str, Any]) -> BesideWeights
         heads=_integer(path, "num_attention_heads", vision.get("num_attention_heads", 12)),
         image_size=image_size,
         mean=_triple(beside, processing, "image_mean", IMAGE_MEAN),
-        std=_triple(beside, processing, "image_std", IMAGE_STD),
+        std=_triple(beside, processing, "image_std", IMAGE_STD, least=0),
         squash=squash,
+        on_white=bool(processing) and processing.get("do_convert_rgb") is not False,  # transformers' default is True
     )
 
 
@@ -156,7 +198,8 @@ def _open_clip_settings(path: Path, content: dict[str, Any]) -> BesideWeights:
     }  # random: training
     other = {key: processing[key] for key, values in served.items() if processing.get(key) not in values}
     _warn_of_preprocessing(path, other)
-    width = vision.get("width", 768) * (32 if isinstance(vision.get("layers"), list) else 1)  # of the attention
+    width = _integer(path, "width", vision.get("width", 768))
+    width *= 32 if isinstance(vision.get("layers"), list) else 1  # of the attention
     size: Any = vision.get("image_size", 224)
     if isinstance(size, list):
         sizes = cast(list[Any], size)
@@ -166,12 +209,13 @@ def _open_clip_settings(path: Path, content: dict[str, Any]) -> BesideWeights:
     text: dict[str, Any] = model.get("text_cfg") or {}
     return BesideWeights(
         "quick_gelu" if model.get("quick_gelu") else "gelu",
-        heads=width // vision.get("head_width", HEAD_DIM),
+        heads=width // _integer(path, "head_width", vision.get("head_width", HEAD_DIM)),
         image_size=_integer(path, "image_size", size),
         mean=_triple(path, processing, "mean", IMAGE_MEAN),
-        std=_triple(path, processing, "std", IMAGE_STD),
+        std=_triple(path, processing, "std", IMAGE_STD, least=0),
         squash=processing.get("resize_mode") == "squash",
         text_heads=_integer(path, "heads", text.get("heads", 8)) if text else None,
+        text_layers=_integer(path, "layers", text.get("layers", 12)) if text else None,
         text_as_openai=not _special(text, _OPEN_CLIP_TEXT_KEYS, _OPEN_CLIP_TEXT_DEFAULTS),
     )
 
@@ -187,10 +231,14 @@ def _integer(path: Path, key: str, value: Any) -> int:
     return value
 
 
-def _triple(path: Path, section: dict[str, Any], key: str, default: Rgb) -> Rgb:
+def _triple(path: Path, section: dict[str, Any], key: str, default: Rgb, least: float = -_LARGEST) -> Rgb:
+    """Three numbers, each greater than `least`."""
     values: Any = section.get(key) or default
     if len(values) != 3 or not all(isinstance(value, (int, float)) for value in values):
         raise CheckpointError(path, f"{key} must be three numbers, got {values!r}")
+    if not all(least < value < _LARGEST for value in values):  # not true of NaN either
+        wanted = "finite numbers" if least else "numbers above 0"
+        raise CheckpointError(path, f"{key} must be three {wanted}, got {reprlib.repr(values)}")
     return cast(Rgb, tuple(float(value) for value in values))
 
 
@@ -201,5 +249,5 @@ def _warn_of_preprocessing(path: Path, other: dict[str, Any]) -> None:
         warnings.warn(
             f"{path}: this model's images are not preprocessed as CLIP's ({settings}), which is not done here; "
             "the encoder is right, but preprocess images yourself",
-            stacklevel=6,
+            stacklevel=7,
         )

@@ -1,10 +1,10 @@
-"""TODO."""
+"""The towers in a weights file: their shapes, and their weights under canonical names."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +23,11 @@ from ..towers.config import (
 )
 from ..towers.text import VOCABULARY, TextEncoder
 from .layouts import HUGGING_FACE, OPENAI, TEXT, Layout, listing
-from .settings import BesideWeights
+from .settings import BesideWeights, Described
 from .weights_file import WeightsFile
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, *_FLOAT8)
 _HEAD_DIMS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}  # by width: images in open_clip's ViT-H, ViT-g, ViT-bigG, ViT-e
 
 
@@ -54,14 +55,18 @@ class StoredTower:
         except ValueError as error:
             raise CheckpointError(self.file.path, f"its tensors' shapes make no tower: {error}") from error
 
-    def shape(self) -> tuple[object, ...]:
-        """Width, layers, patch size and number of tokens, as a config tells them."""
+    def described(self) -> Described:
+        """The tower's shape by the weights alone, as a config tells it."""
         if self._is_resnet():
             width = self._shape("layer1.0.conv1.weight", 4)[0]
             layers = [self._count(f"layer{stage}.") for stage in (1, 2, 3, 4)]
-            return width, layers, RESNET_STRIDE, self._shape("attnpool.positional_embedding", 2)[0]
+            tokens = self._shape("attnpool.positional_embedding", 2)[0]
+            embedding = self._shape("attnpool.c_proj.weight", 2)[0]
+            return Described(self.file.activation, width, layers, RESNET_STRIDE, tokens, embedding)
         width, _, _, patch_size = self._shape("conv1.weight", 4)
-        return width, self._count(self.layout.blocks), patch_size, self._shape("positional_embedding", 2)[0]
+        layers, tokens = self._count(self.layout.blocks), self._shape("positional_embedding", 2)[0]
+        embedding = self._shape("proj", 2)[1] if self._has("proj") else None
+        return Described(self.file.activation, width, layers, patch_size, tokens, embedding)
 
     def _vit_config(self, settings: BesideWeights, activation: Callable[[], Activation]) -> VitConfig:
         width, _, _, patch_size = self._shape("conv1.weight", 4)
@@ -100,6 +105,11 @@ class StoredTower:
         except CheckpointError:  # a ResNet's own needs none
             return None
         layers = tower._count(TEXT.blocks)
+        if settings.text_layers not in (None, layers):
+            raise CheckpointError(
+                self.file.path,
+                f"its text tower has {layers} layers, the config beside it says {settings.text_layers}",
+            )
         heads = tower._heads(settings.text_heads, width)
         try:
             config = TextConfig(context_length, vocabulary, width, layers, heads, embed_dim, told)
@@ -107,18 +117,26 @@ class StoredTower:
             raise CheckpointError(self.file.path, f"its text tower makes none: {error}") from error
         with torch.device("meta"):
             wanted = TextEncoder(config).state_dict()
-        return config, {name: tower._load(name, like) for name, like in wanted.items()}
+        return config, tower._load_all(wanted)
 
     def state_dict(self, config: Config) -> dict[str, Tensor]:
         """All tensors of the tower, checked: complete, nothing besides, right in shape and dtype, finite."""
         with torch.device("meta"):
             wanted = reference.build(config).state_dict()
         used = {key for name in wanted for key in self.layout.keys(name)}
-        state_dict = {name: self._load(name, like) for name, like in wanted.items()}
+        state_dict = self._load_all(wanted)
         surplus = [key for key in self.file.entries if key not in used and not self.layout.other.match(key)]
         if surplus:
             raise CheckpointError(self.file.path, f"holds what a CLIP model has not: {listing(surplus)}")
         return state_dict
+
+    def _load_all(self, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors of `wanted` names and shapes."""
+        held = [self._tensor(key) for name in wanted for key in self.layout.keys(name) if key in self.file.entries]
+        storages = {storage.data_ptr(): storage.nbytes() for storage in (part.untyped_storage() for part in held)}
+        if sum(part.nbytes for part in held) > sum(storages.values()):  # a copy of them might fill any memory
+            raise CheckpointError(self.file.path, "its tensors share memory, and are larger than what is stored")
+        return {name: self._load(name, like) for name, like in wanted.items()}
 
     def _load(self, name: str, like: Tensor) -> Tensor:
         if name.endswith("num_batches_tracked") and not self._has(name):  # some tools leave these counters out
@@ -134,12 +152,14 @@ class StoredTower:
                 raise CheckpointError(self.file.path, f"{key} must have shape {shape}, got {list(part.shape)}")
             if like.is_floating_point() and part.dtype not in _DTYPES:
                 raise CheckpointError(self.file.path, f"{key} must be of a floating-point dtype, got {part.dtype}")
+            part = _wide(part)
             # Of NaN and other numbers the least is NaN. Counters of batches are nobody's concern, whatever their dtype.
             if like.is_floating_point() and not all(bound.isfinite() for bound in part.aminmax()):
                 raise CheckpointError(self.file.path, f"{key} holds NaN or infinite values")
         if len({part.dtype for part in parts}) != 1:
             raise CheckpointError(self.file.path, f"{', '.join(keys)} must be of one dtype")
-        whole = torch.cat([part.detach() for part in parts]) if len(parts) > 1 else parts[0].detach()
+        parts = [_wide(part.detach()) for part in parts]
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
         return (whole.T if transposed else whole).clone(memory_format=torch.contiguous_format)
 
     def _has(self, name: str) -> bool:
@@ -172,7 +192,7 @@ class StoredTower:
 
     def _count(self, blocks: str) -> int:
         """How many numbered blocks there are, which must be 0, 1, 2 and so on."""
-        pattern = re.compile(re.escape(f"{self.layout.prefix}{blocks}") + r"(\d+)\.")
+        pattern = re.compile(re.escape(f"{self.layout.prefix}{blocks}") + r"(\d{1,9})\.")
         numbers = {int(found[1]) for key in self.file.entries if (found := pattern.match(key))}
         missing = next(number for number in range(len(numbers) + 1) if number not in numbers)
         if missing < max(len(numbers), 1):
@@ -204,3 +224,8 @@ class StoredTower:
                 "put its config.json or open_clip_config.json beside it",
             )
         return width // head_dim
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """`tensor`, or its values in float16 where they are in 8 bits, with which PyTorch does not compute."""
+    return tensor.to(torch.float16) if tensor.dtype in _FLOAT8 else tensor

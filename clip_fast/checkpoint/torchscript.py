@@ -11,6 +11,7 @@ import pickle
 import sys
 import zipfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -113,15 +114,22 @@ def read_torchscript(path: Path, archive: zipfile.ZipFile, root: str) -> tuple[d
     unpickler = _ArchiveUnpickler(path, archive.read(f"{root}data.pkl"))
     module = unpickler.load()
 
+    @cache
+    def storage(name: str) -> bytearray:
+        return bytearray(archive.read(f"{root}data/{name}"))
+
     def load(tensor: _StoredTensor) -> Tensor:
-        flat = torch.frombuffer(bytearray(archive.read(f"{root}data/{tensor.storage}")), dtype=tensor.dtype)
+        flat = torch.frombuffer(storage(tensor.storage), dtype=tensor.dtype)
         return flat.as_strided(tensor.shape, tensor.stride, tensor.offset)  # checks that it lies inside
 
+    seen: set[int] = set()  # modules: of modules inside each other there would be no end
+
     def tensors(module: _Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
+        seen.add(id(module))
         for name, value in cast(dict[str, object], module.attributes).items():
             if isinstance(value, _StoredTensor):
                 yield f"{prefix}{name}", load(value)
-            elif isinstance(value, _Module) and isinstance(value.attributes, dict):
+            elif isinstance(value, _Module) and isinstance(value.attributes, dict) and id(value) not in seen:
                 yield from tensors(value, f"{prefix}{name}.")
 
     # Only the class names tell OpenAI's models from open_clip's with an exact GELU.

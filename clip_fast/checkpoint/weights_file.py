@@ -7,9 +7,11 @@ TorchScript archives.
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -19,7 +21,13 @@ from safetensors import safe_open
 
 from ..errors import CheckpointError, summary
 from ..towers.config import Activation
+from .layouts import listing, prefixes
 from .torchscript import read_torchscript, refused_global
+
+_INDEX = ".index.json"
+_TRAINING = "state_dict"  # where open_clip's training checkpoints have it
+_LFS_POINTER = b"version https://git-lfs"
+_CODE = re.compile(r"(^|/)code/|\.debug_pkl$")  # of a TorchScript archive, which is not read
 
 
 @dataclass(frozen=True)
@@ -32,22 +40,40 @@ class WeightsFile:
     open_clip: bool = False  # it bears marks of open_clip, whose models come with either activation
 
 
+@dataclass(frozen=True)
+class _Contents:
+    """What one file holds, before the model in it is looked for."""
+
+    entries: dict[str, Any]
+    activation: str | None = None
+    training: bool = False  # a training checkpoint of open_clip's form
+
+
 def read_weights(path: Path) -> WeightsFile:
-    """Reads a weights file, whose kind shows in its first bytes, or the shards that an index lists."""
-    if path.name.endswith(".index.json"):
-        return _read_shards(path)
+    """Reads a weights file, whose kind shows in its first bytes, or the shards that an index lists.
+
+    The names begin where a CLIP's do: what a module that held the model, or a tool, put before them is cut off.
+    """
+    contents = _read_shards(path) if path.name.endswith(_INDEX) else _read(path)
+    return _weights_file(path, contents)
+
+
+def _read(path: Path) -> _Contents:
     with path.open("rb") as file:
-        head = file.read(9)
+        head = file.read(len(_LFS_POINTER))
     if not head:
         raise CheckpointError(path, "is empty")
+    if head == _LFS_POINTER:
+        raise CheckpointError(path, "is a pointer of git-lfs, and not the weights themselves: run `git lfs pull`")
     try:
-        if head[8:] == b"{":  # after the header's length
+        if head[8:9] == b"{":  # after the header's length
             return _read_safetensors(path)
         if head.startswith(b"PK"):
             with zipfile.ZipFile(path) as archive:
+                _check_sizes(path, archive)
                 roots = [name.removesuffix("data.pkl") for name in archive.namelist() if name.endswith("data.pkl")]
                 if any(f"{root}constants.pkl" in archive.namelist() for root in roots):
-                    return WeightsFile(path, *read_torchscript(path, archive, roots[0]))
+                    return _Contents(*read_torchscript(path, archive, roots[0]))
             return _read_pickle(path, mmap=True)
         if head.startswith(b"\x80"):
             return _read_pickle(path, mmap=False)
@@ -58,30 +84,44 @@ def read_weights(path: Path) -> WeightsFile:
     raise CheckpointError(path, "is not a checkpoint: neither a PyTorch file nor safetensors")
 
 
+def _check_sizes(path: Path, archive: zipfile.ZipFile) -> None:
+    """Refuses an archive that is larger than its file: PyTorch stores all but TorchScript's code as it is."""
+    members = [info for info in archive.infolist() if not _CODE.search(info.filename)]
+    if packed := next((info.filename for info in members if info.compress_type != zipfile.ZIP_STORED), None):
+        raise CheckpointError(path, f"refused: its {packed} is compressed, which PyTorch's own files are not")
+    if sum(info.file_size for info in members) > path.stat().st_size:
+        raise CheckpointError(path, "refused: what it claims to hold is larger than the file")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(path, f"cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(path, f"must hold a JSON object, got {type(content).__name__}")
     return cast(dict[str, Any], content)
 
 
-def _read_shards(path: Path) -> WeightsFile:
-    shards = read_json(path).get("weight_map")
-    if not isinstance(shards, dict):
+def _read_shards(path: Path) -> _Contents:
+    """Reads the shards that an index lists, which must hold every tensor that it lists."""
+    listed: Any = read_json(path).get("weight_map")
+    if not isinstance(listed, dict):
         raise CheckpointError(path, "has no weight_map")
+    tensors = {key: str(name) for key, name in cast(dict[str, Any], listed).items()}
     entries: dict[str, Any] = {}
-    for name in sorted({str(name) for name in cast(dict[str, Any], shards).values()}):
-        shard = path.parent / name
-        if Path(name).name != name or not shard.is_file():
+    for name in sorted(set(tensors.values())):
+        if Path(name).name != name or name.endswith(_INDEX) or not os.path.isfile(path.parent / name):
             raise CheckpointError(path, f"shard {name!r} is not a file in the same folder")
-        entries |= read_weights(shard).entries
-    return WeightsFile(path, entries)
+        shard = _read(path.parent / name).entries
+        wanted = {key for key, of in tensors.items() if of == name}
+        if missing := sorted(wanted - shard.keys()):
+            raise CheckpointError(path, f"lists {listing(missing)} in {name}, which has no such tensor")
+        entries |= shard
+    return _Contents(entries)
 
 
-def _read_safetensors(path: Path) -> WeightsFile:
+def _read_safetensors(path: Path) -> _Contents:
     opened: Any = safe_open(path, "pt")
     with opened as file:
         entries: dict[str, Any] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -91,35 +131,64 @@ def _read_safetensors(path: Path) -> WeightsFile:
         raise CheckpointError(
             path, f"its metadata must name an activation of {get_args(Activation)}, got {activation!r}"
         )
-    return _from_state_dict(path, entries, activation)
+    return _Contents(entries, activation)
 
 
-def _read_pickle(path: Path, *, mmap: bool) -> WeightsFile:
-    """Reads what `torch.save` wrote: a state dict, or a training checkpoint with one under "state_dict"."""
+def _read_pickle(path: Path, *, mmap: bool) -> _Contents:
+    """Reads what `torch.save` wrote: a state dict, or a training checkpoint with one in it, under any name."""
     try:
         content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         if refused := re.search(r"GLOBAL ([\w.]+)|(?:class|module|function) ([\w.]+\.[\w.]+)", str(error)):
             raise refused_global(path, refused[1] or refused[2]) from None
         raise
-    training = isinstance(content, dict) and "state_dict" in content
-    if training:
-        content = cast(dict[Any, Any], content)["state_dict"]
+    name, content = _state_dict_in(path, content)
     if not isinstance(content, dict):
         raise CheckpointError(path, f"is not a checkpoint: it holds {type(content).__name__}, not a state dict")
-    entries = {str(key): value for key, value in cast(dict[Any, Any], content).items()}
-    return _from_state_dict(path, entries, None, training)
+    return _Contents(_named(cast(dict[Any, Any], content)), training=name == _TRAINING)
 
 
-def _from_state_dict(
-    path: Path, entries: dict[str, Any], activation: str | None, training: bool = False
-) -> WeightsFile:
+def _state_dict_in(path: Path, content: Any) -> tuple[str, Any]:
+    """The state dict in a training checkpoint and its name there; what has none is given as it is, without a name."""
+    models: dict[str, Any] = dict(_models_in("", content))
+    if not models and isinstance(content, dict) and _TRAINING in content:
+        models = {_TRAINING: cast(dict[Any, Any], content)[_TRAINING]}
+    if len(models) > 1 and _TRAINING not in models:
+        raise CheckpointError(path, f"holds several models, {', '.join(models)}: save one of them alone")
+    name = _TRAINING if _TRAINING in models else next(iter(models), "")
+    return name, models.get(name, cast(Any, content))
+
+
+def _models_in(name: str, content: Any, depth: int = 3) -> Iterator[tuple[str, dict[Any, Any]]]:
+    """The state dicts of CLIPs in nested dicts, each with the names of the dicts around it."""
+    if not isinstance(content, dict):
+        return
+    inside = cast(dict[Any, Any], content)
+    if prefixes(_named(inside)):
+        yield name, inside
+    elif depth:
+        for key, value in inside.items():
+            yield from _models_in(f"{name}.{key}" if name else str(key), value, depth - 1)
+
+
+def _named(entries: dict[Any, Any]) -> dict[str, Any]:
     # As torch.compile saves, of a whole model or of parts of it, and outside or inside of DistributedDataParallel.
-    entries = {key.replace("_orig_mod.", ""): value for key, value in entries.items()}
-    parallel = bool(entries) and all(key.startswith("module.") for key in entries)  # as DistributedDataParallel saves
-    if parallel:
-        entries = {key.removeprefix("module."): value for key, value in entries.items()}
-    custom_text = any(key.startswith("text.") for key in entries)
-    return WeightsFile(
-        path, entries, activation, parallel or training or custom_text or path.name.startswith("open_clip")
+    return {str(key).replace("_orig_mod.", ""): value for key, value in entries.items()}
+
+
+def _weights_file(path: Path, contents: _Contents) -> WeightsFile:
+    entries = _named(contents.entries)
+    found = prefixes(entries)
+    if len(found) > 1:
+        raise CheckpointError(path, f"holds several models, named {', '.join(found)}: save one of them alone")
+    prefix = found[0] if found else ""
+    entries = {key.removeprefix(prefix): value for key, value in entries.items() if key.startswith(prefix)}
+    if "text.logit_scale" in entries:  # as clip_fast's first versions named the text side
+        entries = {key.removeprefix("text."): value for key, value in entries.items()}
+    marks = (
+        contents.training,
+        prefix.startswith("module."),  # as DistributedDataParallel saves
+        any(key.startswith("text.") for key in entries),
+        path.name.startswith("open_clip"),
     )
+    return WeightsFile(path, entries, contents.activation, any(marks))

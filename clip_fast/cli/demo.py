@@ -27,6 +27,7 @@ from ..encoder import ImageEncoder
 from ..loading import load as load_model
 from ..preprocess import Preprocess
 from ..towers import reference
+from .messages import show
 
 MODEL = "tiny-digits"
 ASSETS = Path(__file__).parents[1] / "assets" / MODEL
@@ -81,11 +82,11 @@ def _print_examples(pixels: NDArray[np.uint8], labels: Tensor, cosines: Tensor) 
     rows = [int((labels == digit).nonzero()[0]) for digit in _EXAMPLES] + wrong[:1]
     shades = pixels[rows].astype(np.int64) * (len(_SHADES) - 1) // _INK  # (examples, 8, 8)
     for lines in shades.transpose(1, 0, 2):  # a line of every digit; a character is half as wide as high
-        print("  ".join("".join(_SHADES[shade] * 2 for shade in line) for line in lines).rstrip())
-    print(f"\n{'label':<7}{'nearest caption':<30}{'cosine':>6}   {'runner-up':<9}  {'cosine':>6}")
+        show("  ".join("".join(_SHADES[shade] * 2 for shade in line) for line in lines).rstrip())
+    show(f"\n{'label':<7}{'nearest caption':<30}{'cosine':>6}   {'runner-up':<9}  {'cosine':>6}")
     for row in rows:
         best, runner_up = (int(digit) for digit in cosines[row].topk(2).indices)
-        print(
+        show(
             f"{int(labels[row]):<7}{'a photo of the digit ' + WORDS[best]:<30}{float(cosines[row, best]):>6.2f}   "
             f"{WORDS[runner_up]:<9}  {float(cosines[row, runner_up]):>6.2f}"
         )
@@ -125,10 +126,10 @@ def _print_speed(model: ImageEncoder, images: Tensor) -> None:
     plain.to(device=model.device, dtype=model.dtype)
     batch = images.to(device=model.device, dtype=model.dtype)
     ours, theirs = _seconds_per_call([lambda: model.encode_image(batch), lambda: plain(batch)], model.device)
-    print(f"speed     clip_fast        {len(batch) / ours:>10,.0f} images/s")
-    print(f"          plain PyTorch    {len(batch) / theirs:>10,.0f} images/s   ratio {theirs / ours:.2f}")
-    print(f"          batches of {len(batch)} in memory; medians of {_ROUNDS} rounds taken in turn;")
-    print("          a model this small says little about the speed of a large one")
+    show(f"speed     clip_fast        {len(batch) / ours:>10,.0f} images/s")
+    show(f"          plain PyTorch    {len(batch) / theirs:>10,.0f} images/s   ratio {theirs / ours:.2f}")
+    show(f"          batches of {len(batch)} in memory; medians of {_ROUNDS} rounds taken in turn;")
+    show("          a model this small says little about the speed of a large one")
 
 
 def run(device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> int:
@@ -149,13 +150,13 @@ def run(device: str | torch.device | None = None, dtype: torch.dtype | None = No
     share = correct / len(labels)
     precision = str(model.dtype).removeprefix("torch.")
 
-    print(f"{MODEL}: a tiny CLIP, trained on handwritten digits ({model.device}, {precision})\n")
+    show(f"{MODEL}: a tiny CLIP, trained on handwritten digits ({model.device}, {precision})\n")
     _print_examples(pixels, labels, cosines)
-    print(f"\naccuracy  {share:.1%}: {correct} of {len(labels)} digits that it never saw in training")
+    show(f"\naccuracy  {share:.1%}: {correct} of {len(labels)} digits that it never saw in training")
     if share < REQUIRED_ACCURACY:
         print(f"error: accuracy is {share:.1%}, below the {REQUIRED_ACCURACY:.0%} that it must reach", file=sys.stderr)
         return 1
     _print_speed(model, images)
-    print("\nnext, with a real model and a folder of your own:\n")
-    print("  clip-fast encode PHOTOS --model ViT-B/32 --output embeddings.npy")
+    show("\nnext, with a real model and a folder of your own:\n")
+    show("  clip-fast encode PHOTOS --model ViT-B/32 --output embeddings.npy")
     return 0

@@ -32,7 +32,7 @@ from ..inputs.items import Failure, Item, Unreadable
 from ..inputs.parquet import Parquet
 from ..loading import default_device, default_dtype, load
 from ..preprocess import Preprocess
-from .messages import EXIT_OK, EXIT_SOME_FAILED, report, say
+from .messages import EXIT_OK, EXIT_SOME_FAILED, report, say, show
 from .parser import DTYPES
 
 _LARGE = (  # options for a folder or a parquet file, and not for a single .npy
@@ -80,6 +80,10 @@ def _find(arguments: argparse.Namespace) -> Inputs:
     if not arguments.quiet:
         say("listing the inputs")  # takes a minute or more for millions of files
     inputs = find_inputs(_paths(arguments), image_column=arguments.image_column, key_column=arguments.key_column)
+    if inputs.passed_over and not arguments.quiet:
+        counts = sorted(inputs.passed_over.items(), key=lambda each: (-each[1], each[0]))
+        kinds = ", ".join(f"{count} {printable(suffix) or 'without a suffix'}" for suffix, count in counts)
+        say(f"passed over in folders, by suffix: {kinds}")
     if all(isinstance(item, Unreadable) for item in inputs):
         report(Failure(item.location, item.reason) for item in inputs if isinstance(item, Unreadable))
         raise ValueError("no image found")
@@ -109,7 +113,7 @@ def _encode_on_ray(arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         say(f"{printable(arguments.output)}: complete, {totals['images']} images, {totals['failed']} failed")
     if arguments.json:
-        print(json.dumps({"output": arguments.output, "complete": True, **totals}))
+        show(json.dumps({"output": arguments.output, "complete": True, **totals}))
     return EXIT_SOME_FAILED if totals["failed"] else EXIT_OK
 
 
@@ -150,7 +154,7 @@ def _encode_to_npy(arguments: argparse.Namespace) -> int:
         say(f"{printable(arguments.output)}: float32 [{rows}, {columns}]")
     if arguments.json:
         counts = {"images": rows + writer.failed, "failed": writer.failed}
-        print(json.dumps({"output": arguments.output, "complete": True, **counts}))
+        show(json.dumps({"output": arguments.output, "complete": True, **counts}))
     return EXIT_SOME_FAILED if writer.failed else EXIT_OK
 
 
@@ -240,6 +244,7 @@ def _settings(
         "activation": arguments.activation,
         "weights": weights_digest(model),
         "squash": preprocess.squash,
+        **({"on_white": True} if preprocess.on_white else {}),  # alone then: older folders do not have it
         "dtype": str(model.dtype).removeprefix("torch."),
         "batch_size": options.batch_size,
         "shard_size": options.shard_size,
@@ -268,4 +273,4 @@ def _progress(arguments: argparse.Namespace, inputs: Inputs) -> Generator[Progre
                 f"{summary['images_per_second']} images/s, {summary['bound']}-bound"
             )
         if arguments.json:
-            print(json.dumps({"output": arguments.output, "complete": complete, **summary}))
+            show(json.dumps({"output": arguments.output, "complete": complete, **summary}))

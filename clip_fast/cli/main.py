@@ -1,4 +1,4 @@
-"""The command line: `clip-fast encode`, `clip-fast search`, `clip-fast demo`, `clip-fast models`."""
+"""The command line: `clip-fast encode`, `search`, `verify`, `demo` and `models`."""
 
 from __future__ import annotations
 
@@ -10,8 +10,21 @@ from ..bulk.progress import TooManyErrors
 from ..checkpoint.published import available_models
 from ..errors import CheckpointError
 from .encode import encode
-from .messages import EXIT_INTERRUPTED, EXIT_NOTHING_DONE, EXIT_OK, EXIT_TOO_MANY_ERRORS, say
+from .interrupt import stop_watching
+from .messages import (
+    EXIT_INTERRUPTED,
+    EXIT_NOTHING_DONE,
+    EXIT_OK,
+    EXIT_READER_GONE,
+    EXIT_TOO_MANY_ERRORS,
+    ReaderGoneError,
+    flush,
+    nobody_listens,
+    say,
+    show,
+)
 from .parser import DTYPES, parser
+from .verify import verify
 
 
 def _search(arguments: argparse.Namespace) -> int:
@@ -27,13 +40,14 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _models(arguments: argparse.Namespace) -> int:
-    print("\n".join(available_models()))
+    show("\n".join(available_models()))
     return EXIT_OK
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "encode": encode,
     "search": _search,
+    "verify": verify,
     "demo": _demo,
     "models": _models,
 }
@@ -45,12 +59,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: for `--help`, `--version` and a command line that does not parse (status 2), as argparse does.
     """
-    arguments = parser().parse_args(argv)
+    stop_watching()
     try:
-        return _COMMANDS[arguments.command](arguments)
+        return _run(argv)
+    except BrokenPipeError:  # of standard error, while one of these was told
+        return EXIT_READER_GONE
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    debug = False
+    try:
+        try:
+            arguments = parser().parse_args(argv)
+            debug = arguments.debug
+            return _COMMANDS[arguments.command](arguments)
+        finally:
+            flush()
     except (CheckpointError, ImportError, OSError, RuntimeError, ValueError) as error:
-        say(f"error: {error}")
+        if isinstance(error, BrokenPipeError) and nobody_listens():
+            return EXIT_READER_GONE
+        if debug:
+            traceback.print_exc()
+        say(f"error: {str(error) or type(error).__name__}")
         return EXIT_NOTHING_DONE
+    except ReaderGoneError:
+        return EXIT_READER_GONE
     except TooManyErrors as error:
         say(f"stopped: {error}")
         return EXIT_TOO_MANY_ERRORS

@@ -22,6 +22,7 @@ examples:
   clip-fast encode photos --model ViT-B/32               embed a folder into embeddings.npy
   clip-fast encode --help                                all about it
   clip-fast search "a dog on a beach" --index embeddings/
+  clip-fast verify embeddings/                           whether its files are what encode wrote
 """
 
 ENCODE_DESCRIPTION = """\
@@ -30,8 +31,8 @@ Embeds images with a CLIP image encoder.
 A PATH is
   a file       taken whatever its suffix;
   a folder     all images below it, by the suffixes of the formats that Pillow reads, sorted by path;
-  a .tar       a webdataset: the images in it; its samples' keys are kept;
-  a .parquet   a table with a column of images: their bytes, or paths to them;
+  a .tar       a webdataset, not compressed: the images in it; its samples' keys are kept;
+  a .parquet   a table with a column of images: their bytes, base64, or paths to them;
   a pattern    with * ? [...] and ** (any depth), where the shell has not expanded it: what it matches, sorted;
   braces       data/{0000..0099}.tar, {train,test}/*.jpg: each number, or word, in their place.
 Rows follow the order of the arguments. A file reached twice is embedded once.
@@ -75,6 +76,7 @@ exit status:
   2    the run did not finish: wrong usage, no image found, output folder missing, model not loadable, disk full, ...
   3    more than --max-errors failed
   130  stopped by Ctrl-C
+  141  the program that read the output has gone, as head does
 A FOLDER/ keeps its finished shards in any case.
 """
 
@@ -92,6 +94,22 @@ examples:
   clip-fast search --image query.jpg --index embeddings/ -k 100 --html found.html
 
 exit status: 0 if the search was done, 2 if not
+"""
+
+
+VERIFY_DESCRIPTION = """\
+Compares a folder with what encode wrote into it: reads every byte, and needs no model.
+
+Names each file that is missing, cut or changed; encode --resume makes its shard again. The checksums stand in the
+metadata of each shard. Folders of earlier releases and of encode --ray have none: there sizes, names and totals are
+compared, and the last line says so.
+"""
+
+VERIFY_EPILOG = """\
+example:
+  clip-fast verify embeddings/
+
+exit status: 0 if no damage was found, 1 if some was, 2 if the folder could not be checked
 """
 
 
@@ -130,7 +148,9 @@ def _devices(text: str) -> list[torch.device]:
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; `command` names the command that was given."""
-    where = argparse.ArgumentParser(add_help=False)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show where an error came from, as a traceback")
+    where = argparse.ArgumentParser(add_help=False, parents=[common])
     where.add_argument("--device", type=_device, help="cpu, cuda, cuda:1, ... (default: a GPU where there is one)")
     where.add_argument("--dtype", choices=DTYPES, help="precision (default: float16 on a GPU, float32 on a CPU)")
 
@@ -207,6 +227,16 @@ def parser() -> argparse.ArgumentParser:
     search.add_argument("--html", metavar="FILE", help="write a page with thumbnails, too")
     search.add_argument("--json", action="store_true", help="print one line of JSON for each")
 
+    verify = commands.add_parser(
+        "verify",
+        parents=[common],
+        help="compare a folder with what encode wrote into it",
+        description=VERIFY_DESCRIPTION,
+        epilog=VERIFY_EPILOG,
+        formatter_class=layout,
+    )
+    verify.add_argument("folder", metavar="FOLDER", help="that clip-fast encode wrote")
+
     commands.add_parser(
         "demo",
         parents=[where],
@@ -219,6 +249,7 @@ def parser() -> argparse.ArgumentParser:
 
     commands.add_parser(
         "models",
+        parents=[common],
         help="list the names that --model takes",
         description="Lists the models known by name, one a line. `encode --model` takes a checkpoint's path as well.",
         epilog="example:\n  clip-fast models",

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from numpy.typing import NDArray
@@ -14,17 +15,18 @@ from numpy.typing import NDArray
 from ..bulk.atomic import new_file
 from ..bulk.decoder import Decoder
 from ..bulk.manifest import weights_digest
-from ..clip import Clip
 from ..encoder import ImageEncoder
 from ..errors import printable
 from ..inputs.containers import IMAGE_COLUMN
 from ..inputs.items import ImageFile
 from ..loading import load
+from ..model import Clip
 from ..preprocess import Preprocess
 from ..search.gallery import page
 from ..search.index import Index
-from ..tokens import tokenize
-from .messages import EXIT_OK
+from ..simple_tokenizer import tokenize
+from ..towers.config import Activation
+from .messages import EXIT_OK, say, show
 from .parser import DTYPES
 
 
@@ -33,25 +35,42 @@ def search(arguments: argparse.Namespace) -> int:
     if (arguments.text is None) == (arguments.image is None):
         raise ValueError("give either a TEXT or an --image to look for")
     index = Index(arguments.index)
-    name, dtype = arguments.model or index.settings["model"], index.settings["dtype"]
-    activation = arguments.activation or index.settings.get("activation")
+    if not index.complete:
+        say(f"{printable(arguments.index)}: encode has not finished it; searching the {len(index)} images in it")
+    name, dtype = arguments.model or _setting(index, "model"), _setting(index, "dtype", tuple(DTYPES))
+    weights = _setting(index, "weights")
+    activation = arguments.activation or _setting(index, "activation", (None, *get_args(Activation)))
+    column = _setting(index, "image_column", optional=True) or IMAGE_COLUMN
     model, preprocess = load(name, arguments.device, DTYPES[dtype], activation=activation)
-    if weights_digest(model) != index.settings["weights"]:
+    if weights_digest(model) != weights:
         raise ValueError(f"{arguments.index} was made with other weights than those of {name}: name its --model")
     if arguments.dtype not in (None, dtype):  # after the comparison, which needs the index's dtype
         model, _ = load(name, arguments.device, DTYPES[arguments.dtype], activation=activation)
     hits = index.search(_query(arguments, model, preprocess), arguments.k)
     for hit in hits:
         if arguments.json:
-            print(json.dumps({"score": hit.score, "row": hit.row, "key": hit.key, "image_path": hit.location}))
+            show(json.dumps({"score": hit.score, "row": hit.row, "key": hit.key, "image_path": hit.location}))
         else:
-            print(f"{hit.score:.4f}\t{printable(hit.location)}")
+            show(f"{hit.score:.4f}\t{printable(hit.location)}")
     if arguments.html:
-        column = index.settings.get("image_column") or IMAGE_COLUMN
         title = arguments.text if arguments.text is not None else os.path.basename(arguments.image)
         with new_file(Path(arguments.html)) as file:
             file.write(page(title, hits, query=arguments.image, image_column=column).encode("utf-8", "replace"))
     return EXIT_OK
+
+
+def _setting(index: Index, name: str, choices: Sequence[str | None] | None = None, *, optional: bool = False) -> Any:
+    """One of the settings of the run that wrote the index: one of `choices`, by default any text.
+
+    Raises:
+        ValueError: it is something else; the message names the manifest.
+    """
+    value = index.settings.get(name)
+    valid = isinstance(value, str) or (optional and value is None) if choices is None else value in choices
+    if not valid:
+        expected = "text" if choices is None else f"one of {list(choices)}"
+        raise ValueError(f"{index.manifest} is damaged: its setting {name!r} is {value!r}, expected {expected}")
+    return value
 
 
 def _query(arguments: argparse.Namespace, model: ImageEncoder, preprocess: Preprocess) -> NDArray[Any]:

@@ -42,6 +42,8 @@ def accelerate(model: _Model, *, precision: PrecisionName | None = None, cuda_gr
     The original forward runs, and one warning says why, where a weight or the images require gradients, where hooks are
     registered inside the tower, or where it is in training mode and has dropout or batch norms.
 
+    A pickle is the original, and a warning says so: accelerate it in the process where it arrives.
+
     An accelerated model refers to itself: after its deletion, Python's next garbage collection frees its memory.
     TorchScript needs the original: `torch.jit.script(clip_fast.restore(model).visual)`.
     """

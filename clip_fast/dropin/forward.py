@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -29,7 +31,14 @@ from . import instance, served
 
 _AUTOCAST: dict[torch.dtype, PrecisionName] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 _DTYPES = {"": None, "fp16": torch.float16, "bf16": torch.bfloat16}  # as compiled graphs name autocast's
-_PACKAGES = {"clip_fast", "torch", "clip", "open_clip", "transformers", "sentence_transformers"}  # not users' code
+_PACKAGES = {  # not users' code
+    "clip_fast", "torch", "clip", "open_clip", "transformers", "sentence_transformers",
+    "pickle", "copy", "multiprocessing", "cloudpickle", "joblib", "ray",
+}  # fmt: skip
+_METADATA = ("__module__", "__name__", "__qualname__", "__doc__", "__annotations__")  # of a function, for people
+_UNREAD = frozenset(  # options for a language model or a loss, which models around a tower hand down to it
+    ["num_items_in_batch", "use_cache", "cache_position", "logits_to_keep", "output_router_logits", "return_loss"]
+)
 
 
 @dataclass(frozen=True)
@@ -58,29 +67,32 @@ class Forward:
         self._last: _Reading | None = None
         self._warned: set[str] = set()
         named = inspect.signature(cast(Any, type(tower)).forward).parameters.values()
-        self._named = tuple(p.name for p in named if p.kind is p.POSITIONAL_OR_KEYWORD)[
-            2:
-        ]  # behind self and the images
+        positional = tuple(p.name for p in named if p.kind is p.POSITIONAL_OR_KEYWORD)
+        self._named = positional[2:]  # behind self and the images
         self._takes_any_option = any(p.kind is p.VAR_KEYWORD for p in named)
+        self._attached: Callable[..., Any] | None = None
         self._name = register(self)
 
     def attach(self) -> None:
         method: Callable[..., Any] = self.embeddings if served.is_clip(self.tower) else self.hidden_states
 
-        @functools.wraps(method)
-        def forward(
-            *arguments: Any, **options: Any
-        ) -> Any:  # a function, not a method: accelerate would bind it to the tower
+        def forward(*arguments: Any, **options: Any) -> Any:  # no method: accelerate would bind it to the tower
             return method(*arguments, **options)
 
-        instance.attach(self.tower, {"forward": forward}, self._attach_to_copy)
+        original = MethodType(cast(Any, type(self.tower)).forward, self.tower)
+        functools.update_wrapper(forward, original, assigned=_METADATA, updated=())
+        forward.__signature__ = inspect.signature(original)  # pyright: ignore[reportFunctionMemberAccess]
+        del forward.__wrapped__  # pyright: ignore[reportFunctionMemberAccess]  # others unwrap and call what they find
+        self._attached = forward
+        methods: dict[str, Callable[..., Any]] = {"forward": forward, "__getstate__": self._state}
+        instance.attach(self.tower, methods, self._attach_to_copy)
 
     @staticmethod
     def of(tower: nn.Module) -> Forward | None:
         """The `Forward` that is attached to a tower, if one is."""
-        method = getattr(vars(tower).get("forward"), "__wrapped__", None)
-        owner = getattr(method, "__self__", None)
-        return owner if isinstance(owner, Forward) else None
+        own = vars(tower)
+        owner = getattr(own.get("__getstate__"), "__self__", None)
+        return owner if isinstance(owner, Forward) and own.get("forward") is owner._attached else None
 
     def has(self, precision: PrecisionName | None, cuda_graphs: bool) -> bool:
         """Whether it has these settings."""
@@ -90,6 +102,16 @@ class Forward:
         forward = Forward(tower, self._precision, self._cuda_graphs)
         forward.read()
         forward.attach()
+
+    def _state(self) -> dict[str, Any]:
+        """The original's state, for pickles."""
+        name = type(self.tower).__qualname__
+        warnings.warn(
+            f"a pickle of an accelerated {name} is the original, as it is in the processes that pickles are sent to: "
+            "call clip_fast.accelerate on it there",
+            stacklevel=_users_level(),
+        )
+        return instance.state(self.tower)
 
     def embeddings(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """For openai-clip and open_clip: (B, 3, H, W) -> (B, E), and the patch tokens where open_clip is asked for."""
@@ -108,14 +130,14 @@ class Forward:
         if pixel_values is None or len(given) < len(more) or twice or not all(map(self._takes, options)):
             return self._original(pixel_values, *more, **options)  # raises the error of such a call
         options |= given
-        all_states = self._setting(options, "output_hidden_states")
-        results = self._routed(pixel_values, HIDDEN_STATES if all_states else self.task, self._not_served(options))
+        asked = self._setting(options, "output_hidden_states")
+        results = self._routed(pixel_values, HIDDEN_STATES if asked else self.task, self._not_served(options))
         if results is None:
             return self._original(pixel_values, **options)
         output = _output_class()(
             last_hidden_state=results[-1],
             pooler_output=self.tower.post_layernorm(results[-1][:, 0]),
-            hidden_states=results if all_states else None,
+            hidden_states=_chosen(results, asked) if asked else None,
         )
         wants_tuple = self._takes("return_dict") and self._setting(options, "return_dict") is False
         return output.to_tuple() if wants_tuple else output
@@ -140,10 +162,10 @@ class Forward:
             return "its config says is_causal"
         if options.get("interpolate_pos_encoding"):
             return "positional encodings are to be interpolated, which transformers does in its own way"
-        all_states = self._setting(options, "output_hidden_states")
-        if all_states is not None and not isinstance(all_states, bool):  # the number 1 is a layer
-            return f"output_hidden_states is {all_states!r}"
-        known = ("output_attentions", "output_hidden_states", "interpolate_pos_encoding", "return_dict")
+        asked = self._setting(options, "output_hidden_states")
+        if not (asked is None or isinstance(asked, bool) or (_selects_layers() and _layers(asked) is not None)):
+            return f"output_hidden_states is {asked!r}"
+        known = {"output_attentions", "output_hidden_states", "interpolate_pos_encoding", "return_dict"} | _UNREAD
         others = [name for name, value in options.items() if name not in known and value is not None]
         return f"{others[0]} is given" if others else None
 
@@ -170,8 +192,12 @@ class Forward:
             message = f"the original forward of {name} runs, not clip_fast's: {reason}"
             warnings.warn(message, stacklevel=_users_level())
 
-    def _current_engine(self) -> Engine | None:
+    def _look(self) -> tuple[Engine | None, str | None]:
         reading = self._reading()
+        return self._engine_of(reading), self._problem(reading)
+
+    def _engine_of(self, reading: _Reading) -> Engine | None:
+        """The engine in the precision of this call: autocast's, unless `accelerate` was given one."""
         engine = reading.engine
         if engine is None or self._precision is not None or engine.tower.weight().is_meta:
             return engine
@@ -185,8 +211,7 @@ class Forward:
     def _traced_engine(self) -> Engine | None:
         return None if self._last is None else self._last.engine
 
-    def _problem(self) -> str | None:
-        reading = self._reading()
+    def _problem(self, reading: _Reading) -> str | None:
         if reading.engine is None:
             return reading.problem
         if reading.watch.hooked() or pytorch.has_global_hook():
@@ -297,6 +322,28 @@ def _autocast_dtype(device: torch.device) -> torch.dtype | None:
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
+
+
+def _selects_layers() -> bool:
+    """Whether this release of transformers takes numbers of layers for `output_hidden_states`, as of 5.24."""
+    utils: Any = sys.modules["transformers.utils"]  # imported, since the tower is one of transformers' modules
+    return hasattr(getattr(utils, "output_capturing", None), "selected_hidden_states")
+
+
+def _layers(asked: object) -> list[int] | None:
+    """The layers that `output_hidden_states` names by their numbers; None where it is anything else."""
+    numbers: list[object] = [*asked] if isinstance(asked, list | tuple) else [asked]
+    layers = [number for number in numbers if isinstance(number, int)]
+    return layers if len(layers) == len(numbers) else None
+
+
+def _chosen(states: Results, asked: object) -> tuple[Tensor | None, ...]:
+    """The hidden states that are asked for, and None in the place of each other, as transformers has it."""
+    if asked is True:
+        return states
+    count = len(states)
+    chosen = {number % count for number in _layers(asked) or () if -count <= number < count}
+    return tuple(state if layer in chosen else None for layer, state in enumerate(states))
 
 
 def _output_class() -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, cast
 
 from torch import nn
@@ -34,21 +35,16 @@ def attach(module: nn.Module, methods: Mapping[str, Callable[..., Any]], renew: 
         renew(other)
         return other
 
-    def state() -> dict[str, Any]:
-        mine = attributes(module)
-        given: dict[str, Any] = cast(Any, type(module)).__getstate__(module)
-        return {name: value for name, value in given.items() if name in mine}
-
     def replicate() -> nn.Module:
         replica: nn.Module = pytorch.data_parallel_replica(module)
         detach(replica)
         return replica
 
     wanted: dict[str, Any] = {
-        **methods,
         "__deepcopy__": deepcopy,
-        "__getstate__": state,
+        "__getstate__": partial(state, module),
         "_replicate_for_data_parallel": replicate,  # called by PyTorch under this name, in releases that know it
+        **methods,
     }
     ours = {name: method for name, method in wanted.items() if name not in own}
     own.update({**ours, _ATTACHED: ours})
@@ -59,6 +55,13 @@ def detach(module: nn.Module) -> dict[str, Any]:
     own = vars(module)
     kept = attributes(module)
     return {name: own.pop(name) for name in tuple(own) if name not in kept}
+
+
+def state(module: nn.Module) -> dict[str, Any]:
+    """A module's state for pickles, without the methods that `attach` put on it."""
+    mine = attributes(module)
+    given: dict[str, Any] = cast(Any, type(module)).__getstate__(module)
+    return {name: value for name, value in given.items() if name in mine}
 
 
 def is_attached(module: nn.Module) -> bool:

@@ -1,7 +1,7 @@
 """Towers in graphs of torch.compile: a task is one operator, which is routed when the graph runs.
 
-The operator finds the tower's owner by a name. All that has happened to the weights or the modules since the graph was
-made is seen as in eager mode.
+The operator finds the tower's owner by a name. It notices changes of the weights and the modules since the graph was
+made, as eager mode does.
 """
 
 # pyright: reportPrivateUsage=false
@@ -25,7 +25,7 @@ class Compilable(Protocol):
     """An owner of towers that compiled graphs know by name."""
 
     def _run_in_graph(self, images: Tensor, task: Task, autocast: str) -> Results:
-        """A task's results when a graph runs, under autocast to a dtype by its name; "" is no autocast."""
+        """A task's results when a graph runs. `autocast` names the dtype that autocast casts to; "" is no autocast."""
         ...
 
     def _without_values(self, images: Tensor, task: Task) -> Results:
@@ -38,7 +38,7 @@ _NUMBERS = itertools.count()
 
 
 def register(owner: Compilable) -> str:
-    """Gives an owner its name. It is held weakly."""
+    """Gives an owner its name. The owner is held weakly."""
     name = str(next(_NUMBERS))
     _OWNERS[name] = weakref.ref(owner, lambda _: _OWNERS.pop(name))
     return name

@@ -1,4 +1,4 @@
-"""A tower on its fast path: prepares its weights, again whenever they have changed, and runs tasks on batches.
+"""Runs tasks on batches by a tower's fast path, and prepares the weights again whenever they have changed.
 
 The engine runs a tower whoever owns it: an `ImageEncoder`, or a model of another package that `accelerate` serves.
 """
@@ -23,7 +23,7 @@ from . import graphs
 from .changes import Storages, fingerprint, follow
 from .tower import Tower
 
-_MEMORY_SHARE = 0.8  # of a GPU's free memory that a batch may take
+_MEMORY_SHARE = 0.8  # the share of a GPU's free memory that a batch may take
 _WHOLE_BATCH = 64  # images; up to this batch size free memory is not checked
 
 
@@ -41,10 +41,10 @@ class Engine:
     """Runs a tower's tasks on batches of images.
 
     Args:
-        tower: its shape and its weights.
-        precision: to compute in, see `ImageEncoder`; None is that of the weights' dtype.
-        mean, std: with which raw pixels are normalised.
-        cuda_graphs: whether small batches may be replayed.
+        tower: the shape and the weights.
+        precision: the precision to compute in, see `ImageEncoder`; None is that of the weights' dtype.
+        mean, std: normalise raw pixels.
+        cuda_graphs: whether small batches may be replayed as CUDA graphs.
     """
 
     def __init__(
@@ -77,12 +77,12 @@ class Engine:
 
     @property
     def in_double(self) -> bool:
-        """Whether it would compute in float64, which no fast path does."""
+        """Whether the precision is float64, which no fast path computes in."""
         return self.precision is None and self.dtype == torch.float64
 
     @property
     def computed_in(self) -> Precision:
-        """The precision that it computes in. Raises NotServed for weights of a dtype that is not served."""
+        """The precision that the engine computes in. Raises NotServed for weights of a dtype that is not served."""
         return precision_of(self.precision, self.tower.weight())
 
     def checked(self, images: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class Engine:
                 try:
                     return fast.graphs(bucket, images, task)
                 except torch.OutOfMemoryError:
-                    self.cuda_graphs = False  # out of memory: stop using graphs, which keep some
+                    self.cuda_graphs = False  # out of memory: stop using graphs, since they hold memory
                 except RuntimeError as error:
                     self.cuda_graphs = False
                     warnings.warn(f"clip_fast launches its kernels one by one from now on: {error}", stacklevel=2)
@@ -136,12 +136,12 @@ class Engine:
         return tuple(column[0] if len(column) == 1 else torch.cat(column) for column in zip(*parts, strict=True))
 
     def without_values(self, images: Tensor, task: Task) -> Results:
-        """Results without values, of as many rows as there are images."""
+        """Results without values, with a row for each image."""
         shapes = self.config.row_shapes(task)
         return tuple(images.new_empty(len(images), *s, dtype=self.dtype, device=self.device) for s in shapes)
 
     def _bucket(self, images: Tensor) -> int | None:
-        """The batch size of the CUDA graph that encodes `images`; None: none does."""
+        """The batch size of the CUDA graph that encodes `images`; None if no graph does."""
         if not (images.is_cuda and self.cuda_graphs and triton_can_run(images.device)):
             return None
         return graphs.bucket_of(len(images), self.config.operations)
@@ -179,12 +179,12 @@ class Engine:
                     storages = Storages(tensors)
                     run = self._prepare()
                     if tensors[0].is_cuda and not torch.cuda.is_current_stream_capturing():
-                        graphs.synchronize()  # other streams read these weights, and the last ones
+                        graphs.synchronize()  # other streams will read the new weights, and may still read the old ones
                     prepared = self.prepared = Prepared(state, storages, run, graphs.Graphs(run))
         return prepared
 
     def _prepare(self) -> Callable[[Tensor, Task], Results]:
-        """The tower's fast path on this device, as a function that does not hold on to the engine."""
+        """The tower's fast path on this device, as a function that keeps no reference to the engine."""
         dtype = self.dtype
         state = {name: t.clone() if t.is_inference() else t for name, t in self.tower.state_dict().items()}
         fast = self._fast_tower.prepare(state, self.config, self.computed_in, self.mean, self.std)

@@ -1,8 +1,8 @@
-"""CUDA graphs for small batches, whose time on a GPU is otherwise that of launching their kernels.
+"""CUDA graphs for small batches. Without a graph, launching the kernels takes longer than running them.
 
 A graph is captured for a bucket of batch sizes when it is first needed, and replayed for every batch that fits into it.
-The rows of a batch that does not fill its bucket are padded with what was there before: harmless, since a row's result
-depends on that row alone.
+A batch that does not fill its bucket leaves the rows of an earlier batch behind its own. They are harmless, since a
+row's result depends on that row alone.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ from ..towers.config import Task
 from ..towers.fast import Results
 
 LARGEST_BUCKET = 64
-_PADDED_OPERATIONS = 7e11  # of a padded batch, for which a GPU takes no longer than its host to launch the kernels
+_PADDED_OPERATIONS = 7e11  # up to so many in a padded batch, the GPU takes no longer than its host takes to launch
 
 
 def bucket_of(batch: int, operations: float | None) -> int | None:
-    """The batch size at which `batch` images are replayed: 1, 2, 4, … 64; None: not as a graph.
+    """The batch size at which `batch` images are replayed: 1, 2, 4, … 64; None if they are not replayed.
 
-    A batch is padded where the whole bucket, of so many `operations` an image, is cheap; None: it never is.
+    A batch is padded if the operations of the whole bucket are few.
+
+    Args:
+        operations: those of one image; None where padding never pays.
     """
     bucket = 1 << (batch - 1).bit_length()
     padded_is_cheap = operations is not None and bucket * operations <= _PADDED_OPERATIONS
@@ -41,19 +44,19 @@ _capture_lock = threading.Lock()  # of the process: one graph is captured at a t
 
 @cache
 def _capture_stream(device: int) -> torch.cuda.Stream:
-    """On which all graphs of a device are captured: PyTorch has 32 streams, and a new one may be another thread's."""
+    """The stream that captures all graphs of a device. PyTorch has 32 streams, so a new one may be another thread's."""
     return torch.cuda.Stream(device)
 
 
 def synchronize() -> None:
-    """Waits for the current device, which nobody may while a graph is captured."""
+    """Waits for the current device. CUDA forbids that during a capture, so this first waits for a capture to end."""
     with _capture_lock:
         torch.cuda.synchronize()
 
 
 @contextmanager
 def launches_only() -> Generator[None]:
-    """Within this context, which a compiled graph runs in, no graph of ours is captured or replayed."""
+    """Within this context no graph of ours is captured or replayed. Compiled graphs run in it."""
     token = _launches_only.set(True)
     try:
         yield
@@ -68,8 +71,8 @@ def allowed() -> bool:
 
 @dataclass
 class _Captured:
-    images: Tensor  # that `replay` reads, of the bucket's batch
-    results: Results  # that it writes
+    images: Tensor  # `replay` reads them, as many as the bucket has
+    results: Results  # `replay` writes them
     replay: Callable[[], None]
 
 
@@ -77,25 +80,25 @@ class Graphs:
     """The graphs of one set of weights.
 
     Args:
-        run: a batch of images, (B, 3, h, w) -> results of B rows each; on a GPU, without a word from the host.
+        run: a batch of images, (B, 3, h, w) -> results of B rows each. On a GPU it must not wait for the device.
 
-    Safe to call from several threads and on several streams: the buffers are one caller's at a time, and a stream waits
-    for the one that used them before.
+    Graphs may be called from several threads and on several streams. One caller uses the buffers at a time, and a
+    stream waits for the one that used them before.
     """
 
     def __init__(self, run: Callable[[Tensor, Task], Results]) -> None:
         self._run = run
         self._captured: dict[object, _Captured] = {}
         self._lock = threading.Lock()
-        self._pool: Any = None  # of memory, which all graphs share: they run one after another
-        self._done: Any = None  # the event of when the last results were copied out
+        self._pool: Any = None  # of memory; all graphs share it, since they run one after another
+        self._done: Any = None  # the event after the last results were copied out
 
     def __call__(self, bucket: int, images: Tensor, task: Task) -> Results:
-        """`run(images, task)`, replayed for a batch of `bucket`, at least as many as there are images.
+        """`run(images, task)`, replayed for a batch of `bucket` images or fewer.
 
         Raises:
             torch.OutOfMemoryError: a new graph does not fit into memory. Nothing of it is kept.
-            RuntimeError: it cannot be captured.
+            RuntimeError: a new graph cannot be captured.
         """
         channels_last = images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
         key = (bucket, images.dtype, channels_last, images.shape[1:], task)
@@ -129,9 +132,9 @@ class Graphs:
             self._pool = torch.cuda.graph_pool_handle()
         stream, current = _capture_stream(torch.cuda.current_device()), torch.cuda.current_stream()
         graph = torch.cuda.CUDAGraph()
-        # Not `torch.cuda.graph`, which waits for the whole device and empties PyTorch's cache, other threads' captures
-        # or not. "thread_local": other threads may go on allocating memory and launching kernels; only random numbers
-        # on the GPU are PyTorch's to refuse while this lasts, and waiting for the whole device is CUDA's.
+        # Not `torch.cuda.graph`: it waits for the whole device and empties PyTorch's cache, even while another thread
+        # captures. With "thread_local" other threads may go on allocating memory and launching kernels. Meanwhile
+        # PyTorch refuses them only random numbers on the GPU, and CUDA refuses them only to wait for the whole device.
         with _capture_lock, torch.cuda.stream(stream):
             stream.wait_stream(current)
             self._run(buffer, task)  # compiles and loads the kernels, which may not happen in a capture

@@ -1,8 +1,7 @@
-"""Which way a call goes: the one judgement for a loaded encoder and for an accelerated tower.
+"""Decides between the fast path and the owner's plain tower, for a loaded encoder and for an accelerated tower alike.
 
-A call is computed by the fast path, or by the owner's plain tower for a reason in words. It is judged at every call:
-weights, modules, hooks and modes may all have changed since the last. In a graph of torch.compile the judgement is made
-when the graph runs.
+The plain tower is taken only for a reason, which is given in words. Every call is judged anew: weights, modules, hooks
+and modes may have changed since the last one. In a graph of torch.compile a call is judged when the graph runs.
 """
 
 # pyright: reportPrivateUsage=false
@@ -30,44 +29,43 @@ GRADIENTS = "gradients are enabled and required; call it under torch.no_grad() f
 DOUBLE = "it computes in float64"
 META = "its weights are on the meta device"
 
-# Reasons that need no warning from anyone: nothing else could serve.
+# Reasons that need no warning, since the plain tower is the only one that can serve such a call.
 SILENT = frozenset({PROGRAM, WITHOUT_VALUES, DOUBLE})
 
 
 class Owner(Protocol):
-    """An owner of a tower, who can compute it plainly."""
+    """An owner of a tower. It can compute the tower plainly too."""
 
     @property
     def _name(self) -> str:
         """The name that compiled graphs know the owner by."""
         ...
 
-    def _current_engine(self) -> Engine | None:
-        """The engine of the tower as it is now, in the precision of this call; None where the tower is not served."""
+    def _look(self) -> tuple[Engine | None, str | None]:
+        """Looks at the tower as it is now: its engine, in the precision of this call, and why it cannot serve.
+
+        The engine is None where the tower is not served at all; the reason is None where nothing is in the way.
+        """
         ...
 
     def _traced_engine(self) -> Engine | None:
-        """The engine of the tower as it was last looked at: a graph must not trace the look."""
-        ...
-
-    def _problem(self) -> str | None:
-        """The reason why the fast path cannot serve the tower as it is now; None where there is none."""
+        """The engine of the tower as it was last read. A graph must not trace the reading."""
         ...
 
     def _autocast(self) -> str:
-        """The name of the dtype that autocast asks for, which a graph must ask for again; "" for none."""
+        """The name of the dtype that autocast casts to, since a graph must turn autocast on again; "" for none."""
         ...
 
 
 def route(owner: Owner, images: Tensor, task: Task, asked: str | None = None) -> Results | str:
-    """A task's results by the fast path, or the reason why the owner's plain tower must give them.
+    """A task's results by the fast path, or the reason why the owner's plain tower must compute them.
 
     Args:
-        images: as the caller gave them.
-        asked: something that the call asks for and the fast path does not give.
+        images: the caller's images, not checked yet.
+        asked: names something that the call asks for and the fast path does not give.
 
     Raises:
-        ValueError, TypeError: the images are not what the tower takes.
+        ValueError, TypeError: the tower does not take such images.
     """
     if torch.compiler.is_exporting() or isinstance(images, torch.fx.Proxy):
         return PROGRAM
@@ -82,12 +80,12 @@ def route(owner: Owner, images: Tensor, task: Task, asked: str | None = None) ->
 
 
 def judge(owner: Owner, images: Tensor, task: Task, asked: str | None = None) -> Results | str:
-    """`route` where nothing is recorded: looks at the tower, the call and the modes."""
+    """`route` for a call that is not recorded. Looks at the tower, the call and the modes."""
     if pytorch.transformed():
         return TRANSFORMED
-    engine = owner._current_engine()
+    engine, problem = owner._look()
     reason = engine and _by_plain_tower(engine, images)
-    if reason := reason or asked or owner._problem():
+    if reason := reason or asked or problem:
         return reason
     assert engine is not None
     try:
@@ -97,7 +95,7 @@ def judge(owner: Owner, images: Tensor, task: Task, asked: str | None = None) ->
 
 
 def _by_plain_tower(engine: Engine, images: Tensor) -> str | None:
-    """The reason of the call itself for the plain tower, if there is one."""
+    """The reason for the plain tower that the call itself gives; None if there is none."""
     if engine.tower.weight().is_meta:
         return META
     if engine.in_double:

@@ -26,17 +26,17 @@ class Tower:
 
 
 class Watch:
-    """Tells whether a module of a tower was replaced or hooked since.
+    """Tells whether a module of a tower was replaced or hooked since the watch was made.
 
-    It looks at the dictionaries in which modules keep their children and hooks, and does not walk through the modules:
-    this runs at every call.
+    It looks at the dictionaries in which modules keep their children and hooks. It does not walk through the modules,
+    since it runs at every call.
 
     Args:
         called: whether the tower is called as a module, so that its own hooks run anyway.
     """
 
     def __init__(self, tower: nn.Module, *, called: bool = True) -> None:
-        self.modules: tuple[nn.Module, ...] = tuple(tower.modules())  # held, so that no id is used again
+        self.modules: tuple[nn.Module, ...] = tuple(tower.modules())  # kept alive, so that no id is used again
         self._children = tuple(vars(module)["_modules"] for module in self.modules)
         self._identities = self._now()
         self._hooked = tuple(map(vars, self.modules[1:] if called else self.modules))
@@ -45,7 +45,7 @@ class Watch:
         return tuple(map(id, chain.from_iterable(map(dict[str, Any].values, self._children))))
 
     def replaced(self) -> bool:
-        """Whether another module stands in a child's place."""
+        """Whether another module has taken a child's place."""
         return self._now() != self._identities
 
     def hooked(self) -> bool:
@@ -56,5 +56,5 @@ class Watch:
 
 
 def _users(hooks: dict[int, Any]) -> bool:
-    """Whether any is a user's: transformers installs some that do nothing unless it asked for outputs itself."""
+    """Whether any hook is a user's. Those that transformers installs do nothing unless it asks for outputs itself."""
     return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks.values())

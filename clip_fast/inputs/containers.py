@@ -31,7 +31,7 @@ class Container(Protocol):
     `Unreadable` item.
     """
 
-    suffix: ClassVar[str]  # of the files that are of this kind, with its dot
+    suffix: ClassVar[str]  # of the files that are of this kind, with its dot; in names, in letters of any case
 
     @property
     def path(self) -> str: ...

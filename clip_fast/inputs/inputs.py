@@ -2,7 +2,7 @@
 
     inputs = find_inputs(["photos", "shards/{0000..0099}.tar", "table.parquet"])
     for item in inputs:
-        with Image.open(item.source()) as image: ...
+        with item.open() as image: ...
 
 Going through `Inputs` again gives the same items in the same order. An input that cannot be read keeps its place as an
 `Unreadable` item. Only a failure that may pass is an exception, such as a disk that does not answer while a tar is
@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 
 from .containers import IMAGE_COLUMN, Columns, Container
 from .finder import Finder, without_braces
@@ -43,11 +44,14 @@ class Files:
 class Inputs:
     """Items in a fixed order. Containers are read as it is iterated.
 
+    `passed_over` counts the files in folders that are not among the items, by their suffix in lower case.
+
     Raises:
         OSError: while it is iterated or counted, where a container cannot be read at the moment.
     """
 
     parts: Sequence[Files | Container]
+    passed_over: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def __iter__(self) -> Iterator[Item]:
         for part in self.parts:
@@ -79,8 +83,11 @@ def find_inputs(
     A folder stands for the files below it with the suffix of an image format that Pillow reads, sorted by path; links
     are followed. A pattern (`*`, `?`, `[...]`, and `**` for any depth) that is not itself a file's name stands for
     what it matches, sorted, as if the shell had expanded it. Braces stand for each of `{0000..0099}` or `{train,test}`,
-    as in the shell. A file ending in `.tar` is read as a webdataset, one ending in `.parquet` as a table. Any other
-    file that is named or matched is taken as an image, whatever its suffix.
+    as in the shell. A file ending in `.tar` is read as a webdataset, one ending in `.parquet` as a table, in letters of
+    any case. Any other file that is named or matched is taken as an image, whatever its suffix.
+
+    In folders, what a NAS or a Mac keeps beside photographs (`@eaDir`, `._photo.jpg`) is left out. Other files there
+    that have no image's suffix are counted in `Inputs.passed_over`.
 
     A file that is reached twice keeps its first place; links to one file are several files. An argument that stands
     for no file, and a folder that cannot be listed, are `Unreadable` items.
@@ -89,18 +96,19 @@ def find_inputs(
     parts: list[Files | Container] = []
     places: list[str | Item] = []
     find = Finder(tuple(kind.suffix for kind in CONTAINERS))
-    for found in (each for name in without_braces(arguments) for each in find(name)):
+    names = without_braces(arguments)
+    for found in (each for name in names for each in ([name] if isinstance(name, Failure) else find(name))):
         if isinstance(found, Failure):
             places.append(Unreadable(found.path, found.path, found.reason))
             continue
-        kind = next((kind for kind in CONTAINERS if found.endswith(kind.suffix)), None)
+        kind = next((kind for kind in CONTAINERS if found.lower().endswith(kind.suffix)), None)
         if kind is None:
             places.append(found)
             continue
         parts += [Files(places)] if places else []
         parts.append(kind.named(found, columns))
         places = []
-    return Inputs([*parts, Files(places)] if places else parts)
+    return Inputs([*parts, Files(places)] if places else parts, find.passed_over)
 
 
 def item_at(location: str, image_column: str = IMAGE_COLUMN) -> Item:
@@ -109,11 +117,31 @@ def item_at(location: str, image_column: str = IMAGE_COLUMN) -> Item:
     Raises:
         FileNotFoundError: there is none any more.
     """
-    if os.path.exists(location):
-        return ImageFile(location, location)
+    found = items_at([location], image_column)
+    if location not in found:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", location)
+    return found[location]
+
+
+def items_at(locations: Iterable[str], image_column: str = IMAGE_COLUMN) -> dict[str, Item]:
+    """The items that lie at `locations`, as in `item_at`, without those that are gone. A container is listed once.
+
+    A container that cannot be read has no items.
+    """
     columns = Columns(image_column)
-    container = next(filter(None, (kind.around(location, columns) for kind in CONTAINERS)), None)
-    for item in container or ():
-        if item.location == location:
-            return item
-    raise FileNotFoundError(errno.ENOENT, "No such file or directory", location)
+    found: dict[str, Item] = {}
+    inside: dict[Container, set[str]] = {}
+    for location in locations:
+        if os.path.exists(location):
+            found[location] = ImageFile(location, location)
+        elif container := next(filter(None, (kind.around(location, columns) for kind in CONTAINERS)), None):
+            inside.setdefault(container, set()).add(location)
+    for container, wanted in inside.items():
+        with suppress(OSError):
+            for item in container:
+                if item.location in wanted:
+                    found[item.location] = item
+                    wanted.discard(item.location)
+                if not wanted:
+                    break
+    return found

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import stat
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from PIL import Image
 
 from ..errors import printable
-
-# Formats that Pillow knows by name and reads only with the help of another program.
-_NEED_OTHER_PROGRAMS = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"}
+from .images import check_bytes, open_image
 
 # The errno values that a retry will not change. EINVAL comes from a tar whose sizes lead beyond the largest file.
 _LASTING = {
@@ -42,12 +40,16 @@ class Item:
     location: str
 
     def source(self) -> Path | io.BytesIO:
-        """What `Image.open` takes.
+        """What `open_image` takes.
 
         Raises:
             OSError, ValueError: the bytes cannot be read.
         """
         raise NotImplementedError
+
+    def open(self) -> Image.Image:
+        """The image, to be decoded; raises what `source` and `open_image` raise."""
+        return open_image(self.source())
 
     def prepare(self) -> None:
         """Does the part of `source` whose time is not the image's own; raises what `source` raises. Optional."""
@@ -59,11 +61,10 @@ class ImageFile(Item):
 
     def source(self) -> Path:
         path = Path(self.location)
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its other end
-            raise ValueError("not a regular file")
-        if not status.st_size:
+        size = size_of_file(path)
+        if not size:
             raise ValueError("not an image: zero bytes")
+        check_bytes(size)
         return path
 
 
@@ -88,6 +89,19 @@ class Failure:
         return f"{printable(self.path)}: {printable(self.reason)}"
 
 
+def size_of_file(path: str | os.PathLike[str]) -> int:
+    """The bytes of a file that can be opened without waiting.
+
+    Raises:
+        OSError: there is none.
+        ValueError: it is no regular file. Opening a pipe would wait for its other end.
+    """
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a regular file")
+    return status.st_size
+
+
 def image_bytes(data: bytes, size: int) -> io.BytesIO:
     """`data` as a file.
 
@@ -99,13 +113,6 @@ def image_bytes(data: bytes, size: int) -> io.BytesIO:
     if len(data) < size:
         raise ValueError(f"the archive ends inside it, after {len(data)} of {size} bytes")
     return io.BytesIO(data)
-
-
-@cache
-def image_suffixes() -> frozenset[str]:
-    """The suffixes of the formats that Pillow reads by itself, in lower case, with their dot."""
-    readable = Image.registered_extensions().items()  # first: this call imports the formats
-    return frozenset(suffix for suffix, name in readable if name in Image.OPEN.keys() - _NEED_OTHER_PROGRAMS)
 
 
 def may_pass(error: Exception) -> bool:

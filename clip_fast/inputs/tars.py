@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
 from ..errors import reason_of
 from .containers import Columns
-from .items import Item, Unreadable, image_bytes, image_suffixes, may_pass
+from .finder import is_leftover
+from .images import check_bytes, image_suffixes
+from .items import Item, Unreadable, image_bytes, may_pass, size_of_file
 
 _TAR_BLOCK = 512  # bytes; an archive ends in at least one block of zeros
 _TAR_END = 1 << 20  # bytes of zeros at the end, at most; tar pads to 10 KiB
+_TAR_HEADERS = 1 << 20  # bytes of one member's headers, at most; names are a few kilobytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +31,7 @@ class TarMember(Item):
     size: int
 
     def source(self) -> io.BytesIO:
+        check_bytes(self.size)
         with open(self.tar, "rb") as file:
             file.seek(self.offset)
             return image_bytes(file.read(self.size), self.size)
@@ -36,7 +42,8 @@ class Tar:
     """The images in an uncompressed tar, in its order, chosen by the suffixes that Pillow reads.
 
     As in webdataset, a sample's key is the member's path up to the first dot of its name. A member whose name starts
-    with a dot is no sample. A link, a sparse file or a device is an unreadable sample.
+    with a dot is no sample. A link, a sparse file or a device is an unreadable sample. An archive that was appended to
+    may have several members of one name: the location of the second ends in `#2`, where no suffix of an image does.
     """
 
     suffix: ClassVar[str] = ".tar"
@@ -49,30 +56,37 @@ class Tar:
 
     @classmethod
     def around(cls, location: str, columns: Columns) -> Tar | None:
-        tar, found, _ = location.partition(f"{cls.suffix}/")
-        return cls(tar + cls.suffix) if found else None
+        found = re.search(rf"{re.escape(cls.suffix)}(?=/)", location, re.IGNORECASE)
+        return cls(location[: found.end()]) if found else None
 
     def count(self) -> None:
         """Unknown: only listing the whole tar tells."""
 
     def __iter__(self) -> Iterator[Item]:
         suffixes = image_suffixes()
+        seen: Counter[str] = Counter()
         try:
-            with tarfile.open(self.path, "r:") as tar:
+            size_of_file(self.path)
+            with _Headers(self.path) as file, tarfile.open(self.path, "r:", file) as tar:
                 for member in tar:
+                    file.left = _TAR_HEADERS
                     tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # tarfile would keep them all
                     folder, name = os.path.split(member.name)
                     sample = name.partition(".")[0]
                     if not sample or member.isdir() or os.path.splitext(name)[1].lower() not in suffixes:
                         continue
-                    key, location = os.path.join(folder, sample), f"{self.path}/{member.name}"
+                    if is_leftover(member.name):
+                        continue
+                    seen[member.name] += 1
+                    number = f"#{seen[member.name]}" if seen[member.name] > 1 else ""
+                    key, location = os.path.join(folder, sample), f"{self.path}/{member.name}{number}"
                     kind = _unreadable_kind(member)
                     if kind:
                         yield Unreadable(key, location, f"{kind} in the archive")
                     else:
                         yield TarMember(key, location, self.path, member.offset_data, member.size)
                 self._check_end(tar.offset)
-        except (tarfile.TarError, OSError, ValueError, OverflowError) as error:  # tarfile lets the last two escape
+        except Exception as error:  # tarfile raises whatever its parsing stumbles on
             if may_pass(error):
                 raise
             yield Unreadable(self.path, self.path, f"not a readable, uncompressed tar: {reason_of(error)}")
@@ -87,6 +101,18 @@ class Tar:
             end = file.read(_TAR_END + 1)
         if not _TAR_BLOCK <= len(end) <= _TAR_END or end.strip(b"\0"):
             raise tarfile.ReadError(f"cut or damaged at byte {offset}, and what may follow is lost")
+
+
+class _Headers(io.FileIO):
+    """A tar whose headers are read. `tarfile` would take a name of any length into memory, from a sparse file too."""
+
+    left = _TAR_HEADERS  # bytes that may still be read for the next member
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.left -= _TAR_HEADERS if size is None or size < 0 else size
+        if self.left < 0:
+            raise tarfile.ReadError(f"headers of more than {_TAR_HEADERS} bytes for one member")
+        return super().read(size) or b""
 
 
 def _unreadable_kind(member: tarfile.TarInfo) -> str | None:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageOps
 
-from ..inputs.inputs import item_at
+from ..inputs.inputs import items_at
+from ..inputs.items import Item
 from ..inputs.parquet import IMAGE_COLUMN
 from .index import Hit
 
@@ -48,21 +49,24 @@ def page(title: str, hits: Sequence[Hit], *, query: str | None = None, image_col
         query: path of the image that was looked for, to be shown beside the title.
         image_column: of parquet files among the places.
     """
-    shown = _thumbnail(query, image_column) if query else ""
+    items = items_at([*(hit.location for hit in hits), *([query] if query else [])], image_column)
+    shown = _thumbnail(query, items.get(query)) if query else ""
     figures = "\n".join(
-        f"<figure>{_thumbnail(hit.location, image_column)}"
+        f"<figure>{_thumbnail(hit.location, items.get(hit.location))}"
         f"<figcaption><b>{hit.score:.4f}</b> {html.escape(hit.location)}</figcaption></figure>"
         for hit in hits
     )
     return _PAGE.format(title=html.escape(title), query=shown, figures=figures)
 
 
-def _thumbnail(location: str, image_column: str) -> str:
+def _thumbnail(location: str, item: Item | None) -> str:
     """An image as an element; a note in its place where it cannot be read any more."""
     try:
+        if item is None:
+            raise FileNotFoundError(location)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(item_at(location, image_column).source()) as image:
+            with item.open() as image:
                 image.draft("RGB", (_SIDE, _SIDE))
                 small = ImageOps.exif_transpose(image).convert("RGB")
                 small.thumbnail((_SIDE, _SIDE))

@@ -12,17 +12,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .. import extras
-from ..bulk.manifest import MANIFEST_NAME, RAY_MANIFEST_NAME, read_settings
-from ..bulk.shards import ShardFolder
-from ..extras import pyarrow
-from ..inputs.parquet import Parquet
+from ..bulk.stored import StoredFolder
 
 _BLOCK_ROWS = 1 << 16
 _LARGE = 1_000_000  # rows from which FAISS, where it is installed, multiplies faster than NumPy
@@ -39,76 +35,29 @@ class Hit:
     location: str
 
 
-@dataclass(frozen=True)
-class _Shard:
-    """A parquet file of records, and the .npy with their embeddings; None where these are in a column of the file."""
-
-    records: Path
-    embeddings: Path | None
-
-    def shape(self) -> tuple[int, int]:
-        if self.embeddings is not None:
-            return self._mapped(self.embeddings).shape
-        _, parquet = pyarrow()
-        with parquet.ParquetFile(self.records) as file:
-            return file.metadata.num_rows, file.schema_arrow.field("embedding").type.list_size
-
-    def blocks(self) -> Iterator[NDArray[np.float32]]:
-        """All rows, in order; no file stays open."""
-        if self.embeddings is not None:
-            rows = self._mapped(self.embeddings)
-            for start in range(0, len(rows), _BLOCK_ROWS):
-                yield rows[start : start + _BLOCK_ROWS].astype(_FLOAT_32)
-            return
-        _, parquet = pyarrow()
-        with parquet.ParquetFile(self.records) as file:
-            for batch in file.iter_batches(_BLOCK_ROWS, columns=["embedding"]):
-                yield batch.column(0).flatten().to_numpy().reshape(len(batch), -1)
-
-    def names(self) -> tuple[list[str], list[str]]:
-        """Keys and locations of the rows."""
-        _, parquet = pyarrow()
-        columns = parquet.read_table(self.records, columns=["key", "image_path"]).to_pydict()
-        return columns["key"], columns["image_path"]
-
-    @staticmethod
-    def _mapped(path: Path) -> NDArray[Any]:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-
-
 class Index:
     """The finished shards of an output folder.
 
-    `settings` are those of the run that wrote it: "model", "weights", "dtype", "image_column" and more.
+    `settings` are those of the run that wrote it: "model", "weights", "dtype", "image_column" and more; they stand in
+    the file `manifest`. `complete` is false while that run is not finished.
 
     Raises:
         FileNotFoundError, ValueError: the folder is none of `clip-fast encode`, or has no finished shard, or a file in
-            it is not what it was.
+            it is missing or not what it was, by its size; the message names it.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        shards = ShardFolder(folder)
-        manifests = [shards.folder / name for name in (MANIFEST_NAME, RAY_MANIFEST_NAME)]
-        manifest = next((path for path in manifests if path.exists()), None)
-        if manifest is None:
-            raise FileNotFoundError(
-                f"{shards.folder} is no output folder of clip-fast encode, or Ray's is not finished: it has no "
-                f"{MANIFEST_NAME} or {RAY_MANIFEST_NAME}"
-            )
-        self.settings = read_settings(manifest)
-        if manifest.name == MANIFEST_NAME:
-            numbered = [(int(path.stem.rpartition("_")[2]), path) for path in shards.all_metadata()]
-            self._shards = [_Shard(path, shards.embeddings_path(number)) for number, path in numbered]
-        else:
-            self._shards = [_Shard(path, None) for path in sorted(shards.folder.glob("*" + Parquet.suffix))]
-        if not self._shards:
-            raise ValueError(f"{shards.folder} has no finished shard")
+        stored = StoredFolder(folder)
+        self.settings, self.manifest, self.complete = stored.settings, stored.manifest, stored.complete
+        self._shards = stored.shards
+        stored.check_shards()
         shapes = [shard.shape() for shard in self._shards]
         dims = sorted({width for _, width in shapes})
         if len(dims) != 1:
-            raise ValueError(f"the shards of {shards.folder} differ in their width: {dims}")
+            raise ValueError(f"the shards of {stored.folder} differ in their width: {dims}")
         (self.embed_dim,) = dims
         self._starts = np.cumsum([0, *(rows for rows, _ in shapes)])
+        stored.check_images(len(self))
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -139,16 +88,18 @@ class Index:
         best_rows = np.empty((len(unit), 0), np.int64)
         faiss = extras.faiss() if len(self) >= _LARGE else None
         for start, block in self._blocks():
-            norms = np.linalg.norm(block, axis=1)
+            norms = np.sqrt(np.einsum("ij,ij->i", block, block))
             there = np.flatnonzero((norms > 0) & np.isfinite(norms))
             if not len(there):
                 continue
-            rows = block[there] / norms[there, None]
+            if len(there) < len(block):
+                block, norms = block[there], norms[there]
             if faiss is not None:
+                rows = block / norms[:, None]
                 scores, found = faiss.knn(unit, rows, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
                 found = there[found] + start
             else:
-                scores = unit @ rows.T
+                scores = unit @ block.T / norms
                 found = np.broadcast_to(there + start, scores.shape)
             best_scores, best_rows = _best(
                 np.concatenate([best_scores, scores], axis=1), np.concatenate([best_rows, found], axis=1), k
@@ -158,7 +109,7 @@ class Index:
     def _blocks(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Rows in float32, with the number of the first."""
         for start, shard in zip(self._starts, self._shards, strict=False):
-            for block in shard.blocks():
+            for block in shard.blocks(_BLOCK_ROWS):
                 yield int(start), block
                 start += len(block)
 

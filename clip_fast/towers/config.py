@@ -12,19 +12,21 @@ Activation = Literal["quick_gelu", "gelu"]
 Rgb = tuple[float, float, float]  # a number for each colour channel
 TaskName = Literal["encode", "encode_tokens", "hidden_state", "hidden_states"]
 
-EPS = 1e-5  # added to the variance by the norms of every CLIP
+EPS = 1e-5  # the norms of every CLIP add it to the variance
 HEAD_DIM = 64  # in all of OpenAI's models, and open_clip's default
-RESNET_STRIDE = 32  # pixels of the image for one of the last map
+RESNET_STRIDE = 32  # one pixel of the last map is so many pixels of the image
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # per RGB channel of pixels scaled to [0, 1], over CLIP's training set
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class Task(NamedTuple):
-    """What an image tower computes, with the task's arguments.
+    """A computation of an image tower, with its arguments.
 
-    "encode" gives embeddings; "encode_tokens" a ViT's patch tokens too, after its last LayerNorm; "hidden_state" a
-    ViT's residual stream after so many blocks; "hidden_states" that before the first block and after each.
+    * "encode": embeddings.
+    * "encode_tokens": embeddings, and a ViT's patch tokens after its last LayerNorm.
+    * "hidden_state": a ViT's residual stream after a number of blocks.
+    * "hidden_states": a ViT's residual stream before the first block and after each.
     """
 
     name: TaskName
@@ -50,8 +52,8 @@ def _require_positive(config: object, *names: str) -> None:
 class VitConfig:
     """A Vision Transformer tower.
 
-    `image_size` and `patch_size` are in pixels; `embed_dim` is the width of the space shared with text; `eps` is that
-    of its LayerNorms. `eps` is not in the representation, which the digests of existing output folders contain.
+    `image_size` and `patch_size` are in pixels. `embed_dim` is the width of the space shared with text. `eps` is that
+    of the LayerNorms. The representation leaves `eps` out, since the digests of existing output folders do.
     """
 
     family: ClassVar[str] = "a ViT"
@@ -114,7 +116,7 @@ class VitConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """A text tower: a causal Transformer over `context_length` tokens, out of `vocabulary` different ones."""
+    """A text tower: a causal Transformer over `context_length` tokens, with `vocabulary` different tokens."""
 
     context_length: int
     vocabulary: int
@@ -139,9 +141,9 @@ class TextConfig:
 class ResNetConfig:
     """A modified ResNet tower.
 
-    `layers` counts the bottlenecks of the four stages; `width` is the number of channels after the stem; `heads` are
-    those of the attention pool; `image_size` is in pixels; `eps` is that of its batch norms, and is not in the
-    representation for the reason that `VitConfig` gives.
+    `layers` counts the bottlenecks of the four stages. `width` is the number of channels after the stem. `heads` is the
+    number of heads of the attention pool. `image_size` is in pixels. `eps` is that of the batch norms; it is not in the
+    representation, for the reason that `VitConfig` gives.
     """
 
     family: ClassVar[str] = "a ResNet"

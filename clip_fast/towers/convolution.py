@@ -38,10 +38,10 @@ class Convolution:
         weight: (O, C, k, k), on the device to compute on.
         scale, bias: (O,), float64. The scale goes into the weight. Only our own GEMM multiplies the product by it, so
             that no weight is rounded another time.
-        precision: to compute in.
+        precision: the precision to compute in.
         stride: of the window.
-        padding: zeros around the map; by default as many as keep its size at stride one.
-        relu: whether a ReLU ends the sum.
+        padding: the width of the zeros around the map; by default it keeps the map's size at stride one.
+        relu: whether a ReLU follows the sum.
     """
 
     def __init__(

@@ -31,7 +31,7 @@ _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def images_at_a_time(rows: int, tokens: int) -> int:
-    """The number of images, of so many tokens each, that make about `rows` rows; at least one."""
+    """The number of images, of `tokens` tokens each, that have about `rows` rows together; at least one."""
     return max(1, rows // tokens)
 
 
@@ -42,9 +42,9 @@ def can_fuse(dtype: torch.dtype) -> bool:
 
 @cache
 def can_multiply(dtype: torch.dtype) -> bool:
-    """Whether a library multiplies in `dtype` on this CPU, by its own or (bfloat16) by emulating instructions.
+    """Whether a library multiplies in `dtype` on this CPU, with the CPU's instructions or (bfloat16) by emulation.
 
-    Without one PyTorch multiplies number by number, a hundred times as slowly.
+    Without such a library PyTorch multiplies number by number, a hundred times as slowly.
     """
     return dtype not in (torch.float16, torch.bfloat16) or pytorch.onednn_multiplies(dtype)
 

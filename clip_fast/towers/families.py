@@ -19,7 +19,7 @@ from .vit_cpu import CpuVit
 
 @dataclass(frozen=True)
 class Family:
-    """The fast towers of a family, and how its weights are changed for images of another size, where they can be."""
+    """The fast towers of a family, and a function that fits its weights to images of another size, if there is one."""
 
     with_triton: type[FastTower]
     without_triton: type[FastTower]
@@ -42,7 +42,7 @@ def for_image_size(state_dict: dict[str, Tensor], config: Config, image_size: in
     """The same tower for images of another size.
 
     Raises:
-        ValueError: the tower's weights are for one size of images, or this one is smaller than a patch.
+        ValueError: the tower's weights are for one size of images, or `image_size` is smaller than a patch.
     """
     family = _FAMILIES[type(config)]
     if family.resampled is None:

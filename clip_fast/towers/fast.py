@@ -1,4 +1,4 @@
-"""What a fast tower is: a tower as one kind of device computes it fast, made once from its weights."""
+"""The interface of a fast tower: a tower as one kind of device computes it fast, made once from its weights."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ Results = tuple[Tensor, ...]
 class FastTower(ABC):
     """A tower that is prepared for one precision. There is a subclass for each family and kind of device.
 
-    `config` is the family's: see `families.py`, where a subclass is entered.
+    `config` is the family's configuration. A subclass is entered in `families.py`.
     """
 
-    rows_on_cpu: ClassVar[int]  # tokens that a CPU encodes together: more are no faster
+    rows_on_cpu: ClassVar[int]  # the number of tokens that a CPU encodes together; more are no faster
 
     @classmethod
     @abstractmethod
     def prepare(cls, state_dict: Mapping[str, Tensor], config: Any, precision: Precision, mean: Rgb, std: Rgb) -> Self:
-        """Folds canonical weights, of any float dtype, into the form that is computed with.
+        """Folds canonical weights, of any float dtype, into the form that `run` computes with.
 
         Args:
             state_dict: the weights under the names of the plain tower, on the device to compute on.
-            mean, std: of the RGB channels of pixels scaled to [0, 1], with which raw pixels are normalised.
+            mean, std: of the RGB channels of pixels scaled to [0, 1]. They normalise raw pixels.
         """
 
     @property
@@ -46,7 +46,7 @@ class FastTower(ABC):
     @staticmethod
     @abstractmethod
     def activations(config: Any) -> int:
-        """The elements of one image that are in memory at once, at most."""
+        """The most elements of one image that are in memory at once."""
 
     @classmethod
     def largest_batch(cls, config: Any, device: torch.device) -> int | None:
@@ -55,7 +55,7 @@ class FastTower(ABC):
 
 
 def as_tuple(result: Tensor | Results) -> Results:
-    """Results as a tuple, also where there is one only."""
+    """Results as a tuple, even a single one."""
     return result if isinstance(result, tuple) else (result,)
 
 

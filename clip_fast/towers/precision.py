@@ -20,8 +20,8 @@ PrecisionName = Literal["fp32", "tf32", "fp16", "bf16"]
 class Precision:
     """How a tower is computed.
 
-    `weights` is the dtype of weights and activations; what is added in between is float32 or wider. `products` is how
-    a GPU multiplies float32 operands: exactly, or cut to TF32.
+    `weights` is the dtype of weights and activations. Sums, biases and statistics are float32 or wider. `products` is
+    how a GPU multiplies float32 operands: exactly, or cut to TF32.
     """
 
     name: str
@@ -50,15 +50,15 @@ BY_DTYPE = {precision.weights: precision for precision in (FP64, FP32, FP16, BF1
 
 
 def precision_of(name: PrecisionName | None, weight: Tensor) -> Precision:
-    """The precision that is computed in, for a tower that `weight` belongs to.
+    """The precision to compute a tower in. `weight` is one of the tower's weights.
 
     Args:
-        name: the user's choice; None is that of the weights.
+        name: the user's choice; None is the precision of the weights.
 
     A half precision that a CPU has no instructions for becomes "fp32", and so does "tf32" where Triton has none.
 
     Raises:
-        NotServed: the weights are of a dtype that is none of these.
+        NotServed: no precision has the dtype of the weights.
     """
     if name is None and weight.dtype not in BY_DTYPE:
         raise NotServed(f"its weights are {weight.dtype}")

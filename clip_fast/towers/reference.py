@@ -1,8 +1,9 @@
-"""CLIP's two image encoders in plain PyTorch: the oracle that every fast path is judged against.
+"""CLIP's two image encoders in plain PyTorch: the oracle for every fast path.
 
-Written to be read beside the papers, in the order in which data meets the parts, and with nothing clever in it. The
-modules work in any floating dtype, float64 included, and carry OpenAI's parameter names, so that a canonical state dict
-(see `clip_fast.checkpoint`) loads as it is. Neither encoder normalises its output.
+The code is to be read beside the papers. It follows the order in which data meets the parts, and does nothing clever.
+The modules work in any floating dtype, float64 included. They have OpenAI's parameter names, so that a canonical state
+dict (see `clip_fast.checkpoint`) loads without renaming. The ViT's modules take the inputs of `clip`'s modules, in the
+same layout: code that walks through its blocks, or hooks them, sees the same. Neither encoder normalises its output.
 
 Sources: Radford et al. 2021 (CLIP), section 2.4; Dosovitskiy et al. 2020 (ViT), section 3.1; He et al. 2018 ("Bag of
 tricks", ResNet-D stem) and Zhang 2019 (anti-aliased strides) for the modified ResNet; Hendrycks & Gimpel 2016, section
@@ -33,21 +34,16 @@ def quick_gelu(x: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, causal: bool = False) -> Tensor:
-    """Multi-head softmax(q kᵀ / √D) v. q: (B, Nq, W); k, v: (B, N, W). Returns (B, Nq, W).
-
-    With `causal` a query sees keys up to its own position, as a text's do.
-    """
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Multi-head softmax(q kᵀ / √D) v. q: (B, Nq, W); k, v: (B, N, W). Returns (B, Nq, W)."""
     head_dim = q.shape[-1] // heads
     q, k, v = (x.reshape(*x.shape[:2], heads, head_dim).transpose(1, 2) for x in (q, k, v))  # (B, H, N, D)
     scores = q @ k.transpose(-2, -1) * head_dim**-0.5  # (B, H, Nq, N)
-    if causal:
-        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), float("-inf"))
     return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)  # (B, Nq, W)
 
 
 def random_parameter(*shape: int, std: float) -> nn.Parameter:
-    """Normally distributed. On the meta device no numbers are drawn, which would import torch.compile first."""
+    """A normally distributed parameter. No numbers are drawn on the meta device: that would import torch.compile."""
     parameter = nn.Parameter(torch.empty(shape))
     if not parameter.is_meta:
         nn.init.normal_(parameter, std=std)
@@ -57,24 +53,8 @@ def random_parameter(*shape: int, std: float) -> nn.Parameter:
 # --- Vision Transformer ----------------------------------------------------------------------------------------------
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention with one stacked projection for queries, keys and values. (B, N, W) -> (B, N, W)."""
-
-    def __init__(self, width: int, heads: int, causal: bool) -> None:
-        super().__init__()
-        self.heads, self.causal = heads, causal
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
-        self.out_proj = nn.Linear(width, width)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = F.linear(x, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
-        return self.out_proj(attention(q, k, v, self.heads, self.causal))
-
-
 class Mlp(nn.Module):
-    """Two linear layers with the activation between. (B, N, W) -> (B, N, W)."""
+    """Two linear layers with the activation between. (N, B, W) -> (N, B, W)."""
 
     def __init__(self, config: VitConfig | TextConfig) -> None:
         super().__init__()
@@ -87,26 +67,42 @@ class Mlp(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """A pre-LayerNorm transformer block. (B, N, W) -> (B, N, W)."""
+    """A pre-LayerNorm transformer block. (N, B, W) -> (N, B, W), tokens first as in `clip`.
 
-    def __init__(self, config: VitConfig | TextConfig, causal: bool) -> None:
+    `attn_mask` is added to the scores of the queries and keys: (at least N, at least N), or None.
+    """
+
+    def __init__(self, config: VitConfig | TextConfig, attn_mask: Tensor | None) -> None:
         super().__init__()
+        self.attn_mask = attn_mask
         self.ln_1 = nn.LayerNorm(config.width, eps=config.eps)
-        self.attn = SelfAttention(config.width, config.heads, causal)
+        self.attn = nn.MultiheadAttention(config.width, config.heads)
         self.ln_2 = nn.LayerNorm(config.width, eps=config.eps)
         self.mlp = Mlp(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+        x = x + self.attention(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
+
+    def attention(self, x: Tensor) -> Tensor:
+        mask = None if self.attn_mask is None else self.attn_mask[: len(x), : len(x)].to(x)
+        # With its weights PyTorch writes attention out as above; the fused one has no forward-mode derivative on a CPU.
+        return self.attn(x, x, x, attn_mask=mask, need_weights=True, average_attn_weights=False)[0]
 
 
 class Transformer(nn.Module):
-    """The stack of blocks, under the name that checkpoints give it."""
+    """The stack of blocks, under the names that `clip` gives it. (N, B, W) -> (N, B, W)."""
 
-    def __init__(self, config: VitConfig | TextConfig, causal: bool = False) -> None:
+    def __init__(self, config: VitConfig | TextConfig, attn_mask: Tensor | None = None) -> None:
         super().__init__()
-        self.resblocks = nn.ModuleList(ResidualBlock(config, causal) for _ in range(config.layers))
+        self.width, self.layers = config.width, config.layers
+        self.resblocks = nn.Sequential(*(ResidualBlock(config, attn_mask) for _ in range(config.layers)))
+
+    def blocks(self) -> list[ResidualBlock]:
+        return cast(list[ResidualBlock], list(self.resblocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resblocks(x)
 
 
 class VisionTransformer(nn.Module):
@@ -122,11 +118,12 @@ class VisionTransformer(nn.Module):
         self.ln_pre = nn.LayerNorm(config.width, eps=config.eps)
         self.transformer = Transformer(config)
         self.ln_post = nn.LayerNorm(config.width, eps=config.eps)
-        self.proj = random_parameter(config.width, config.embed_dim, std=scale)
+        # `clip`'s users set it to None for the features before it.
+        self.proj: nn.Parameter | None = random_parameter(config.width, config.embed_dim, std=scale)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.hidden_state(images, len(self.transformer.resblocks))
-        return self.ln_post(x[:, 0]) @ self.proj  # (B, E)
+        x = self.ln_post(self.hidden_state(images, len(self.transformer.resblocks))[:, 0])
+        return x if self.proj is None else x @ self.proj  # (B, E)
 
     def results(self, images: Tensor, task: Task) -> tuple[Tensor, ...]:
         """The results of any task. Embeddings come from a call of the module, whose hooks run."""
@@ -143,17 +140,18 @@ class VisionTransformer(nn.Module):
     def encode_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings (B, E), and the patch tokens (B, G², W) after ln_post."""
         x = self.ln_post(self.hidden_state(images, len(self.transformer.resblocks)))
-        return x[:, 0] @ self.proj, x[:, 1:]
+        class_token = x[:, 0]
+        return class_token if self.proj is None else class_token @ self.proj, x[:, 1:]
 
     def hidden_state(self, images: Tensor, layer: int) -> Tensor:
         """The residual stream (B, N, W) after `layer` blocks."""
         patches = self.conv1(images).flatten(2).transpose(1, 2)  # (B, G², W)
         class_token = self.class_embedding.expand(len(images), 1, -1)  # (B, 1, W)
         x = torch.cat([class_token, patches], dim=1) + self.positional_embedding  # (B, N, W)
-        x = self.ln_pre(x)
-        for block in self.transformer.resblocks[:layer]:
+        x = self.ln_pre(x).transpose(0, 1)  # (N, B, W)
+        for block in self.transformer.blocks()[:layer]:
             x = block(x)
-        return x
+        return x.transpose(0, 1)
 
 
 # --- Modified ResNet -------------------------------------------------------------------------------------------------
@@ -168,7 +166,7 @@ def _norm(channels: int, eps: float) -> nn.BatchNorm2d:
 
 
 class Bottleneck(nn.Module):
-    """1×1, 3×3, 1×1 convolutions around a shortcut; a stride is an average pool before a convolution of stride one."""
+    """1×1, 3×3 and 1×1 convolutions beside a shortcut. A stride is an average pool before a convolution of stride 1."""
 
     expansion = 4
 
@@ -199,7 +197,7 @@ class AttentionPool(nn.Module):
     def __init__(self, config: ResNetConfig) -> None:
         super().__init__()
         features = config.features
-        self.heads = config.heads
+        self.num_heads = config.heads
         self.positional_embedding = random_parameter(config.tokens, features, std=features**-0.5)
         self.q_proj = nn.Linear(features, features)
         self.k_proj = nn.Linear(features, features)
@@ -209,14 +207,14 @@ class AttentionPool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.flatten(2).transpose(1, 2)  # (B, h·w, C)
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.positional_embedding  # (B, 1 + h·w, C)
-        pooled = attention(self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x), self.heads)  # (B, 1, C)
+        pooled = attention(self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x), self.num_heads)  # (B, 1, C)
         return self.c_proj(pooled[:, 0])  # (B, E)
 
 
 class ModifiedResNet(nn.Module):
     """CLIP's ResNet: images (B, 3, image_size, image_size) -> embeddings (B, E).
 
-    Batch norms use their running statistics: an encoder is used for inference, so construct it in `eval()` mode.
+    Put it into `eval()` mode, as `build` does: for inference the batch norms must use their running statistics.
     """
 
     def __init__(self, config: ResNetConfig) -> None:

@@ -1,7 +1,7 @@
-"""The modified ResNet as a straight line: convolutions with all around them folded in, and a pool with one query.
+"""The modified ResNet as a straight line: convolutions with their batch norms folded in, and a pool with one query.
 
 `FastResNet.prepare` folds every batch norm into the convolution before it, and the normalisation of raw pixels into the
-stem, in float64, once; `encode` is the encoder of Radford et al. 2021, section 2.3 (He et al. 2019's ResNet-D, with
+stem, once, in float64. `encode` is the encoder of Radford et al. 2021, section 2.3 (He et al. 2019's ResNet-D, with
 Zhang's antialiasing average pools):
 
     stem: 3 × (3×3 convolution + ReLU) → average pool
@@ -50,8 +50,9 @@ class Bottleneck:
 class Pool:
     """The attention pool.
 
-    For the kernels its weights are of the compute dtype, and what is added is float32. On a CPU all of it is float32:
-    the pool is little to compute, and its roundings would not average out over the positions, as the map's do.
+    For the kernels its weights are of the compute dtype, and the position and biases are float32. On a CPU everything
+    is float32: the pool is little to compute, and its roundings would not average out over the positions, as the map's
+    do.
     """
 
     position: Tensor  # (1 + G, C)
@@ -65,9 +66,9 @@ class Pool:
 
 @dataclass(frozen=True)
 class FastResNet(FastTower):
-    """A ResNet as the line below reads it, on a CPU or a GPU.
+    """A ResNet in the form that `encode` computes with, on a CPU or a GPU.
 
-    `stem` is for normalised images; `stem_uint8` replaces its first convolution where the pixels are raw.
+    `stem` is for normalised images. For raw pixels `stem_uint8` replaces its first convolution.
     """
 
     # Tokens of the pool: 8 images of 224 pixels. The allocator returns the first maps of more images to the system
@@ -78,7 +79,7 @@ class FastResNet(FastTower):
     precision: Precision
     stem: tuple[Convolution, ...]
     stem_uint8: Convolution
-    black: Tensor  # (3, 1, 1): the raw value that normalises to zero, less the offset, with which raw images are padded
+    black: Tensor  # (3, 1, 1): the padding of raw images, a raw value that normalises to zero, less the offset
     bottlenecks: tuple[Bottleneck, ...]
     pool: Pool
 
@@ -144,7 +145,7 @@ class FastResNet(FastTower):
     def activations(config: ResNetConfig) -> int:
         """Two maps of the first bottleneck, doubled for the memory that cuDNN works with.
 
-        They have 4 · width channels at a quarter of the image's size; all maps before are smaller.
+        They have 4 · width channels at a quarter of the image's side. No earlier map is larger.
         """
         return 4 * config.width * (config.image_size // 2) ** 2
 

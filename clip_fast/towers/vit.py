@@ -1,21 +1,25 @@
 """The Vision Transformer as a straight line of kernel calls.
 
-`FastVit.prepare` folds a state dict into what the kernels read, once; `encode` is the encoder of Radford et al. 2021,
-section 2.4 (Dosovitskiy et al. 2021, section 3.1), in launches:
+`FastVit.prepare` folds a state dict once into the operands of the kernels. `encode` is the encoder of Radford et al.
+2021, section 2.4 (Dosovitskiy et al. 2021, section 3.1), in launches:
 
     patch_embed → ln_pre → (ln+qkv → attention → out+residual → ln+fc1+activation → fc2+residual) × (layers − 1)
                 → the last block, for the class token alone → ln_post+projection
 
-Every LayerNorm but the first is folded into the product that follows it, LN(x) Wᵀ + b = rstd · (x W′ᵀ − mean · colsum)
-+ b′ with W′ = W diag(gain), colsum = W′ summed over K and b′ = b + W · shift. Mean and rstd come from the statistics
-that the writer of x left. Only the class token leaves the encoder, so the last block has one query for each image. Its
-keys and values are never formed, and its MLP runs on that token alone.
+Every LayerNorm except the first is folded into the product that follows it:
+
+    LN(x) Wᵀ + b = rstd · (x W′ᵀ − mean · colsum) + b′,  W′ = W diag(gain), colsum = Σ_k W′, b′ = b + W · shift
+
+Mean and rstd come from statistics that the kernel which writes x leaves beside it. Only the class token leaves the
+encoder, so the last block has one query for each image. Its keys and values are never formed, and its MLP runs on that
+token alone.
 
 Shapes: B images, N = 1 + G tokens, W width, H heads, D = W / H, P patch size, E embed_dim.
 """
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -49,15 +53,50 @@ class Block:
     fc2: Folded
 
 
+class Vit(FastTower):
+    """A ViT on any device: its tasks, and the memory that they take."""
+
+    rows_on_cpu: ClassVar[int] = 1600  # the activations of more tokens leave the caches
+
+    @property
+    def tasks(self) -> Mapping[TaskName, Callable[..., Tensor | Results]]:
+        return {
+            "encode": self.encode,
+            "encode_tokens": self.encode_tokens,
+            "hidden_state": self.hidden_state,
+            "hidden_states": self.hidden_states,
+        }
+
+    @abstractmethod
+    def encode(self, images: Tensor) -> Tensor:
+        """Embeds images (B, 3, h, w), normalised floats or raw uint8 pixels, any strides: (B, E), not normalised."""
+
+    @abstractmethod
+    def encode_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeds images: (B, E), and their patch tokens (B, G, W) after ln_post, as open_clip gives them."""
+
+    @abstractmethod
+    def hidden_state(self, images: Tensor, layer: int) -> Tensor:
+        """The residual stream (B, N, W) after `layer` blocks: 0 is ln_pre's output, `layers` the last block's."""
+
+    @abstractmethod
+    def hidden_states(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The residual stream (B, N, W) before the first block and after each: layers + 1 tensors."""
+
+    @staticmethod
+    def activations(config: VitConfig) -> int:
+        """The peak in an MLP: x before and within the block, the attended tokens, the hidden layer and the result."""
+        return config.tokens * (4 * config.width + config.mlp_width)
+
+
 @dataclass(frozen=True)
-class FastVit(FastTower):
+class FastVit(Vit):
     """A ViT as the kernels read it.
 
-    `patch` (W, K′) and `position` (N, W) are for normalised images; `patch_uint8` and `position_uint8` for raw pixels,
-    with the normalisation folded in. Weights are of the compute dtype, all that is added in an epilogue is float32.
+    `patch` (W, K′) and `position` (N, W) are for normalised images. `patch_uint8` and `position_uint8` are for raw
+    pixels, with the normalisation folded in. Weights are of the compute dtype. The terms that an epilogue adds are
+    float32.
     """
-
-    rows_on_cpu: ClassVar[int] = 1600  # in Triton's interpreter
 
     config: VitConfig
     precision: Precision
@@ -86,7 +125,7 @@ class FastVit(FastTower):
                 return Folded(operand(weight), bias)
             gain, shift = source[f"{norm}.weight"], source[f"{norm}.bias"]
             product = operand(weight * gain)
-            # Summed from the weight as rounded, in float64: the product's means must cancel against exactly these.
+            # Sum the rounded weight, in float64: the means in the product cancel against exactly these sums.
             return Folded(product, bias + weight @ shift, product.double().sum(dim=1).to(wide))
 
         def block(prefix: str) -> Block:
@@ -124,24 +163,9 @@ class FastVit(FastTower):
             projection=folded(proj.T, proj.new_zeros(config.embed_dim), norm="ln_post"),
         )
 
-    @staticmethod
-    def activations(config: VitConfig) -> int:
-        """In `_mlp`: x before the block and in it, the attended tokens, the MLP's hidden ones and its result."""
-        return config.tokens * (4 * config.width + config.mlp_width)
-
     # --- the encoder -------------------------------------------------------------------------------------------------
 
-    @property
-    def tasks(self) -> Mapping[TaskName, Callable[..., Tensor | Results]]:
-        return {
-            "encode": self.encode,
-            "encode_tokens": self.encode_tokens,
-            "hidden_state": self.hidden_state,
-            "hidden_states": self.hidden_states,
-        }
-
     def encode(self, images: Tensor) -> Tensor:
-        """Embeds images (B, 3, h, w), normalised floats or raw uint8 pixels, any strides: (B, E), not normalised."""
         x, statistics = self._embed(images)
         for block in self.blocks[:-1]:
             x, statistics = self._block(block, x, statistics)
@@ -149,17 +173,14 @@ class FastVit(FastTower):
         return self._project(x, statistics)
 
     def encode_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeds images: (B, E), and their patch tokens (B, G, W) after ln_post, as open_clip gives them."""
         x, statistics = self._after(images, self.config.layers)
         tokens, _ = ops.layer_norm(x, *self.ln_post, self.config.eps)
         return self._project(x[:, 0], statistics[:, 0]), tokens[:, 1:]
 
     def hidden_state(self, images: Tensor, layer: int) -> Tensor:
-        """The residual stream (B, N, W) after `layer` blocks: 0 is ln_pre's output, `layers` the last block's."""
         return self._after(images, layer)[0]
 
     def hidden_states(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The residual stream (B, N, W) before the first block and after each: layers + 1 tensors."""
         x, statistics = self._embed(images)
         states = [x]
         for block in self.blocks:
@@ -183,7 +204,7 @@ class FastVit(FastTower):
         return ops.layer_norm(x, *self.ln_pre, self.config.eps, statistics=True)
 
     def _block(self, block: Block, x: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
-        """x + attention(ln_1(x)), then x + mlp(ln_2(x)): five launches. (B, N, W) and row statistics, in and out."""
+        """x + attention(ln_1(x)), then x + mlp(ln_2(x)), in five launches: x (B, N, W) and its row statistics."""
         config = self.config
         packed = (*x.shape[:-1], 3, config.heads, config.head_dim)
         # qkv is unnamed on purpose: its memory is free for the next launch.
@@ -226,7 +247,7 @@ class FastVit(FastTower):
         return self._normed(self.projection, class_token, statistics)
 
     def _normed(self, folded: Folded, x: Tensor, statistics: Tensor, activation: ops.Activation = "none") -> Tensor:
-        """activation(LN(x) Wᵀ + b), the LayerNorm's gain and shift in the product."""
+        """activation(LN(x) Wᵀ + b), with the LayerNorm's gain and shift folded into the product."""
         assert folded.colsum is not None
         y, _ = ops.linear(
             x,
@@ -246,9 +267,9 @@ class FastVit(FastTower):
 
 
 def resampled(state_dict: dict[str, Tensor], config: VitConfig, image_size: int) -> tuple[dict[str, Tensor], VitConfig]:
-    """The same tower for images of another size: its positional embedding resampled bicubically, antialiased.
+    """The same tower for images of another size, with its positional embedding resampled bicubically, antialiased.
 
-    As in open_clip (`resize_pos_embed`), the class token's row stays; the patches' rows are a grid of W channels.
+    As in open_clip (`resize_pos_embed`), the class token's row is kept, and the patches' rows are a grid of W channels.
     """
     resized = replace(config, image_size=image_size)
     if resized.grid == config.grid:

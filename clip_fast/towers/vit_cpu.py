@@ -1,17 +1,18 @@
 """The Vision Transformer on a CPU, fused as far as PyTorch's own CPU kernels go.
 
-The line of `vit.py` in the form that a CPU wants. LayerNorm is a pass of its own, since the caches are near. A product
-takes its bias, residual and activation along (`cpu.Product`). Attention is PyTorch's flash attention for CPUs. The last
-block is taken for the class token alone, as in `vit.py`. Its attention and the projection are products of one row for
-each image; they are taken in float32 in every dtype, since oneDNN is slow to begin a product in half precision.
+The steps are those of `vit.py`, in the form that suits a CPU. LayerNorm is a pass of its own, since its input is still
+in the caches. A product includes its bias, residual and activation (`cpu.Product`). Attention is PyTorch's flash
+attention for CPUs. The last block is computed for the class token alone, as in `vit.py`. Its attention and the
+projection are products of one row for each image. They are computed in float32 for every dtype, since oneDNN is slow to
+begin a product in half precision.
 
 Both fast libraries know swish, x · σ(x), and neither knows QuickGELU, x · σ(1.702 x). But QuickGELU(x) =
 swish(1.702 x) / 1.702, so the factors go into the weights around the activation:
 
-* into the weights themselves, before they are rounded to the dtype, wherever they are rounded anyway;
-* where the weights come in bfloat16 and stay in it, into the LayerNorm before them, whose gain and shift may be
-  float32, and into the sum after them: here the factors alone would round the weights;
-* nowhere in float16, where 1.702 x might overflow: there the activation is a pass of its own.
+* If the weights are rounded to the dtype anyway, the factors go into the weights, before the rounding.
+* If the weights come in bfloat16 and stay in it, the factors alone would round them. So the factors go into the
+  LayerNorm before the weights, whose gain and shift may be float32, and into the sum after them.
+* In float16, 1.702 x might overflow. There the activation is a pass of its own.
 
 Shapes: B images, N = 1 + G tokens, W width, H heads, D = W / H, E embed_dim.
 """
@@ -19,20 +20,20 @@ Shapes: B images, N = 1 + G tokens, W width, H heads, D = W / H, E embed_dim.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import Rgb, TaskName, VitConfig
+from .config import Rgb, VitConfig
 from .cpu import Product, images_at_a_time, one_query_attention
-from .fast import FastTower, Results, normalised
+from .fast import normalised
 from .precision import Precision
 from .reference import QUICK_GELU_SLOPE
-from .vit import FastVit
+from .vit import Vit
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,8 @@ class Block:
 
 
 @dataclass(frozen=True)
-class CpuVit(FastTower):
+class CpuVit(Vit):
     """A ViT as a CPU computes it. It also serves GPUs that Triton has no tensor cores on."""
-
-    rows_on_cpu: ClassVar[int] = 1600  # the activations of more tokens leave the caches
 
     config: VitConfig
     precision: Precision
@@ -60,7 +59,7 @@ class CpuVit(FastTower):
     position: Tensor  # (N, W), the class embedding in its first row
     ln_pre: tuple[Tensor, Tensor]
     blocks: tuple[Block, ...]
-    last_qkv: tuple[Tensor, Tensor]  # of the last block, unpacked: (3 · W, W) and (3 · W,), float32 at least
+    last_qkv: tuple[Tensor, Tensor]  # the last block's, unpacked: (3 · W, W) and (3 · W,), float32 at least
     ln_post: tuple[Tensor, Tensor]  # float32 at least
     proj: Tensor  # (W, E), float32 at least
 
@@ -68,7 +67,7 @@ class CpuVit(FastTower):
     def prepare(
         cls, state_dict: Mapping[str, Tensor], config: VitConfig, precision: Precision, mean: Rgb, std: Rgb
     ) -> CpuVit:
-        """Casts the weights of `reference.VisionTransformer`; those of the products when they are first needed."""
+        """Casts the weights of `reference.VisionTransformer`. A product casts its weight when it is first needed."""
         source = {name: tensor.detach() for name, tensor in state_dict.items()}
 
         dtype, wide = precision.weights, precision.wide
@@ -91,7 +90,7 @@ class CpuVit(FastTower):
 
         def block(i: int) -> Block:
             prefix = f"transformer.resblocks.{i}"
-            tokens = 1 if i == config.layers - 1 else config.tokens  # of each image, that pass through the block
+            tokens = 1 if i == config.layers - 1 else config.tokens  # the tokens of an image that the block computes
             rows = (tokens, images * tokens)
             return Block(
                 ln_1=pair(f"{prefix}.ln_1"),
@@ -119,48 +118,31 @@ class CpuVit(FastTower):
             proj=source["proj"].to(wide),
         )
 
-    @staticmethod
-    def activations(config: VitConfig) -> int:
-        return FastVit.activations(config)
-
     # --- the encoder -------------------------------------------------------------------------------------------------
 
-    @property
-    def tasks(self) -> Mapping[TaskName, Callable[..., Tensor | Results]]:
-        return {
-            "encode": self.encode,
-            "encode_tokens": self.encode_tokens,
-            "hidden_state": self.hidden_state,
-            "hidden_states": self.hidden_states,
-        }
-
     def encode(self, images: Tensor) -> Tensor:
-        """Embeds images (B, 3, h, w), normalised floats or raw uint8 pixels: (B, E), not normalised."""
         x = self.hidden_state(images, self.config.layers - 1)
         return self._project(self._last_block(x))
 
     def encode_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeds images: (B, E), and their patch tokens (B, G, W) after ln_post, as open_clip gives them."""
         x = self.hidden_state(images, self.config.layers)
         return self._project(x[:, 0]), self._norm(x[:, 1:], self.ln_post)
 
     def hidden_state(self, images: Tensor, layer: int) -> Tensor:
-        """The residual stream (B, N, W) after `layer` blocks: 0 is ln_pre's output, `layers` the last block's."""
         return deque(self._residual_stream(images, layer), maxlen=1).pop()
 
     def hidden_states(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The residual stream (B, N, W) before the first block and after each: layers + 1 tensors."""
         return tuple(x.clone() for x in self._residual_stream(images, self.config.layers))
 
     def _residual_stream(self, images: Tensor, layers: int) -> Iterator[Tensor]:
         """The residual stream (B, N, W), once before the first block and once after each of `layers`.
 
-        A block may write over the tensor that was given before it.
+        A block may write over the tensor that was yielded before it.
         """
         config = self.config
         x = self._norm(self._embed(normalised(images, self.precision.weights, *self.normalisation)), self.ln_pre)
         yield x
-        rows = x.view(-1, config.width)  # of all images, which the products take and write over
+        rows = x.view(-1, config.width)  # of all images; the products read them and write over them
         for block in self.blocks[:layers]:
             qkv = block.qkv(self._norm(rows, block.ln_1)).view(*x.shape[:2], 3, config.heads, config.head_dim)
             rows = block.out(_attention(qkv), residual=rows)
@@ -179,7 +161,7 @@ class CpuVit(FastTower):
         return x
 
     def _last_block(self, x: Tensor) -> Tensor:
-        """The last block for the class token alone, its sums re-associated as in `kernels/attention_pool.py`.
+        """The last block for the class token alone, with its sums re-associated as in `kernels/attention_pool.py`.
 
         (B, N, W) -> (B, W)
         """

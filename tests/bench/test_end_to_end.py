@@ -1,4 +1,4 @@
-"""The end-to-end benchmark: every system computes the same function, and what fails is said."""
+"""The end-to-end benchmark: every system computes the same function, and failures are listed with their reason."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_every_system_computes_the_same(config: Config) -> None:
         assert row["cosine"] > 1 - 1e-9
         assert row["images_per_second"] == pytest.approx(3 / row["seconds"])
         assert row["to_baseline"] == pytest.approx(by_name[BASELINE]["seconds"] / row["seconds"])
-    for row in rows:  # whatever else is installed and has such a model computes the same too
+    for row in rows:  # every other installed system that has such a model computes the same too
         if "failed" in row:
             assert any(why in row["failed"] for why in ("is not installed", "is measured in", "has no ResNets"))
         else:
@@ -122,13 +122,13 @@ def test_on_a_cpu_float32_stands_beside_half_precision() -> None:
     assert ours["to_float32"] == pytest.approx(wide["seconds"] / ours["seconds"])
     text = end_to_end.markdown(rows, environment(CPU))
     assert f"× {BASELINE} | × {FLOAT32} |" in text
-    assert "memory" not in text  # of which a CPU's libraries tell nothing
+    assert "memory" not in text  # a CPU's libraries do not report it
 
 
 def test_each_compiled_system_has_a_graph_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Though two are the same code: what is pinned when the second is compiled is not what the first was.
+    """Two systems with the same code do not share a graph, since each pins another attention when it is compiled.
 
-    Its weights are constants, which Inductor packs: of inputs it has the images alone.
+    The weights are constants, which Inductor packs. So the images are a graph's only input.
     """
     compiled: list[torch.fx.GraphModule] = []
 
@@ -164,7 +164,7 @@ def test_the_command_line_writes_results(tmp_path: Path, monkeypatch: pytest.Mon
     content = json.loads(file.read_text())
     assert content["bench"] == "end_to_end"
     assert [row["system"] for row in content["rows"]] == [OURS, BASELINE]
-    assert {row["precision"] for row in content["rows"]} == {"fp32"}  # no bf16 without the instructions
+    assert {row["precision"] for row in content["rows"]} == {"fp32"}  # this CPU lacks bf16
     assert content["environment"]["cpu"]
     assert "batch 2, fp32" in file.with_suffix(".md").read_text()
 

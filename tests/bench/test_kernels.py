@@ -1,4 +1,4 @@
-"""The kernels' contests, interpreted: that encoders do what they measure, that rivals compute the same; their rows."""
+"""The kernels' contests, interpreted: they measure the ops that encoders call, rivals agree, and each has a row."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_every_op_has_contests_at_every_model() -> None:
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[object, ...]]:
-    """Counts the ops that are called from now on, by the rows, columns, row strides and dtypes of their operands."""
+    """Counts later calls of the ops, by the rows, columns, row strides and dtypes of their operands."""
     calls: Counter[tuple[object, ...]] = Counter()
 
     def seen(tensor: Tensor | None) -> tuple[object, ...] | None:
@@ -80,7 +80,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[object, ...]]:
 
 @pytest.mark.parametrize("model", ["ViT-B/32", "ViT-H-14", "RN50", "RN50x4"])
 def test_the_contests_of_a_model_are_the_ops_that_it_calls(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of the same shapes and strides, with the same options, and as often."""
+    """The shapes, the strides, the options and the numbers of calls are the same."""
     calls, config = recorded(monkeypatch), MODELS[model]
     with META:
         state_dict = reference.build(config).state_dict()
@@ -111,7 +111,7 @@ def test_all_systems_compute_the_same(contest: Contest) -> None:
     if PRODUCT in rows:
         assert rows[PRODUCT]["error"] is None
     if "SDPA, cuDNN" in rows:
-        assert rows["SDPA, cuDNN"]["failed"]  # not on a CPU, and the row says so
+        assert rows["SDPA, cuDNN"]["failed"]  # it does not run on a CPU, and the row has the reason
 
 
 def test_a_system_that_computes_something_else_is_said() -> None:
@@ -176,7 +176,7 @@ def test_the_command_writes_tables_and_goes_on(tmp_path: Path, monkeypatch: pyte
     assert "- SDPA, cuDNN: " in text
     assert "Ceilings of this run: 0.1 TFLOP/s in fp32" in text
 
-    # What was left out before is measured, together with what it is compared with, and stands once.
+    # Systems that were left out before are measured now, together with their rivals. Each has one row.
     monkeypatch.setattr(contests_module, "_compiled", lambda compute: compute)
     whole = rows("layer_norm")
     of_norm = [row for row in whole if row["op"] == "layer_norm"]
@@ -185,7 +185,7 @@ def test_the_command_writes_tables_and_goes_on(tmp_path: Path, monkeypatch: pyte
     assert [row for row in whole if row["op"] != "layer_norm"] == [row for row in both if row["op"] != "layer_norm"]
     assert rows("layer_norm") == whole
 
-    # All rows are held to the highest ceilings that any run reached.
+    # All rows are compared with the highest ceilings that any run reached.
     monkeypatch.setattr(kernels, "ceilings", lambda device, precisions: Ceilings({"fp32": 2e11}, 2e10))
     higher = [row for row in rows("layer_norm,mean_token,patch_embed", "--without-compiled") if "failed" not in row]
     old = {(row["op"], row["system"]): row["of_ceiling"] for row in whole if "failed" not in row}
@@ -200,7 +200,7 @@ def test_pytest_runs_the_contests_that_are_chosen(tmp_path: Path) -> None:
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "bench/kernels", "--models", "toy",
         "--batches", "1", "--rounds", "2", "-k", "layer_norm and not compiled", "--benchmark-json", str(file),
     ]  # fmt: skip
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # of xdist
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # not xdist's
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert "2 passed" in done.stdout, done.stdout + done.stderr
     found = json.loads(file.read_text())["benchmarks"]

@@ -74,7 +74,7 @@ def test_sass_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert row.matrix == {"HGMMA": 1}
     assert row.copies == {"UTMALDG": 1, "LDGSTS": 2}
     assert row.loads == {128: 1, 64: 1}
-    # 168 registers of 256 threads, 43,008, and 100 kB of shared memory: one block of 8 warps, of 64
+    # 256 threads with 168 registers have 43,008, and need 100 kB of shared memory: one block of 8 warps out of 64.
     assert row.occupancy == 8 / 64
 
 
@@ -131,7 +131,7 @@ def test_amdgcn_is_read() -> None:
     row = blank(arch="gfx942", num_warps=4, shared=32_768)
     machine_code._read_amdgcn(row, AMDGCN)
     assert (row.registers, row.spilled, row.matrix, row.loads) == (200, 12, {"MFMA": 1}, {64: 1})
-    assert row.occupancy == 8 / 32  # two blocks by registers and by shared memory
+    assert row.occupancy == 8 / 32  # registers and shared memory allow two blocks
 
 
 SOUND = {"matrix": {"HGMMA": 4}, "copies": {"UTMALDG": 6, "UTMASTG": 4}, "loads": {128: 2}}
@@ -148,7 +148,7 @@ SOUND = {"matrix": {"HGMMA": 4}, "copies": {"UTMALDG": 6, "UTMASTG": 4}, "loads"
         ({"matrix": {}, "kernel": "_layer_norm_kernel"}, True, None),
         ({"matrix": {"HMMA": 4}}, True, "no HGMMA"),
         ({"copies": {"UTMALDG": 6}}, True, "no UTMALDG and UTMASTG"),
-        ({"loads": {64: 1}}, True, None),  # of an epilogue: descriptors move the tiles
+        ({"loads": {64: 1}}, True, None),  # an epilogue's loads; descriptors move the tiles
         ({"loads": {128: 1, 64: 1}}, False, "narrow loads in the main loop: 1×8B"),
         ({"loads": {128: 1, 64: 1}, "exempt": "a reason"}, False, None),
         ({"loads": {64: 1}, "exempt": "a reason"}, False, "no wide load at all"),
@@ -163,7 +163,7 @@ def test_each_rule_fires_where_it_must(changes: dict[str, object], descriptors: 
 
 
 def run(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
-    """The command in a process of its own, in which Triton compiles."""
+    """The command in a process of its own. There Triton compiles, and does not interpret."""
     program = f"{before}\nimport sys\nfrom bench import machine_code\nsys.exit(machine_code.main({list(arguments)!r}))"
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     return subprocess.run(
@@ -187,7 +187,7 @@ def test_a_sound_kernel_passes_and_its_table_is_written(tmp_path: Path) -> None:
 
 
 def test_a_configuration_too_large_fails() -> None:
-    """Compiled in this process's own code: a worker process would read the committed table."""
+    """Compiled without worker processes: they would read the committed table."""
     program = """
 import dataclasses, json
 from clip_fast.kernels import launches, targets

@@ -1,4 +1,4 @@
-"""The pipeline's benchmark at toy size: every stage has a time, and all systems embed the same photographs alike."""
+"""The pipeline's benchmark at toy size: every stage has a time, and all systems give the same embeddings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of results: what was measured is in them, what failed is not."""
+"""Pictures of results: they show measured systems, and leave failed ones out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two machine-code tables side by side: what counts as worse, and what the command says of it."""
+"""The comparison of two machine-code tables: the measures that count as worse, and the command's output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Interleaved rounds, and the counts that rooflines follow from."""
+"""Interleaved rounds, and the counts behind the rooflines."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_what_the_rival_before_left_behind_is_not_counted(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("name", ["ViT-B/32", "RN50"])
 def test_operations_are_those_that_pytorch_counts(name: str) -> None:
-    """Less what one query saves, which the plain towers do not."""
+    """The operations that one query saves are taken off PyTorch's count, since the plain towers compute them."""
     config: Config = OPENAI_MODELS[name]
     if isinstance(config, VitConfig):
         config = dataclasses.replace(config, layers=4)

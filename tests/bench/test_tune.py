@@ -1,4 +1,4 @@
-"""The tuner without a GPU: its steps, what wins, what the machine code condemns, and the table that it writes."""
+"""The tuner without a GPU: its steps, the winners, launches with bad machine code, and the table that it writes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def committed() -> Iterator[None]:
-    """The table is afterwards what it was."""
+    """Restores the table after a test."""
     before = {op: {kind: dict(launches) for kind, launches in kinds.items()} for op, kinds in TABLE.items()}
     yield
     for op, kinds in before.items():
@@ -83,23 +83,24 @@ def test_what_is_tried(name: str) -> None:
     candidates = entry.candidates(current)
     assert candidates[0] == current
     assert len(set(candidates)) == len(candidates) > 20
-    assert {launch.block_k for launch in candidates} == {current.block_k}  # the reduction step stays
+    assert {launch.block_k for launch in candidates} == {current.block_k}  # the reduction step is not varied
     assert {launch.num_warps for launch in candidates} == {4, 8, 16}
-    if entry.op == "linear":  # half a tile has its statistics
+    assert {launch.blocks for launch in candidates} == ({1, 2} if entry.op == "linear" else {1})
+    if entry.op == "linear":  # each half of a tile has a tile of statistics
         assert all(launch.block_n // 2 >= STATISTICS_TILE for launch in candidates)
 
 
 def test_a_trial_ends() -> None:
     entry = ENTRIES["linear half"]
     before = dict(TABLE["linear"]["half"])
-    for arch in ("sm_90", "sm_89"):  # one that the table has, and one that it has not
+    for arch in ("sm_90", "sm_89"):  # one architecture is in the table, the other is not
         with tune.trial(entry, arch, A):
             assert TABLE.entry("linear", "half", targets.TARGETS[arch]) == A
         assert TABLE["linear"]["half"] == before
 
 
 def finals(shape: str, count: int, **samples: list[float] | str) -> list[tune.Row]:
-    """Of launches A and B at one shape: samples, or why there are none."""
+    """Rows of launches A and B at one shape: their samples, or the reason why there are none."""
     rows = []
     for launch, found in zip((A, B), samples.values(), strict=True):
         row = {"stage": "final", "shape": shape, "count": count, "launch": asdict(launch)}
@@ -113,10 +114,10 @@ def finals(shape: str, count: int, **samples: list[float] | str) -> list[tune.Ro
         (finals("one", 1, a=[1.0], b=[0.9]), B),
         (finals("one", 1, a=[1.0], b=[1.1]), None),
         (finals("slow", 1, a=[1.0], b=[0.9]) + finals("fast", 1, a=[0.01], b=[0.02]), B),  # seconds decide, not ratios
-        (finals("rare", 1, a=[1.0], b=[0.9]) + finals("often", 23, a=[0.1], b=[0.12]), None),  # and how often
+        (finals("rare", 1, a=[1.0], b=[0.9]) + finals("often", 23, a=[0.1], b=[0.12]), None),  # so do counts
         (finals("one", 1, a=[1.0, 1.1, 0.9], b=[0.99, 1.06, 0.89]), None),  # within the noise
         (finals("one", 1, a=[1.0, 1.01, 0.99], b=[0.9, 0.91, 0.89]), B),
-        # the noise is that of the sum: a light shape's own does not hide what a heavy one shows
+        # The noise is that of the sum: the noise of a light shape does not hide the gain at a heavy one.
         (finals("heavy", 1, a=[1.0] * 3, b=[0.9] * 3) + finals("light", 1, a=[0.01, 0.02, 0.03], b=[0.02] * 3), B),
         (finals("one", 1, a=[1.0], b=[0.9]) + finals("large", 1, a=[1.0], b="too large"), None),
         (finals("one", 1, a=[1.0], b=[2.0]) + finals("large", 1, a="too large", b=[2.0]), B),
@@ -131,7 +132,7 @@ def test_what_wins(rows: list[tune.Row], expected: Launch | None) -> None:
 def test_the_table_stands_in_its_file_as_it_is_written(tmp_path: Path) -> None:
     assert tune.rendered(TABLE) == tune.LAUNCHES_FILE.read_text()
     changed = LaunchTable({op: {kind: dict(some) for kind, some in kinds.items()} for op, kinds in TABLE.items()})
-    changed["linear"]["half"] |= {"sm_90": A, "sm_89": B}
+    changed["linear"]["half"] |= {"sm_90": A, "sm_89": replace(B, blocks=2)}
     copied = tmp_path / "launches.py"
     copied.write_text(tune.rendered(changed))
     written = imported(copied)
@@ -142,14 +143,14 @@ def test_the_table_stands_in_its_file_as_it_is_written(tmp_path: Path) -> None:
 
 def test_a_launch_that_fails_has_its_reason() -> None:
     current = TABLE.entry(TOY.op, TOY.kind, TARGETS["sm_80"])
-    broken = replace(current, block_n=48)  # no power of two
+    broken = replace(current, block_n=48)  # not a power of two
     shape = TOY.shapes([1])[-1]
     found = tune._times(TOY, TARGETS["sm_80"], shape, [current, broken, B], 1, CPU)
     assert [type(found[launch]) for launch in (current, broken, B)] == [Times, Failed, Times]
 
 
 class Steps:
-    """In place of times: notes what is timed, B being the fastest, and counts steps down from `left`."""
+    """Replaces `_times`: notes the launches that are timed, makes B the fastest, and counts steps down from `left`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.timed: list[tuple[str, Launch]] = []
@@ -169,7 +170,7 @@ class Steps:
 def test_a_search_stops_in_time_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Two screenings and two finals in three calls, none twice; then the winner is found again without timing any."""
+    """Two screenings and two finals run in three calls, none twice. Then a call finds the winner without timing any."""
     steps, table, file = Steps(monkeypatch), tmp_path / "launches.py", tmp_path / "tune.json"
     before = tune.LAUNCHES_FILE.read_text()
     current = TABLE["linear"]["float32"]["sm_80"]
@@ -184,7 +185,7 @@ def test_a_search_stops_in_time_and_goes_on(
     assert asdict(call(1)) == asdict(current)
     assert "linear float32: out of time" in capsys.readouterr().out
     assert asdict(call(2)) == asdict(current)
-    assert asdict(call(1)) == asdict(B)  # the last step ends the search, though the time is over
+    assert asdict(call(1)) == asdict(B)  # the last step completes the search, even when no time is left
     heavy, next_one = (shape.name for shape in TOY.shapes([1])[:2])
     screened = [(heavy, launch) for launch in (current, A, B)]
     last = [(shape, launch) for shape in (heavy, next_one) for launch in (current, A, B)]
@@ -207,7 +208,7 @@ def test_what_is_condemned_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None
     rows: list[tune.Row] = []
     settings = replace(SETTINGS, device=torch.device("cuda"))
     list(tune.search(TOY, TARGETS["sm_80"], rows, settings))
-    assert asked == [A, B]  # what runs today is not judged
+    assert asked == [A, B]  # the current launch is not judged
     assert A not in {launch for _, launch in steps.timed}
     assert [row["failed"] for row in rows if row["launch"] == asdict(A)] == ["spills 8 bytes a thread"]
     assert tune.finished(TOY, TARGETS["sm_80"], rows, settings)
@@ -215,7 +216,7 @@ def test_what_is_condemned_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_what_the_machine_code_condemns() -> None:
-    """In a process of its own, in which Triton compiles."""
+    """Runs in a process of its own. There Triton compiles, and does not interpret."""
     program = """
 from bench import tune
 from clip_fast.kernels.targets import Launch
@@ -223,9 +224,11 @@ entry = tune.Entry("flash_attention_64", "half", ("flash_attention fp16 N=50 D=6
 sound = Launch(128, 64, 0, num_warps=4, num_stages=3)
 large = Launch(128, 128, 0, num_warps=8, num_stages=4)
 odd = Launch(64, 48, 0, num_warps=4, num_stages=2)
-problems = tune.problems_of(entry, "sm_86", [sound, large, odd], 2)
+crowded = Launch(128, 64, 0, num_warps=4, num_stages=3, blocks=3)
+problems = tune.problems_of(entry, "sm_86", [sound, large, odd, crowded], 2)
 assert problems[sound] == [], problems
 assert "of shared memory, 101376 are there" in problems[large][0], problems
+assert problems[crowded] == ["2 blocks fit a multiprocessor, 3 are wanted"], problems
 assert problems[odd][0].startswith("is not compiled: CompilationError"), problems
 """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

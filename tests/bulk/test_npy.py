@@ -6,6 +6,7 @@ import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -159,10 +160,10 @@ def test_a_file_without_permission_is_a_failure(tmp_path: Path, monkeypatch: pyt
     if os.access(path, os.R_OK):  # root reads everything
         opened = Image.open
 
-        def denied(file: Path) -> Image.Image:
+        def denied(file: Path, **options: Any) -> Image.Image:
             if file == path:
                 raise PermissionError(errno.EACCES, "Permission denied", str(file))
-            return opened(file)
+            return opened(file, **options)
 
         monkeypatch.setattr(Image, "open", denied)
     assert only_failure(path) == "Permission denied"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -78,6 +79,117 @@ def test_images_of_every_kind(tmp_path: Path, column: str) -> None:
     assert (got["width"][0], got["height"][0]) == (40, 30)
     assert got["error"][0] == ""
     assert got["error"][1]
+
+
+NOISE = Image.effect_noise((40, 30), 90)
+MODES = {
+    **{mode: NOISE.convert(mode) for mode in ("1", "L", "LA", "RGB", "RGBA", "F")},
+    "I;16": Image.fromarray(np.asarray(NOISE).astype(np.uint16) * 3),
+    "I": Image.fromarray(np.asarray(NOISE).astype(np.int32) * 3),
+    "transparent": Image.merge("RGBA", [NOISE, NOISE, NOISE, NOISE.transpose(Image.Transpose.ROTATE_180)]),
+}
+SHAPES = {
+    "as it is": lambda array: array,
+    "(H, W, 1)": lambda array: array[..., None],
+    "(1, H, W)": lambda array: array[None],  # as Ray has it among others
+    "big-endian": lambda array: array.astype(array.dtype.newbyteorder(">")),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("mode", MODES)
+def test_arrays_are_what_the_files_bytes_are(mode: str, shape: str) -> None:
+    image = MODES[mode]
+    array = np.asarray(image)
+    if array.ndim == 3 and shape in ("(H, W, 1)", "(1, H, W)"):
+        pytest.skip("it has channels")
+    file = io.BytesIO()
+    image.save(file, "TIFF")  # which has all of these modes
+    encoder = ImageEncoder(MODEL, device="cpu", threads=1)
+    got, wanted = (encoder({"image": objects(each)}) for each in (SHAPES[shape](array), file.getvalue()))
+    assert wanted["status"].tolist() == ["ok"]
+    for name, values in wanted.items():
+        np.testing.assert_array_equal(got[name], values)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((3, 30, 40), np.uint8),
+        np.zeros((30, 40, 5), np.uint8),
+        np.zeros((30, 40, 3), np.uint16),
+        np.zeros((30, 40, 3), np.float32),
+        np.zeros((30, 40), np.int64),
+        np.zeros(40, np.uint8),
+        np.zeros((0, 40, 3), np.uint8),
+        np.array(["x"]),
+    ],
+    ids=lambda array: f"{array.dtype}{array.shape}",
+)
+def test_arrays_that_are_no_images_are_failures(array: np.ndarray) -> None:
+    good = np.asarray(picture(7))
+    got = ImageEncoder(MODEL, device="cpu", threads=1)({"image": objects(array, good)})
+    assert got["status"].tolist() == ["failed", "ok"]
+    assert got["error"][0]
+
+
+@pytest.mark.parametrize("form", ["pyarrow", "pandas"])
+@pytest.mark.parametrize("column", ["bytes", "base64", "structs", "paths", "large"])
+def test_batches_of_every_format_of_ray(tmp_path: Path, form: str, column: str) -> None:
+    data = [encoded(picture(i)) for i in range(3)]
+    for i in range(3):
+        (tmp_path / f"{i}.png").write_bytes(data[i])
+    cells = {
+        "bytes": pyarrow.array([*data, None]),
+        "base64": pyarrow.array([*(base64.b64encode(each).decode() for each in data), None]),
+        "structs": pyarrow.array([*({"bytes": each, "path": None} for each in data), None]),
+        "paths": pyarrow.array([*(str(tmp_path / f"{i}.png") for i in range(3)), None]),
+        "large": pyarrow.array([*data, None], pyarrow.large_binary()),
+    }[column]
+    batch = pyarrow.table({"key": pyarrow.array([1, None, 3, 4], pyarrow.int64()), "image": cells})
+    encoder = ImageEncoder(MODEL, device="cpu", threads=1)
+    got = encoder(batch if form == "pyarrow" else batch.to_pandas())
+    if form == "pandas":
+        assert list(got["key"].fillna(0)) == [1, 0, 3, 4]
+        assert list(got.columns) == ["key", "width", "height", "status", "error", "embedding"]
+        got = pyarrow.Table.from_pandas(got)
+    assert got["key"].to_pylist() == [1, None, 3, 4]
+    assert got.column_names == ["key", "width", "height", "status", "error", "embedding"]
+    assert got["status"].to_pylist() == ["ok", "ok", "ok", "failed"]
+    assert got["height"].to_pylist() == [30, 31, 32, 0]
+    rows = torch.tensor(got["embedding"].to_pylist())
+    for i in range(3):
+        torch.testing.assert_close(rows[i], expected(picture(i)), rtol=1e-4, atol=1e-5)
+    assert not rows[3].any()
+
+
+def test_batches_of_other_kinds_are_refused() -> None:
+    encoder = ImageEncoder(MODEL, device="cpu", threads=1)
+    empty = encoder(pyarrow.table({"image": pyarrow.array([], pyarrow.binary())}))
+    assert empty.num_rows == 0
+    with pytest.raises(TypeError, match="a batch must be of Ray's format numpy, pyarrow or pandas, got a list"):
+        encoder([1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["numpy", "pyarrow", "pandas"])
+def test_images_that_ray_has_read_in_batches_of_every_format(cluster: Any, tmp_path: Path, form: str) -> None:
+    modes = ["L", "LA", "RGB", "RGBA"]  # of one dtype, as Ray asks of the images in a batch
+    for mode in modes:
+        MODES[mode].save(tmp_path / f"{mode}.png")
+    ray.init(address=cluster.address)
+    try:
+        read = ray.data.read_images(str(tmp_path), include_paths=True, override_num_blocks=1)
+        settings = {"model": MODEL, "device": "cpu", "threads": 1}
+        rows = read.map_batches(
+            ImageEncoder, fn_constructor_kwargs=settings, batch_format=form, batch_size=2, concurrency=1
+        ).take_all()
+    finally:
+        ray.shutdown()
+    assert {Path(row["path"]).stem: row["status"] for row in rows} == dict.fromkeys(modes, "ok")
+    for row in rows:
+        wanted = expected(Image.open(row["path"]))
+        torch.testing.assert_close(torch.tensor(np.array(row["embedding"], np.float32)), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_normalised_embeddings_and_batches_without_images() -> None:

@@ -6,14 +6,21 @@ import errno
 import fcntl
 import json
 import os
+import random
+import resource
+import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
+from earlier import as_earlier
 from numpy.testing import assert_array_equal
 
-from clip_fast.bulk.shards import OutputFolder, read_records
+from clip_fast.bulk.shards import OutputFolder, read_footer, read_records
 from clip_fast.bulk.tables import ParquetWriter, Record, Shard, Totals
 from clip_fast.inputs.items import ImageFile, Item
 from clip_fast.search.index import Index
@@ -217,3 +224,141 @@ def test_one_parquet_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     assert table["status"].to_pylist() == ["ok", "failed", "ok"]
     with pytest.raises(FileNotFoundError, match="gone does not exist"):
         ParquetWriter(tmp_path / "gone" / "e.parquet")
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_shard_has_a_checksum(tmp_path: Path) -> None:
+    rows = np.random.default_rng().standard_normal((3, 5))
+    for dtype in (np.float16, np.float32):
+        with filled(tmp_path / np.dtype(dtype).name) as output:
+            output.write(Shard(0, rows.astype(dtype), shard(0, None, None, None)[0].records))
+            path = output.embeddings_path(0)
+            assert_array_equal(np.load(path), rows.astype(dtype))
+            np.save(tmp_path / "by_numpy.npy", rows.astype(dtype))
+            assert path.read_bytes() == (tmp_path / "by_numpy.npy").read_bytes()
+            footer = read_footer(output.metadata_path(0))
+        assert footer.sha256 == sha256(path.read_bytes()).hexdigest()
+        assert footer.bytes == path.stat().st_size
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "a byte of the data": lambda data: data[:-3] + bytes([data[-3] ^ 1]) + data[-2:],
+    "a byte of the header": lambda data: data[:6] + bytes([data[6] ^ 1]) + data[7:],
+    "cut": lambda data: data[:-1],
+    "longer": lambda data: data + b"\0",
+    "empty": lambda data: b"",
+    "zeros": lambda data: bytes(len(data)),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+@pytest.mark.parametrize("file", ["img_emb/img_emb_0001.npy", "metadata/metadata_0001.parquet"])
+def test_a_damaged_shard_is_made_again(tmp_path: Path, name: str, file: str, caplog: pytest.LogCaptureFixture) -> None:
+    """And named."""
+    shards = [shard(index, None, "broken") for index in range(2)]
+    with filled(tmp_path) as output:
+        for each, _ in shards:
+            output.write(each)
+        output.finish(2)
+    before = contents(tmp_path)
+    (tmp_path / file).write_bytes(DAMAGES[name](before[file]))
+    with filled(tmp_path, resume=True) as output:
+        assert output.finished(0, shards[0][1]) == Totals(2, 1, 1)
+        assert not caplog.records
+        assert output.finished(1, shards[1][1]) is None
+        assert str(tmp_path / file) in caplog.text
+        assert "the shard is made again" in caplog.text
+        output.write(shards[1][0])
+        output.finish(2)
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(3000, marks=pytest.mark.slow)])
+def test_flipped_bits_are_noticed_or_change_nothing(tmp_path: Path, count: int) -> None:
+    """At any place of either file."""
+    first, items = shard(0, *(None if i % 3 else f"reason {i}" for i in range(20)))
+    noticed = 0
+    with filled(tmp_path) as output:
+        output.write(first)
+        paths = [output.embeddings_path(0), output.metadata_path(0)]
+        whole = [path.read_bytes() for path in paths]
+        for _ in range(count):
+            which = random.randrange(2)
+            place, bit = random.randrange(len(whole[which])), 1 << random.randrange(8)
+            damaged = bytearray(whole[which])
+            damaged[place] ^= bit
+            paths[which].write_bytes(damaged)
+            finished = output.finished(0, items)
+            noticed += finished is None
+            if finished:
+                assert which == 1
+                assert finished == Totals(20, 7, 1)
+                assert read_records(paths[1]) == first.records
+            paths[which].write_bytes(whole[which])
+        assert output.finished(0, items) == Totals(20, 7, 1)
+    assert noticed > count / 2
+
+
+def test_shards_without_checksums_are_finished_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first, items = shard(0, None, "broken")
+    with filled(tmp_path) as output:
+        output.write(first)
+        as_earlier(tmp_path)
+        assert read_footer(output.metadata_path(0)).sha256 is None
+        assert output.finished(0, items) == Totals(2, 1, 1)
+        assert output.finish(1) == Totals(2, 1, 1)
+        assert not caplog.records
+        output.embeddings_path(0).write_bytes(output.embeddings_path(0).read_bytes()[:-1])
+        assert output.finished(0, items) is None
+
+
+def test_a_run_that_goes_on_is_not_complete(tmp_path: Path) -> None:
+    with filled(tmp_path) as output:
+        output.write(shard(0, None)[0])
+        output.finish(1)
+    assert "done" in json.loads((tmp_path / "manifest.json").read_text())
+    filled(tmp_path, resume=True).close()
+    assert json.loads((tmp_path / "manifest.json").read_text()) == {"settings": SETTINGS}
+
+
+def test_names_that_are_no_shards(tmp_path: Path) -> None:
+    """As of copies that someone made."""
+    with filled(tmp_path) as output:
+        output.write(shard(0, None)[0])
+        for name in ("metadata_0000 (1).parquet", "metadata_old.parquet"):
+            (tmp_path / "metadata" / name).touch()
+        assert output.finished_shards() == [0]
+        assert output.finish(1) == Totals(1, 0, 1)
+
+
+@contextmanager
+def small_files(size: int) -> Iterator[None]:
+    """The operating system refuses longer files, as a full disk does, in the middle of a write."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize(("rows", "file"), [(5000, "img_emb_0000.npy"), (10, "metadata_0000.parquet")])
+def test_a_full_disk_is_told_with_the_files_name(tmp_path: Path, rows: int, file: str) -> None:
+    """Not as NumPy has it, "12800 requested and 3968 written"."""
+    records = [Record(f"{i}", f"{i}" * 100, 1, 1, None) for i in range(rows)]
+    with filled(tmp_path) as output, small_files(1500), pytest.raises(OSError, match=f"File too large: .*{file}'$"):
+        output.write(Shard(0, np.zeros((rows, 8), np.float32), records))
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_full_disk_under_one_parquet(tmp_path: Path) -> None:
+    large = shard(0, *[f"reason {i}" for i in range(2000)])[0]
+    full = pytest.raises(OSError, match=r"File too large: .*e\.parquet'$")
+    with ParquetWriter(tmp_path / "e.parquet") as file, small_files(1500), full:
+        file.write(large)
+        file.commit()
+    assert not list(tmp_path.iterdir())

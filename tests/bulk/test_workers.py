@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import errno
 import os
 import select
@@ -20,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from bad_files import BAD_FILES
-from hostile import Killing
+from hostile import Greedy, Killing, Peak
 from numpy.testing import assert_array_equal
 from PIL import Image
 
@@ -124,6 +125,25 @@ def test_a_worker_that_dies_while_a_long_result_waits_to_be_read_is_replaced(tmp
     assert [bool(each) for each in errors] == [False, True, True, False]
     assert errors[1] == {0: reason}
     assert "a decoder died of it" in errors[2][0]
+
+
+@pytest.mark.timeout(120)
+def test_an_image_that_takes_too_much_memory_is_a_failure_and_its_worker_goes_on(tmp_path: Path) -> None:
+    Image.new("RGB", (5, 4)).save(tmp_path / "x.png")
+    (tmp_path / "w.webp").write_bytes(base64.b64decode("UklGRhoAAABXRUJQVlA4TA4AAAAvOXQODQcQEf0PRET/Aw=="))
+    good = item(tmp_path / "x.png")
+    items = [good, Greedy("g", "g"), good, item(tmp_path / "w.webp"), Greedy("g", "g"), good, Peak("p", "p")]
+    ((_, decoded),) = decode_batches(DECODER, iter([WorkItem(items, 0, 0, 7)]), workers=1, time_limit=60)
+    assert list(decoded.errors) == [1, 3, 4, 6]
+    assert decoded.errors[1] == decoded.errors[4] == "MemoryError"
+    assert "take about" in decoded.errors[3]
+    assert int(decoded.errors[6]) < 1 << 30
+
+
+def test_the_largest_photograph_fits_into_a_worker(tmp_path: Path) -> None:
+    """With as much again for the file and for the resizing."""
+    assert Image.MAX_IMAGE_PIXELS is not None
+    assert 2 * Image.MAX_IMAGE_PIXELS * 4 * 2 < decode.MEMORY_LIMIT
 
 
 @dataclass(frozen=True, slots=True)

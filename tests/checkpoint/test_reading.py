@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import random
 import re
 import warnings
 from collections.abc import Callable
@@ -757,3 +758,281 @@ def test_bundled_metadata_must_make_sense(tmp_path: Path) -> None:
     save_file(state(), tmp_path / "m.safetensors", {"activation": "relu"})
     with pytest.raises(CheckpointError, match="metadata must name an activation"):
         read_checkpoint(tmp_path / "m.safetensors")
+
+
+# --- a config that belongs to the weights, and an index --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 4}, "layers 4, not 2"),
+        ({"num_hidden_layers": 1}, "layers 1, not 2"),
+        ({"num_hidden_layers": None}, "layers 12, not 2"),  # transformers' default
+        ({"hidden_size": 256, "num_attention_heads": 4}, "width 256, not 128"),
+        ({"patch_size": 32, "image_size": 128}, "patch size 32, not 16"),
+        ({"patch_size": 0}, "unexpected structure"),
+        ({"num_hidden_layers": "2"}, "layers 2, not 2"),
+    ],
+    ids=str,
+)
+def test_transformers_config_must_describe_its_weights(
+    changes: dict[str, Any], message: str, sharded: bool, saved: Path, tmp_path: Path
+) -> None:
+    config = json.loads((saved / "config.json").read_bytes())
+    config["vision_config"] |= changes
+    config["vision_config"] = {key: value for key, value in config["vision_config"].items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_shards(tmp_path, load_file(saved / "model.safetensors"), 2 if sharded else 1)
+    with pytest.raises(CheckpointError, match=rf"config\.json: .*{message}"):
+        read_checkpoint(tmp_path)
+
+
+def write_shards(folder: Path, entries: dict[str, Tensor], count: int) -> dict[str, str]:
+    """A file, or shards with an index, whose weight map is returned."""
+    if count == 1:
+        save_file(entries, folder / "model.safetensors")
+        return {}
+    places = {key: f"part{number % count}.safetensors" for number, key in enumerate(sorted(entries))}
+    for name in set(places.values()):
+        save_file({key: entries[key] for key in entries if places[key] == name}, folder / name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return places
+
+
+def test_the_embedding_of_transformers_config_must_be_that_of_the_weights(saved: Path, tmp_path: Path) -> None:
+    config = json.loads((saved / "config.json").read_bytes()) | {"projection_dim": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((saved / "model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match="embedding 64, not 32"):
+        read_checkpoint(tmp_path)
+
+
+def without_layers(entries: dict[str, Tensor], last: str) -> dict[str, Tensor]:
+    return {key: tensor for key, tensor in entries.items() if last not in key}
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet", "text"])
+def test_open_clips_config_must_describe_its_weights(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored_tower, "VOCABULARY", 64)
+    open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
+    vision = OPEN_CLIP_VISION["vit" if kind == "text" else kind]
+    text = {"context_length": 8, "vocab_size": 64, "width": 64, "heads": 1, "layers": 2}
+    config = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+    model = randomise(open_clip.CLIP(32, vision, text))
+    whole = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    write(tmp_path / "open_clip_model.safetensors", whole)
+    read_checkpoint(tmp_path, "gelu")
+    last, message = {
+        "vit": ("visual.transformer.resblocks.1.", "layers 2, not 1"),
+        "resnet": ("visual.layer2.1.", r"layers \[1, 2, 1, 1\], not \[1, 1, 1, 1\]"),
+        "text": ("transformer.resblocks.1.", "its text tower has 1 layers, the config beside it says 2"),
+    }[kind]
+    visual = kind != "text"
+    cut = {key: t for key, t in whole.items() if not key.startswith(last) or (key.startswith("visual.") and not visual)}
+    assert len(cut) < len(whole)
+    write(tmp_path / "open_clip_model.safetensors", cut)
+    with pytest.raises(CheckpointError, match=message):
+        read_checkpoint(tmp_path, "gelu")
+
+
+def test_what_an_index_lists_must_be_there(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((saved / "config.json").read_bytes())
+    entries = load_file(saved / "model.safetensors")
+    places = write_shards(tmp_path, entries, 3)
+    assert read_checkpoint(tmp_path).config == read_checkpoint(saved).config
+    for key, name in random.sample(sorted(places.items()), 5):
+        held = load_file(tmp_path / name)
+        save_file({other: tensor for other, tensor in held.items() if other != key}, tmp_path / name)
+        with pytest.raises(CheckpointError, match=rf"lists {re.escape(key)} in {name}, which has no such tensor"):
+            read_checkpoint(tmp_path)
+        save_file(held, tmp_path / name)
+    moved = {**places, key: next(other for other in places.values() if other != places[key])}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": moved}))
+    with pytest.raises(CheckpointError, match="which has no such tensor"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "other.index.json", "x" * 5000, "\0", "", ".", ".."])
+def test_an_index_lists_files_of_weights(name: str, tmp_path: Path) -> None:
+    for index in ("model.safetensors.index.json", "other.index.json"):
+        (tmp_path / index).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(CheckpointError, match=r"shard .* is not a file in the same folder"):
+        read_checkpoint(tmp_path)
+
+
+# --- where in a file or folder the weights are -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "model.", "clip_model.", "module.model.", "net.encoder.clip.", "_orig_mod.model.", "visual_."]
+)
+@pytest.mark.parametrize("form", ["pt", "safetensors", "head", "alone"])
+def test_prefixes_are_found(form: str, prefix: str, kind: str, tmp_path: Path) -> None:
+    """Such as wrappers leave, which may have weights of their own beside the model."""
+    names = state(kind)
+    if form == "alone":
+        names = {key.removeprefix("visual."): tensor for key, tensor in names.items()}
+    wrapped = {f"{prefix}{key}": tensor for key, tensor in names.items()}
+    if form == "head":
+        wrapped |= {"head.weight": torch.ones(2, 32), "visual_head.0.weight": torch.ones(1), "scale": torch.ones(())}
+    path = tmp_path / ("m.safetensors" if form == "safetensors" else "m.pt")
+    save_file(wrapped, path) if form == "safetensors" else torch.save(wrapped, path)
+    read = read_checkpoint(path, "quick_gelu")
+    assert read.config == (VIT if kind == "vit" else RESNET)
+    assert all(torch.equal(read.state_dict[name], tensor) for name, tensor in _tower_state(kind).items())
+
+
+def test_prefixes_of_hugging_faces_names_are_found(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_bytes((saved / "config.json").read_bytes())
+    entries = {f"model.clip.{key}": tensor for key, tensor in load_file(saved / "model.safetensors").items()}
+    for count in (1, 3):  # of shards, none of which tells the prefix alone
+        write_shards(tmp_path, entries, count)
+        read = read_checkpoint(tmp_path / ("model.safetensors" if count == 1 else "model.safetensors.index.json"))
+        wanted = read_checkpoint(saved)
+        assert read.config == wanted.config
+        assert all(torch.equal(read.state_dict[name], tensor) for name, tensor in wanted.state_dict.items())
+
+
+def test_a_missing_tensor_behind_a_prefix_is_named(tmp_path: Path) -> None:
+    wrapped = {f"model.{key}": tensor for key, tensor in state().items() if key != "visual.proj"}
+    torch.save(wrapped, tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match=r"misses visual\.proj"):
+        read_checkpoint(tmp_path / "m.pt", "quick_gelu")
+
+
+@pytest.mark.parametrize(
+    "container",
+    [
+        lambda weights: {"epoch": 3, "model_state_dict": weights, "optimizer_state_dict": {}, "loss": torch.ones(1)},
+        lambda weights: {"model": weights},
+        lambda weights: {"net": weights, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": []}},
+        lambda weights: {"checkpoint": {"student": {f"clip.{key}": tensor for key, tensor in weights.items()}}},
+        lambda weights: {"state_dict": weights, "state_dict_ema": {key: 2 * tensor for key, tensor in weights.items()}},
+        lambda weights: {"state_dict": {"model": weights}},
+    ],
+    ids=["model_state_dict", "model", "with an optimiser", "nested", "with an average", "twice"],
+)
+def test_state_dicts_in_containers_are_found(
+    container: Callable[[dict[str, Tensor]], dict[Any, Any]], tmp_path: Path
+) -> None:
+    torch.save(container(state()), tmp_path / "m.pt")
+    read = read_checkpoint(tmp_path / "m.pt", "quick_gelu")
+    assert all(torch.equal(read.state_dict[name], tensor) for name, tensor in _tower_state("vit").items())
+
+
+def test_of_several_models_none_is_guessed(tmp_path: Path) -> None:
+    torch.save({"model": state(), "ema": state()}, tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match="holds several models, model, ema: save one of them alone"):
+        read_checkpoint(tmp_path / "m.pt", "quick_gelu")
+    torch.save({f"{name}.{k}": t for name in ("student", "teacher") for k, t in state().items()}, tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match=r"holds several models, named student\., teacher\.: save one"):
+        read_checkpoint(tmp_path / "m.pt", "quick_gelu")
+
+
+def test_weights_one_folder_down(saved: Path, tmp_path: Path) -> None:
+    """As in sentence-transformers' folders; of two such folders none is guessed."""
+    for name in ("0_CLIPModel", "1_Other"):
+        (tmp_path / name).mkdir()
+        for file in ("config.json", "model.safetensors"):
+            (tmp_path / name / file).write_bytes((saved / file).read_bytes())
+        if name == "0_CLIPModel":
+            (tmp_path / "1_Pooling").mkdir()
+            assert read_checkpoint(tmp_path).config == read_checkpoint(saved).config
+    with pytest.raises(CheckpointError, match="several models: choose one of its folders 0_CLIPModel, 1_Other"):
+        read_checkpoint(tmp_path)
+
+
+# --- dtypes, and what would fill the memory --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", stored_tower._FLOAT8, ids=str)
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_weights_in_8_bits_are_read(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    entries = {key: t.to(dtype) if t.ndim > 1 else t for key, t in state(kind).items()}
+    torch.save(entries, tmp_path / "m.pt")
+    read = read_checkpoint(tmp_path / "m.pt", "quick_gelu").state_dict
+    for name, tensor in read.items():
+        assert torch.equal(tensor.double(), entries[f"visual.{name}"].to(torch.float32).double()), name
+    entries["visual.conv1.weight"] = torch.full_like(state(kind)["visual.conv1.weight"], float("nan")).to(dtype)
+    torch.save(entries, tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match=r"visual\.conv1\.weight holds NaN"):
+        read_checkpoint(tmp_path / "m.pt", "quick_gelu")
+
+
+def expanded(entries: dict[str, Tensor]) -> dict[str, Tensor]:
+    width = entries["visual.positional_embedding"].shape[1]
+    return entries | {"visual.positional_embedding": torch.zeros(1, 1).expand((1 << 16) ** 2 + 1, width)}
+
+
+def repeated(entries: dict[str, Tensor]) -> dict[str, Tensor]:
+    blocks = {key: tensor for key, tensor in entries.items() if f"{BLOCK}.0." in key}
+    return entries | {key.replace(".0.", f".{number}.", 1): t for key, t in blocks.items() for number in range(500)}
+
+
+@pytest.mark.parametrize("grow", [expanded, repeated])
+def test_tensors_that_are_larger_than_what_is_stored(
+    grow: Callable[[dict[str, Tensor]], dict[str, Tensor]], tmp_path: Path
+) -> None:
+    torch.save(grow(state()), tmp_path / "m.pt")
+    assert (tmp_path / "m.pt").stat().st_size < 10_000_000
+    with pytest.raises(CheckpointError, match="share memory, and are larger than what is stored"):
+        read_checkpoint(tmp_path / "m.pt", "quick_gelu")
+
+
+@pytest.mark.parametrize(
+    ("processing", "message"),
+    [
+        ({"mean": [float("nan")] * 3}, "mean must be three finite numbers"),
+        ({"mean": [10**400, 1, 1]}, "mean must be three finite numbers"),
+        ({"mean": [float("-inf"), 1, 1]}, "mean must be three finite numbers"),
+        ({"mean": [1e300, 1, 1]}, "mean must be three finite numbers"),
+        ({"mean": ["0.5"] * 3}, "mean must be three numbers"),
+        ({"mean": [0.5]}, "mean must be three numbers"),
+        ({"mean": 0.5}, "unexpected structure"),
+        ({"std": [0, 0, 0]}, "std must be three numbers above 0, got"),
+        ({"std": [1, -1, 1]}, "std must be three numbers above 0, got"),
+        ({"std": [1, 1, float("nan")]}, "std must be three numbers above 0, got"),
+    ],
+    ids=str,
+)
+def test_means_and_deviations_that_make_no_sense(processing: dict[str, Any], message: str, tmp_path: Path) -> None:
+    config = {"model_cfg": {"vision_cfg": OPEN_CLIP_VISION["vit"]}, "preprocess_cfg": processing}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    write(tmp_path / "open_clip_model.safetensors", state())
+    with pytest.raises(CheckpointError, match=rf"open_clip_config\.json: .*{message}"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("deep", ["[" * 100_000 + "]" * 100_000, '{"a":' * 100_000 + "1" + "}" * 100_000])
+@pytest.mark.parametrize("name", ["open_clip_config.json", "model.safetensors.index.json"])
+def test_json_nested_deep(name: str, deep: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(f'{{"a": {deep}}}')
+    if name == "open_clip_config.json":
+        write(tmp_path / "open_clip_model.safetensors", state())
+    with pytest.raises(CheckpointError, match="cannot be read as JSON"):
+        read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("processing", "on_white"),
+    [
+        ({"size": 64}, True),  # transformers' default
+        ({"size": 64, "do_convert_rgb": True}, True),
+        ({"size": 64, "do_convert_rgb": False}, False),
+        (None, False),
+    ],
+    ids=str,
+)
+def test_transparency_is_that_of_the_folders_processor(
+    processing: dict[str, Any] | None, on_white: bool, saved: Path, tmp_path: Path
+) -> None:
+    write_hugging_face(saved, tmp_path, "preprocessor_config.json", processing or {})
+    if processing is None:
+        (tmp_path / "preprocessor_config.json").unlink()
+    assert read_checkpoint(tmp_path).on_white == on_white

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import resource
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -72,3 +73,75 @@ def test_code_in_a_file_does_not_run(form: str, tmp_path: Path) -> None:
     if form == "bare pickle":  # the test would see the file if it were made
         pickle.loads(path.read_bytes())
         assert marker.exists()
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pt", "bin"])
+def test_a_pointer_of_git_lfs_is_named(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"model.{suffix}"
+    path.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 605157884\n")
+    with pytest.raises(CheckpointError, match=r"is a pointer of git-lfs.*: run `git lfs pull`"):
+        read_weights(path)
+
+
+# --- archives that are larger than their file ------------------------------------------------------------------------
+
+
+def write_zeros(archive: zipfile.ZipFile, name: str) -> None:
+    with archive.open(name, "w", force_zip64=True) as file:
+        for _ in range(64):
+            file.write(bytes(1 << 24))
+
+
+def overlap(path: Path) -> None:
+    """Makes every entry of the directory stand for the largest member."""
+    with zipfile.ZipFile(path, "a") as archive:
+        large = max(archive.infolist(), key=lambda info: info.file_size)
+        archive.NameToInfo.clear()
+        for number, info in enumerate(archive.filelist):
+            info.header_offset, info.file_size, info.compress_size, info.CRC = (
+                large.header_offset, large.file_size, large.compress_size, large.CRC,
+            )  # fmt: skip
+            archive.NameToInfo[f"{number}"] = info
+        archive._didModify = True  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("packed", ["data.pkl", "data/0", "constants.pkl", "version"])
+@pytest.mark.parametrize("torchscript", [False, True])
+def test_packed_archives_are_refused(torchscript: bool, packed: str, tmp_path: Path) -> None:
+    """A megabyte would become a gigabyte."""
+    path = tmp_path / "m.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as archive:
+        if torchscript:
+            archive.writestr("archive/constants.pkl", b"\x80\x02).", zipfile.ZIP_STORED)
+        write_zeros(archive, f"archive/{packed}")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(CheckpointError, match=rf"refused: its archive/{packed} is compressed"):
+        read_weights(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB
+
+
+def test_members_that_overlap_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "m.pt"
+    torch.save({f"visual.{number}": torch.randn(10_000) for number in range(50)}, path)
+    read_weights(path)
+    overlap(path)
+    with pytest.raises(CheckpointError, match="refused: what it claims to hold is larger than the file"):
+        read_weights(path)
+
+
+@pytest.mark.parametrize("depth", [1, 60])
+def test_modules_inside_each_other_are_read_once(depth: int, tmp_path: Path) -> None:
+    """Each holding the next twice, they would be 2 to the power of `depth`; the last may hold the first."""
+    state = b"}"  # a module's attributes: pickled by hand, since they are classes of TorchScript
+    header = b"\x80\x02"
+    body = b""
+    for number in range(depth + 1):
+        body += b"c__torch__\nM\n)\x81q" + bytes([number]) + b"0"  # an empty module into the memo
+    for number in range(depth):
+        here, below = bytes([number]), bytes([number + 1])
+        body += b"h" + here + state + b"(X\x01\0\0\0ah" + below + b"X\x01\0\0\0bh" + below + b"ub0"
+    body += b"h" + bytes([depth]) + state + b"(X\x01\0\0\0ah\x00ub0"
+    with zipfile.ZipFile(tmp_path / "m.pt", "w") as archive:
+        archive.writestr("archive/constants.pkl", b"\x80\x02).")
+        archive.writestr("archive/data.pkl", header + body + b"h\x00.")
+    assert read_weights(tmp_path / "m.pt").entries == {}

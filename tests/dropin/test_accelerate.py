@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import inspect
 import io
+import pickle
 import re
 import types
 import warnings
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +269,41 @@ def test_copies_pickles_and_changed_weights(make: Callable[[], nn.Module], image
         assert not close(changed, before, 1e-2)
         clip_fast.restore(model)
         assert close(changed, embeddings(model, images))
+
+
+PICKLES: dict[str, Callable[[nn.Module], Any]] = {
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "a spawned process": lambda model: pickle.loads(ForkingPickler.dumps(model)),
+    "Ray and loky": lambda model: pickle.loads(pytest.importorskip("ray.cloudpickle").dumps(model)),
+    "a shallow copy": lambda model: copy.copy(tower(model)),
+}
+
+
+@pytest.mark.parametrize("make", MODELS)
+@pytest.mark.parametrize("way", PICKLES)
+def test_a_pickle_says_that_it_is_the_original(make: Callable[[], nn.Module], way: str, images: Tensor) -> None:
+    """A process pool would run at the original's speed without a word."""
+    model = clip_fast.accelerate(make())
+    with pytest.warns(UserWarning, match=r"a pickle of an accelerated .* call clip_fast\.accelerate on it") as caught:
+        arrived = PICKLES[way](model)
+    assert len(caught) == 1
+    assert caught[0].filename in (__file__, importlib.import_module("threading").__file__)
+    assert is_accelerated(model)
+    assert not is_accelerated(arrived)
+    with torch.no_grad():
+        wanted = tower(model)(images)
+        got = tower(clip_fast.accelerate(arrived))(images)
+    assert close(*((each if isinstance(each, Tensor) else each.pooler_output) for each in (got, wanted)))
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_copies_and_plain_pickles_say_nothing(make: Callable[[], nn.Module]) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="a pickle of")
+        model = copy.deepcopy(clip_fast.accelerate(make()))
+        assert is_accelerated(model)
+        model.state_dict()
+        pickle.dumps(clip_fast.restore(model))
 
 
 @pytest.mark.parametrize("make", [openai_vit, open_clip_vit])

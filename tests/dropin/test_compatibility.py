@@ -12,6 +12,8 @@ import gzip
 import importlib
 import importlib.metadata
 import json
+import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_checks import assert_same_bits
+from packaging.version import Version
 from torch import Tensor, nn
 
 import clip_fast
@@ -29,6 +32,7 @@ from clip_fast.errors import NotServed
 from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD
 
 FAST, ORIGINAL = "fast", "original"
+PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,15 @@ def openai_clip(*shape: Any) -> Callable[[], nn.Module]:
 
 def open_clip(name: str, **options: Any) -> Callable[[], nn.Module]:
     return lambda: importlib.import_module("open_clip").create_model(name, pretrained=None, **options)
+
+
+def llava() -> nn.Module:
+    """With a vision tower of real shape and a small language model."""
+    module: Any = importlib.import_module("transformers")
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
+    text = module.LlamaConfig(**shape, num_key_value_heads=1, vocab_size=100)
+    config = module.LlavaConfig(vision_config=module.CLIPVisionConfig(), text_config=text, image_token_id=99)
+    return module.LlavaForConditionalGeneration(config)
 
 
 def transformers(name: str, config: str) -> Callable[[], nn.Module]:
@@ -109,6 +122,7 @@ FAMILIES = [
         "transformers", "CLIPVisionModelWithProjection",
         transformers("CLIPVisionModelWithProjection", "CLIPVisionConfig"),
     ),
+    Family("transformers", "LlavaForConditionalGeneration", llava),
     Family("transformers", "SiglipModel", transformers("SiglipModel", "SiglipConfig"), "no image tower"),
     Family("transformers", "Dinov2Model", transformers("Dinov2Model", "Dinov2Config"), "no image tower"),
     Family("sentence-transformers", "CLIPModel", sentence_transformers),
@@ -131,6 +145,12 @@ def is_transformers(model: Any) -> bool:
     return hasattr(model, "config") and not hasattr(model, "encode")  # nor a SentenceTransformer
 
 
+def vision(model: Any) -> Any:
+    """The image part of a model of transformers, which may be all of it."""
+    inside = getattr(model, "model", model)  # LLaVA's
+    return getattr(model, "vision_model", getattr(inside, "vision_tower", model))
+
+
 def embeddings(model: Any, images: Tensor) -> Any:
     if hasattr(model, "encode_image"):
         return model.encode_image(images)
@@ -149,10 +169,22 @@ def visual(model: Any, images: Tensor) -> Any:
 
 
 def hidden_states(model: Any, images: Tensor) -> Any:
-    tower = getattr(model, "vision_model", model)
-    if not is_transformers(model):
+    return vision(model)(pixel_values=images, output_hidden_states=True) if is_transformers(model) else None
+
+
+def one_layer(model: Any, images: Tensor) -> Any:
+    """As LLaVA asks, of the releases of transformers that take the number of a layer."""
+    capturing: Any = sys.modules.get("transformers.utils.output_capturing")
+    if not is_transformers(model) or not hasattr(capturing, "selected_hidden_states"):
         return None
-    return tower(pixel_values=images, output_hidden_states=True)
+    return vision(model)(pixel_values=images, output_hidden_states=-2)
+
+
+def unread(model: Any, images: Tensor) -> Any:
+    """Options that towers are handed and never read; those of transformers 4 take none."""
+    if not is_transformers(model) or "transformers.utils.output_capturing" not in sys.modules:
+        return None
+    return vision(model)(pixel_values=images, use_cache=False, num_items_in_batch=2)
 
 
 def return_dict(model: Any, images: Tensor) -> Any:
@@ -176,13 +208,15 @@ def interpolated(model: Any, images: Tensor) -> Any:
     if not is_transformers(model):
         return None
     larger = torch.nn.functional.interpolate(images, scale_factor=9 / 7)
-    return getattr(model, "vision_model", model)(pixel_values=larger, interpolate_pos_encoding=True)
+    return vision(model)(pixel_values=larger, interpolate_pos_encoding=True)
 
 
 OUTPUTS: dict[str, tuple[Callable[[Any, Tensor], Any], str, float]] = {
     "embeddings": (embeddings, FAST, 1e-5),
     "visual": (visual, FAST, 1e-5),
     "hidden states": (hidden_states, FAST, 1e-5),
+    "one layer": (one_layer, FAST, 1e-5),
+    "unread options": (unread, FAST, 1e-5),
     "return_dict=False": (return_dict, FAST, 1e-5),
     "patch tokens": (patch_tokens, FAST, 1e-5),
     "interpolated positions": (interpolated, ORIGINAL, 1e-6),
@@ -198,22 +232,33 @@ def _table(pytestconfig: pytest.Config) -> Iterator[None]:
         write_table(Path(path), _SEEN)
 
 
+def read_table(path: Path) -> dict[tuple[str, str], dict[str, str]]:
+    """What `write_table` has written: for each package with its version, and model, the outputs and how they came."""
+    lines = [line for line in path.read_text().splitlines() if line.startswith("| ") and "---" not in line]
+    header, *rows = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in lines)
+    return {(row[0], row[1]): dict(zip(header[2:], row[2:], strict=True)) for row in rows}
+
+
+def no_longer_fast(package: str, version: str, family: str, cells: dict[str, str]) -> set[str]:
+    """The outputs that were fast in the page in an earlier version of a package, and that are not in `cells`."""
+    earlier = [
+        was
+        for (other, name), was in read_table(PAGE).items()
+        if (other.split()[0], name) == (package, family) and Version(other.split()[1]) < Version(version)
+    ]
+    return {output for was in earlier for output, way in was.items() if way == FAST and cells.get(output) != FAST}
+
+
 def write_table(path: Path, seen: dict[tuple[str, str], dict[str, str]]) -> None:
     header = ["package", "model", *OUTPUTS]
-    lines = {}
-    if path.exists():
-        kept = [line for line in path.read_text().splitlines() if line.startswith("| ") and "---" not in line]
-        lines = {tuple(line.split(" | ")[:2]): line for line in kept[1:]}
-    for (package, family), cells in seen.items():
-        line = f"| {package} | {family} | " + " | ".join(cells.get(output, "") for output in OUTPUTS) + " |"
-        lines[tuple(line.split(" | ")[:2])] = line
+    rows = (read_table(path) if path.exists() else {}) | seen
     title = (
         "What `clip_fast.accelerate` gives, as `pytest tests/dropin/test_compatibility.py --compatibility` saw it.\n"
         "**fast**: the fast path ran, and what it returned was what the original returns, but for rounding.\n"
         "**original**: the original forward runs, and a warning says why. Empty: there is no such output."
     )
     rules = "| " + " | ".join("---" for _ in header) + " |"
-    body = [lines[key] for key in sorted(lines)]
+    body = [f"| {' | '.join([*key, *(rows[key].get(output, '') for output in OUTPUTS)])} |" for key in sorted(rows)]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(["# Compatibility", "", title, "", f"| {' | '.join(header)} |", rules, *body]) + "\n")
 
@@ -236,6 +281,7 @@ def test_a_family(family: Family) -> None:
         for name, tensor in after.items():
             assert_same_bits(tensor, before[name])  # CoCa leaves some uninitialised, which may be NaN
         cells["embeddings"] = f"refused: {refusal.value}"
+        assert not no_longer_fast(family.package, version, family.name, cells)
         return
     original = copy.deepcopy(model)
     assert clip_fast.accelerate(model) is model
@@ -259,6 +305,7 @@ def test_a_family(family: Family) -> None:
             if way == FAST:
                 assert any(not torch.equal(*pair) for pair in pairs), f"{name} is not by another path"
             cells[name] = way
+    assert not no_longer_fast(family.package, version, family.name, cells)
     if hasattr(model, "encode"):
         return  # sentence-transformers take pictures
     mean, std = (torch.tensor(x)[:, None, None] for x in (IMAGE_MEAN, IMAGE_STD))
@@ -280,3 +327,17 @@ def test_the_table_keeps_the_lines_of_other_versions(tmp_path: Path) -> None:
     assert [line.split(" | ")[0] for line in lines] == ["| a 1.0", "| a 2.0", "| b 1.0"]
     assert "original" in lines[2]
     assert "fast" not in lines[2]
+
+
+def test_the_page_is_as_it_would_be_written_again(tmp_path: Path) -> None:
+    """Its header too, which says how."""
+    shutil.copy(PAGE, tmp_path)
+    write_table(tmp_path / PAGE.name, {})
+    assert (tmp_path / PAGE.name).read_text() == PAGE.read_text()
+
+
+def test_what_was_fast_in_an_earlier_version_stays_fast() -> None:
+    assert not no_longer_fast("transformers", "4.0", "CLIPModel", {})
+    assert {"embeddings", "hidden states"} <= no_longer_fast("transformers", "99.0", "CLIPModel", {})
+    assert "embeddings" not in no_longer_fast("transformers", "99.0", "CLIPModel", {"embeddings": FAST})
+    assert not no_longer_fast("transformers", "99.0", "SiglipModel", {})

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
+import inspect
 import pickle
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,7 +36,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import clip_fast
-from clip_fast.dropin.forward import Forward
+from clip_fast.dropin.forward import _UNREAD, Forward
 from clip_fast.engine.engine import Engine
 from clip_fast.errors import NotServed
 from clip_fast.towers.config import VitConfig
@@ -173,8 +176,11 @@ def test_interpolated_positions(images: Tensor) -> None:
     assert torch.equal(got.image_embeds, wanted)
 
 
-NOT_FLAGS = {"output_hidden_states": 1}
-if hasattr(transformers.utils, "output_capturing"):  # as of transformers 5
+CAPTURES = hasattr(transformers.utils, "output_capturing")  # as of transformers 5
+SELECTS_LAYERS = CAPTURES and hasattr(transformers.utils.output_capturing, "selected_hidden_states")  # as of 5.24
+
+NOT_FLAGS: dict[str, Any] = {"output_hidden_states": (True, 1.5) if SELECTS_LAYERS else 1}
+if CAPTURES:
     NOT_FLAGS["unheard_of"] = 1
 
 
@@ -185,11 +191,110 @@ def test_what_else_transformers_may_be_asked(name: str, images: Tensor) -> None:
     with torch.no_grad():
         wanted = model(images, **options)
         clip_fast.accelerate(model)
-        why = f"{name} is (1|given)"
+        why = f"{name} is (1|.*1.5|given)"
         got = falls_back(model, images, why, lambda m, x: m(x, **options))
     assert torch.equal(got.last_hidden_state, wanted.last_hidden_state)
     for ours, theirs in zip(got.hidden_states or (), wanted.hidden_states or (), strict=True):
-        assert (ours is None and theirs is None) or torch.equal(ours, theirs)  # 1 is one layer, as of 5.24
+        assert (ours is None and theirs is None) or torch.equal(ours, theirs)
+
+
+@pytest.mark.skipif(not SELECTS_LAYERS, reason="this release of transformers has no numbers of layers")
+@pytest.mark.parametrize("asked", [1, 3, -1, -2, -4, 0, 4, -5, [-2, -1], [0, 2, 2], (1, -1), [9], [-9, 1], []], ids=str)
+@pytest.mark.parametrize("by", ["call", "configuration"])
+def test_layers_by_their_numbers(asked: Any, by: str, images: Tensor) -> None:
+    """As LLaVA asks for them: None stands in the place of every other."""
+    model = tower(hugging_face(kind="CLIPVisionModel"))
+    options = {"output_hidden_states": asked} if by == "call" else {}
+    if by == "configuration":
+        model.config.output_hidden_states = asked
+    with torch.no_grad():
+        wanted = model(images, **options)
+        clip_fast.accelerate(model)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="the original forward")
+            got = model(images, **options)
+    assert got.keys() == wanted.keys()
+    assert close(got.last_hidden_state, wanted.last_hidden_state)
+    assert (got.hidden_states is None) == (wanted.hidden_states is None)
+    for ours, theirs in zip(got.hidden_states or (), wanted.hidden_states or (), strict=True):
+        assert (ours is None and theirs is None) or close(ours, theirs)
+
+
+def llava(layer: int | list[int]) -> Any:
+    text = transformers.LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        vocab_size=200, pad_token_id=0,
+    )  # fmt: skip
+    vision = hugging_face().config
+    config = transformers.LlavaConfig(
+        vision_config=vision, text_config=text, image_token_id=199, image_token_index=199, vision_feature_layer=layer
+    )
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("layer", [-2, [-2, -1]], ids=str)
+def test_llava_takes_the_fast_path(layer: int | list[int], images: Tensor) -> None:
+    model = llava(layer)
+    given = {"input_ids": torch.tensor([[1, *[199] * 16, 5]] * len(images)), "pixel_values": images}
+    given["attention_mask"] = torch.ones_like(given["input_ids"])
+    calls: list[Callable[[], Tensor]] = [
+        lambda: model(**given).logits,
+        lambda: model(**given, use_cache=False).logits,
+        lambda: model(**given, logits_to_keep=1, num_items_in_batch=3).logits,
+        lambda: model.generate(**given, max_new_tokens=2, do_sample=False, output_logits=True,
+                               return_dict_in_generate=True).logits[0],
+    ]  # fmt: skip
+    with torch.no_grad():
+        wanted = [call() for call in calls]
+        clip_fast.accelerate(model)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="the original forward")
+            for call, logits in zip(calls, wanted, strict=True):
+                assert close(call(), logits)
+
+
+@pytest.mark.skipif(not CAPTURES, reason="towers of this release of transformers take no other options")
+@pytest.mark.parametrize("name", sorted(_UNREAD))
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_options_that_the_original_never_reads(name: str, attention: str, images: Tensor) -> None:
+    """Not even a value that nothing can be made of changes what the original gives."""
+    model = tower(hugging_face(kind="CLIPVisionModel", attn_implementation=attention))
+    options = {name: object()}
+    with torch.no_grad():
+        wanted = model(images)
+        assert torch.equal(model(images, **options).pooler_output, wanted.pooler_output)
+        clip_fast.accelerate(model)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="the original forward")
+            assert close(model(images, **options).pooler_output, wanted.pooler_output)
+
+
+def test_trainer_predicts_by_the_fast_path(images: Tensor, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
+    config = transformers.CLIPConfig(vision_config=hugging_face().config.to_dict())
+    config.num_labels = 3
+    model = clip_fast.accelerate(transformers.CLIPForImageClassification(config).eval())
+    arguments = transformers.TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the original forward")
+        found = transformers.Trainer(model, arguments).predict(
+            [{"pixel_values": image, "labels": i % 3} for i, image in enumerate(images)]
+        )
+    with torch.no_grad():
+        assert close(torch.from_numpy(found.predictions), clip_fast.restore(model)(pixel_values=images).logits)
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_the_signature_is_the_originals(make: Callable[[], nn.Module]) -> None:
+    """Callers look there for what a model takes, and Trainer for the columns of a dataset to keep."""
+    part = tower(make())
+    wanted = inspect.signature(part.forward)
+    clip_fast.accelerate(part)
+    for each in (part, copy.deepcopy(part)):
+        assert inspect.signature(each.forward) == wanted
+        assert each.forward.__doc__ == type(part).forward.__doc__
+        assert Forward.of(each) is not None
+    assert Forward.of(clip_fast.restore(part)) is None
 
 
 def test_an_attention_of_the_users_own(images: Tensor) -> None:
@@ -430,9 +535,9 @@ def test_weights_are_prepared_once_however_often_the_attention_is_switched(image
     with torch.no_grad():
         stays_fast(model, images)
         forward: Any = Forward.of(tower(model))
-        engine = forward._current_engine()
+        engine, _ = forward._look()
         model.set_attn_implementation("eager")
-        assert forward._current_engine() is engine
+        assert forward._look()[0] is engine
 
 
 def test_raw_pixels_reach_the_original_as_floats() -> None:
@@ -707,6 +812,17 @@ def test_releases_of_open_clip_that_pool_otherwise() -> None:
     del tower(model).final_ln_after_pool
     with pytest.raises(NotServed, match="too old"):
         clip_fast.accelerate(model)
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_a_forward_around_ours_is_not_ours(make: Callable[[], nn.Module], images: Tensor) -> None:
+    """As `accelerate`'s hooks make one, with all attributes of the forward that it calls."""
+    visual = tower(clip_fast.accelerate(make()))
+    ours = visual.forward
+    visual.forward = functools.update_wrapper(functools.partial(ours), ours)
+    assert Forward.of(visual) is None
+    with torch.no_grad():
+        assert visual(images) is not None
 
 
 @pytest.mark.parametrize("make", MODELS)

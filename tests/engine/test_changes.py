@@ -1,4 +1,4 @@
-"""The hooks that follow weights: in the process while a tower lives, and gone with the last."""
+"""The hooks that follow weights: they are installed while a tower lives, and go with the last one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from clip_fast.engine import changes
 
 
 def installed() -> tuple[int, int]:
-    """Our hooks on optimisers' steps and on registered modules."""
+    """The numbers of our hooks on optimisers' steps and on registered modules."""
     steps, modules = _global_optimizer_post_hooks.values(), _global_module_registration_hooks.values()
     counted = [sum(getattr(hook, "__self__", None) is changes._hooks for hook in hooks) for hooks in (steps, modules)]
     return counted[0], counted[1]
@@ -25,7 +25,7 @@ def installed() -> tuple[int, int]:
 
 @pytest.fixture(autouse=True)
 def _no_towers() -> Iterator[None]:
-    """Before and after a test no tower lives, whatever other tests have left."""
+    """No tower lives before and after a test. A test is skipped if another one holds a tower."""
     gc.collect()
     if installed() != (0, 0):
         pytest.skip("another test of this process holds a tower")
@@ -50,12 +50,12 @@ def test_an_accelerated_model_takes_its_hooks_along() -> None:
     model = clip_fast.accelerate(open_clip_vit())
     assert installed() == (1, 1)
     del model
-    gc.collect()  # it refers to itself
+    gc.collect()  # the model refers to itself
     assert installed() == (0, 0)
 
 
 def test_a_tower_that_goes_while_hooks_are_called_leaves_them_be() -> None:
-    """PyTorch iterates over its hooks then, and raises where they change."""
+    """PyTorch is iterating over its hooks at that moment, and raises an exception if they change."""
     held: list[object] = [clip_fast.load("tiny-digits", "cpu")[0]]
     weight = nn.Parameter(torch.ones(2))
     weight.grad = torch.ones(2)

@@ -1,6 +1,6 @@
-"""Whole encoders on a GPU, compiled kernels, graphs and all, against the plain tower in float64 on the same GPU.
+"""Whole encoders on a GPU, with compiled kernels and graphs, against the plain tower in float64 on the same GPU.
 
-Without one a small encoder goes through the same checks under Triton's interpreter, so that no check breaks for the
+Without a GPU a small encoder goes through the same checks under Triton's interpreter, so that no check breaks for the
 first time on a GPU.
 """
 
@@ -41,7 +41,7 @@ def _no_gradients() -> object:
 def encoder(
     tower: torch.nn.Module, config: Config, precision: str, device: torch.device, cuda_graphs: bool = True
 ) -> ImageEncoder:
-    """Ours, of the weights that `tower` has."""
+    """Our encoder with the weights of `tower`."""
     assert triton_can_run(device)
     state, dtype = tower.state_dict(), DTYPES[precision]
     return ImageEncoder(config, state, device, dtype, precision=precision, cuda_graphs=cuda_graphs)  # type: ignore[arg-type]
@@ -50,10 +50,10 @@ def encoder(
 def errors(
     config: Config, precision: str, device: torch.device, batch: int, outliers: bool = False
 ) -> tuple[float, float, float]:
-    """Of a random tower: the encoder's error against float64, the plain tower's, and the encoder's lowest cosine.
+    """For a random tower: the encoder's error against float64, the plain tower's, and the encoder's lowest cosine.
 
-    The plain tower computes what PyTorch makes of it in the encoder's own dtype, but for "tf32": there it is in fp16,
-    whose operands have as many bits.
+    The plain tower runs in PyTorch in the encoder's own dtype. For "tf32" it runs in fp16, whose operands have as many
+    bits.
     """
     dtype = DTYPES[precision]
     tower = random_tower(config, outliers).to(device, dtype).eval()  # all read the rounded weights
@@ -68,7 +68,7 @@ def errors(
 
 
 def check_vit(config: VitConfig, precision: str, device: torch.device, towers: int = 3, batch: int = 16) -> None:
-    """Typically, over a few towers: in float32 at most twice the plain tower's error, in half precisions 1.1 times."""
+    """The typical error of a few towers is at most twice the plain tower's in float32, 1.1 times in half precisions."""
     found = [errors(config, precision, device, batch) for _ in range(towers)]
     limit = {"fp32": 2.0, "tf32": 1.0, "fp16": 1.1, "bf16": 1.1}[precision]
     assert statistics.geometric_mean(error / plain for error, plain, _ in found) <= limit
@@ -90,7 +90,7 @@ def check_one_row_one_result(
 ) -> None:
     """An image's embedding has the same bits alone, among others, at another place, replayed and launched.
 
-    With 60 others a batch is larger than the largest bucket.
+    With 60 other images a batch is larger than the largest bucket.
     """
     tower = random_tower(config)
     model, launched = (encoder(tower, config, precision, device, graphs) for graphs in (True, False))
@@ -113,7 +113,7 @@ def check_one_row_one_result(
 def check_every_run_is_the_same(
     config: VitConfig, precision: str, device: torch.device, runs: int = 100, large: int = 70
 ) -> None:
-    """Other batches run between; those of 5 are padded with what these left behind."""
+    """Other batches run between the runs. Batches of 5 are padded with rows of these."""
     model = encoder(random_tower(config), config, precision, device)
     batches = {batch: _images(batch, config, DTYPES[precision], device, raw=False) for batch in (5, large)}
     first = {batch: model.encode_image(images).clone() for batch, images in batches.items()}
@@ -159,7 +159,10 @@ def test_resnet(name: str, precision: str) -> None:
 @needs_gpu
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_outlier_channels(precision: str) -> None:
-    """Of a residual stream of several hundred, as trained networks have. Each tower is a draw of few numbers."""
+    """A few channels of the residual stream reach several hundred, as in trained networks.
+
+    Many towers are drawn, since few numbers decide each one's error.
+    """
     config = VitConfig(image_size=32, patch_size=16, width=128, layers=2, heads=2, embed_dim=64)
     found = [errors(config, precision, CUDA, 4, outliers=True) for _ in range(300)]
     assert statistics.geometric_mean(error / plain for error, plain, _ in found) <= 1.1
@@ -182,7 +185,7 @@ def test_every_run_is_the_same(name: str, precision: str) -> None:
 
 @needs_gpu
 def test_more_elements_than_an_int32_counts() -> None:
-    """Of a residual and a result of 8 GiB each: the last rows have the bits that they have alone."""
+    """The residual and the result have 8 GiB each. The last rows have the same bits as when computed alone."""
     m, n, k = 2**20 + 1, 4096, 64
     if torch.cuda.get_device_properties(CUDA).total_memory < 24 * 2**30:
         pytest.skip("needs 24 GiB of GPU memory")
@@ -199,7 +202,7 @@ def test_more_elements_than_an_int32_counts() -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("name", ["ViT-B/32", "RN50"])
 def test_the_current_device_does_not_matter(name: str) -> None:
-    """Graphs, launches of small and large batches, and ops called alone, on another device than the current one."""
+    """Graphs, launches of small and large batches, and single ops run on another device than the current one."""
     config = published(name)
     tower = random_tower(config).half()
     first, second = (encoder(tower, config, "fp16", torch.device("cuda", i)) for i in range(2))

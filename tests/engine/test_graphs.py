@@ -1,7 +1,7 @@
-"""CUDA graphs: which batch goes into which bucket, and that replays are right, alone and under misuse.
+"""CUDA graphs: the bucket of each batch size, and correct replays, alone and under misuse.
 
-Without a GPU a captured graph is a stand-in that computes again from the same buffers into the same results, which is
-what a replay does; with one, the encoder itself is captured.
+Without a GPU a stand-in takes the place of a captured graph. Like a replay, it computes again from the same buffers
+into the same results. With a GPU the encoder itself is captured.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ B32, L14_336 = 8.5e9, 3.5e11  # operations of an image
         (2, L14_336, 2),
         (3, B32, 4),
         (33, B32, 64),
-        (64, L14_336, 64),  # exactly a bucket: no padding to pay for
-        (63, L14_336, None),  # padding would be dearer than launching
+        (64, L14_336, 64),  # exactly a bucket, so nothing is padded
+        (63, L14_336, None),  # padding would cost more than launching
         (3, L14_336, None),
         (65, B32, None),
         (1000, B32, None),
@@ -68,7 +68,7 @@ def test_operations_of_an_image(name: str, operations: float | None) -> None:
 
 
 class Replays:
-    """In place of `Graphs._capture`: results in fixed buffers, written again by every replay."""
+    """Replaces `Graphs._capture`: every replay writes its results into the same buffers again."""
 
     def __init__(self) -> None:
         self.captures: list[tuple[Any, ...]] = []
@@ -100,7 +100,7 @@ def double(images: Tensor, task: Task = ENCODE) -> Results:
 
 def test_a_batch_is_padded_and_its_padding_cut_off(replays: Replays) -> None:
     these = Graphs(double)
-    for batch in (3, 4, 1, 3):  # what an earlier batch left in the buffer is not seen
+    for batch in (3, 4, 1, 3):  # the rows of an earlier batch in the buffer do not show
         images = torch.randn(batch, 3, 4, 4)
         for got, wanted in zip(these(4, images, ENCODE), double(images), strict=True):
             assert torch.equal(got, wanted)
@@ -139,7 +139,7 @@ def test_a_graph_captured_in_inference_mode_serves_outside_of_it(replays: Replay
 
 def test_threads_take_turns(replays: Replays) -> None:
     def double(images: Tensor, task: Task = ENCODE) -> Results:
-        time.sleep(1e-4)  # another thread may run, and write to the buffer if it is let to
+        time.sleep(1e-4)  # lets another thread run, which would write to the buffer if nothing stopped it
         return (images.flatten(1).float().sum(dim=1) * 2,)
 
     these = Graphs(double)
@@ -194,13 +194,13 @@ def test_not_while_someone_captures_or_in_a_compiled_graph(monkeypatch: pytest.M
 
 @pytest.fixture
 def bucketed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every batch asks for a graph, as small ones on a GPU do."""
+    """Makes every batch ask for a graph, as small batches on a GPU do."""
     monkeypatch.setattr(Engine, "_bucket", lambda self, images: len(images) if self.cuda_graphs else None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
 
 def test_no_graph_of_torch_compile_s_holds_the_encoder() -> None:
-    """Its replays would see no change of the weights."""
+    """The replays of torch.compile's own CUDA graphs would see no change of the weights."""
     assert torch.Tag.cudagraph_unsafe in torch.ops.clip_fast.encode.default.tags
 
 
@@ -243,8 +243,8 @@ def test_where_no_graph_can_be_captured_kernels_are_launched(
 
 @pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
 def test_an_encoder_is_released_with_its_graphs(config: VitConfig | ResNetConfig) -> None:
-    """No cycle holds a GPU's memory until the garbage collector comes by."""
-    others = [x for x in gc.get_objects() if type(x) is Convolution]  # of tests before
+    """There is no reference cycle, which would hold a GPU's memory until the garbage collector runs."""
+    others = [x for x in gc.get_objects() if type(x) is Convolution]  # left by earlier tests
     model = ImageEncoder(config, random_tower(config).state_dict(), torch.device("cpu"), torch.float32)
     model.encode_image(torch.zeros(1, 3, 32, 32))
     fast = model._engine.prepared
@@ -267,7 +267,7 @@ def test_an_encoder_is_released_with_its_graphs(config: VitConfig | ResNetConfig
 
 
 def pair(config: VitConfig | ResNetConfig) -> tuple[ImageEncoder, ImageEncoder]:
-    """One encoder that replays, and one that launches, of the same weights."""
+    """Two encoders with the same weights: one replays, the other launches."""
     state, device = random_tower(config).state_dict(), torch.device("cuda")
     return (
         ImageEncoder(config, state, device, torch.float16),
@@ -285,7 +285,7 @@ def test_replayed_embeddings_are_the_launched_ones(raw: bool) -> None:
             images = torch.randint(0, 256, (batch, 32, 32, 3), dtype=torch.uint8, device="cuda")
         assert torch.equal(model.encode_image(images), plain.encode_image(images))
     assert model._engine.prepared is not None
-    assert len(model._engine.prepared.graphs._captured) == 4  # of 1, 4, 8 and 64
+    assert len(model._engine.prepared.graphs._captured) == 4  # for batches of 1, 4, 8 and 64
 
 
 @needs_gpu
@@ -299,7 +299,7 @@ def test_replayed_tokens_and_hidden_states_are_the_launched_ones() -> None:
             assert torch.equal(got, wanted)
         assert torch.equal(model.hidden_state(images, 1), plain.hidden_state(images, 1))
     assert model._engine.prepared is not None
-    assert len(model._engine.prepared.graphs._captured) == 2  # of either task, for a batch of 4
+    assert len(model._engine.prepared.graphs._captured) == 2  # one for each task, for a batch of 4
 
 
 @needs_gpu
@@ -309,7 +309,7 @@ def test_a_resnet_is_replayed_where_its_batch_is_a_bucket() -> None:
         images = torch.randn(batch, 3, 32, 32, device="cuda")
         torch.testing.assert_close(model.encode_image(images), plain.encode_image(images), rtol=1e-2, atol=1e-2)
     assert model._engine.prepared is not None
-    assert len(model._engine.prepared.graphs._captured) == 2  # of 1 and 4
+    assert len(model._engine.prepared.graphs._captured) == 2  # for batches of 1 and 4
 
 
 @needs_gpu
@@ -335,7 +335,7 @@ def test_weights_that_change_are_captured_again() -> None:
 @needs_gpu
 def test_several_threads_and_streams_replay_on_a_gpu() -> None:
     model, plain = pair(VIT)
-    # Drawn beforehand: while one thread captures, PyTorch refuses another random numbers on the GPU.
+    # Drawn beforehand, since PyTorch refuses random numbers on the GPU to other threads while one thread captures.
     batches = [[torch.randn(1 + i, 3, 32, 32, device="cuda") for _ in range(20)] for i in range(4)]
     torch.cuda.synchronize()
 
@@ -343,7 +343,7 @@ def test_several_threads_and_streams_replay_on_a_gpu() -> None:
         with torch.cuda.stream(torch.cuda.Stream()):
             return [torch.equal(model.encode_image(images), plain.encode_image(images)) for images in batches[i]]
 
-    with ThreadPoolExecutor(4) as pool:  # while one captures, another prepares the weights of `plain`
+    with ThreadPoolExecutor(4) as pool:  # while one thread captures, another prepares the weights of `plain`
         assert all(all(equal) for equal in pool.map(caller, range(4)))
     assert model._engine.cuda_graphs  # no capture failed
 

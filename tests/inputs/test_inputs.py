@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import base64
+import datetime
 import errno
 import io
 import os
 import pickle
+import random
 import sys
 import tarfile
+import tracemalloc
+import uuid
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -177,6 +183,36 @@ def test_a_folder_whose_images_were_all_named_before_is_no_failure(folder: Path)
     assert found("*") == [*IN_PHOTOS, "z.png"]  # of what a pattern matches, something is enough
 
 
+LEFTOVERS = [
+    "@eaDir/b.png/SYNOPHOTO_THUMB_XL.jpg",
+    "b/@eaDir/2.webp@SynoEAStream.jpg",
+    ".@__thumb/default_b.png",
+    "#recycle/gone.png",
+    "b/@Recycle/gone.png",
+    "__MACOSX/b.png",
+    ".AppleDouble/b.png",
+    "._b.png",
+    "b/._2.webp",
+]
+
+
+@pytest.mark.parametrize("leftover", LEFTOVERS)
+def test_leftovers_of_a_nas_or_a_mac_are_no_photographs(folder: Path, leftover: str) -> None:
+    save(folder / "photos" / leftover)
+    assert found("photos") == IN_PHOTOS
+    assert found(f"photos/{leftover}") == [f"photos/{leftover}"]  # named itself, it is meant
+
+
+def test_files_of_other_kinds_in_folders_are_counted(folder: Path) -> None:
+    for name in ("a.HEIC", "b/b.heic", "b/c.tar", "._d.heic", "@eaDir/e.heic"):
+        (folder / "photos" / name).parent.mkdir(exist_ok=True)
+        (folder / "photos" / name).write_bytes(b"no image")
+    inputs = find_inputs(["photos", "z.png", "photos/notes.txt"])
+    assert inputs.passed_over == {".heic": 2, ".tar": 1, ".txt": 1, ".pdf": 1, "": 1}
+    assert find_inputs(["z.png"]).passed_over == {}
+    assert pickle.loads(pickle.dumps(inputs)).passed_over == inputs.passed_over
+
+
 # --- find_inputs: files ----------------------------------------------------------------------------------------------
 
 
@@ -224,6 +260,25 @@ def test_braces_are_written_out_as_the_shell_does(
     assert keys(find_inputs([pattern])) == expected
 
 
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [
+        ("{0..99999999999}.tar", "more than 1000000 names"),
+        ("{0..999}{0..999}{0..9}", "more than 1000000 names"),
+        ("{a,a}" * 20, "more than 1000000 names"),
+        ("{1.." + "9" * 5000 + "}", "too long"),
+        ("{a,b}" * 3000, "too many"),
+        ("{0..99999}" + "x" * 10_000, "too long ones"),
+    ],
+    ids=lambda text: text[:20],
+)
+def test_braces_that_stand_for_too_much_are_a_failure_at_once(tmp_path: Path, pattern: str, reason: str) -> None:
+    first, last = find_inputs([pattern, save(tmp_path / "z.png", 7)])
+    assert isinstance(first, Unreadable)
+    assert reason in first.reason
+    assert value_of(last) == 7
+
+
 def test_listing_many_files_asks_little_and_keeps_their_names_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,6 +313,24 @@ def test_listing_many_files_asks_little_and_keeps_their_names_only(
 )
 def test_lists_of_paths(data: bytes, expected: list[str]) -> None:
     assert read_list(io.BytesIO(data)) == expected
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "mark and utf-16-be", "utf-32"]
+)
+@pytest.mark.parametrize("paths", [["photos/a.jpg", "/data/b c.png"], ["写真/ä.jpg", "z"], ["/x/y.png"]])
+def test_lists_are_read_by_their_encoding(paths: list[str], encoding: str, end: str) -> None:
+    text = "".join(path + end for path in paths)
+    data = ("\ufeff" + text).encode("utf-16-be") if encoding == "mark and utf-16-be" else text.encode(encoding)
+    assert read_list(io.BytesIO(data)) == paths
+    assert read_list(io.BytesIO(data[: -len(end) * (len(data) // len(text))])) == paths  # without the last line's end
+
+
+@pytest.mark.parametrize("data", [b"\xff\xfea\0b", b"\xff\xfe\0\0abc", b"a\0b\0c\0d"])
+def test_a_damaged_list_is_refused_and_not_taken_apart(data: bytes) -> None:
+    with pytest.raises(ValueError, match="list of paths is not readable"):
+        read_list(io.BytesIO(data))
 
 
 # --- find_inputs: tars -----------------------------------------------------------------------------------------------
@@ -475,6 +548,82 @@ def test_a_tar_may_end_with_any_padding(tmp_path: Path, zeros: int) -> None:
     assert keys(find_inputs([path])) == [str(i) for i in range(6)]
 
 
+def test_a_tar_is_known_in_letters_of_any_case(tmp_path: Path) -> None:
+    for name in ("a.TAR", "b.Tar"):
+        (item,) = find_inputs([write_tar(tmp_path / name, {"x/1.png": png(4)})])
+        assert (item.key, value_of(item), item_at(item.location)) == ("x/1", 4, item)
+
+
+@pytest.mark.parametrize("leftover", LEFTOVERS)
+def test_leftovers_in_a_tar_are_no_samples(tmp_path: Path, leftover: str) -> None:
+    path = write_tar(tmp_path / "t.tar", {f"x/{leftover}": png(1), "x/1.png": png(1)})
+    assert keys(find_inputs([path])) == ["x/1"]
+
+
+def extended(kind: bytes, size: int = 0) -> bytes:
+    """The header of one that precedes a member."""
+    member = tarfile.TarInfo("p")
+    member.type, member.size = kind, size
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+DAMAGED_TARS: dict[str, bytes] = {
+    **{f"3000 of {kind!r}": extended(kind) * 3000 + bytes(10240) for kind in (b"x", b"g", b"L", b"K")},
+    **{f"{kind!r} of 1 TB": extended(kind, 1 << 40) for kind in (b"x", b"g", b"L", b"K")},
+    "pax numbers": extended(b"x", 512) + b"20 size=999999999x\n".ljust(512, b"\0") + bytes(1024),
+    "pax length": extended(b"x", 512) + b"99999999999999999999 a=b\n".ljust(512, b"\0") + bytes(1024),
+    "gzip": b"\x1f\x8b" + bytes(2000),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED_TARS)
+def test_a_damaged_tar_is_one_row_and_takes_little_memory(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "bad.tar").write_bytes(DAMAGED_TARS[kind])
+    if "TB" in kind:
+        os.truncate(tmp_path / "bad.tar", 1 << 33)  # holes
+    good = save(tmp_path / "good.png", 3)
+    tracemalloc.start()
+    bad, last = find_inputs([tmp_path / "bad.tar", good])
+    assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    tracemalloc.stop()
+    with pytest.raises(ValueError, match=r"not a readable, uncompressed tar: ."):
+        bad.source()
+    assert value_of(last) == 3
+
+
+def test_the_map_of_a_sparse_member_is_not_read_without_end(tmp_path: Path) -> None:
+    member = tarfile.TarInfo("1.png")
+    member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9"}
+    member.size = 1 << 32
+    (tmp_path / "t.tar").write_bytes(member.tobuf(tarfile.PAX_FORMAT) + b"99999999\n" + b"1\n" * (1 << 20))
+    tracemalloc.start()
+    *_, last = find_inputs([tmp_path / "t.tar"])
+    assert tracemalloc.get_traced_memory()[1] < 1 << 26
+    tracemalloc.stop()
+    with pytest.raises(ValueError, match="headers of more than"):
+        last.source()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", ["x.tar", "x.parquet", "x.TAR"])
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "device"])
+def test_what_would_be_waited_for_is_refused(tmp_path: Path, name: str, kind: str) -> None:
+    pytest.importorskip("pyarrow")
+    if kind == "pipe":
+        os.mkfifo(tmp_path / name)
+    elif kind == "link to a pipe":
+        os.mkfifo(tmp_path / "pipe")
+        (tmp_path / name).symlink_to("pipe")
+    else:
+        (tmp_path / name).symlink_to("/dev/zero")
+    inputs = find_inputs([tmp_path / name, save(tmp_path / "z.png", 5)])
+    first, last = inputs
+    with pytest.raises(ValueError, match="not a regular file"):
+        first.source()
+    assert value_of(last) == 5
+    assert inputs.expected() >= 1
+
+
 # --- find_inputs: parquet --------------------------------------------------------------------------------------------
 
 
@@ -492,6 +641,156 @@ def test_a_parquet_gives_the_bytes_of_a_column(tmp_path: Path) -> None:
     assert [item.key for item in items] == [f"{path}#{i}" for i in range(7)]
     assert [value_of(item) for item in items] == list(range(7))
     assert keys(find_inputs([path], key_column="id")) == [str(i) for i in range(20, 27)]
+
+
+def keys_as(kind: str) -> tuple[object, list[str | None]]:
+    """Keys in a column of an Arrow type, and as text; None where one is null."""
+    pa = pytest.importorskip("pyarrow")
+    texts = ["a", "ä/b", None, ""]
+    some = uuid.UUID(int=random.getrandbits(128))
+    match kind:
+        case "string" | "large_string" | "string_view":
+            return pa.array(texts, getattr(pa, kind)()), texts
+        case "binary" | "large_binary" | "binary_view":
+            cells = [text and text.encode() for text in texts[:3]]
+            return pa.array([*cells, b"\xff\x00z"], getattr(pa, kind)()), [*texts[:3], "\\xff\x00z"]
+        case "fixed":
+            return pa.array([b"n01", b"n02", None, b"\xffab"], pa.binary(3)), ["n01", "n02", None, "\\xffab"]
+        case "dictionary":
+            return pa.array(["a", "b", None, "a"]).dictionary_encode(), ["a", "b", None, "a"]
+        case "dictionary of bytes":
+            return pa.array([b"a", b"b", None, b"a"]).dictionary_encode(), ["a", "b", None, "a"]
+        case "null":
+            return pa.nulls(4), [None] * 4
+        case "bool":
+            return pa.array([True, None, False, True]), ["true", None, "false", "true"]
+        case "float":
+            return pa.array([1.0, None, 2.5, 3.0]), ["1", None, "2.5", "3"]  # pandas makes such of integers with nulls
+        case "uuid":
+            if not hasattr(pa, "uuid"):
+                pytest.skip("this pyarrow has no uuid")
+            return pa.array([some.bytes, None] * 2, pa.uuid()), [str(some), None] * 2
+        case "date":
+            return pa.array([datetime.date(2020, 1, 31), None] * 2), ["2020-01-31", None] * 2
+        case _:
+            values = [0, 7, None, 2**7 - 1] if kind.startswith("int8") else [0, 7, None, 200]
+            return pa.array(values, getattr(pa, kind)()), [None if each is None else str(each) for each in values]
+
+
+KEY_TYPES = ["string", "large_string", "string_view", "binary", "large_binary", "binary_view", "fixed", "dictionary"]
+KEY_TYPES += ["dictionary of bytes", "null", "bool", "float", "uuid", "date"]
+KEY_TYPES += ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
+
+
+@pytest.mark.parametrize("images", ["bytes", "paths"])
+@pytest.mark.parametrize("kind", KEY_TYPES)
+def test_keys_of_every_type_are_text_that_joins_again(tmp_path: Path, kind: str, images: str) -> None:
+    pa = pytest.importorskip("pyarrow")
+    if not hasattr(pa, kind) and kind.endswith("view"):
+        pytest.skip(f"this pyarrow has no {kind}")
+    column, expected = keys_as(kind)
+    paths = [str(save(tmp_path / f"{i}.png", i)) for i in range(4)]
+    image = paths if images == "paths" else [png(i) for i in range(4)]
+    path = write_parquet(tmp_path / "t.parquet", id=column, image=image)
+    items = list(find_inputs([path], key_column="id"))
+    own = paths if images == "paths" else [f"{path}#{i}" for i in range(4)]  # where a key is null
+    assert [item.key for item in items] == [own[i] if each is None else each for i, each in enumerate(expected)]
+    assert [value_of(item) for item in items] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("key", [[1, 2], {"a": 1}], ids=str)
+def test_a_column_of_a_type_that_holds_no_keys_is_unreadable_at_once(tmp_path: Path, key: object) -> None:
+    path = write_parquet(tmp_path / "t.parquet", id=[key] * 5, image=[png(0)] * 5)
+    (item,) = find_inputs([path], key_column="id")
+    with pytest.raises(ValueError, match="the column 'id' holds no keys: text and numbers are, it has"):
+        item.source()
+
+
+def test_text_that_is_no_utf8_is_a_name_and_a_key(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    name = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    save(Path(os.fsdecode(name)), 9)
+    raw = pa.array([name, b"k\xe9"])
+    cells = pa.Array.from_buffers(pa.string(), 2, raw.buffers())
+    path = write_parquet(tmp_path / "t.parquet", image=cells.slice(0, 1), id=cells.slice(1, 1))
+    (item,) = find_inputs([path], key_column="id")
+    assert item.key == "k\\xe9"
+    assert value_of(item) == 9
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "dictionary", "binary", "struct", "data url"])
+def test_images_in_base64_are_read_and_no_paths(tmp_path: Path, kind: str) -> None:
+    pa = pytest.importorskip("pyarrow")
+    texts = [base64.b64encode(png(i)).decode() for i in range(4)]
+    cells: object = {
+        "string": texts,
+        "large_string": pa.array(texts, pa.large_string()),
+        "dictionary": pa.array(texts).dictionary_encode(),
+        "binary": [text.encode() for text in texts],
+        "struct": [{"bytes": text.encode(), "path": None} for text in texts],
+        "data url": [f"data:image/png;base64,{text}" for text in texts],
+    }[kind]
+    path = write_parquet(tmp_path / "t.parquet", image=cells)
+    items = list(find_inputs([path]))
+    assert [item.location for item in items] == [f"{path}#{i}" for i in range(4)]
+    assert [item.key for item in items] == [f"{path}#{i}" for i in range(4)]
+    assert [value_of(item) for item in items] == [0, 1, 2, 3]
+
+
+def test_a_long_text_that_is_no_image_is_no_path(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "t.parquet", image=["x y" * 5000, str(save(tmp_path / "a.png", 2))])
+    first, second = find_inputs([path])
+    assert (first.key, first.location) == (f"{path}#0", f"{path}#0")
+    with pytest.raises(ValueError, match="15000 characters, no path and no image in base64"):
+        first.source()
+    assert value_of(second) == 2
+
+
+@pytest.mark.parametrize("kind", ["image", "dictionary", "key", "path", "struct"])
+def test_a_bomb_in_a_parquet_is_a_failure_for_each_of_its_rows(tmp_path: Path, kind: str) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    zeros = pa.array([bytes(20 << 20)] * 5)
+    if kind == "dictionary":
+        indices = pa.array([0] * 500, pa.int32())
+        zeros = pa.DictionaryArray.from_arrays(indices, pa.array([bytes(80 << 20)]))
+    good = pa.array(["k"] * len(zeros))
+    columns = {
+        "image": zeros if kind in ("image", "dictionary") else good.cast(pa.binary()),
+        "key": zeros if kind == "key" else good,
+    }
+    if kind == "path":
+        columns["image"] = pa.array(["x" * (20 << 20)] * 5)
+    if kind == "struct":
+        columns["image"] = pa.StructArray.from_arrays([zeros, good], names=["bytes", "path"])
+    options: dict[str, Any] = (
+        {"use_dictionary": False} if kind != "dictionary" else {"dictionary_pagesize_limit": 1 << 30}
+    )
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet", compression="zstd", **options)
+    count = len(zeros)
+    del zeros, columns
+    before = pa.total_allocated_bytes()
+    items = list(find_inputs([tmp_path / "t.parquet", save(tmp_path / "z.png", 1)], key_column="key"))
+    assert len(items) == count + 1
+    names = [f"{tmp_path / 't.parquet'}#{i}" for i in range(count)]
+    assert [item.location for item in items[:-1]] == names
+    assert [item.key for item in items[:-1]] == (names if kind in ("key", "path") else ["k"] * count)
+    for item in items[:-1]:
+        item.prepare()
+        with pytest.raises(ValueError, match=r"decompression bomb: \d+ bytes of the table unpack to \d+"):
+            item.source()
+    assert value_of(items[-1]) == 1
+    assert pa.total_allocated_bytes() - before < 1 << 20
+
+
+def test_rows_of_large_images_are_read_a_few_at_a_time(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = pa.table({"image": [os.urandom(4 << 20) for _ in range(40)]})
+    pq.write_table(table, tmp_path / "t.parquet", compression="none", use_dictionary=False, data_page_size=1 << 20)
+    del table
+    before = pa.total_allocated_bytes()
+    for item in find_inputs([tmp_path / "t.parquet"]):
+        item.prepare()
+        assert pa.total_allocated_bytes() - before < 4 * parquet._SLICE_BYTES
 
 
 def test_a_parquet_of_paths(tmp_path: Path) -> None:
@@ -584,6 +883,23 @@ def test_an_item_is_found_again_by_its_location(tmp_path: Path) -> None:
             item_at(str(tmp_path / gone))
 
 
+def test_members_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    """As in an archive that was appended to. Without a number, as in an index of earlier releases, it is the first."""
+    path = tmp_path / "a.tar"
+    for colour, name in enumerate(["x.png", "y.png", "x.png", "x.png", "x.png#2.png", "sub/x.png", "y.png"]):
+        with tarfile.open(path, "a") as tar:
+            member = tarfile.TarInfo(name)
+            member.size = len(png(colour))
+            tar.addfile(member, io.BytesIO(png(colour)))
+    items = list(find_inputs([path]))
+    names = ["x.png", "y.png", "x.png#2", "x.png#3", "x.png#2.png", "sub/x.png", "y.png#2"]
+    assert [item.location for item in items] == [f"{path}/{name}" for name in names]
+    assert [item.key for item in items] == ["x", "y", "x", "x", "x", "sub/x", "y"]
+    assert [value_of(item_at(item.location)) for item in items] == list(range(7))
+    with pytest.raises(FileNotFoundError):
+        item_at(f"{path}/x.png#4")
+
+
 def test_null_and_empty_cells(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "t.parquet", image=[b"", None, png(1)])
     items = list(find_inputs([path]))
@@ -662,7 +978,7 @@ def test_a_parquet_that_does_not_answer_for_a_moment_is_no_row(
             patch.setattr(pq, "ParquetFile", failing)
             patch.setattr(pq, "read_metadata", failing)
         else:
-            patch.setattr(pq.ParquetFile, "read_row_group", failing)
+            patch.setattr(pq.ParquetFile, "iter_batches", failing)
         if number in LASTING:
             assert [type(item) for item in inputs] == [Unreadable]
         else:

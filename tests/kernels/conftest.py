@@ -1,7 +1,7 @@
-"""Where the kernels run in these tests: on a GPU where there is one, in Triton's interpreter elsewhere.
+"""Runs the kernels of these tests on a GPU if there is one, and in Triton's interpreter elsewhere.
 
-What the interpreter can show: the arithmetic, masks, shapes, everything written, nothing read from beyond its tensor
-into a result. What it cannot: TF32 rounding, races, speed.
+The interpreter can show that the arithmetic, the masks and the shapes are right, that every result is written, and that
+no value from outside a tensor enters a result. It cannot show TF32 rounding, races and speed.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ def _interpret(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def interpreter_originals() -> dict[str, Any]:
-    """The interpreter's methods as Triton ships them; empty on a GPU."""
+    """The interpreter's methods as Triton ships them; none on a GPU."""
     return ORIGINALS
 
 
 @pytest.fixture
 def guards(monkeypatch: pytest.MonkeyPatch) -> Iterator[Guards]:
-    """Guard bands: `guards.copy` for inputs; all that a launcher allocates is poisoned and guarded without asking.
+    """Guard bands around tensors. `guards.copy` guards an input. Tensors that a launcher allocates are guarded anyway.
 
-    Launchers allocate with `new_empty`. What they do not write stays NaN in the result, and a change to anything
-    outside what they allocated, or to an input, fails the test at its end.
+    Launchers allocate with `new_empty`, which poisons the tensor here. Elements that they do not write stay NaN in the
+    result. A write to an input, or outside of an allocated tensor, fails the test at its end.
     """
     guards = Guards()
 
@@ -56,7 +56,7 @@ def guards(monkeypatch: pytest.MonkeyPatch) -> Iterator[Guards]:
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the kernels launched since the test began, interpreted or compiled."""
+    """The names of the kernels that were launched since the test began, interpreted or compiled."""
     from triton.runtime.interpreter import GridExecutor
     from triton.runtime.jit import JITFunction
 

@@ -36,12 +36,12 @@ class Pool:
         self.scale = head_dim**-0.5
 
     def towards(self, score: float) -> Tensor:
-        """(B, W): what to add to a token so that its score rises by `score` in every head of its image."""
+        """(B, W): vectors that raise a token's score by `score` in every head of its image when added to the token."""
         u = torch.einsum("bhd,hdw->bhw", self.query, self.key_weight) * self.scale
         return (torch.linalg.pinv(u) @ torch.full_like(u[:, :, :1], score)).squeeze(-1)
 
     def vit(self, dtype: torch.dtype, guards: Guards, statistics: bool = True) -> dict[str, Any]:
-        """As the last block of a ViT calls: all tokens in one tensor, normalised on the way in."""
+        """Operands as in the last block of a ViT: all tokens are in one tensor, and are normalised when read."""
         hidden = guards.copy(self.tokens.to(dtype))
         return {
             **self._common(dtype, guards),
@@ -51,7 +51,7 @@ class Pool:
         }
 
     def resnet(self, dtype: torch.dtype, guards: Guards, channels_last: bool) -> dict[str, Any]:
-        """As the pool of a ResNet calls: a feature map in one of the memory formats, and the mean token."""
+        """Operands as in the pool of a ResNet: a feature map in one of the memory formats, and the mean token."""
         features, gap = self.tokens[:, 1:].to(dtype), 5
         if channels_last:
             rest = guards.copy(features, gap)
@@ -75,7 +75,7 @@ def double(operands: dict[str, Any]) -> dict[str, Any]:
 
 
 def check(*draws: dict[str, Any]) -> None:
-    """Accuracy over some draws of the same shapes: few images and heads alone are no statistic of an error."""
+    """Checks the accuracy over some draws of the same shapes, since few images and heads give no steady statistic."""
     y = torch.cat([ops.attention_pool(**operands, impl="triton") for operands in draws])
     plain = torch.cat([ops.attention_pool(**operands, impl="reference") for operands in draws])
     exact = torch.cat([ops.attention_pool(**double(operands), impl="reference") for operands in draws])
@@ -83,7 +83,7 @@ def check(*draws: dict[str, Any]) -> None:
 
 
 def schema_order(operands: dict[str, Any]) -> tuple[Any, ...]:
-    """Positional arguments of the registered op."""
+    """The positional arguments of the registered op."""
     names = ("query", "first", "rest", "key_weight", "value_weight", "value_bias", "statistics", "position", "scale")
     return (*(operands.get(name) for name in names), 1e-5, "ieee")
 
@@ -180,7 +180,7 @@ def test_operands_of_any_strides(guards: Guards) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_eps_is_the_one_given(dtype: torch.dtype, guards: Guards) -> None:
-    """Of tokens whose variance is a tenth of it, with larger weights for what it makes of them."""
+    """The tokens' variance is a tenth of eps. Larger weights make up for the smaller normalised tokens."""
     draws = [Pool(2, 2, 32, 72, 40) for _ in range(3)]
     for pool in draws:
         pool.tokens *= 0.03
@@ -190,7 +190,10 @@ def test_eps_is_the_one_given(dtype: torch.dtype, guards: Guards) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_float32_rows_meet_weights_in_half_precision(dtype: torch.dtype, guards: Guards) -> None:
-    """In two numbers of their dtype, which together have 16 bits of a row at the least: what launch 4 has z for."""
+    """Each row is split into two numbers of the weights' dtype, which together keep 16 bits or more of it.
+
+    Launch 4 does so with z.
+    """
     x = guards.copy(torch.randn(70, 2, 200, device=DEVICE))
     weight = guards.copy((torch.randn(2, 72, 200, device=DEVICE) / 200**0.5).to(dtype))
     out = guards.empty((70, 2, 72), torch.float32, DEVICE)
@@ -206,7 +209,7 @@ def test_float32_rows_meet_weights_in_half_precision(dtype: torch.dtype, guards:
 def hostile(kind: str, pool: Pool) -> Pool:
     tokens = pool.tokens
     count, width = tokens.shape[1:]
-    if kind == "large scores":  # exp overflows, were the maximum not taken off
+    if kind == "large scores":  # exp would overflow if the maximum were not subtracted
         tokens += pool.towards(300)[:, None]
     elif kind == "small scores":  # exp is zero for all
         tokens -= pool.towards(300)[:, None]
@@ -224,7 +227,7 @@ def hostile(kind: str, pool: Pool) -> Pool:
     else:
         assert kind == "constant rows"
         tokens[:, ::3] = 3.0
-        tokens[:, 1] = 300.0  # an infinity in float16, if normalised as a constant that is not there
+        tokens[:, 1] = 300.0  # 300 · rstd is infinite in float16, should x or its mean be missing
     return pool
 
 

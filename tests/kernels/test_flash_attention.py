@@ -35,7 +35,10 @@ def test_accuracy(shape: tuple[int, int, int], dtype: torch.dtype, guards: Guard
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dominant", [0, 40, 69])
 def test_one_key_outshines_the_rest(dominant: int, dtype: torch.dtype, guards: Guards) -> None:
-    """At the class token, in the middle, at the last patch: a wrong running maximum would over- or underflow."""
+    """The key is at the class token, in the middle, or at the last patch.
+
+    A wrong running maximum would over- or underflow.
+    """
     qkv = random_qkv(2, 70, 1, 64, dtype)
     qkv[:, :, 0] += 1
     qkv[:, dominant, 1] += 12
@@ -45,16 +48,17 @@ def test_one_key_outshines_the_rest(dominant: int, dtype: torch.dtype, guards: G
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("magnitude", [16, 30])
 def test_scores_that_overflow_without_the_running_maximum(magnitude: int, dtype: torch.dtype, guards: Guards) -> None:
-    """q kᵀ to ±10⁴ and ±3 · 10⁴; past 65504 the twin's own would be infinite in float16.
+    """q kᵀ reaches ±10⁴ and ±3 · 10⁴. Past 65504 the twin's own scores would be infinite in float16.
 
-    Keys come in pairs that score nearly alike: of random ones a single wins nearly every row, and the few rows where
-    two are close would hold all of the error. The scale is no power of two, so that the twin rounds the scaled scores
-    too. With one, the kernel, which multiplies log2 e in, rounds once more: in float32 it errs 1.3 times as much.
+    Keys come in pairs that score nearly alike. Among random keys a single one wins nearly every row, and the few rows
+    where two are close would hold all of the error. The scale is not a power of two, so that the twin rounds the scaled
+    scores too. With a power of two the kernel rounds once more than the twin, since it multiplies by log2 e: in float32
+    it errs 1.3 times as much.
     """
     qkv = torch.randn(1, 130, 3, 2, 64, dtype=torch.float64, device=DEVICE)
     qkv[:, :, :2] *= magnitude
     qkv[:, 1::2, 1] = qkv[:, ::2, 1].clone()
-    qkv[:, :, 1, :, 0] /= magnitude**2  # what tells a pair's keys apart, by a score of about one
+    qkv[:, :, 1, :, 0] /= magnitude**2  # tells a pair's keys apart, by a score of about one
     qkv[:, 1::2, 1, :, 0] *= -1
     check(qkv.to(dtype), 0.3, guards)
 
@@ -91,7 +95,7 @@ def test_an_image_does_not_depend_on_its_batch(tokens: int, dtype: torch.dtype) 
 @pytest.mark.parametrize("head_dim", [64, 80])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_stays_in_its_image_and_head(bad: float, head_dim: int, dtype: torch.dtype, guards: Guards) -> None:
-    """A head of 80 is padded to 128 lanes, which lie in the next head: what is there must not enter."""
+    """A head of 80 is padded to 128 lanes. The added lanes lie in the next head, and its values must not enter."""
     qkv = random_qkv(3, 70, 2, head_dim, dtype)
     clean = ops.flash_attention(qkv, 0.125, impl="triton").unflatten(-1, (2, head_dim))
     qkv[1, 69, :, 1, 5] = bad

@@ -1,4 +1,4 @@
-"""What the interpreter cannot do by itself, and that the help it gets in `conftest.py` is right and still needed."""
+"""The help that the interpreter gets in `tests/interpreter.py` is right, and still needed."""
 
 from __future__ import annotations
 
@@ -20,6 +20,12 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
     return out
 
 
+def _exact_dot(a: Tensor, b: Tensor) -> Tensor:
+    out = torch.empty(16, 16)
+    _exact_dot_kernel[(1,)](a, b, out)
+    return out
+
+
 def _cast(x: Tensor) -> Tensor:
     out = torch.empty(len(x), dtype=torch.bfloat16)
     _cast_kernel[(1,)](x, out, N=len(x))
@@ -28,10 +34,10 @@ def _cast(x: Tensor) -> Tensor:
 
 @pytest.fixture(autouse=True, scope="module")
 def _kernels() -> None:
-    """Decorated here, where the environment asks for the interpreter."""
+    """Kernels that are decorated while the environment asks for the interpreter."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        for kernel in (_dot_kernel, _cast_kernel):
+        for kernel in (_dot_kernel, _exact_dot_kernel, _cast_kernel):
             globals()[kernel.__name__] = triton.jit(kernel)
 
 
@@ -39,6 +45,12 @@ def _dot_kernel(a_ptr, b_ptr, out_ptr):
     offsets = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
     a, b = tl.load(a_ptr + offsets), tl.load(b_ptr + offsets)
     tl.store(out_ptr + offsets, tl.dot(a, b))
+
+
+def _exact_dot_kernel(a_ptr, b_ptr, out_ptr):
+    offsets = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    a, b = tl.load(a_ptr + offsets), tl.load(b_ptr + offsets)
+    tl.store(out_ptr + offsets, tl.dot(a, b, input_precision="ieee"))
 
 
 def _cast_kernel(x_ptr, out_ptr, N: tl.constexpr):
@@ -59,6 +71,15 @@ def test_products_are_those_of_the_values(dtype: torch.dtype) -> None:
     torch.testing.assert_close(_dot(a, b), (a.double() @ b.double()).float(), rtol=1e-6, atol=1e-6)
 
 
+def test_exact_products_of_float32_are_one_chain() -> None:
+    """As a GPU sums them: whoever sums many of them at once sees the error grow."""
+    a, b = torch.randn(16, 16), torch.randn(16, 16)
+    chain = torch.zeros(16, 16)
+    for k in range(16):
+        chain = (a[:, k, None].double() * b[None, k].double() + chain.double()).float()
+    assert_same_bits(_exact_dot(a, b), chain)
+
+
 def test_casts_round_to_nearest_even() -> None:
     x = torch.tensor(AWKWARD)
     assert_same_bits(_cast(x).nan_to_num(7.0), x.to(torch.bfloat16).nan_to_num(7.0))
@@ -68,7 +89,7 @@ def test_casts_round_to_nearest_even() -> None:
 
 
 def test_the_help_is_still_needed(interpreter_originals: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails on the day that Triton's interpreter knows bfloat16: take the help out of `conftest.py` then."""
+    """Fails once Triton's interpreter knows bfloat16. Then remove the help from `tests/interpreter.py`."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     for name, method in interpreter_originals.items():

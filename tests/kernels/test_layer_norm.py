@@ -13,9 +13,9 @@ WIDTHS = (8, 63, 64, 65, 128, 768, 1000, 1024, 1280, 1408, 1664, 2048)
 
 
 def hostile_rows(width: int, repeats: int = 1) -> Tensor:
-    """float64 (6 · repeats, width) that unmasks a careless LayerNorm.
+    """Rows in float64, (6 · repeats, width), that show the errors of a careless LayerNorm.
 
-    Plain rows, rows far from zero, with one outlier channel, constant, tiny, and small around a large mean.
+    The six kinds are plain, far from zero, with one outlier channel, constant, tiny, and small around a large mean.
     """
     x = torch.randn(6, repeats, width, dtype=torch.float64, device=DEVICE)
     x[1] += 100
@@ -33,7 +33,7 @@ def gain_and_shift(width: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_accuracy(width: int, dtype: torch.dtype, guards: Guards, launches: list[str]) -> None:
-    repeats = 3 + 512 // max(width, 32)  # enough rows for their errors to be a statistic
+    repeats = 3 + 512 // max(width, 32)  # enough rows for a steady statistic of their errors
     x = guards.copy(hostile_rows(width, repeats).to(dtype))
     weight, bias = (guards.copy(p) for p in gain_and_shift(width))
     y, statistics = ops.layer_norm(x, weight, bias, statistics=True, impl="triton")
@@ -45,7 +45,7 @@ def test_accuracy(width: int, dtype: torch.dtype, guards: Guards, launches: list
 
 
 def test_eps_is_the_one_given(guards: Guards) -> None:
-    """Of rows whose variance is a tenth of it."""
+    """The rows' variance is a tenth of eps, so that another eps would show."""
     x = 0.03 * torch.randn(17, 200, device=DEVICE)
     weight, bias = gain_and_shift(200)
     y, _ = ops.layer_norm(x, weight, bias, eps=1e-2, impl="triton")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from unittest import mock
 
+import interpreter
 import pytest
 import torch
 from kernel_checks import DEVICE, DTYPES, Guards, assert_as_accurate, assert_same_bits, assert_statistics_of
 from torch import Tensor
 
 from clip_fast.kernels import linear, ops, oracles, targets
+from clip_fast.kernels.launches import TABLE
 from clip_fast.kernels.statistics import row_statistics
 
 EPILOGUES: dict[str, dict[str, bool | str]] = {
@@ -23,7 +26,8 @@ EPILOGUES: dict[str, dict[str, bool | str]] = {
     "conv3_residual_relu": {"scale": True, "bias": True, "residual": True, "activation": "relu"},
     "all": {"norm": True, "scale": True, "bias": True, "activation": "gelu", "residual": True, "statistics": True},
 }
-# (M, N, K) and epilogue: rows that are one, prime, one past a tile; N and K of real blocks, and some no step divides.
+# (M, N, K) and epilogue. M is one, prime, or one past a tile. N and K are those of real blocks, and some that no step
+# divides.
 CASES = (
     ((1, 320, 64), "out_residual"),
     ((3, 100, 72), "all"),
@@ -53,7 +57,7 @@ class Operands:
         self.normed = bool(epilogue.get("norm"))
         self.activation = epilogue.get("activation", "none")
         self.statistics = bool(epilogue.get("statistics"))
-        # Exact float32 travels by pointers everywhere; TF32, which the interpreter multiplies exactly, as halves do.
+        # Exact float32 travels by pointers everywhere, TF32 as halves do. The interpreter multiplies TF32 exactly.
         descriptors = targets.target_of(DEVICE).descriptors
         self.precision = "tf32" if DEVICE.type == "cpu" and dtype == torch.float32 and descriptors else "ieee"
 
@@ -71,7 +75,7 @@ class Operands:
         return row_statistics(self.x), self.weight.double().sum(dim=1).float()
 
     def run(self, guards: Guards | None = None, gap: int = 0) -> tuple[Tensor, Tensor]:
-        """The kernel's result, its operands guarded where `guards` are given, rows of x and residual `gap` apart."""
+        """The kernel's result. `guards` guards its operands. Rows of x and the residual are `gap` elements apart."""
 
         def keep(tensor: Tensor | None, gap: int = 0) -> Tensor | None:
             return tensor if guards is None or tensor is None else guards.copy(tensor, gap)
@@ -92,9 +96,9 @@ class Operands:
     def twin(self) -> Tensor:
         """Plain PyTorch on the same operands.
 
-        For half precision it computes in float32 and rounds once, LayerNorm first, then the product: folding must cost
-        nothing, and nothing may be rounded before the epilogue is done. In float32 the plain folded formula, whose
-        product carries the rows' means with it, by design.
+        For half precision it computes the LayerNorm and then the product in float32, and rounds once: folding must cost
+        nothing, and nothing may be rounded before the epilogue is done. In float32 it computes the plain folded
+        formula. There the product includes the rows' means, by design.
         """
         x, norm = self.x.float(), self.norm()
         if norm is not None and self.x.dtype != torch.float32:
@@ -114,7 +118,7 @@ class Operands:
 
 @pytest.fixture(params=["pointers", "descriptors"])
 def path(request: pytest.FixtureRequest) -> Iterator[str]:
-    """How tiles travel. On a GPU only its own architecture's way can run."""
+    """How tiles travel. On a GPU only the way of its own architecture can run."""
     name = request.param
     if DEVICE.type == "cuda":
         if targets.target_of(DEVICE).descriptors != (name == "descriptors"):
@@ -160,7 +164,7 @@ def test_hostile_rows(hostility: str, dtype: torch.dtype, path: str, guards: Gua
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_chain_carries_its_statistics(dtype: torch.dtype, path: str, guards: Guards) -> None:
-    """What one product leaves is what the next one's LayerNorm reads: the transformer block's own use."""
+    """The statistics that one product writes are read by the next one's LayerNorm, as in a transformer block."""
     first = Operands(67, 320, 128, dtype, bias=True, residual=True, statistics=True)
     second = Operands(67, 192, 320, dtype, norm=True, bias=True)
     y, statistics = first.run(guards)
@@ -188,13 +192,38 @@ def test_a_row_does_not_depend_on_its_batch(dtype: torch.dtype, path: str) -> No
 
 
 def test_many_programs_walk_over_every_tile(path: str, monkeypatch: pytest.MonkeyPatch, guards: Guards) -> None:
-    """More tiles than programs, programs that are no divisor of them, and a last group of fewer rows of tiles."""
+    """There are more tiles than programs, not a multiple of them, and the last group has fewer rows of tiles."""
     operands = Operands(1160, 300, 32, torch.float16, bias=True)
     one, _ = operands.run(guards)
     assert_as_accurate(one, operands.twin(), operands.exact())
     if DEVICE.type == "cpu":
         monkeypatch.setattr(linear, "multiprocessors", lambda device: 7)
         assert_same_bits(operands.run(guards)[0], one)
+
+
+@pytest.mark.parametrize(("rows", "blocks", "programs"), [(128, 1, 3), (1024, 1, 7), (1024, 2, 14), (640, 2, 14)])
+def test_as_many_programs_as_the_multiprocessors_hold(
+    rows: int, blocks: int, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "multiprocessors", lambda device: 7)
+    launch = targets.Launch(128, 128, 64, num_warps=4, num_stages=3, blocks=blocks)
+    assert linear._grid(launch, rows, 384, DEVICE) == (programs,)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile", [(64, 64), (64, 128), (128, 128), (128, 256)], ids=lambda tile: f"{tile[0]}x{tile[1]}")
+def test_bits_do_not_follow_the_tile(
+    tile: tuple[int, int], dtype: torch.dtype, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the reduction step of the table, whatever the tile of the result and the number of warps."""
+    operands = Operands(70, 320, 200, dtype, **EPILOGUES["all"])
+    y, statistics = operands.run()
+    launch = TABLE.launch_for("linear", dtype, targets.target_of(DEVICE), operands.precision)
+    warps = 4 if max(tile) <= 128 else 8
+    other = replace(launch, block_m=tile[0], block_n=tile[1], num_warps=warps, num_stages=2)
+    monkeypatch.setattr(linear.TABLE, "launch_for", lambda *_: other)
+    for got, wanted in zip(operands.run(), (y, statistics), strict=True):
+        assert_same_bits(got, wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -211,13 +240,13 @@ def test_nan_and_infinity_stay_in_their_row(dtype: torch.dtype, path: str, guard
 
 @pytest.mark.parametrize("gap", [8, 3])
 def test_rows_apart_in_memory(gap: int, path: str, guards: Guards) -> None:
-    """Class tokens of a residual stream are such rows; a gap of 3 is one that the copy engine cannot serve."""
+    """Class tokens of a residual stream are such rows. The copy engine cannot serve a gap of 3."""
     operands = Operands(37, 128, 128, torch.float16, bias=True, residual=True)
     assert_same_bits(operands.run(guards, gap)[0], operands.run(guards)[0])
 
 
 def test_statistics_of_rows_apart_in_memory(path: str) -> None:
-    """A class token's lie between its patches', and are read where they are."""
+    """A class token's statistics lie between those of patches, and are read in place."""
     operands = Operands(12, 128, 192, torch.float16, norm=True, bias=True)
     wanted, _ = operands.run()
     statistics, colsum = operands.norm()  # type: ignore[misc]
@@ -249,8 +278,26 @@ def test_activations_over_their_whole_range(activation: str, dtype: torch.dtype,
     assert_as_accurate(y, operands.twin(), operands.exact())
 
 
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU's special functions err as they do")
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("deviation", [0.5, 1.0, 2.0, 4.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_special_functions_at_their_worst(
+    activation: str, dtype: torch.dtype, deviation: float, sign: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By NVIDIA's instructions, each off by all that PTX allows it, everywhere to the same side."""
+    monkeypatch.setattr(linear, "by_name", lambda target: True)
+    monkeypatch.setattr(interpreter, "SIGN_OF_ERROR", sign)
+    operands = Operands(64, 256, 64, dtype, bias=True, activation=activation)
+    operands.weight *= deviation
+    operands.bias *= 0.1  # type: ignore[operator]
+    y, _ = operands.run()
+    assert_as_accurate(y, operands.twin(), operands.exact())
+
+
 def test_eps_is_the_one_given(path: str) -> None:
-    """Of rows whose variance is a tenth of it."""
+    """The rows' variance is a tenth of eps, so that another eps would show."""
     operands = Operands(17, 128, 96, torch.float16, norm=True, bias=True)
     operands.x *= 0.03
     statistics, colsum = operands.norm()  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""The contracts: what is refused and how, which implementation runs, and what PyTorch's compilers see of the ops."""
+"""The contracts of the ops: refused operands, the choice of implementation, and the view of PyTorch's compilers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def calls(dtype: torch.dtype = torch.float32) -> dict[str, tuple[str, dict[str, Any]]]:
-    """Small sound calls of every op, with and without what is optional: name -> (op, arguments by name)."""
+    """Small sound calls of every op, with and without optional operands: name -> (op, arguments by name)."""
     row_stats = row_statistics(rand(2, 3, 96, dtype=dtype).to(dtype))
     pool = {
         "query": rand(2, 2, 32, dtype=dtype), "first": rand(2, 64, dtype=dtype), "rest": rand(2, 5, 64, dtype=dtype),
@@ -70,7 +70,7 @@ def outputs(result: Any) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
+# --- refused operands ------------------------------------------------------------------------------------------------
 
 BAD: list[tuple[str, dict[str, Callable[[], Any]], str]] = [
     (
@@ -212,7 +212,7 @@ def test_to_tf32_is_the_nearest_with_11_bits() -> None:
 def test_a_gpu_is_launched_for_as_the_newest_that_is_no_newer(
     capability: tuple[int, int], name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of those without a B200's shared memory, too: the one from which an architecture takes a launch has no more."""
+    """This holds for GPUs without a B200's shared memory too. An architecture takes launches from one with no more."""
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     target = targets._detect.__wrapped__(torch.device("cuda"))
@@ -240,7 +240,7 @@ def test_an_unknown_implementation_is_refused() -> None:
 
 
 def test_without_triton_everything_runs() -> None:
-    """In a process of its own, in which Triton cannot be imported and nothing tries to."""
+    """Runs in a process of its own, in which Triton cannot be imported. Nothing may try to import it."""
     program = """
 import sys, importlib.util, torch
 find = importlib.util.find_spec
@@ -267,7 +267,7 @@ print(sys.modules["triton"])
 
 
 class _Caller(nn.Module):
-    """One op as a module, its tensors as arguments."""
+    """One op as a module, with its tensors as arguments."""
 
     def __init__(self, name: str, dtype: torch.dtype) -> None:
         super().__init__()
@@ -303,7 +303,7 @@ def test_torch_export(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("name", CALLS)
 def test_opcheck(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Schema, fake tensors and tracing agree with what runs."""
+    """Schema, fake tensors and tracing agree with the op itself."""
     op, arguments = calls(dtype)[name]
     seen: list[tuple[Any, ...]] = []
     monkeypatch.setattr(Op, "__call__", lambda self, impl, tensors, *options: seen.append((*tensors, *options)))

@@ -1,4 +1,4 @@
-"""The oracles themselves, in float64, against formulas that share no line with them."""
+"""The oracles, in float64, against formulas that share no line with them."""
 
 from __future__ import annotations
 

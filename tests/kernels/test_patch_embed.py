@@ -25,12 +25,12 @@ CASES = [  # patch size, width, height and width of the images in pixels, batch
 ]
 MEAN, DEVIATION = (torch.tensor(x, dtype=torch.float64, device=DEVICE).view(3, 1, 1) for x in (
     (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711),
-))  # of CLIP's preprocessing  # fmt: skip
+))  # those of CLIP's preprocessing  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def _exact_oracle() -> Iterator[None]:
-    """cuDNN would compute the float32 oracle in TF32, and any kernel would be as accurate as that."""
+    """Turns TF32 off: cuDNN would compute the float32 oracle in it, and any kernel would be as accurate as that."""
     with torch.backends.cudnn.flags(allow_tf32=False):
         yield
 
@@ -56,7 +56,7 @@ def tokens_of(patch: int, size: tuple[int, int]) -> int:
 
 
 def matmul_in_order(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a @ b where every row is summed alike, as tensor cores do. A BLAS does it by where in the matrix the row is."""
+    """a @ b with the same order of sums in every row, as on tensor cores. A BLAS's order depends on the row's place."""
     product = np.zeros((len(a), b.shape[1]), dtype=np.float32)
     for k in range(len(b)):
         product += a[:, k, None] * b[k]
@@ -194,7 +194,7 @@ def test_hostile_floats(kind: str, dtype: torch.dtype, guards: Guards) -> None:
 
 @pytest.mark.parametrize("patch", [14, 16])
 def test_nan_stays_in_its_patch(patch: int, guards: Guards) -> None:
-    """The features past 3 · P² lie in the next image, which is all NaN at last, and must not be multiplied by zero."""
+    """The features past 3 · P² lie in the next image, at last all NaN, and must not be multiplied by zero."""
     images = images_of(torch.float16, 3, (2 * patch, 3 * patch))
     weight, position = parameters(patch, 72, 7, torch.float16)
     clean = ops.patch_embed(images, weight, position, patch, impl="triton")
@@ -220,7 +220,7 @@ def test_nan_stays_in_its_patch(patch: int, guards: Guards) -> None:
 def test_an_image_does_not_depend_on_its_batch(
     patch: int, image_dtype: torch.dtype, dtype: torch.dtype, guards: Guards, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(np, "matmul", matmul_in_order)  # the interpreter's
+    monkeypatch.setattr(np, "matmul", matmul_in_order)  # the interpreter multiplies with it
     images = images_of(image_dtype, 5, (7 * patch, 7 * patch))  # 245 rows: images cross the borders of tiles
     weight, position = parameters(patch, 72, 50, dtype)
     whole = ops.patch_embed(images, weight, position, patch, impl="triton")

@@ -1,4 +1,4 @@
-"""The ResNet through the kernels: the launches it makes, its accuracy, and that an image's pool has one result."""
+"""The ResNet through the kernels: its launches, its accuracy, and one pooled embedding for each image."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CONFIG = ResNetConfig(layers=(1, 1, 2, 1), width=8, heads=4, image_size=96, embe
 
 
 def prepared(dtype: torch.dtype) -> tuple[nn.Module, resnet.FastResNet]:
-    """A plain tower whose weights are rounded to `dtype`, and the same tower as the line reads it."""
+    """A plain tower whose weights are rounded to `dtype`, and its fast tower."""
     tower = random_tower(CONFIG)
     tower.load_state_dict({name: tensor.to(dtype) for name, tensor in tower.state_dict().items()})
     tower = tower.to(DEVICE)
@@ -45,9 +45,10 @@ def test_what_is_launched(launches: list[str]) -> None:
     assert launches == [*convolutions, "_mean_token_kernel", "_linear_kernel", *pool, "_linear_kernel"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_accuracy(dtype: torch.dtype, guards: Guards) -> None:
-    """In half precision the typical ratio to the plain tower's error: a tower as small as this has few numbers."""
+    """In half precision the typical ratio of errors is bounded, since so small a tower has few numbers."""
     ratios = []
     for _ in range(1 if dtype == torch.float32 else 6):
         tower, weights = prepared(dtype)
@@ -66,7 +67,10 @@ def test_accuracy(dtype: torch.dtype, guards: Guards) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_image_has_one_pooled_embedding(dtype: torch.dtype) -> None:
-    """Alone, in a batch and at any position. The larger windows' convolutions are a library's, and promise nothing."""
+    """The pool gives the same bits alone, in a batch and at any position.
+
+    A library computes the convolutions with larger windows, and promises nothing of the kind.
+    """
     _, weights = prepared(dtype)
     features = torch.randn(7, CONFIG.features, CONFIG.grid, CONFIG.grid, device=DEVICE).to(dtype)
     features = features.contiguous(memory_format=torch.channels_last)

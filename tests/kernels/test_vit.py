@@ -1,4 +1,4 @@
-"""The ViT through its kernels: the launches it makes, its accuracy, and that an image has one embedding."""
+"""The ViT through its kernels: its launches, its accuracy, and one embedding for each image."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CONFIGS = {
 
 
 def prepared(config: VitConfig, dtype: torch.dtype, outliers: bool = False) -> tuple[torch.nn.Module, FastVit]:
-    """A plain tower whose weights are rounded to `dtype`, and the same tower as the kernels read it."""
+    """A plain tower whose weights are rounded to `dtype`, and its fast tower."""
     tower = random_tower(config, outliers)
     tower.load_state_dict({name: tensor.to(dtype) for name, tensor in tower.state_dict().items()})
     tower = tower.to(DEVICE)
@@ -51,6 +51,7 @@ def test_a_block_is_five_launches(launches: list[str]) -> None:
     assert launches == ["_patch_embed_kernel", "_layer_norm_kernel", *block, *block, *last, "_linear_kernel"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_accuracy(name: str, dtype: torch.dtype, guards: Guards) -> None:
@@ -59,12 +60,13 @@ def test_accuracy(name: str, dtype: torch.dtype, guards: Guards) -> None:
     assert worst_cosine(got, wanted) >= 0.9999
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_outlier_channels(dtype: torch.dtype, guards: Guards) -> None:
-    """A few roundings decide, of the plain tower's and of ours: a tower's ratio of errors is a draw, by a factor of 1.7
-    up or down. Of eight towers the typical one is within 2.5, four deviations of its logarithm.
+    """A few roundings decide the errors, so that a tower's ratio of errors scatters by a factor of 1.7 up or down.
 
-    That it is no more than 1.1 over many towers is shown in `test_vit.py` of the tests above.
+    The typical ratio of eight towers is within 2.5, which is four deviations of its logarithm. `tests/towers` shows
+    that it is no more than 1.1 over many towers.
     """
     ratios, apart, plain_apart = [], [], []
     for got, plain, wanted in draws(CONFIGS["as B/16"], dtype, 8, outliers=True):
@@ -72,16 +74,16 @@ def test_outlier_channels(dtype: torch.dtype, guards: Guards) -> None:
         apart.append(max(1 - worst_cosine(got, wanted), 1e-16))
         plain_apart.append(max(1 - worst_cosine(plain, wanted), 1e-16))
     assert geometric_mean(ratios) <= 2.5
-    # One less the cosine goes with the square of the error.
+    # One minus the cosine is proportional to the square of the error.
     assert geometric_mean(apart) <= max(1e-4, 2.5**2 * geometric_mean(plain_apart))
 
 
 def draws(
     config: VitConfig, dtype: torch.dtype, towers: int, outliers: bool = False
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of fresh towers and images: embeddings by the kernels, by the plain tower in `dtype`, and by it in float64.
+    """Embeddings of new images by new towers: by the kernels, by the plain tower in `dtype`, and by it in float64.
 
-    A ratio of errors is a draw: six images of a tower take hardly longer to interpret than two, and scatter it less.
+    A ratio of errors is random. Six images take hardly longer to interpret than two, and their ratio scatters less.
     """
     for _ in range(towers):
         tower, weights = prepared(config, dtype, outliers)
@@ -90,10 +92,11 @@ def draws(
         yield got, tower.to(dtype)(x), wanted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head_dim", [88, 104])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_head_sizes_that_are_no_power_of_two(head_dim: int, dtype: torch.dtype, guards: Guards) -> None:
-    """Those of ViT-g/14 and ViT-bigG/14."""
+    """The head sizes are those of ViT-g/14 and ViT-bigG/14."""
     config = VitConfig(28, 14, width=head_dim, layers=2, heads=1, embed_dim=64, mlp_ratio=4.9231, activation="gelu")
     got, plain, wanted = map(torch.cat, zip(*draws(config, dtype, 8), strict=True))
     assert relative_error(got, wanted) <= (2.5 if dtype == torch.float32 else 1.1) * relative_error(plain, wanted)
@@ -121,7 +124,7 @@ def test_patch_tokens_and_hidden_states(guards: Guards) -> None:
 @pytest.mark.parametrize("raw", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_an_image_has_one_embedding(dtype: torch.dtype, raw: bool) -> None:
-    """Alone, in a batch of seven, at another position, among copies that fill a batch up."""
+    """The bits are the same alone, in a batch of seven, at another position, and among copies that fill a batch up."""
     config = dataclasses.replace(CONFIGS["as B/16"], layers=2)
     _, weights = prepared(config, dtype)
     x = torch.randint(0, 256, (7, 3, 64, 64), dtype=torch.uint8, device=DEVICE) if raw else images(config, 7).to(dtype)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import resource
 import shutil
 import subprocess
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from bad_files import BAD_FILES
+from earlier import as_earlier
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
 from PIL import Image
@@ -24,6 +28,7 @@ from clip_fast.bulk.manifest import RAY_MANIFEST_NAME
 from clip_fast.bulk.shards import OutputFolder
 from clip_fast.bulk.tables import ParquetWriter, Record, Shard
 from clip_fast.cli import main as cli
+from clip_fast.inputs.tars import Tar
 from clip_fast.search import gallery
 from clip_fast.search import index as search
 from clip_fast.search.index import Hit, Index
@@ -201,6 +206,81 @@ def test_what_is_no_index_and_no_query(tmp_path: Path) -> None:
         Index(tmp_path / "begun")
 
 
+@pytest.mark.parametrize("damage", ["cut", "empty", "longer", "gone", "rows", "no array"])
+def test_damaged_embeddings_are_named(tmp_path: Path, damage: str) -> None:
+    """By their size, without a checksum too: what is left would be found under the names of others."""
+    write_index(tmp_path / "index", np.eye(8, dtype=np.float32), 4)
+    path = tmp_path / "index" / "img_emb" / "img_emb_0001.npy"
+    data = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    elif damage == "rows":
+        np.save(path, np.load(path)[:2])
+    elif damage == "no array":
+        path.write_bytes(bytes(len(data)))
+    else:
+        path.write_bytes({"cut": data[:-9], "empty": b"", "longer": data + b"\0"}[damage])
+    with pytest.raises(ValueError, match=re.escape(f"{path} is ")):
+        Index(tmp_path / "index")
+
+
+def test_an_array_of_other_rows_is_named(tmp_path: Path) -> None:
+    """Of the same size in bytes."""
+    write_index(tmp_path / "index", np.eye(8, dtype=np.float32), 4)
+    path = tmp_path / "index" / "img_emb" / "img_emb_0000.npy"
+    for shape, said in (((8, 4), "8 rows of 4"), ((2, 2, 8), "3 dimensions")):
+        np.save(path, np.zeros(shape, np.float32))
+        with pytest.raises(ValueError, match=rf"img_emb_0000\.npy is damaged: it has {said}"):
+            Index(tmp_path / "index")
+
+
+def test_no_shard_is_left_out_without_a_word(tmp_path: Path) -> None:
+    index = write_index(tmp_path / "index", np.eye(12, dtype=np.float32), 4)
+    assert index.complete
+    metadata = tmp_path / "index" / "metadata"
+    lost = (metadata / "metadata_0001.parquet").rename(tmp_path / "lost")
+    with pytest.raises(ValueError, match=r"metadata_0001\.parquet: missing, though .*manifest\.json counts 3 shards"):
+        Index(tmp_path / "index")
+    shutil.copy(lost, metadata / "metadata_0001.parquet")
+    shutil.copy(lost, metadata / "metadata_0003.parquet")
+    with pytest.raises(ValueError, match=r"metadata_0003\.parquet: too many, as .*manifest\.json counts 3 shards"):
+        Index(tmp_path / "index")
+    (metadata / "metadata_0003.parquet").unlink()
+    for content, said in ((b"", "damaged"), (lost.read_bytes()[:-20], "damaged")):
+        (metadata / "metadata_0001.parquet").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"metadata_0001\.parquet is {said}"):
+            Index(tmp_path / "index")
+
+
+def test_tables_are_counted(tmp_path: Path) -> None:
+    """Ray gives its files any names; the manifest has the number of images."""
+    index = write_tables(tmp_path / "index", np.eye(12, dtype=np.float32), 4)
+    manifest = tmp_path / "index" / RAY_MANIFEST_NAME
+    assert len(index) == 12
+    manifest.write_text(json.dumps({"settings": {}, "done": {"images": 12, "failed": 0}}))
+    assert Index(tmp_path / "index").complete
+    table = tmp_path / "index" / "f3a_000001-0.parquet"
+    data = table.read_bytes()
+    table.write_bytes(data[:-9])
+    with pytest.raises(ValueError, match=r"f3a_000001-0\.parquet is damaged"):
+        Index(tmp_path / "index")
+    table.unlink()
+    with pytest.raises(ValueError, match=r"_manifest\.json counts 12 images, the files beside it hold 8"):
+        Index(tmp_path / "index")
+
+
+def test_an_index_without_checksums(tmp_path: Path) -> None:
+    """As earlier releases wrote it, and its manifest before the run was complete."""
+    rows = np.eye(8, dtype=np.float32)
+    write_index(tmp_path / "index", rows, 4)
+    as_earlier(tmp_path / "index")
+    assert [hit.row for hit in Index(tmp_path / "index").search(rows[5], 1)] == [5]
+    (tmp_path / "index" / "manifest.json").write_text(json.dumps({"settings": {"model": "m"}}))
+    (tmp_path / "index" / "metadata" / "metadata_0000.parquet").unlink()
+    index = Index(tmp_path / "index")
+    assert (index.complete, len(index)) == (False, 4)
+
+
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -270,6 +350,36 @@ def test_words_find_what_the_model_says(index: Path, checkpoint: Path, capsys: p
 def test_errors(index: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert cli.main(["search", *arguments, "--index", str(index)]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("model", None), ("model", ["x"]), ("weights", 3), ("dtype", "int8"), ("dtype", []), ("activation", "relu"),
+     ("image_column", {})],
+)  # fmt: skip
+def test_a_manifest_with_other_settings_is_named(
+    index: Path, capsys: pytest.CaptureFixture[str], name: str, value: object
+) -> None:
+    manifest = index / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["settings"][name] = value
+    manifest.write_text(json.dumps(content))
+    assert cli.main(["search", "--image", "noise.png", "--index", str(index)]) == 2
+    said = capsys.readouterr().err
+    assert f"error: {manifest} is damaged: its setting '{name}' is {value!r}, expected " in said
+    assert "Traceback" not in said
+
+
+def test_an_index_that_is_not_finished_is_said_to_be(index: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = index / "manifest.json"
+    arguments = ["search", "--image", "noise.png", "--index", str(index)]
+    assert cli.main(arguments) == 0
+    assert "not finished" not in capsys.readouterr().err
+    content = json.loads(manifest.read_text())
+    del content["done"]
+    manifest.write_text(json.dumps(content))
+    assert cli.main(arguments) == 0
+    assert f"encode has not finished it; searching the {len(Index(index))} images in it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", BAD_FILES)
@@ -352,6 +462,29 @@ def test_a_page_stands_alone(index: Path, capsys: pytest.CaptureFixture[str]) ->
     text = Path("found.html").read_text()
     assert text.count("<img ") == len(PHOTOGRAPHS) + 1
     assert "FileNotFoundError" in text
+
+
+def test_a_page_lists_a_tar_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And shows the right one of two members of one name."""
+    path, gone = tmp_path / "a.tar", tmp_path / "gone.tar"
+    with tarfile.open(path, "w") as tar:
+        for value in (0, 255):
+            file = io.BytesIO()
+            Image.new("RGB", (8, 8), (value, 0, 0)).save(file, "PNG")
+            member = tarfile.TarInfo("x.png")
+            member.size = len(file.getvalue())
+            tar.addfile(member, io.BytesIO(file.getvalue()))
+    lists: list[str] = []
+    listed = Tar.__iter__
+    monkeypatch.setattr(Tar, "__iter__", lambda tar: (lists.append(tar.path), listed(tar))[1])
+    places = [f"{path}/x.png#2", f"{gone}/x.png", f"{path}/x.png", f"{path}/y.png"]
+    text = gallery.page("x", [Hit(1.0, i, "k", place) for i, place in enumerate(places)])
+    assert sorted(lists) == [str(path), str(gone)]
+    shown = re.findall(r'<img alt="([^"]*)" src="data:image/jpeg;base64,([^"]*)"', text)
+    assert [place for place, _ in shown] == [places[0], places[2]]
+    reds = [Image.open(io.BytesIO(base64.b64decode(data))).getpixel((4, 4))[0] for _, data in shown]  # type: ignore[index]
+    assert reds[0] > 200 > 50 > reds[1]
+    assert text.count("FileNotFoundError") == 2
 
 
 def test_names_are_text_in_a_page() -> None:

@@ -1,4 +1,4 @@
-"""Every way to convolve, against plain PyTorch in float64."""
+"""Every implementation of a convolution, against plain PyTorch in float64."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_convolution(
         got = Convolution(weight, scale, bias, BY_DTYPE[dtype], stride=stride, padding=padding, relu=relu)(x, residual)
     assert got.dtype == dtype
     assert got.is_contiguous(memory_format=channels_last)
-    # in float32 and float64 a random walk of as many roundings as there are terms; a library sums in its own order
+    # In float32 and float64 the bound is a random walk with a rounding for each term: a library sums in its own order.
     terms = 24 * size**2 + 2
     walk = terms**0.5 * torch.finfo(dtype).eps
     wide = dtype.itemsize >= 4

@@ -1,4 +1,4 @@
-"""Products on a CPU, by each of the libraries that multiply them."""
+"""Products on a CPU, by each library."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FEW = cpu._FEW_ROWS
 
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-DRAWS = 32  # of which the errors are pooled: for one row of 160 numbers the ratio of two errors scatters by 20 %
+DRAWS = 32  # their errors are pooled, since for one row of 160 numbers the ratio of two errors scatters by 20 %
 
 
 def fresh(rows: int, dtype: torch.dtype) -> list[Tensor]:
@@ -29,8 +29,10 @@ def fresh(rows: int, dtype: torch.dtype) -> list[Tensor]:
 
 
 def bound(plain: Tensor, exact: Tensor) -> float:
-    """Of the error: twice the plain product's; or, since a library sums in its own order and the plain product may be a
-    tree of sums, a random walk of as many roundings as there are terms."""
+    """The bound of an error: twice the plain product's error, or a random walk with a rounding for each term.
+
+    The walk is needed since a library sums in its own order, and the plain product may be a tree of sums.
+    """
     walk = 98**0.5 * torch.finfo(plain.dtype).eps / 2
     return max(2 * relative_error(plain, exact), walk if plain.dtype.itemsize >= 4 else 0)
 
@@ -73,7 +75,7 @@ def test_a_product_and_its_residual(rows: int, alpha: float, packed: bool, dtype
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_scaled_weight_is_rounded_once(dtype: torch.dtype) -> None:
-    """1.702 times a weight has no half-precision form: it is scaled as wide as float32, and then cast."""
+    """A weight times 1.702 has no exact half-precision form. It is scaled in float32 or wider, and then cast."""
     for weight in (torch.randn(160, 96), torch.randn(160, 96).half()):
         product = Product(weight, torch.zeros(160, dtype=dtype), scale=1.702)
         assert torch.equal(product.weight, (weight.float() * 1.702).to(dtype))
@@ -83,7 +85,7 @@ def test_a_scaled_weight_is_rounded_once(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("rows", [1, 50, 300])
 def test_packed_for_mkl(rows: int, activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With as many rows as weights were packed for, and by as many threads."""
+    """MKL multiplies the numbers of rows that weights were packed for, with as many threads as packed them."""
     act = ACTIVATIONS[activation]
     launched: list[int] = []
     packed_by: dict[int, int] = {}  # identity of a packed weight -> threads that packed it
@@ -111,7 +113,7 @@ def test_packed_for_mkl(rows: int, activation: str, monkeypatch: pytest.MonkeyPa
         got.append(product(x))
         torch.set_num_threads(threads)
         added.append(Product(weight, bias, usual_rows=(rows,))(x, residual=residual.clone()))
-        product(x[:-1])  # rows that nothing was packed for
+        product(x[:-1])  # no weight was packed for this number of rows
     assert launched == [rows] * 3 * DRAWS
     for values, wanted in (
         (got, lambda x, weight, bias, _: act(F.linear(x, weight, bias))),
@@ -123,7 +125,7 @@ def test_packed_for_mkl(rows: int, activation: str, monkeypatch: pytest.MonkeyPa
 
 
 def test_one_layout_is_made_for_one_library(leaves_avx512: bool) -> None:
-    """Many rows in float32 are for oneDNN where BLAS makes poor use of the CPU."""
+    """oneDNN multiplies even many rows in float32 where BLAS leaves the CPU's AVX-512 unused."""
     product = Product(torch.randn(160, 96), torch.zeros(160))
     product(torch.randn(300, 96))
     by_onednn = leaves_avx512 and cpu.can_fuse(torch.float32)

@@ -1,7 +1,7 @@
 """The plain encoders against openai-clip, open_clip and transformers, with shared random weights.
 
-The bounds are the project's: relative error below 1e-5 in float32 and 1e-10 in float64. Towers too big for a test keep
-their width, heads, resolution and tokens, and lose layers.
+The bounds are relative errors of 1e-5 in float32 and 1e-10 in float64. Towers that are too big for a test keep their
+width, heads, resolution and tokens, and lose layers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def images(config: Config, dtype: torch.dtype) -> Tensor:
 
 
 def randomise(tower: nn.Module) -> None:
-    """Fresh weights and statistics everywhere, so that no gain of one or bias of zero hides a mistake."""
+    """Sets random weights and statistics everywhere, so that no gain of one or bias of zero hides a mistake."""
     with torch.no_grad():
         for name, tensor in tower.state_dict().items():
             if name.endswith("num_batches_tracked"):
@@ -60,7 +60,7 @@ def openai_tower(config: Config) -> nn.Module:
 
 
 def in_float64(tower: nn.Module, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
-    """openai-clip's LayerNorm always computes in float32; in float64 it must not."""
+    """Replaces openai-clip's LayerNorm, which always computes in float32, by one that computes in float64."""
     model = pytest.importorskip("clip.model", reason="openai-clip is not installed")
     monkeypatch.setattr(model.LayerNorm, "forward", nn.LayerNorm.forward)
     return tower.double()

@@ -21,7 +21,7 @@ from clip_fast.towers.precision import BY_DTYPE
 from clip_fast.towers.resnet import FastResNet
 
 SMALL = ResNetConfig(layers=(1, 2, 1, 1), width=16, heads=4, image_size=64, embed_dim=32)
-# Every width, head count and embedding there is, with one block a stage.
+# Every published width, head count and embedding, with one block in each stage.
 CONFIGS = {
     name: dataclasses.replace(config, layers=(1, 1, 1, 1), image_size=96)
     for name, config in OPENAI_MODELS.items()
@@ -37,7 +37,7 @@ def _no_gradients() -> Iterator[None]:
 
 @pytest.fixture(params=["libraries", "kernels' oracles", "plain"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which of the ways to compute runs on this CPU."""
+    """The implementation that runs on this CPU."""
     if request.param == "kernels' oracles":
         for module in (convolution, resnet):
             monkeypatch.setattr(module, "by_kernels", lambda weight: True)
@@ -48,7 +48,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def skip_what_is_plain(way: str, dtype: torch.dtype) -> None:
-    """By libraries that have nothing for `dtype` the plain way is taken, which is tested as such."""
+    """Skips libraries that have nothing for `dtype`. They would compute the plain way, which is tested as such."""
     if way == "libraries" and not cpu.can_fuse(dtype):
         pytest.skip(f"no library fuses {dtype} here: this is the plain way")
 
@@ -59,7 +59,10 @@ def embed(tower: nn.Module, config: ResNetConfig, images: Tensor, dtype: torch.d
 
 
 def check(tower: nn.Module, config: ResNetConfig, dtype: torch.dtype) -> float:
-    """The ratio of the error against float64 to the plain tower's own in the same dtype; in float32 at most 5e-6."""
+    """The ratio of the error against float64 to the plain tower's error in the same dtype.
+
+    In float32 the error must be at most 5e-6.
+    """
     images = torch.randn(2 if dtype == torch.float32 else 4, 3, config.image_size, config.image_size).to(dtype)
     tower.to(dtype)  # both read the rounded weights
     got = embed(tower, config, images, dtype)
@@ -79,7 +82,7 @@ def test_float32(name: str, way: str) -> None:
 @pytest.mark.parametrize("way", ["libraries", "plain"], indirect=True)  # oracles round a product before its epilogue
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype, way: str) -> None:
-    """The typical ratio of errors over a few towers, whose single ones scatter by a tenth."""
+    """The typical ratio of errors over a few towers is bounded, since single ratios scatter by a tenth."""
     skip_what_is_plain(way, dtype)
     config = CONFIGS["RN50"]
     assert statistics.geometric_mean(check(random_tower(config), config, dtype) for _ in range(5)) <= 1.1
@@ -87,7 +90,7 @@ def test_half_precision(dtype: torch.dtype, way: str) -> None:
 
 @pytest.mark.parametrize("image_size", [64, 65, 94, 96])
 def test_float64_is_exact(image_size: int, way: str) -> None:
-    """The folding itself, without rounding to hide in; sizes that no stride divides too."""
+    """In float64 no rounding hides a mistake in the folding. Some sizes are not multiples of the stride."""
     skip_what_is_plain(way, torch.float64)
     config = dataclasses.replace(SMALL, image_size=image_size)
     tower = random_tower(config).double()
@@ -96,7 +99,7 @@ def test_float64_is_exact(image_size: int, way: str) -> None:
 
 
 def with_hostile_statistics(tower: nn.Module) -> nn.Module:
-    """Channels that hardly ever varied, that never did, and that are far from zero."""
+    """Makes some channels vary hardly, some never, and moves some far from zero."""
     for module in tower.modules():
         if isinstance(module, nn.BatchNorm2d):
             assert module.running_mean is not None
@@ -116,7 +119,7 @@ def test_statistics_far_from_those_of_a_fresh_network(way: str) -> None:
 @pytest.mark.parametrize("way", ["libraries", "plain"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_statistics_far_from_those_of_a_fresh_network_in_half_precision(dtype: torch.dtype, way: str) -> None:
-    """The typical ratio of many small towers, each of which errs by few numbers."""
+    """The typical ratio of many small towers is bounded, since few numbers decide each one's error."""
     skip_what_is_plain(way, dtype)
     config = dataclasses.replace(SMALL, layers=(1, 1, 1, 1), width=8)
     ratios = [check(with_hostile_statistics(random_tower(config)), config, dtype) for _ in range(80)]
@@ -124,7 +127,7 @@ def test_statistics_far_from_those_of_a_fresh_network_in_half_precision(dtype: t
 
 
 def raw_pixels(layout: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Of a fresh tower and raw images: embeddings in `dtype`, by the plain tower in `dtype`, and by it in float64."""
+    """Embeddings of raw images by a new tower: ours in `dtype`, the plain tower's in `dtype`, and its in float64."""
     mean, std = (0.4, 0.5, 0.3), (0.2, 0.3, 0.25)
     raw = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     if layout == "nhwc":
@@ -139,7 +142,7 @@ def raw_pixels(layout: str, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]
 
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 def test_raw_pixels_are_normalised_by_the_stem(layout: str, way: str) -> None:
-    """Also at the border, where zeros are padded after normalisation, not before."""
+    """The border is right too, where zeros are padded after normalisation, not before."""
     for dtype, limit in ((torch.float64, 1e-12), (torch.float32, 5e-6)):
         got, _, exact = raw_pixels(layout, dtype)
         assert relative_error(got, exact) <= limit
@@ -148,7 +151,7 @@ def test_raw_pixels_are_normalised_by_the_stem(layout: str, way: str) -> None:
 @pytest.mark.parametrize("layout", ["nchw", "nhwc"])
 @pytest.mark.parametrize("way", ["libraries", "plain"], indirect=True)
 def test_raw_pixels_in_half_precision(layout: str, way: str) -> None:
-    """The typical ratio of errors over a few towers."""
+    """The typical ratio of errors over a few towers is bounded."""
     skip_what_is_plain(way, torch.float16)
     ratios = []
     for _ in range(4):
@@ -167,7 +170,7 @@ def test_an_image_is_left_as_it_was(way: str) -> None:
 
 @pytest.mark.parametrize("package", ["clip.model", "open_clip.modified_resnet"])
 def test_the_original_packages(package: str, way: str) -> None:
-    """The packages' towers themselves."""
+    """The packages' own towers are compared with ours."""
     model = pytest.importorskip(package)
     config = CONFIGS["RN50"]
     theirs = model.ModifiedResNet(config.layers, config.embed_dim, config.heads, config.image_size, config.width).eval()
@@ -184,7 +187,7 @@ def test_the_original_packages(package: str, way: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_no_less_accurate_than_open_clip_itself_in_half_precision(dtype: torch.dtype) -> None:
-    """openai-clip computes in no half precision on a CPU; open_clip does."""
+    """Compares with open_clip alone, since openai-clip computes in no half precision on a CPU."""
     model = pytest.importorskip("open_clip.modified_resnet", reason="open_clip is not installed")
     config = dataclasses.replace(SMALL, layers=(1, 1, 1, 1), width=8)
     ratios = []
@@ -204,7 +207,7 @@ def test_no_less_accurate_than_open_clip_itself_in_half_precision(dtype: torch.d
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_an_openai_file_of_every_resnet(name: str, tmp_path: Path) -> None:
-    """Written as OpenAI's are, read by `load`, encoded at full size."""
+    """A file is written in OpenAI's form and read by `load`. The model encodes images of full size."""
     config = OPENAI_MODELS[name]
     tower = reference.build(config)
     torch.save({f"visual.{key}": tensor.half() for key, tensor in tower.state_dict().items()}, tmp_path / "model.pt")

@@ -1,4 +1,4 @@
-"""The fast ViTs, by kernels' oracles and by the CPU's own line, against the plain encoder in float64."""
+"""The fast ViTs, by the kernels' oracles and by the CPU's tower, against the plain encoder in float64."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from clip_fast.towers.vit_cpu import CpuVit
 
 Line = Callable[[dict[str, Tensor], VitConfig, torch.dtype, Tensor, str], object]
 
-# Every width, head size, patch size, MLP ratio and activation there is, with few layers and, where large, few patches.
+# Every published width, head size, patch size, MLP ratio and activation, with few layers; large ones have few patches.
 CONFIGS: dict[str, VitConfig] = {
     "ViT-B/32": dataclasses.replace(OPENAI_MODELS["ViT-B/32"], layers=3),  # type: ignore[type-var]
     "ViT-B/16": dataclasses.replace(OPENAI_MODELS["ViT-B/16"], layers=2),  # type: ignore[type-var]
@@ -55,7 +55,7 @@ def _no_gradients() -> object:
         yield
 
 
-# True numbers of tokens and true widths.
+# The published numbers of tokens and widths.
 FULL = {
     **{
         name: dataclasses.replace(config, layers=2)
@@ -71,7 +71,7 @@ FULL = {
 
 
 def check(line: Line, config: VitConfig, dtype: torch.dtype, outliers: bool = False, towers: int = 1) -> None:
-    """The typical ratio of the error to the plain tower's own, over so many towers, and the lowest cosine of any."""
+    """Checks the typical ratio of the error to the plain tower's, over some towers, and the lowest cosine of any."""
     limit = 2 if dtype == torch.float32 else 1.1
     ratios = [ratio_of_errors(line, config, dtype, outliers) for _ in range(towers)]
     assert statistics.geometric_mean(ratios) <= limit
@@ -79,7 +79,7 @@ def check(line: Line, config: VitConfig, dtype: torch.dtype, outliers: bool = Fa
 
 def ratio_of_errors(line: Line, config: VitConfig, dtype: torch.dtype, outliers: bool) -> float:
     tower = random_tower(config, outliers)
-    batch = 2 if dtype == torch.float32 else 8  # a half-precision bound is tight, and wants a steady statistic
+    batch = 2 if dtype == torch.float32 else 8  # a half-precision bound is tight, and needs a steady statistic
     images = torch.randn(batch, 3, config.image_size, config.image_size)
     state = {name: tensor.to(dtype) for name, tensor in tower.state_dict().items()}  # both read the rounded weights
     tower.load_state_dict(state)
@@ -105,7 +105,7 @@ def test_float32(name: str, line: Line) -> None:
 @pytest.mark.parametrize("line", [by_ops, by_cpu])
 @pytest.mark.parametrize("name", ["ViT-B/32", "ViT-L/14"])
 def test_half_precision(name: str, line: Line, dtype: torch.dtype) -> None:
-    # Oracles round a product before its epilogue, which leaves one tower's ratio no room to scatter below 1.1.
+    # Oracles round a product before its epilogue. That brings ratios so near to 1.1 that single ones may exceed it.
     check(line, CONFIGS[name], dtype, towers=3 if name == "ViT-B/32" and line is by_ops else 1)
 
 
@@ -142,7 +142,7 @@ def test_no_less_accurate_than_openai_clip_itself(name: str, line: Line) -> None
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("line", [by_ops, by_cpu])
 def test_no_less_accurate_than_open_clip_itself_in_half_precision(line: Line, dtype: torch.dtype) -> None:
-    """openai-clip computes in no half precision on a CPU; open_clip does."""
+    """Compares with open_clip alone, since openai-clip computes in no half precision on a CPU."""
     towers = pytest.importorskip("open_clip.transformer", reason="open_clip is not installed")
     config = dataclasses.replace(CONFIGS["ViT-B/32"], image_size=96)
     theirs = towers.VisionTransformer(
@@ -152,7 +152,7 @@ def test_no_less_accurate_than_open_clip_itself_in_half_precision(line: Line, dt
     tower = random_tower(config)
     theirs.load_state_dict(tower.state_dict())
     tower.load_state_dict(theirs.state_dict())  # both read the rounded weights
-    images = torch.randn(24, 3, config.image_size, config.image_size).to(dtype)  # of 8 the ratio scatters by 2 %
+    images = torch.randn(24, 3, config.image_size, config.image_size).to(dtype)  # 8 would scatter the ratio by 2 %
     got, own = line(theirs.state_dict(), config, dtype, images, "encode"), theirs(images)
     exact = tower.double()(images.double())
     assert relative_error(got, exact) <= 1.1 * relative_error(own, exact)  # type: ignore[arg-type]
@@ -161,13 +161,13 @@ def test_no_less_accurate_than_open_clip_itself_in_half_precision(line: Line, dt
 @pytest.mark.parametrize("given", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("outliers", [False, True])
 def test_quick_gelu_as_swish(given: torch.dtype, outliers: bool) -> None:
-    """To bfloat16 from more bits: QuickGELU's slope goes into the weights on the way, which is no less exact.
+    """Weights with more bits are rounded to bfloat16. QuickGELU's slope goes into them before, and costs no accuracy.
 
-    The typical ratio of the error against the unrounded weights to the plain bfloat16 tower's.
+    The bound is on the typical ratio of the error to the plain bfloat16 tower's, both against the unrounded weights.
     """
     config = VitConfig(image_size=32, patch_size=16, width=128, layers=2, heads=2, embed_dim=64)
     ratios = []
-    for _ in range(300 if outliers else 30):  # with outliers each tower's is a draw of few numbers
+    for _ in range(300 if outliers else 30):  # with outliers few numbers decide each tower's ratio
         tower = random_tower(config, outliers)
         state = {name: tensor.to(given) for name, tensor in tower.state_dict().items()}
         tower.load_state_dict(state)
@@ -181,7 +181,7 @@ def test_quick_gelu_as_swish(given: torch.dtype, outliers: bool) -> None:
 
 
 def test_weights_that_would_be_rounded_twice() -> None:
-    """Those that are bfloat16 already are multiplied by as they are."""
+    """Weights that are bfloat16 already are used unchanged."""
     config = VitConfig(image_size=32, patch_size=16, width=128, layers=2, heads=2, embed_dim=64)
     state = {name: tensor.bfloat16() for name, tensor in random_tower(config).state_dict().items()}
     for i, block in enumerate(CpuVit.prepare(state, config, BF16, IMAGE_MEAN, IMAGE_STD).blocks):
@@ -191,7 +191,7 @@ def test_weights_that_would_be_rounded_twice() -> None:
 
 
 def test_activations_near_the_largest_float16() -> None:
-    """1.702 times which is infinite."""
+    """The activations times 1.702 would be infinite in float16."""
     config = VitConfig(image_size=32, patch_size=16, width=128, layers=2, heads=2, embed_dim=64)
     tower = random_tower(config)
     for name, tensor in tower.state_dict().items():
@@ -213,10 +213,10 @@ def test_outlier_channels(line: Line) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("line", [by_ops, by_cpu])
 def test_outlier_channels_in_half_precision(line: Line, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The typical ratio of errors over many towers, since with outliers each tower's is a draw of few numbers.
+    """The typical ratio of errors over many towers is bounded: with outliers few numbers decide each tower's ratio.
 
     The kernels keep a product in float32 until its epilogue is done. Their oracles leave products to PyTorch, which
-    rounds them before that, so that here they get float32 operands.
+    rounds them earlier. So the oracles get float32 operands here.
     """
     plain_linear = kernel_oracles.linear
 
@@ -239,7 +239,7 @@ def test_outlier_channels_in_half_precision(line: Line, dtype: torch.dtype, monk
         got = line(state, config, dtype, images, "encode")
         assert isinstance(got, Tensor)
         ratios.append(relative_error(got, exact) / relative_error(tower.to(dtype)(images), exact))
-    # Float16 on a CPU: PyTorch's plain products. Their mean is 1.03 with a standard deviation of 0.024 of its own.
+    # For float16 a CPU takes PyTorch's plain products. Their mean ratio is 1.03, with a standard deviation of 0.024.
     assert statistics.geometric_mean(ratios) <= (1.15 if line is by_cpu and dtype == torch.float16 else 1.1)
 
 
@@ -249,7 +249,7 @@ SMALL = VitConfig(image_size=64, patch_size=16, width=128, layers=3, heads=2, em
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 @pytest.mark.parametrize("line", [by_ops, by_cpu])
 def test_float64_is_exact(line: Line, activation: str) -> None:
-    """The folding itself, without rounding to hide in."""
+    """In float64 no rounding hides a mistake in the folding."""
     config = dataclasses.replace(SMALL, activation=activation)  # type: ignore[arg-type]
     tower = random_tower(config).double()
     images = torch.randn(3, 3, 64, 64, dtype=torch.float64)
@@ -272,7 +272,7 @@ def test_hidden_states(layer: int) -> None:
 
 
 def test_weights_for_tf32_are_rounded_to_it() -> None:
-    """Once: tensor cores would cut them. Colsums are of the weights as rounded."""
+    """Weights are rounded once, since tensor cores would cut them. Colsums are sums of the rounded weights."""
     state = random_tower(SMALL).state_dict()
     weights = FastVit.prepare(state, SMALL, TF32, IMAGE_MEAN, IMAGE_STD)
     exact = FastVit.prepare(state, SMALL, FP32, IMAGE_MEAN, IMAGE_STD)

@@ -1,9 +1,13 @@
-"""Texts to tokens, as CLIP reads them: byte pairs of lower-case text (Radford et al. 2021, section 2.4)."""
+"""Texts to tokens, as CLIP reads them: byte pairs of lower-case text (Radford et al. 2021, section 2.4).
+
+The names are those of openai-clip's `clip.simple_tokenizer`, for code that imports it.
+"""
 
 from __future__ import annotations
 
 import gzip
 import html
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,7 @@ from . import extras
 from .towers.text import VOCABULARY
 
 _MERGES_FILE = Path(__file__).parent / "assets" / "vocabulary" / "bpe_simple_vocab_16e6.txt.gz"
-_MERGES = VOCABULARY - 2 * 256 - 2
+_MERGE_COUNT = VOCABULARY - 2 * 256 - 2
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
 
@@ -36,20 +40,42 @@ def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = 
         ModuleNotFoundError: the extra `text` is not installed: `pip install "clip_fast[text]"`.
     """
     texts = [texts] if isinstance(texts, str) else texts
-    tokenizer = _tokenizer()
-    start, end = tokenizer.token_to_id(_START), tokenizer.token_to_id(_END)
+    tokenizer = SimpleTokenizer()
     result = torch.zeros(len(texts), context_length, dtype=torch.int32)
     for row, text in zip(result, texts, strict=True):
-        tokens = [start, *tokenizer.encode(_clean(text)).ids, end]
+        tokens = [tokenizer.encoder[_START], *tokenizer.encode(text), tokenizer.encoder[_END]]
         if len(tokens) > context_length:
             if not truncate:
                 raise RuntimeError(
                     f"a text may have {context_length} tokens, start and end included, and {text!r} has {len(tokens)}: "
                     "shorten it, or pass truncate=True"
                 )
-            tokens = [*tokens[: context_length - 1], end]
+            tokens = [*tokens[: context_length - 1], tokens[-1]]
         row[: len(tokens)] = torch.tensor(tokens)
     return result
+
+
+class SimpleTokenizer:
+    """A text to the numbers of its tokens and back, without start and end, as `clip`'s tokenizer of this name.
+
+    `encoder` has the number of each token, and `decoder` the token of each number.
+
+    Raises:
+        ModuleNotFoundError: the extra `text` is not installed: `pip install "clip_fast[text]"`.
+    """
+
+    def __init__(self) -> None:
+        self._byte_pairs = _tokenizer()
+        self.encoder = _vocabulary()
+        self.decoder = _tokens()
+
+    def encode(self, text: str) -> list[int]:
+        return self._byte_pairs.encode(_clean(text)).ids
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of tokens, lower-case, with a space behind each word."""
+        symbols = "".join(self.decoder[int(token)] for token in tokens)
+        return bytes(map(_byte_symbols().__getitem__, symbols)).decode("utf-8", errors="replace").replace("</w>", " ")
 
 
 def _clean(text: str) -> str:
@@ -60,15 +86,31 @@ def _clean(text: str) -> str:
 
 
 @cache
+def _merges() -> list[tuple[str, str]]:
+    lines = gzip.decompress(_MERGES_FILE.read_bytes()).decode().split("\n")
+    return [(first, second) for first, second in (line.split() for line in lines[1 : 1 + _MERGE_COUNT])]
+
+
+@cache
+def _vocabulary() -> dict[str, int]:
+    """The number of each token."""
+    symbols = _byte_symbols()
+    words = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *map("".join, _merges()), _START, _END]
+    return {word: number for number, word in enumerate(words)}
+
+
+@cache
+def _tokens() -> dict[int, str]:
+    """The token of each number."""
+    return {number: word for word, number in _vocabulary().items()}
+
+
+@cache
 def _tokenizer() -> Any:
     tokenizers = extras.tokenizers()
     models, pre_tokenizers = tokenizers.models, tokenizers.pre_tokenizers
-    lines = gzip.decompress(_MERGES_FILE.read_bytes()).decode().split("\n")
-    merges = [(first, second) for first, second in (line.split() for line in lines[1 : 1 + _MERGES])]
-    symbols = _byte_symbols()
-    words = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *("".join(pair) for pair in merges), _START, _END]
-    vocabulary = {word: number for number, word in enumerate(words)}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, merges, end_of_word_suffix="</w>", fuse_unk=False))
+    byte_pairs = models.BPE(_vocabulary(), _merges(), end_of_word_suffix="</w>", fuse_unk=False)
+    tokenizer = tokenizers.Tokenizer(byte_pairs)
     tokenizer.add_special_tokens([_START, _END])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -79,11 +121,12 @@ def _tokenizer() -> Any:
     return tokenizer
 
 
-def _byte_symbols() -> list[str]:
+@cache
+def _byte_symbols() -> dict[str, int]:
     """A printable character for every byte, in the order of the vocabulary (Radford et al. 2019, section 2.2).
 
     Bytes that are printable in Latin-1 stand for themselves and come first; the others follow, moved beyond 255.
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(others))]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}

@@ -8,8 +8,8 @@ import pytest
 import torch
 from random_towers import relative_error
 
-from clip_fast import tokens as text
-from clip_fast.tokens import tokenize
+from clip_fast import simple_tokenizer as text
+from clip_fast.simple_tokenizer import SimpleTokenizer, tokenize
 from clip_fast.towers.config import TextConfig
 from clip_fast.towers.text import TextEncoder
 
@@ -90,3 +90,18 @@ def test_tokens_that_make_no_sense() -> None:
     for tokens in (torch.zeros(8, dtype=torch.int), torch.zeros(1, 9, dtype=torch.int), torch.zeros(1, 8)):
         with pytest.raises(ValueError, match=r"tokens must be \[batch, at most 8\] of an integer dtype, got"):
             encoder(tokens)
+
+
+def test_the_tokenizer_is_clips() -> None:
+    from clip.simple_tokenizer import SimpleTokenizer as Theirs
+
+    ours, theirs = SimpleTokenizer(), Theirs()
+    assert ours.encoder == theirs.encoder
+    assert ours.decoder == theirs.decoder
+    for words in TEXTS:
+        tokens = theirs.encode(words)
+        assert ours.encode(words) == tokens
+        assert ours.decode(tokens) == theirs.decode(tokens)
+    ragged = torch.randint(49408, (200,)).tolist()  # bytes that are no UTF-8 among them
+    assert ours.decode(ragged) == theirs.decode(ragged)
+    assert ours.decode(torch.tensor(ragged)) == theirs.decode(ragged)

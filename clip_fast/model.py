@@ -1,0 +1,150 @@
+"""CLIP whole: the fast image encoder with its text side, for zero-shot classification and retrieval by text.
+
+The names are those of openai-clip's `clip.model`, for code that imports it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .checkpoint.reading import Checkpoint, read_state_dict
+from .encoder import ImageEncoder, with_weights
+from .towers.config import Config, TextConfig
+from .towers.reference import ModifiedResNet as ModifiedResNet
+from .towers.reference import VisionTransformer as VisionTransformer
+from .towers.text import TextEncoder, causal_mask, encode_text
+
+_OLD_PREFIX = "text."  # of the text side's names in the state dicts of clip_fast's first versions
+
+
+class Clip(ImageEncoder):
+    """An `ImageEncoder` that embeds texts too: a drop-in for the model of `clip.load`.
+
+    Its parameters, modules and attributes have the names, layouts and meanings of `clip`'s: `visual`,
+    `token_embedding`, `positional_embedding`, `transformer`, `ln_final`, `text_projection`, `logit_scale` (the
+    logarithm of what cosines are multiplied by), `context_length` (tokens that a text may have, start and end included)
+    and `vocab_size`. State dicts go from one to the other. Those of clip_fast's first versions, which had "text."
+    before the names of the text side, are loaded too.
+
+    Args:
+        config, state_dict, device, dtype, options: the image encoder's, see `ImageEncoder`.
+        text_config, text_state_dict: the text encoder's, under the names of `TextEncoder`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        state_dict: dict[str, Tensor],
+        text_config: TextConfig,
+        text_state_dict: dict[str, Tensor],
+        device: torch.device,
+        dtype: torch.dtype,
+        **options: Any,
+    ) -> None:
+        super().__init__(config, state_dict, device, dtype, **options)
+        with torch.device("meta"):
+            text = TextEncoder(text_config)
+        text = with_weights(text, text_state_dict, device, dtype)
+        self.context_length = text_config.context_length
+        self.vocab_size = text_config.vocabulary
+        self.token_embedding = text.token_embedding
+        self.positional_embedding = text.positional_embedding
+        self.transformer = text.transformer
+        self.ln_final = text.ln_final
+        self.text_projection = text.text_projection
+        self.logit_scale = text.logit_scale
+        self.register_load_state_dict_pre_hook(_rename_old)  # pyright: ignore[reportUnknownMemberType]
+
+    def encode_text(self, text: Tensor) -> Tensor:
+        """Embeds texts as `clip_fast.tokenize` gives them: (B, L) integers -> (B, embed_dim), not normalised.
+
+        The result has the encoder's dtype, under autocast too.
+
+        Raises:
+            TypeError: the tokens are no tensor.
+            ValueError: for tokens of another shape or dtype.
+        """
+        if not isinstance(text, Tensor | torch.fx.Proxy):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(
+                f"text must be a tensor of tokens, got {type(text).__name__}: clip_fast.tokenize(texts) makes one"
+            )
+        return encode_text(self, text.to(self.device)).to(self.dtype)
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Cosines of images (B, …) and texts (T, L), times exp(logit_scale): (B, T), and the same transposed."""
+        image_embeddings = F.normalize(self.encode_image(image), dim=-1)
+        text_embeddings = F.normalize(self.encode_text(text), dim=-1)
+        logits = self.logit_scale.exp() * image_embeddings @ text_embeddings.T
+        return logits, logits.T
+
+    def build_attention_mask(self) -> Tensor:
+        """(context_length, context_length): 0 where a token sees another, itself and those before it, else -inf."""
+        return causal_mask(self.context_length)
+
+    def initialize_parameters(self) -> None:
+        """Draws new weights for the text side, and for a ResNet's pool and last batch norms, as `clip` does."""
+        width, layers = self.transformer.width, self.transformer.layers
+        into_stream = width**-0.5 * (2 * layers) ** -0.5  # of what is added to the residual stream
+        deviations = [
+            (self.token_embedding.weight, 0.02),
+            (self.positional_embedding, 0.01),
+            (self.text_projection, width**-0.5),
+        ]
+        for block in self.transformer.blocks():
+            deviations += [
+                (block.attn.in_proj_weight, width**-0.5),
+                (block.attn.out_proj.weight, into_stream),
+                (block.mlp.c_fc.weight, (2 * width) ** -0.5),
+                (block.mlp.c_proj.weight, into_stream),
+            ]
+        if isinstance(self.visual, ModifiedResNet):
+            pool = self.visual.attnpool
+            for part in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj):
+                deviations.append((part.weight, pool.c_proj.in_features**-0.5))
+            for name, parameter in self.visual.named_parameters():
+                if name.startswith("layer") and name.endswith("bn3.weight"):
+                    nn.init.zeros_(parameter)
+        for parameter, deviation in deviations:
+            nn.init.normal_(parameter, std=deviation)
+
+
+def _rename_old(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
+    """Gives the text side's names in a state dict of clip_fast's first versions as they are now."""
+    old = prefix + _OLD_PREFIX
+    for name in [name for name in state_dict if name.startswith(old)]:
+        state_dict[prefix + name.removeprefix(old)] = state_dict.pop(name)
+
+
+CLIP = Clip  # for `isinstance`
+
+
+def from_checkpoint(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, **options: Any) -> ImageEncoder:
+    """The model in a checkpoint: a `Clip` where it has a text tower. Its weights require gradients, as `clip`'s do.
+
+    `options` are those of `ImageEncoder`.
+    """
+    options |= {"mean": checkpoint.mean, "std": checkpoint.std}
+    if checkpoint.text is None:
+        model = ImageEncoder(checkpoint.config, checkpoint.state_dict, device, dtype, **options)
+    else:
+        model = Clip(checkpoint.config, checkpoint.state_dict, *checkpoint.text, device, dtype, **options)
+    return model.requires_grad_(True)
+
+
+def build_model(state_dict: Mapping[str, Any]) -> ImageEncoder:
+    """A model from a state dict of `clip`'s, on the CPU and in float16, as `clip.model.build_model` makes it.
+
+    Raises:
+        CheckpointError: the state dict is not that of a CLIP.
+    """
+    return from_checkpoint(read_state_dict(state_dict), torch.device("cpu"), torch.float16)
+
+
+def convert_weights(model: nn.Module) -> None:
+    """Converts a model's weights to float16, LayerNorms' and embeddings' too, which `clip` leaves as they are."""
+    model.half()
