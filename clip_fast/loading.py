@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from .checkpoint.published import resolve
 from .checkpoint.reading import read_checkpoint
 from .clip import Clip
 from .encoder import ImageEncoder
+from .engine.ahead import probe
+from .errors import reason_of
 from .preprocess import Preprocess
 from .towers.config import Activation
 from .towers.families import for_image_size
@@ -18,8 +22,26 @@ from .towers.precision import PrecisionName
 
 
 def default_device() -> torch.device:
-    """A GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """A GPU where PyTorch can use one. Warns where there is one that it cannot use."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if _gpu_is_there() and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1"):
+        try:
+            torch.cuda.init()
+            reason = "PyTorch sees none"
+        except Exception as error:  # a RuntimeError of the driver's, an AssertionError of a build for CPUs
+            reason = reason_of(error).partition("\n")[0]
+        warnings.warn(
+            f"clip_fast computes on the CPU, though this machine has a GPU: {reason.rstrip('.')}. Install the build of "
+            'PyTorch that is for its driver, or update the driver; device="cpu" asks for the CPU',
+            stacklevel=3,
+        )
+    return torch.device("cpu")
+
+
+def _gpu_is_there() -> bool:
+    """Whether the system has loaded the driver of a GPU that this kind of PyTorch is for."""
+    return os.path.exists("/dev/kfd") if torch.version.hip else bool(glob.glob("/dev/nvidia[0-9]*"))
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -44,7 +66,8 @@ def load(
     Args:
         name_or_path: a name from `available_models()`, or a checkpoint: OpenAI's `.pt`, open_clip's `.pt`, `.bin` or
             `.safetensors`, or a Hugging Face folder.
-        device: where to compute; by default a GPU where there is one.
+        device: where to compute; by default a GPU where PyTorch can use one. One warning says so where a GPU is there
+            and PyTorch cannot use it, and where Triton cannot: plain PyTorch then computes on it.
         dtype: of the weights and embeddings; by default, as in `clip`, float16 on a GPU and float32 on a CPU.
         precision: to compute in, "fp32", "tf32", "fp16" or "bf16"; by default that of `dtype`.
         image_size: the size of the images to encode, where it is not the model's own. A ViT's positional embedding is
@@ -80,4 +103,5 @@ def load(
         model = ImageEncoder(config, state_dict, device, dtype, **options)
     else:
         model = Clip(config, state_dict, *checkpoint.text, device, dtype, **options)
+    probe(device)
     return model, Preprocess(config.image_size, checkpoint.mean, checkpoint.std, checkpoint.squash)

@@ -2,14 +2,13 @@
 
 The Triton kernel runs where Triton can run: on a GPU, or on a CPU under Triton's interpreter (`TRITON_INTERPRET=1` in
 the environment before the first call). Elsewhere, and for a dtype or size that no kernel serves, the plain PyTorch
-oracle in `oracles.py` runs. Their results agree to rounding.
+oracle in `oracles.py` runs. It also runs in place of a launch that fails, see `toolchain.py`. Their results agree to
+rounding.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
-import os
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,8 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from . import oracles
-from .targets import has_tensor_cores
+from . import oracles, toolchain
 
 Impl = Literal["auto", "triton", "reference"]
 
@@ -63,14 +61,20 @@ class Op:
     def dispatched(self, *args: Any) -> Any:
         """The op's results by the kernel, or by the oracle where no kernel serves: PyTorch calls this."""
         tensors = tuple(arg for arg in args if isinstance(arg, Tensor))
-        return getattr(oracles, self.name)(*args) if self.why_not_triton(tensors) else _launched(self.name, *args)
+        if self.why_not_triton(tensors) is None:
+            try:
+                return _launched(self.name, *args)
+            except Exception as error:  # Triton's own, the C compiler's, the file system's: they have no common type
+                if not toolchain.gives_way(tensors[self.lead].device, error):
+                    raise
+        return getattr(oracles, self.name)(*args)
 
     def why_not_triton(self, tensors: tuple[Tensor | None, ...]) -> str | None:
         """The reason why the kernel does not serve these operands; None where it does."""
         lead = tensors[self.lead]
         assert lead is not None
         if not triton_can_run(lead.device):
-            return f"there is no GPU behind {lead.device} and TRITON_INTERPRET is not 1, or Triton is not installed"
+            return toolchain.why_not(lead.device)
         if lead.dtype not in _KERNEL_DTYPES:
             return f"kernels take float16, bfloat16 and float32, got {lead.dtype}"
         if self.widest is not None and lead.shape[-1] > self.widest:
@@ -98,14 +102,8 @@ def define(
 
 
 def triton_can_run(device: torch.device) -> bool:
-    """Whether Triton is installed and `device` is a GPU that the kernels are for, or a CPU under its interpreter."""
-    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    return (interpreted or (device.type == "cuda" and has_tensor_cores(device))) and _triton_is_installed()
-
-
-@cache
-def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    """Whether Triton launches on `device`: a GPU that the kernels are for, or a CPU under its interpreter."""
+    return toolchain.why_not(device) is None
 
 
 _launching = threading.RLock()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..encoder import ImageEncoder
+from ..engine.ahead import probe
 from ..errors import NotServed
 from ..towers.precision import PrecisionName
 from . import instance, served
@@ -54,6 +55,7 @@ def accelerate(model: _Model, *, precision: PrecisionName | None = None, cuda_gr
     for forward in found:
         if problem := forward.read():
             raise NotServed(problem)
+        probe(forward.device)
     restore(model)
     for forward in found:
         forward.attach()

@@ -82,6 +82,10 @@ class Forward:
         owner = getattr(method, "__self__", None)
         return owner if isinstance(owner, Forward) else None
 
+    @property
+    def device(self) -> torch.device:
+        return served.weight(self.tower).device
+
     def has(self, precision: PrecisionName | None, cuda_graphs: bool) -> bool:
         """Whether it has these settings."""
         return (self._precision, self._cuda_graphs) == (precision, cuda_graphs)

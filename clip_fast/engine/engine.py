@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels import toolchain
 from ..kernels.dispatch import triton_can_run
 from ..towers.config import ENCODE, IMAGE_MEAN, IMAGE_STD, Rgb, Task
 from ..towers.families import fast_tower
 from ..towers.fast import FastTower, Results
 from ..towers.precision import FP64, Precision, PrecisionName, precision_of
-from . import graphs
+from . import ahead, graphs
 from .changes import Storages, fingerprint, follow
 from .tower import Tower
 
@@ -116,9 +117,13 @@ class Engine:
                     return fast.graphs(bucket, images, task)
                 except torch.OutOfMemoryError:
                     self.cuda_graphs = False  # out of memory: stop using graphs, which keep some
-                except RuntimeError as error:
+                except Exception as error:  # of a capture; where the fault is not the capture's, launching raises it
+                    if toolchain.is_strict():
+                        raise
+                    told = self._bucket(images) is None  # the kernels themselves have failed, and a warning said so
                     self.cuda_graphs = False
-                    warnings.warn(f"clip_fast launches its kernels one by one from now on: {error}", stacklevel=2)
+                    if not told:
+                        warnings.warn(f"clip_fast launches its kernels one by one from now on: {error}", stacklevel=2)
                 fast.graphs.release()
             return self.in_parts(images, lambda part: fast.run(part, task), task)
 
@@ -170,18 +175,23 @@ class Engine:
     def _fast_path(self) -> Prepared:
         """The fast path, prepared again where the tower's tensors have changed."""
         tensors = self.tensors()
-        state = (self.precision, self._fast_tower, fingerprint(tensors))
+        state = self._state(tensors)
         prepared = self.prepared
         if prepared is None or prepared.state != state or prepared.storages.gone():
             with self._lock, torch.inference_mode(False), torch.no_grad():
                 prepared = self.prepared
                 if prepared is None or prepared.state != state or prepared.storages.gone():
-                    storages = Storages(tensors)
+                    ahead.probe(self.device)
+                    state, storages = self._state(tensors), Storages(tensors)
                     run = self._prepare()
                     if tensors[0].is_cuda and not torch.cuda.is_current_stream_capturing():
                         graphs.synchronize()  # other streams read these weights, and the last ones
                     prepared = self.prepared = Prepared(state, storages, run, graphs.Graphs(run))
         return prepared
+
+    def _state(self, tensors: list[Tensor]) -> object:
+        """All that a fast path is prepared from, with how it computes: a launch that fails ends the kernels' use."""
+        return self.precision, self._fast_tower, triton_can_run(self.device), fingerprint(tensors)
 
     def _prepare(self) -> Callable[[Tensor, Task], Results]:
         """The tower's fast path on this device, as a function that does not hold on to the engine."""
