@@ -80,7 +80,7 @@ def _as_on_a_users_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def graphed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every batch that Triton computes asks for a graph; a capture runs once to compile, and once more."""
 
-    def capture(self: Graphs, bucket: int, images: Tensor, task: Task) -> Any:
+    def capture(self: Graphs, bucket: int, images: Tensor, task: Task, size: int) -> Any:
         self._run(images, task)
         return self._run(images, task)
 
