@@ -167,6 +167,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def total_memory(device: torch.device) -> int:
+    """The bytes of a GPU's memory, free or not."""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
 @cache
 def _detect(device: torch.device) -> Target:
     """The newest known architecture that is no newer than the device."""

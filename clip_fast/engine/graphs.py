@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.targets import total_memory
 from ..towers.config import Config, Task
 from ..towers.fast import Results
 
@@ -48,10 +49,7 @@ def bucket_of(batch: int, config: Config) -> int | None:
 
 def memory_for(device: torch.device) -> float:
     """The bytes that the graphs of one set of weights may be counted with."""
-    if device.type != "cuda":
-        return math.inf
-    properties: Any = torch.cuda.get_device_properties(device)
-    return _MEMORY_SHARE * properties.total_memory
+    return _MEMORY_SHARE * total_memory(device) if device.type == "cuda" else math.inf
 
 
 class Pause:
