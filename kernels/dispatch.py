@@ -11,7 +11,9 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, nullcontext
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -25,6 +27,8 @@ Impl = Literal["auto", "triton", "reference"]
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LIBRARY = torch.library.Library("clip_fast", "DEF")
+
+_launching: dict[str, threading.RLock] = {}  # by op; held by the thread that launches it
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ def define(
         lead, widest, wide: see `Op`.
     """
     op = Op(name, lead, widest, wide)
+    _launching[name] = threading.RLock()
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
         _LIBRARY.impl(name, op.dispatched, key)
@@ -106,21 +111,83 @@ def triton_can_run(device: torch.device) -> bool:
     return toolchain.why_not(device) is None
 
 
-_launching = threading.RLock()
-
-
 def _launched(name: str, *args: Any) -> Any:
     """The kernel's results, launched on the device of its operands; Triton by itself takes the current device.
 
-    One thread launches at a time: during its first launch Triton shows a kernel to other threads before it is loaded.
+    One thread launches a kernel at a time: during its first launch Triton shows it to other threads before it is
+    loaded.
     """
     device: torch.device = args[0].device
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    with _launching, torch.cuda.device(device) if elsewhere else nullcontext():
+    with _launching[name], torch.cuda.device(device) if elsewhere else nullcontext():
         return launcher(name)(*args)
 
 
 @cache
 def launcher(name: str) -> Callable[..., Any]:
     """A kernel's launcher, imported at its first use: importing Triton takes a while and is not always possible."""
-    return getattr(importlib.import_module(f".{name}", __package__), name)
+    return getattr(_module(name), name)
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f".{name}", __package__)
+
+
+# --- compiling ahead -------------------------------------------------------------------------------------------------
+
+_compiling = threading.Lock()  # of the process: kernels are compiled ahead for one caller at a time
+
+
+class _Compilers(ThreadPoolExecutor):
+    """Threads that compile, each a kernel. Triton compiles outside of Python's lock for the most part."""
+
+    def __init__(self) -> None:
+        super().__init__(thread_name_prefix="clip_fast compiles")
+        self.begun: list[Future[Any]] = []
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        self.begun.append(super().submit(fn, *args, **kwargs))
+        return self.begun[-1]
+
+
+def compile_ahead(run: Callable[[], object], say: Callable[[int], None]) -> None:
+    """Compiles all kernels of the ops that `run` calls, side by side; other threads go on launching theirs.
+
+    Nothing is launched by `run`: the results of its ops have no values.
+
+    Args:
+        say: called with the number of kernels, if compiling them takes longer than a second.
+
+    Raises:
+        Exception: any error of Triton's, or of the toolchain that it calls.
+    """
+    with _compiling:
+        copy_context().run(_compile_ahead, run, say)  # Triton 3.6 leaves its mode on after an error
+
+
+def _compile_ahead(run: Callable[[], object], say: Callable[[int], None]) -> None:
+    from triton import AsyncCompileMode
+    from triton.runtime.jit import JITFunction
+
+    with ExitStack() as locked, _Compilers() as compilers, ExitStack() as changed, AsyncCompileMode(compilers):
+        for kernel in (each for name in _launching for each in vars(_module(name)).values()):
+            if isinstance(kernel, JITFunction):
+                kernel.run = _compiling_run(kernel)
+                changed.callback(vars(kernel).pop, "run", None)  # helpers stand in several modules
+        run()
+        if wait(compilers.begun, timeout=1).not_done:
+            say(len(compilers.begun))
+        wait(compilers.begun)
+        # Triton's mode ends with the locks held: no launch may wait for a kernel while it is entered as compiled.
+        for lock in _launching.values():
+            locked.enter_context(lock)
+
+
+def _compiling_run(kernel: Any) -> Callable[..., Any]:
+    """In place of a kernel's `run`: only compiles where this thread asks, and launches where another one does."""
+    mine = threading.get_ident()
+
+    def run(*args: Any, warmup: bool, **options: Any) -> Any:
+        return type(kernel).run(kernel, *args, warmup=warmup or threading.get_ident() == mine, **options)
+
+    return run

@@ -1,4 +1,5 @@
-"""The command line: `clip-fast encode`, `clip-fast search`, `clip-fast demo`, `clip-fast models`."""
+"""The command line: `clip-fast encode`, `clip-fast search`, `clip-fast demo`, `clip-fast warm`,
+`clip-fast models`."""
 
 from __future__ import annotations
 
@@ -26,6 +27,12 @@ def _demo(arguments: argparse.Namespace) -> int:
     return demo.run(arguments.device, DTYPES.get(arguments.dtype))
 
 
+def _warm(arguments: argparse.Namespace) -> int:
+    from .warm import warm  # imported here, since the other commands do not need it
+
+    return warm(arguments)
+
+
 def _models(arguments: argparse.Namespace) -> int:
     print("\n".join(available_models()))
     return EXIT_OK
@@ -35,6 +42,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "encode": encode,
     "search": _search,
     "demo": _demo,
+    "warm": _warm,
     "models": _models,
 }
 

@@ -315,3 +315,67 @@ def test_a_gpu_that_pytorch_cannot_use(there: bool, visible: str | None, monkeyp
     for message in messages(said):
         assert "though this machine has a GPU: The NVIDIA driver on your system is too old" in message
         assert "Please update it" not in message
+
+
+# --- compiling ahead -------------------------------------------------------------------------------------------------
+
+
+class OnGpu(Tensor):
+    """A CPU's tensor that says it is on a GPU, as far as the first questions go."""
+
+    is_cuda = True
+    device = CUDA
+
+
+@pytest.fixture
+def compilations(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes of the batches that kernels were compiled for."""
+    gpu(monkeypatch)
+    seen: list[tuple[int, ...]] = []
+
+    def compile_ahead(run: Callable[[], object], say: Callable[[int], None]) -> None:
+        run()
+        say(11)
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(dispatch, "compile_ahead", compile_ahead)
+    monkeypatch.setattr(ahead, "_compiled", set())
+    return seen
+
+
+def images_on_gpu(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(*shape, dtype=dtype).as_subclass(OnGpu)
+
+
+def test_kernels_are_compiled_once_and_it_is_said(
+    compilations: list[tuple[int, ...]], caplog: pytest.LogCaptureFixture
+) -> None:
+    def run(images: Tensor) -> None:
+        compilations.append(tuple(images.shape))
+
+    for images in (images_on_gpu(4, 3, 2, 2), images_on_gpu(8, 3, 2, 2), images_on_gpu(4, 3, 2, 2, dtype=torch.uint8)):
+        ahead.compile_kernels(run, images, "a tower")
+    ahead.compile_kernels(run, images_on_gpu(4, 3, 2, 2), "another")
+    ahead.compile_kernels(run, torch.zeros(4, 3, 2, 2), "a CPU's")
+    assert compilations == [(1, 3, 2, 2)] * 3
+    assert caplog.messages == ["compiling 11 kernels for NVIDIA H200, once: Triton keeps them"] * 3
+
+
+def test_a_compilation_that_fails_ends_as_a_launch_that_fails(
+    compilations: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error, remedy = FAILURES["unknown architecture"]
+    monkeypatch.setattr(toolchain, "_works", lambda device: True)
+
+    def run(images: Tensor) -> None:
+        raise error
+
+    with pytest.warns(UserWarning, match=remedy):
+        ahead.compile_kernels(run, images_on_gpu(4, 3, 2, 2), "a tower")
+    assert not dispatch.triton_can_run(CUDA)
+    ahead.compile_kernels(run, images_on_gpu(4, 3, 2, 2), "another")  # not tried
+    toolchain.forget()
+    monkeypatch.setenv("CLIP_FAST_STRICT", "1")
+    with pytest.raises(type(error)):
+        ahead.compile_kernels(run, images_on_gpu(4, 3, 2, 2), "another")
