@@ -222,8 +222,8 @@ def parser() -> argparse.ArgumentParser:
         "warm",
         parents=[where],
         help="compile a model's kernels ahead of the first batch",
-        description="Compiles a model's kernels for a GPU, which its first batch would otherwise wait for. Triton keeps "
-        "them in the folder TRITON_CACHE_DIR, by default ~/.triton/cache; a container may keep that folder. "
+        description="Compiles a model's kernels for a GPU, which its first batch would otherwise wait for. Triton "
+        "keeps them in the folder TRITON_CACHE_DIR, by default ~/.triton/cache; a container may keep that folder. "
         "Needs the GPU.",
         epilog="example:\n  clip-fast warm --model ViT-L/14 --dtype bfloat16\n\n"
         "exit status: 0 if the kernels are compiled, or there are none to compile",
