@@ -74,7 +74,7 @@ def load(
             resampled for it as open_clip does.
         activation: of the MLPs, for a checkpoint that does not say; plain state dicts do not.
         download_root: folder for downloaded checkpoints; by default `~/.cache/clip`, which `clip` uses too.
-        cuda_graphs: replay small batches on an NVIDIA GPU as CUDA graphs: less time for each, some memory kept.
+        cuda_graphs: replay batches on an NVIDIA GPU as CUDA graphs where launching takes longer; they keep some memory.
         jit: must be False, the value with which callers of `clip.load` ask for no TorchScript.
 
     Returns:

@@ -49,7 +49,7 @@ class Block:
 
 @dataclass(frozen=True)
 class CpuVit(FastTower):
-    """A ViT as a CPU computes it. It also serves GPUs that Triton has no tensor cores on."""
+    """A ViT as a CPU computes it. It also serves GPUs on which Triton cannot launch."""
 
     rows_on_cpu: ClassVar[int] = 1600  # the activations of more tokens leave the caches
 
