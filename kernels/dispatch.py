@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack, nullcontext
-from contextvars import copy_context
+from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -29,6 +29,26 @@ _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LIBRARY = torch.library.Library("clip_fast", "DEF")
 
 _launching: dict[str, threading.RLock] = {}  # by op; held by the thread that launches it
+
+
+_trusted: ContextVar[bool] = ContextVar("trusted", default=False)
+
+
+@contextmanager
+def trusted() -> Generator[None]:
+    """Within this context ops take their operands unchecked, and PyTorch's dispatcher is passed over.
+
+    For callers who know that the operands are sound, and that nothing is traced: it saves a quarter of the host's time.
+    """
+    token = _trusted.set(True)
+    try:
+        yield
+    finally:
+        _trusted.reset(token)
+
+
+def is_trusted() -> bool:
+    return not torch.compiler.is_compiling() and _trusted.get()  # in this order: a trace cannot read the variable
 
 
 @dataclass(frozen=True)
@@ -51,6 +71,8 @@ class Op:
             RuntimeError: `impl` is "triton", and the kernel does not serve these operands.
             ValueError: `impl` is none of the three.
         """
+        if impl == "auto" and is_trusted():
+            return self.dispatched(*tensors, *options)
         if impl == "auto":
             return getattr(torch.ops.clip_fast, self.name).default(*tensors, *options)
         if impl == "reference":
