@@ -3,7 +3,7 @@
 `python -m bench.tune` writes this file. An architecture that is not listed takes the launch of the one that it is like,
 see `targets.TARGETS`. "half" stands for float16 and bfloat16, "tf32" for float32 on tensor cores; "flash_attention_64"
 is for head sizes up to 64, "flash_attention_128" for those up to 128. Attention in TF32 has one stage where wgmma wants
-transposed values: copies of 4 bytes cannot be pipelined there. Exact float32 has short steps: its error grows with them.
+transposed values: copies of 4 bytes cannot be pipelined there. In exact float32 steps are short, since each is a chain.
 """
 
 from __future__ import annotations
