@@ -54,7 +54,7 @@ class ImageEncoder(nn.Module):
             bits on a GPU, and is "fp32" elsewhere. "fp16" and "bf16" accumulate in float32; a CPU that has no
             instructions for one of them computes in float32 instead.
         mean, std: of the RGB channels of pixels scaled to [0, 1], with which uint8 images are normalised.
-        cuda_graphs: replay small batches on an NVIDIA GPU as CUDA graphs, which keep some of its memory.
+        cuda_graphs: replay batches on an NVIDIA GPU as CUDA graphs where launching takes longer; they keep some memory.
 
     On a GPU a ViT's embedding of an image has the same bits alone, in any batch and at any position. On a CPU the
     libraries that PyTorch multiplies with do not keep that, and cuDNN's convolutions in a ResNet do not promise it.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import warnings
 from dataclasses import replace
 
 import torch
@@ -10,6 +12,8 @@ import torch
 from .checkpoint.published import resolve
 from .checkpoint.reading import read_checkpoint
 from .encoder import ImageEncoder
+from .engine.ahead import probe
+from .errors import reason_of
 from .model import from_checkpoint
 from .preprocess import Preprocess
 from .towers.config import Activation
@@ -18,8 +22,26 @@ from .towers.precision import PrecisionName
 
 
 def default_device() -> torch.device:
-    """A GPU where there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """A GPU where PyTorch can use one. Warns where there is one that it cannot use."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if _gpu_is_there() and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1"):
+        try:
+            torch.cuda.init()
+            reason = "PyTorch sees none"
+        except Exception as error:  # a RuntimeError of the driver's, an AssertionError of a build for CPUs
+            reason = reason_of(error).partition("\n")[0]
+        warnings.warn(
+            f"clip_fast computes on the CPU, though this machine has a GPU: {reason.rstrip('.')}. Install the build of "
+            'PyTorch that is for its driver, or update the driver; device="cpu" asks for the CPU',
+            stacklevel=3,
+        )
+    return torch.device("cpu")
+
+
+def _gpu_is_there() -> bool:
+    """Whether the system has loaded the driver of a GPU that this kind of PyTorch is for."""
+    return os.path.exists("/dev/kfd") if torch.version.hip else bool(glob.glob("/dev/nvidia[0-9]*"))
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -47,7 +69,8 @@ def load(
     Args:
         name: a name from `available_models()`, or a checkpoint: OpenAI's `.pt`, open_clip's `.pt`, `.bin` or
             `.safetensors`, a Hugging Face folder, or a file that a training loop saved such a model's state dict in.
-        device: where to compute; by default a GPU where there is one.
+        device: where to compute; by default a GPU where PyTorch can use one. One warning says so where a GPU is there
+            and PyTorch cannot use it, and where Triton cannot: plain PyTorch then computes on it.
         jit: must be False, the value with which callers of `clip.load` ask for no TorchScript. A dtype in this place
             is taken for `dtype`.
         download_root: folder for downloaded checkpoints; by default `~/.cache/clip`, which `clip` uses too.
@@ -56,7 +79,7 @@ def load(
         image_size: the size of the images to encode, where it is not the model's own. A ViT's positional embedding is
             resampled for it as open_clip does.
         activation: of the MLPs, for a checkpoint that does not say; plain state dicts do not.
-        cuda_graphs: replay small batches on an NVIDIA GPU as CUDA graphs: less time for each, some memory kept.
+        cuda_graphs: replay batches on an NVIDIA GPU as CUDA graphs where launching takes longer; they keep some memory.
 
     Returns:
         The encoder, which is a `Clip` where the checkpoint has OpenAI's text tower and embeds texts too; and a callable
@@ -79,4 +102,5 @@ def load(
     model = from_checkpoint(
         checkpoint, device, dtype or default_dtype(device), precision=precision, cuda_graphs=cuda_graphs
     )
+    probe(device)
     return model, Preprocess(config.image_size, checkpoint.mean, checkpoint.std, checkpoint.squash, checkpoint.on_white)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .dispatch import Impl, define
+from .dispatch import Impl, define, is_trusted
 from .statistics import empty_statistics, statistics_tiles
 from .targets import InputPrecision
 
@@ -203,6 +203,23 @@ def linear(
     Returns:
         y (…, N) of x's dtype, contiguous; and its row statistics (…, ⌈N / STATISTICS_TILE⌉, 2), or an empty tensor.
     """
+    row_stats, colsum = norm if norm is not None else (None, None)
+    tensors = (x, weight, bias, residual, row_stats, colsum, scale)
+    if not is_trusted():
+        _check_linear(*tensors, activation)
+    return _linear(impl, tensors, activation, eps, statistics, precision)
+
+
+def _check_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    row_stats: Tensor | None,
+    colsum: Tensor | None,
+    scale: Tensor | None,
+    activation: str,
+) -> None:
     _require_float("x", x)
     rows, k = x.shape[:-1], x.shape[-1]
     _require(weight.ndim == 2 and weight.shape[1] == k, f"weight must be [N, {k}], got", weight)
@@ -212,15 +229,12 @@ def linear(
     _require(bias is None or bias.shape == (n,), f"bias must be [{n}], got", bias)
     _require(residual is None or residual.shape == (*rows, n), f"residual must be {[*rows, n]}, got", residual)
     _require(activation in ACTIVATIONS, f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    row_stats, colsum = norm if norm is not None else (None, None)
     if row_stats is not None and colsum is not None:
         wanted = (*rows, statistics_tiles(k), 2)
         _require(row_stats.shape == wanted, f"row statistics must be {list(wanted)}, got", row_stats)
         _require(colsum.shape == (n,), f"colsum must be [{n}], got", colsum)
     _require(scale is None or scale.shape == (n,), f"scale must be [{n}], got", scale)
     _require_device(x=x, weight=weight, bias=bias, residual=residual, statistics=row_stats, colsum=colsum, scale=scale)
-    tensors = (x, weight, bias, residual, row_stats, colsum, scale)
-    return _linear(impl, tensors, activation, eps, statistics, precision)
 
 
 # --- flash_attention --------------------------------------------------------------------------------------------------

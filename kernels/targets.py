@@ -104,6 +104,8 @@ class LaunchTable(dict[str, dict[Kind, dict[str, Launch]]]):
         return self.entry(op, kind_of(dtype, precision), target)
 
 
+_LIKE_MI300 = ("gfx90a", "gfx942", "gfx950")  # AMD's GPUs that take the launches of gfx942
+
 # The library that runs a 1 × 1 convolution on a GPU: "linear" is the project's own GEMM on the rows of the map. The
 # choice is reasoned, not measured; `bench.kernels` measures both on a ResNet.
 POINTWISE: dict[Kind, Literal["linear", "cudnn"]] = {"half": "linear", "float32": "linear", "tf32": "linear"}
@@ -151,9 +153,17 @@ def has_tf32(device: torch.device) -> bool:
 
 
 @cache
-def has_tensor_cores(device: torch.device) -> bool:
-    """Whether Triton multiplies on tensor cores on a GPU; on NVIDIA's GPUs before Ampere (sm_80) it does not."""
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
+def not_for_the_kernels(device: torch.device) -> str | None:
+    """The reason why the kernels are not for a GPU, in words; None where they are.
+
+    On NVIDIA's GPUs before Ampere (sm_80) Triton does not multiply on tensor cores. Of AMD's GPUs, those with matrix
+    units like the MI300's take its launches; on RDNA the kernels spill registers.
+    """
+    if torch.version.hip is not None:
+        name = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+        return None if name in _LIKE_MI300 else f"the kernels are not for {name}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"the kernels are for sm_80 (Ampere) and later, and this GPU is sm_{major}{minor}"
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -164,6 +174,11 @@ def multiprocessors(device: torch.device) -> int:
 @cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def total_memory(device: torch.device) -> int:
+    """The bytes of a GPU's memory, free or not."""
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The command line: `clip-fast encode`, `search`, `verify`, `demo` and `models`."""
+"""The command line: `clip-fast encode`, `search`, `verify`, `demo`, `warm` and `models`."""
 
 from __future__ import annotations
 
@@ -39,6 +39,12 @@ def _demo(arguments: argparse.Namespace) -> int:
     return demo.run(arguments.device, DTYPES.get(arguments.dtype))
 
 
+def _warm(arguments: argparse.Namespace) -> int:
+    from .warm import warm  # imported here, since the other commands do not need it
+
+    return warm(arguments)
+
+
 def _models(arguments: argparse.Namespace) -> int:
     show("\n".join(available_models()))
     return EXIT_OK
@@ -49,6 +55,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "search": _search,
     "verify": verify,
     "demo": _demo,
+    "warm": _warm,
     "models": _models,
 }
 

@@ -19,6 +19,7 @@ EPILOG = """\
 examples:
   clip-fast demo                                         see that it works, without a download
   clip-fast models                                       the names that --model takes
+  clip-fast warm --model ViT-B/32                        compile its kernels for the GPU ahead
   clip-fast encode photos --model ViT-B/32               embed a folder into embeddings.npy
   clip-fast encode --help                                all about it
   clip-fast search "a dog on a beach" --index embeddings/
@@ -246,6 +247,20 @@ def parser() -> argparse.ArgumentParser:
         "exit status: 0 if the demo succeeded",
         formatter_class=layout,
     )
+
+    warm = commands.add_parser(
+        "warm",
+        parents=[where],
+        help="compile a model's kernels ahead of the first batch",
+        description="Compiles a model's kernels for a GPU, which its first batch would otherwise wait for. Triton "
+        "keeps them in the folder TRITON_CACHE_DIR, by default ~/.triton/cache; a container may keep that folder. "
+        "Needs the GPU.",
+        epilog="example:\n  clip-fast warm --model ViT-L/14 --dtype bfloat16\n\n"
+        "exit status: 0 if the kernels are compiled, or there are none to compile",
+        formatter_class=layout,
+    )
+    warm.add_argument("--model", required=True, metavar="NAME_OR_FILE", help="as for encode")
+    warm.add_argument("--activation", choices=("quick_gelu", "gelu"), help="as for encode")
 
     commands.add_parser(
         "models",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..encoder import ImageEncoder
+from ..engine.ahead import probe
 from ..errors import NotServed
 from ..towers.precision import PrecisionName
 from . import instance, served
@@ -30,7 +31,7 @@ def accelerate(model: _Model, *, precision: PrecisionName | None = None, cuda_gr
         model: of openai-clip, open_clip, transformers (`CLIPModel`, `CLIPVisionModel`, `CLIPVisionModelWithProjection`)
             or sentence-transformers; any module that has such an image tower inside.
         precision: to compute in, see `ImageEncoder`; by default that of the weights or, under autocast, autocast's.
-        cuda_graphs: replay small batches on an NVIDIA GPU as CUDA graphs.
+        cuda_graphs: replay batches on an NVIDIA GPU as CUDA graphs where launching would take longer.
 
     Returns:
         The same model. It returns what it returned. Raw uint8 images, which no original takes, are normalised.
@@ -56,6 +57,7 @@ def accelerate(model: _Model, *, precision: PrecisionName | None = None, cuda_gr
     for forward in found:
         if problem := forward.read():
             raise NotServed(problem)
+        probe(forward.device)
     restore(model)
     for forward in found:
         forward.attach()

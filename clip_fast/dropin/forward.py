@@ -94,6 +94,10 @@ class Forward:
         owner = getattr(own.get("__getstate__"), "__self__", None)
         return owner if isinstance(owner, Forward) and own.get("forward") is owner._attached else None
 
+    @property
+    def device(self) -> torch.device:
+        return served.weight(self.tower).device
+
     def has(self, precision: PrecisionName | None, cuda_graphs: bool) -> bool:
         """Whether it has these settings."""
         return (self._precision, self._cuda_graphs) == (precision, cuda_graphs)

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.dispatch import triton_can_run
+from ..kernels import toolchain
+from ..kernels.dispatch import triton_can_run, trusted
 from ..towers.config import ENCODE, IMAGE_MEAN, IMAGE_STD, Rgb, Task
 from ..towers.families import fast_tower
 from ..towers.fast import FastTower, Results
 from ..towers.precision import FP64, Precision, PrecisionName, precision_of
-from . import graphs
+from . import ahead, graphs
 from .changes import Storages, fingerprint, follow
 from .tower import Tower
 
@@ -44,7 +45,7 @@ class Engine:
         tower: the shape and the weights.
         precision: the precision to compute in, see `ImageEncoder`; None is that of the weights' dtype.
         mean, std: normalise raw pixels.
-        cuda_graphs: whether small batches may be replayed as CUDA graphs.
+        cuda_graphs: whether batches that are small for a GPU may be replayed as CUDA graphs.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Engine:
         self.cuda_graphs = cuda_graphs
         self.prepared: Prepared | None = None
         self._lock = threading.Lock()
+        self._pause = graphs.Pause()
         self._slots = [vars(m)[kind] for m in tower.modules for kind in ("_parameters", "_buffers") if vars(m)[kind]]
         follow(self, tower.modules)
 
@@ -110,17 +112,29 @@ class Engine:
         current = torch.cuda.device(images.device) if images.is_cuda else nullcontext()
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False), current:
             fast = self._fast_path()
-            bucket = self._bucket(images)
-            if bucket is not None and graphs.allowed():
-                try:
-                    return fast.graphs(bucket, images, task)
-                except torch.OutOfMemoryError:
-                    self.cuda_graphs = False  # out of memory: stop using graphs, since they hold memory
-                except RuntimeError as error:
-                    self.cuda_graphs = False
-                    warnings.warn(f"clip_fast launches its kernels one by one from now on: {error}", stacklevel=2)
-                fast.graphs.release()
-            return self.in_parts(images, lambda part: fast.run(part, task), task)
+            key = (self.config, self.computed_in, task.name)
+            ahead.compile_kernels(lambda images: fast.run(images, task), images, key)
+            results = self._replayed(fast, images, task)
+            return results or self.in_parts(images, lambda part: fast.run(part, task), task)
+
+    def _replayed(self, fast: Prepared, images: Tensor, task: Task) -> Results | None:
+        """A task's results by a CUDA graph; None where no graph serves."""
+        bucket = self._bucket(images)
+        if bucket is None or not graphs.allowed() or not self._pause.is_over():
+            return None
+        try:
+            return fast.graphs(bucket, images, task, bucket * self._memory_of_one(images, task))
+        except torch.OutOfMemoryError:
+            self._pause.begin()
+        except Exception as error:  # of a capture; where the fault is not the capture's, launching raises it again
+            if toolchain.is_strict():
+                raise
+            told = self._bucket(images) is None  # the kernels themselves have failed, and a warning said so
+            self.cuda_graphs = False
+            if not told:
+                warnings.warn(f"clip_fast launches its kernels one by one from now on: {error}", stacklevel=3)
+        fast.graphs.release()
+        return None
 
     def in_parts(self, images: Tensor, run: Callable[[Tensor], Results], task: Task = ENCODE) -> Results:
         """`run` over the batch in parts that fit into memory. A part that does not fit after all is halved."""
@@ -144,21 +158,25 @@ class Engine:
         """The batch size of the CUDA graph that encodes `images`; None if no graph does."""
         if not (images.is_cuda and self.cuda_graphs and triton_can_run(images.device)):
             return None
-        return graphs.bucket_of(len(images), self.config.operations)
+        return graphs.bucket_of(len(images), self.config)
+
+    def _memory_of_one(self, images: Tensor, task: Task) -> int:
+        """The bytes that one image takes while it is encoded, and its results, at most."""
+        config = self.config
+        elements = self._fast_tower.activations(config) + sum(torch.Size(s).numel() for s in config.row_shapes(task))
+        itemsize = FP64.weights.itemsize if self.in_double else self.computed_in.weights.itemsize
+        return elements * itemsize + images[0].numel() * images.itemsize
 
     def _fitting(self, images: Tensor, task: Task) -> int:
         """The number of images to encode together."""
-        config, fast = self.config, self._fast_tower
-        most = fast.largest_batch(config, images.device)
+        most = self._fast_tower.largest_batch(self.config, images.device)
         if images.device.type == "cpu" and most is not None:
             return most
         if len(images) <= _WHOLE_BATCH or not images.is_cuda or torch.cuda.is_current_stream_capturing():
             return max(1, len(images))
         free = torch.cuda.mem_get_info(images.device)[0]
         free += torch.cuda.memory_reserved(images.device) - torch.cuda.memory_allocated(images.device)
-        elements = fast.activations(config) + sum(torch.Size(shape).numel() for shape in config.row_shapes(task))
-        itemsize = FP64.weights.itemsize if self.in_double else self.computed_in.weights.itemsize
-        fitting = max(1, int(_MEMORY_SHARE * free / (elements * itemsize)))
+        fitting = max(1, int(_MEMORY_SHARE * free / self._memory_of_one(images, task)))
         return fitting if most is None else min(fitting, most)
 
     # --- weights -----------------------------------------------------------------------------------------------------
@@ -170,18 +188,25 @@ class Engine:
     def _fast_path(self) -> Prepared:
         """The fast path, prepared again where the tower's tensors have changed."""
         tensors = self.tensors()
-        state = (self.precision, self._fast_tower, fingerprint(tensors))
+        state = self._state(tensors)
         prepared = self.prepared
         if prepared is None or prepared.state != state or prepared.storages.gone():
             with self._lock, torch.inference_mode(False), torch.no_grad():
                 prepared = self.prepared
                 if prepared is None or prepared.state != state or prepared.storages.gone():
-                    storages = Storages(tensors)
+                    ahead.probe(self.device)
+                    state, storages = self._state(tensors), Storages(tensors)
                     run = self._prepare()
                     if tensors[0].is_cuda and not torch.cuda.is_current_stream_capturing():
                         graphs.synchronize()  # other streams will read the new weights, and may still read the old ones
-                    prepared = self.prepared = Prepared(state, storages, run, graphs.Graphs(run))
+                    prepared = self.prepared = Prepared(
+                        state, storages, run, graphs.Graphs(run, graphs.memory_for(self.device))
+                    )
         return prepared
+
+    def _state(self, tensors: list[Tensor]) -> object:
+        """All that a fast path is prepared from, with how it computes: a launch that fails ends the kernels' use."""
+        return self.precision, self._fast_tower, triton_can_run(self.device), fingerprint(tensors)
 
     def _prepare(self) -> Callable[[Tensor, Task], Results]:
         """The tower's fast path on this device, as a function that keeps no reference to the engine."""
@@ -190,7 +215,8 @@ class Engine:
         fast = self._fast_tower.prepare(state, self.config, self.computed_in, self.mean, self.std)
 
         def run(images: Tensor, task: Task) -> Results:
-            return tuple(result.to(dtype) for result in fast.run(images, task))
+            with trusted():
+                return tuple(result.to(dtype) for result in fast.run(images, task))
 
         return run
 

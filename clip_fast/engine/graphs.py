@@ -1,4 +1,4 @@
-"""CUDA graphs for small batches. Without a graph, launching the kernels takes longer than running them.
+"""CUDA graphs for batches that a GPU computes faster than its host launches the kernels.
 
 A graph is captured for a bucket of batch sizes when it is first needed, and replayed for every batch that fits into it.
 A batch that does not fill its bucket leaves the rows of an earlier batch behind its own. They are harmless, since a
@@ -7,6 +7,7 @@ row's result depends on that row alone.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -18,24 +19,54 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..towers.config import Task
+from ..kernels.targets import total_memory
+from ..towers.config import Config, Task
 from ..towers.fast import Results
 
-LARGEST_BUCKET = 64
-_PADDED_OPERATIONS = 7e11  # up to so many in a padded batch, the GPU takes no longer than its host takes to launch
+_OPERATIONS_A_LAUNCH = 6e10  # that the fastest GPU does in the 0.1 ms in which its host launches a kernel
+_CHEAP = 7e11  # operations of a padded batch, for which any GPU takes no longer than its host to launch the kernels
+_MEMORY_SHARE = 1 / 32  # of a GPU's memory that the graphs of one set of weights may be counted with
+_FIRST_PAUSE, _LONGEST_PAUSE = 64, 4096  # calls
 
 
-def bucket_of(batch: int, operations: float | None) -> int | None:
-    """The batch size at which `batch` images are replayed: 1, 2, 4, … 64; None if they are not replayed.
+def bucket_of(batch: int, config: Config) -> int | None:
+    """The batch size at which `batch` images are replayed; None: not as a graph.
 
-    A batch is padded if the operations of the whole bucket are few.
-
-    Args:
-        operations: those of one image; None where padding never pays.
+    A graph pays as long as the GPU would wait for its host, which the operations of the bucket decide. Buckets are
+    powers of two where the whole bucket is cheap. Otherwise there are four of them from one power of two to the next,
+    so that at most a fifth of a bucket is padding. A tower whose rows may depend on their batch is never padded.
     """
-    bucket = 1 << (batch - 1).bit_length()
-    padded_is_cheap = operations is not None and bucket * operations <= _PADDED_OPERATIONS
-    return bucket if bucket <= LARGEST_BUCKET and (bucket == batch or padded_is_cheap) else None
+    power = 1 << (batch - 1).bit_length()
+    bucket = power
+    if not config.may_be_padded:
+        if power != batch:
+            return None
+    elif power * config.operations > _CHEAP:
+        step = max(1, power // 8)
+        bucket = -(-batch // step) * step
+    return bucket if bucket * config.operations <= config.launches * _OPERATIONS_A_LAUNCH else None
+
+
+def memory_for(device: torch.device) -> float:
+    """The bytes that the graphs of one set of weights may be counted with."""
+    return _MEMORY_SHARE * total_memory(device) if device.type == "cuda" else math.inf
+
+
+class Pause:
+    """Counts calls without graphs after memory ran out, twice as many after each time. Graphs keep memory."""
+
+    def __init__(self) -> None:
+        self._left, self._next = 0, _FIRST_PAUSE
+
+    def begin(self) -> None:
+        self._left, self._next = self._next, min(2 * self._next, _LONGEST_PAUSE)
+
+    def is_over(self) -> bool:
+        """Asked once for each call that would be a graph."""
+        if self._left == 0:
+            return True
+        self._left -= 1
+        return False
 
 
 _launches_only: ContextVar[bool] = ContextVar("launches_only", default=False)
@@ -81,20 +112,26 @@ class Graphs:
 
     Args:
         run: a batch of images, (B, 3, h, w) -> results of B rows each. On a GPU it must not wait for the device.
+        memory: bytes that all graphs together may be counted with, each with the `size` that it is asked for with. They
+            take less, since they share a pool.
 
     Graphs may be called from several threads and on several streams. One caller uses the buffers at a time, and a
     stream waits for the one that used them before.
     """
 
-    def __init__(self, run: Callable[[Tensor, Task], Results]) -> None:
+    def __init__(self, run: Callable[[Tensor, Task], Results], memory: float = math.inf) -> None:
         self._run = run
+        self._memory = memory
+        self._counted = 0
         self._captured: dict[object, _Captured] = {}
         self._lock = threading.Lock()
         self._pool: Any = None  # of memory; all graphs share it, since they run one after another
         self._done: Any = None  # the event after the last results were copied out
 
-    def __call__(self, bucket: int, images: Tensor, task: Task) -> Results:
+    def __call__(self, bucket: int, images: Tensor, task: Task, size: int = 0) -> Results | None:
         """`run(images, task)`, replayed for a batch of `bucket` images or fewer.
+
+        None where a new graph of `size` bytes would exceed the memory of all.
 
         Raises:
             torch.OutOfMemoryError: a new graph does not fit into memory. Nothing of it is kept.
@@ -108,10 +145,13 @@ class Graphs:
                 stream.wait_event(self._done)
             captured = self._captured.get(key)
             if captured is None:
+                if self._counted + size > self._memory:
+                    return None
                 layout = torch.channels_last if channels_last else torch.contiguous_format
                 with torch.inference_mode(False), torch.no_grad():  # later callers write to it outside of that mode
                     buffer = torch.zeros_like(images[:1].expand(bucket, -1, -1, -1), memory_format=layout)
                     captured = self._captured[key] = self._capture(buffer, task)
+                self._counted += size
             captured.images[: len(images)].copy_(images)
             captured.replay()
             results = tuple(result[: len(images)].clone() for result in captured.results)
@@ -124,6 +164,7 @@ class Graphs:
             if self._done is not None:
                 self._done.synchronize()
             self._captured.clear()
+            self._counted = 0
             self._pool = None
 
     def _capture(self, buffer: Tensor, task: Task) -> _Captured:

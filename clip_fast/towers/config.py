@@ -57,6 +57,7 @@ class VitConfig:
     """
 
     family: ClassVar[str] = "a ViT"
+    may_be_padded: ClassVar[bool] = True  # a row's result depends on that row alone
     tasks: ClassVar[tuple[TaskName, ...]] = ("encode", "encode_tokens", "hidden_state", "hidden_states")
 
     image_size: int
@@ -97,6 +98,11 @@ class VitConfig:
     def tokens(self) -> int:
         """Length of the sequence: one class token and the patches."""
         return self.grid**2 + 1
+
+    @property
+    def launches(self) -> int:
+        """About the kernels that a GPU is launched for a batch."""
+        return 5 * self.layers + 3
 
     @property
     def operations(self) -> float:
@@ -148,7 +154,7 @@ class ResNetConfig:
 
     family: ClassVar[str] = "a ResNet"
     tasks: ClassVar[tuple[TaskName, ...]] = ("encode",)
-    operations: ClassVar[None] = None  # not counted: padding a batch never pays for convolutions
+    may_be_padded: ClassVar[bool] = False  # cuDNN may compute a row otherwise in another batch
 
     layers: tuple[int, int, int, int]
     width: int
@@ -182,6 +188,25 @@ class ResNetConfig:
     def tokens(self) -> int:
         """Length of the attention pool's sequence: the mean token and the feature map's positions."""
         return self.grid**2 + 1
+
+    @property
+    def launches(self) -> int:
+        """About the kernels that a GPU is launched for a batch: those of the convolutions, and a few."""
+        return 3 * sum(self.layers) + 16
+
+    @property
+    def operations(self) -> float:
+        """About the operations for one image: those of the convolutions."""
+        side, channels = self.image_size // 2, self.width
+        products = side**2 * 9 * (3 * channels / 2 + channels**2 / 4 + channels**2 / 2)
+        for stage, blocks in enumerate(self.layers):
+            planes, side = self.width * 2**stage, side // 2  # planes: the channels of the 3 × 3 convolutions
+            for block in range(blocks):
+                reduced = stage > 0 and block == 0  # its first two convolutions see the map before it is halved
+                products += (4 if reduced else 1) * side**2 * (channels * planes + 9 * planes**2)
+                products += side**2 * (4 * planes**2 + (channels * 4 * planes if block == 0 else 0))
+                channels = 4 * planes
+        return 2 * products
 
     def row_shapes(self, task: Task) -> list[tuple[int, ...]]:
         """The shapes of a task's results for one image."""

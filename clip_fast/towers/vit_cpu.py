@@ -50,7 +50,7 @@ class Block:
 
 @dataclass(frozen=True)
 class CpuVit(Vit):
-    """A ViT as a CPU computes it. It also serves GPUs that Triton has no tensor cores on."""
+    """A ViT as a CPU computes it. It also serves GPUs on which Triton cannot launch."""
 
     config: VitConfig
     precision: Precision

@@ -14,7 +14,7 @@ from kernel_checks import DEVICE, assert_same_bits
 from torch import Tensor, nn
 
 from clip_fast.kernels import ops, targets
-from clip_fast.kernels.dispatch import Op
+from clip_fast.kernels.dispatch import Op, trusted
 from clip_fast.kernels.statistics import row_statistics
 
 
@@ -172,6 +172,24 @@ def test_what_no_kernel_serves_takes_the_oracle(name: str, launches: list[str]) 
     assert not launches
     with pytest.raises(RuntimeError, match=f"{op} cannot run on Triton: .*got torch.float64"):
         getattr(ops, op)(**arguments, impl="triton")
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_trusted_ops_give_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch, launches: list[str]) -> None:
+    """Without PyTorch's dispatcher, and by the same kernel."""
+    op, arguments = calls()[name]
+    wanted = outputs(getattr(ops, op)(**arguments))
+    launched = launches.copy()
+    launches.clear()
+    monkeypatch.setattr(torch.ops.clip_fast, op, None)
+    with trusted():
+        got = outputs(getattr(ops, op)(**arguments))
+    assert launches == launched
+    assert launches
+    for one, other in zip(got, wanted, strict=True):
+        assert_same_bits(one, other)
+    with pytest.raises(AttributeError):
+        getattr(ops, op)(**arguments)
 
 
 def test_sizes_that_no_kernel_serves() -> None:

@@ -1,0 +1,28 @@
+"""`clip-fast warm`: compiles a model's kernels before anyone waits for them."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import torch
+
+from ..kernels.dispatch import triton_can_run
+from ..loading import default_device, load
+from .messages import EXIT_OK, say
+from .parser import DTYPES
+
+
+def warm(arguments: argparse.Namespace) -> int:
+    """Runs `clip-fast warm` and returns its exit status. Triton keeps on disk what it compiles."""
+    device = arguments.device or default_device()
+    model, _ = load(arguments.model, device, DTYPES.get(arguments.dtype), activation=arguments.activation)
+    if not triton_can_run(model.device):
+        say(f"nothing to compile: on {model.device} plain PyTorch computes")
+        return EXIT_OK
+    began = time.perf_counter()
+    size = model.config.image_size
+    for dtype in dict.fromkeys((torch.uint8, torch.float32, model.dtype)):  # raw pixels, what `preprocess` gives
+        model.encode_image(torch.zeros(1, 3, size, size, dtype=dtype, device=model.device))
+    say(f"the kernels of {arguments.model} in {model.dtype} are compiled: {time.perf_counter() - began:.1f} s")
+    return EXIT_OK

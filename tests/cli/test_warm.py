@@ -1,0 +1,29 @@
+"""`clip-fast warm`: goes through every dtype of images that users give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from clip_fast.cli import warm
+from clip_fast.cli.main import main
+from clip_fast.encoder import ImageEncoder
+
+
+def test_every_dtype_of_images(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    seen: list[torch.dtype] = []
+    monkeypatch.setattr(warm, "triton_can_run", lambda device: True)
+    monkeypatch.setattr(ImageEncoder, "encode_image", lambda self, images: seen.append(images.dtype))
+    assert main(["warm", "--model", "tiny-digits", "--device", "cpu", "--dtype", "bfloat16"]) == 0
+    assert seen == [torch.uint8, torch.float32, torch.bfloat16]
+    assert "the kernels of tiny-digits in torch.bfloat16 are compiled" in capsys.readouterr().err
+
+
+def test_without_a_gpu_there_is_nothing_to_compile(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["warm", "--model", "tiny-digits", "--device", "cpu"]) == 0
+    assert "nothing to compile: on cpu plain PyTorch computes" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["warm", "--model", "/nowhere.pt", "--device", "cpu"]) == 2
+    assert "/nowhere.pt" in capsys.readouterr().err
