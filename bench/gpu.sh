@@ -1,13 +1,22 @@
 #!/usr/bin/env bash
-# All work that needs a GPU, in one bounded call: ceilings, tests, whole encoders, kernels, the pipeline and the tuner.
-# Run it again to continue. Every stage keeps its measurements.
+# All work that needs a GPU, in two calls of at most nine minutes each. The first call has the most telling results:
+#
+#   environment  the device, the driver, the versions
+#   tests        the kernels' tests in bf16, and the tests of equal bits, in at most 150 seconds
+#   epilogue     `linear` at K = 64 beside K = 1024, which gives the cost of its epilogue
+#   first        ViT-L/14 and ViT-B/32 in bf16 at 256 images and at 1, beside eager and compiled rivals
+#
+# The second call has the rest: ceilings all_tests end_to_end kernels compiled pipeline tune plot. A call goes as far as
+# its time allows, and the same command continues. It leaves out the stages that are done, and repeats those that were
+# cut or failed. The file `stages` in the output has the state of each. Every stage keeps its measurements, and tests
+# that have passed do not run again. Pictures are drawn in each call.
 #
 #   bench/gpu.sh [--minutes 9] [--stage NAME]... [--output DIR] [--archive FILE] [--dry-run]
 #
-# The stages run in this order, so that a call which is cut short has the most telling results: environment ceilings
-# tests end_to_end kernels compiled pipeline tune plot. They need PyTorch with CUDA, Triton and this checkout. Nothing
-# is installed or downloaded. A missing package (pytest, a rival, matplotlib) is named and left out.
+# The stages need PyTorch with CUDA, Triton and this checkout. Nothing is installed or downloaded. A missing package
+# (pytest, a rival, matplotlib) is named and left out.
 #
+# --stage     run only this stage, whether it is done or not.
 # --output    the folder for results; by default bench/results/DEVICE-DATE, or the folder that has results of this
 #             device and code. The tuner's table goes there too, as launches.py. Copy it over kernels/launches.py to use
 #             it. That changes the code, so measurements start again in a new folder.
@@ -33,7 +42,8 @@ while (($#)); do
         *) echo "gpu.sh: unknown argument $1" >&2; exit 2 ;;
     esac
 done
-((${#stages[@]})) || stages=(environment ceilings tests end_to_end kernels compiled pipeline tune plot)
+named=${#stages[@]}
+((named)) || stages=(environment tests epilogue first ceilings all_tests end_to_end kernels compiled pipeline tune plot)
 
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
@@ -54,20 +64,31 @@ has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_s
 left() { echo $((deadline - SECONDS)); }
 minutes_left() { "$python" -c "print(max(0, $(left) - 20) / 60)"; }  # less 20 s, to finish a step
 
-# run NAME COMMAND...: runs it within the time left, and within `most` seconds; its output goes to NAME.log too.
+# state STAGE prints done, cut, failed, missing (a package is), or nothing; mark STAGE STATE sets it, for this code.
+state() { awk -v stage="$1" -v code="$code" '$1 == stage && $3 == code {print $2}' "$output/stages" 2>/dev/null; }
+mark() {
+    local others
+    others=$(awk -v stage="$1" '$1 != stage' "$output/stages" 2>/dev/null)
+    printf '%s\n' ${others:+"$others"} "$1 $2 $code" >"$output/stages"
+}
+
+# run NAME COMMAND...: runs it within the time left, and within `most` seconds; its output goes to NAME.log too. A
+# command that ends at its limit leaves its stage cut. A benchmark ends there by itself.
 run() {
-    local name=$1 limit; shift
+    local name=$1 limit began=$SECONDS; shift
     limit=$(left)
-    if ((limit < 20)); then echo "== $name: no time left"; return 1; fi
+    if ((limit < 20)); then echo "== $name: no time left"; outcome=cut; return 1; fi
     if ((${most:-limit} < limit)); then limit=$most; fi
     echo "== $name ($limit s)"
-    timeout -s INT -k 10 "$limit" "$@" 2>&1 | tee "$output/$name.log"  # SIGINT lets pytest report its failures
+    # SIGINT lets pytest report its failures. Its list of passed tests is for the next call, not for the screen.
+    timeout -s INT -k 10 "$limit" "$@" 2>&1 | tee "$output/$name.log" | grep --line-buffered -v "^PASSED "
     local result=${PIPESTATUS[0]}
-    if ((result == 124 || result == 137)); then
+    if ((result == 124 || result == 137)) || ((!result && SECONDS - began > limit - 25 && limit > 25)); then
         echo "== $name: cut by the time limit"
+        [[ $outcome == failed ]] || outcome=cut
     elif ((result)); then
         echo "== $name: failed with exit status $result"
-        status=1
+        outcome=failed status=1
     fi
     return "$result"
 }
@@ -76,31 +97,69 @@ stage_environment() {
     run environment "$python" -m bench.environment
 }
 
+# tests NAME ARGUMENTS...: those that have not passed yet by this code; a call that is cut keeps what has passed.
+tests() {
+    local name=$1 passed="$output/tests.passed"; shift
+    if ! has pytest; then echo "== $name: pytest is not installed"; outcome=missing; return; fi
+    [[ -e $passed && $(head -n 1 "$passed") == "$code" ]] || echo "$code" >"$passed"
+    sed -n '2,$s/^/--deselect=/p' "$passed" >"$output/passed.arguments"
+    local how=(-q -p no:cacheprovider -rfEp -m "slow or not slow" --maxfail=30)
+    has xdist && [[ -z $dry ]] && how+=(-n 14)  # each has a context and a cache on the GPU
+    run "$name" "$python" -m pytest "${how[@]}" "$@" "@$output/passed.arguments"
+    local result=$?
+    sed -n 's/^PASSED //p' "$output/$name.log" >>"$passed"
+    if ((result == 5)); then echo "== $name: passed already"; outcome=done status=$before; fi  # nothing is left to run
+}
+
+stage_tests() {
+    local chosen=(tests/kernels tests/engine/test_cuda.py)
+    local these="dtype1 or bf16 or batch or one_row or one_embedding or one_pooled or every_run or many_programs"
+    [[ -n $dry ]] && chosen=(tests/kernels/test_layer_norm.py) these="accuracy and dtype1 and 64"
+    most=150 tests tests "${chosen[@]}" -k "$these"
+}
+
+stage_epilogue() {
+    local size=()
+    [[ -n $dry ]] && size=(--model toy --batch 1 --precision fp32 --ks 64,128 --rounds 1 --device cpu)
+    most=60 run epilogue "$python" -m bench.epilogue "${size[@]}" --json "$output/epilogue.json"
+}
+
+eager="clip_fast;openai-clip;open_clip;transformers"
+end_to_end() {  # NAME ARGUMENTS...
+    local name=$1; shift
+    run "$name" "$python" -m bench.end_to_end "$@" \
+        --json "$output/end_to_end.json" --resume --minutes "$(minutes_left)"
+}
+
+stage_first() {  # eager rivals of both models, then what is compiled, which takes minutes a model
+    local size=(--models "ViT-L/14,ViT-B/32" --batches 256,1 --precisions bf16)
+    local compiled="clip_fast;transformers, compiled;open_clip, compiled"
+    if [[ -n $dry ]]; then
+        size=(--models toy --batches 1 --precisions fp32 --rounds 1 --device cpu)
+        compiled=$eager  # the stage of that name compiles
+    fi
+    end_to_end first --systems "$eager" "${size[@]}"
+    end_to_end first_compiled --systems "$compiled" "${size[@]}"
+}
+
 stage_ceilings() {
     local size=(--models "ViT-L/14,ViT-L/14@336px,ViT-B/16,ViT-B/32,RN50" --precisions bf16,fp16,tf32,fp32)
     [[ -n $dry ]] && size=(--models toy --batches 1 --precisions fp32 --device cpu)
     run ceilings "$python" -m bench.roofline "${size[@]}" --json "$output/ceilings.json"
 }
 
-stage_tests() {
-    if ! has pytest; then echo "== tests: pytest is not installed"; return; fi
-    local code passed="$output/tests.passed"
-    code=$("$python" -m bench.environment --code)
-    if [[ -e $passed && $(<"$passed") == "$code" ]]; then echo "== tests: passed already"; return; fi
-    local chosen=(tests/kernels tests/engine/test_graphs.py tests/engine/test_cuda.py --maxfail=30)
-    has xdist && chosen+=(-n 4)  # only four: each process has a context and a cache on the GPU
-    [[ -n $dry ]] && chosen=(tests/kernels/test_layer_norm.py tests/engine/test_cuda.py -k "accuracy and 64")  # the suite runs them all
-    # Not all of the time: tests that are cut start again at the next call, and would leave none for other stages.
-    most=$((seconds * 6 / 10)) run tests "$python" -m pytest -q -p no:cacheprovider "${chosen[@]}" &&
-        echo "$code" >"$passed"
+stage_all_tests() {
+    local chosen=(tests/kernels tests/engine/test_graphs.py tests/engine/test_cuda.py)
+    # The suite has them all.
+    [[ -n $dry ]] && chosen=(tests/kernels/test_layer_norm.py tests/engine/test_cuda.py -k "accuracy and 64")
+    # Never all of the time: other stages come after it.
+    most=$((seconds * 4 / 10)) tests all_tests "${chosen[@]}"
 }
 
-eager="clip_fast;openai-clip;open_clip;transformers"
-stage_end_to_end() {  # without torch.compile, which takes minutes for each model
+stage_end_to_end() {  # without torch.compile
     local size=(--models "ViT-L/14,ViT-B/32,ViT-B/16,RN50" --batches 1,8,32,256,1024 --precisions bf16,fp16)
     [[ -n $dry ]] && size=(--models toy --batches 1,2 --precisions fp32 --rounds 1 --device cpu)
-    run end_to_end "$python" -m bench.end_to_end "${size[@]}" --systems "$eager" \
-        --json "$output/end_to_end.json" --resume --minutes "$(minutes_left)"
+    end_to_end end_to_end --systems "$eager" "${size[@]}"
 }
 
 kernels() {  # NAME ARGUMENTS...
@@ -118,8 +177,7 @@ stage_compiled() {  # all rivals, torch.compile(max-autotune) among them; small 
         size=(--models toy --batches 2 --precisions fp32 --rounds 1 --device cpu --systems "clip_fast;open_clip, compiled")
         ops=(--ops mean_token)
     fi
-    run compiled "$python" -m bench.end_to_end "${size[@]}" \
-        --json "$output/end_to_end.json" --resume --minutes "$(minutes_left)"
+    end_to_end compiled "${size[@]}"
     kernels compiled_kernels "${ops[@]}"
 }
 
@@ -138,19 +196,27 @@ stage_tune() {
 }
 
 stage_plot() {
-    if ! has matplotlib; then echo "== plot: matplotlib is not installed"; return; fi
-    if [[ ! -e $output/end_to_end.json ]]; then echo "== plot: nothing was measured"; return; fi
+    if ! has matplotlib; then echo "== plot: matplotlib is not installed"; outcome=missing; return; fi
+    if [[ ! -e $output/end_to_end.json ]]; then echo "== plot: nothing was measured"; outcome=missing; return; fi
     run plot "$python" -m bench.plot "$output/end_to_end.json"
 }
 
 for stage in "${stages[@]}"; do
     if ! declare -F "stage_$stage" >/dev/null; then echo "gpu.sh: no stage $stage" >&2; exit 2; fi
 done
+code=$("$python" -m bench.environment --code)
 for stage in "${stages[@]}"; do
+    if ((!named)) && [[ $stage != plot && $(state "$stage") == done ]]; then echo "== $stage: done already"; continue; fi
+    outcome=done before=$status
     "stage_$stage"
+    mark "$stage" "$outcome"
     if [[ -n $archive ]]; then
         tar -czf "$archive.partial" -C "$output" . && mv "$archive.partial" "$archive"
     fi
 done
+rm -f "$output/passed.arguments"
+sed 's/^/== /; s/ [^ ]*$//' "$output/stages"
+unfinished=$(for stage in "${stages[@]}"; do [[ $(state "$stage") == done ]] || printf ' %s' "$stage"; done)
+[[ -z $unfinished ]] || echo "not finished:$unfinished. The same command goes on with them."
 echo "results are in $output"
 exit $status

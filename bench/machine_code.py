@@ -25,6 +25,7 @@ Kernels that are exempt from wide loads are printed with the reason.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import math
@@ -194,15 +195,21 @@ class Job:
 
     case: str
     kernel: str
+    module: str  # that has the kernel
     arch: str
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
     divisible: tuple[int, ...]  # positions of arguments that are multiples of 16
     options: tuple[tuple[str, int], ...]
 
+    @property
+    def identity(self) -> tuple[Any, ...]:
+        """What the compiler is given: jobs that share it share their machine code."""
+        return (self.kernel, self.arch, self.signature, self.constants, self.divisible, self.options)
+
 
 @contextmanager
-def _caught() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
+def caught() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
     """Within this context kernels are noted and not launched: function, arguments, keyword arguments."""
     from triton.runtime.jit import JITFunction
 
@@ -215,22 +222,23 @@ def _caught() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
         JITFunction.run = original  # type: ignore[method-assign]
 
 
-_functions: dict[str, Any] = {}  # the kernels that were launched so far, by name
-
-
 def jobs_of(case: Case, arch: str) -> list[Job]:
     """The kernels that `case` launches on `arch`."""
-    with assume(arch), _caught() as launches:
+    with assume(arch), caught() as launches:
         case.call()
-    return [_job(case, arch, *launch) for launch in launches]
+    return [job_of(case.name, arch, *launch) for launch in launches]
 
 
-def _job(case: Case, arch: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Job:
-    _functions[function.__name__] = function
-    options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in kwargs}
-    values = dict(zip(function.arg_names, args, strict=False)) | {
-        name: value for name, value in kwargs.items() if name in function.arg_names
-    }
+def arguments_of(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A caught launch's arguments by the names that the kernel has for them."""
+    named = {name: value for name, value in kwargs.items() if name in function.arg_names}
+    return dict(zip(function.arg_names, args, strict=False)) | named
+
+
+def job_of(case: str, arch: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Job:
+    """What a caught launch has the compiler make."""
+    options = {name: kwargs[name] for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in kwargs}
+    values = arguments_of(function, args, kwargs)
     signature, constants, divisible = [], [], []
     for position, parameter in enumerate(function.params):
         value = values[parameter.name]
@@ -243,7 +251,7 @@ def _job(case: Case, arch: str, function: Any, args: tuple[Any, ...], kwargs: di
         if isinstance(value, Tensor) or (specialised and value % 16 == 0):
             divisible.append(position)
     return Job(
-        case.name, function.__name__, arch, tuple(signature), tuple(constants), tuple(divisible),
+        case, function.__name__, function.__module__, arch, tuple(signature), tuple(constants), tuple(divisible),
         tuple(sorted(options.items())),
     )  # fmt: skip
 
@@ -291,24 +299,28 @@ class Row:
     problems: list[str] = field(default_factory=list)
 
 
-def compile_job(job: Job) -> Row:
-    """Compiles `job` and judges its machine code."""
+def compiled_kernel(job: Job) -> Any:
+    """Compiles `job`."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    if job.kernel not in _functions:  # in a worker process the launchers have not been called yet
-        jobs_of(next(case for case in cases() if case.name == job.case), job.arch)
-    started = time.perf_counter()
     source = ASTSource(
-        fn=_functions[job.kernel],
+        fn=getattr(importlib.import_module(job.module), job.kernel),
         signature=dict(job.signature),
         constexprs=dict(job.constants),
         attrs={(position,): [["tt.divisibility", 16]] for position in job.divisible},
     )
     amd = job.arch.startswith("gfx")
     target = GPUTarget("hip", job.arch, 64) if amd else GPUTarget("cuda", int(job.arch[3:]), 32)
-    compiled = triton.compile(source, target=target, options=dict(job.options))
+    return triton.compile(source, target=target, options=dict(job.options))
+
+
+def compile_job(job: Job) -> Row:
+    """Compile `job` and judge its machine code."""
+    started = time.perf_counter()
+    compiled = compiled_kernel(job)
+    amd = job.arch.startswith("gfx")
     row = Row(
         case=job.case, kernel=job.kernel, arch=job.arch, num_warps=compiled.metadata.num_warps,
         num_stages=compiled.metadata.num_stages, instructions=0, registers=0, spilled=0,
@@ -331,12 +343,16 @@ _MATRIX_SASS = re.compile(r"^(HGMMA|HMMA|IGMMA|UTCHMMA|UTCQMMA|UTC\w*MMA)\b")
 _COPY_SASS = re.compile(r"^(UTMALDG|UTMASTG|LDGSTS)\b")
 
 
-def _read_sass(row: Row, cubin: bytes) -> None:
+def disassembled(cubin: bytes) -> tuple[str, str]:
+    """What cuobjdump prints of a cubin: its use of resources, and its instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = _cuobjdump("--dump-resource-usage", file.name)
-        sass = _cuobjdump("--dump-sass", file.name)
+        return _cuobjdump("--dump-resource-usage", file.name), _cuobjdump("--dump-sass", file.name)
+
+
+def _read_sass(row: Row, cubin: bytes) -> None:
+    usage, sass = disassembled(cubin)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found, f"cuobjdump printed no resource usage: {usage}"
     row.registers = int(found[1])
@@ -455,14 +471,21 @@ def _occupancy(row: Row) -> tuple[int, float]:
     """Blocks that a multiprocessor holds at a time, and the fraction of its warps that they are."""
     most = TARGETS[row.arch].resident
     assert most is not None
-    registers_per_warp = -(-row.registers * 32 // 256) * 256
-    resident = min(
-        most.blocks,
-        most.warps // row.num_warps,
-        REGISTERS // (registers_per_warp * row.num_warps),
-        most.shared_memory // (row.shared + SYSTEM_SHARED_MEMORY),
-    )
+    resident = resident_blocks(row.arch, row.registers, row.num_warps, row.shared)
     return resident, resident * row.num_warps / most.warps
+
+
+def resident_blocks(arch: str, registers: int, num_warps: int, shared: int) -> int:
+    """How many blocks one multiprocessor of NVIDIA's holds at a time."""
+    most = TARGETS[arch].resident
+    assert most is not None
+    registers_per_warp = -(-registers * 32 // 256) * 256
+    return min(
+        most.blocks,
+        most.warps // num_warps,
+        REGISTERS // (registers_per_warp * num_warps),
+        most.shared_memory // (shared + SYSTEM_SHARED_MEMORY),
+    )
 
 
 def _read_amdgcn(row: Row, assembly: str) -> None:
@@ -582,7 +605,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for case in cases():
             if options.only in case.name:
                 for job in jobs_of(case, arch):
-                    unique.setdefault((job.kernel, arch, job.signature, job.constants, job.divisible, job.options), job)
+                    unique.setdefault(job.identity, job)
     if not unique:
         parser.error(f"no case has {options.only!r} in its name")
 

@@ -8,6 +8,12 @@ instructions by name), registers, spilled bytes, shared memory, the bytes that a
 loop, the bytes that the copy engine moves, and resident warps. The exit status is 1 if anything got worse, or a kernel
 is missing. If that is intended, commit the new table in place of the old one.
 
+    python -m bench.predict --json build/predictions.json
+    python -m bench.regressions build/predictions.json
+
+compares calculated times with `bench/results/predictions.json` in the same way: those of each batch of a model, on the
+device and on the host. If one got worse, the launches that take longer are named.
+
 No clock is involved: the same compiler makes the same code. Tables of two versions of Triton are not compared; then the
 exit status is 2.
 """
@@ -26,8 +32,11 @@ from typing import Any
 from .environment import ROOT
 
 COMMITTED = ROOT / "bench" / "results" / "machine_code.json"
+PREDICTED = ROOT / "bench" / "results" / "predictions.json"
 
-Key = tuple[str, str, str, int]  # architecture, case, kernel, and the number of its launch in that case
+# Architecture, case, kernel, and the number of its launch in that case. Of a prediction: device, the batch of a model,
+# the launch (empty for all of them), and its number among those of one name.
+Key = tuple[str, str, str, int]
 
 # The measures of a row -> whether more is better.
 MEASURES = {
@@ -40,6 +49,7 @@ MEASURES = {
     "bulk_stored": False,
     "occupancy": True,
 }
+_TIMES = ("on_device", "on_host")  # of a prediction, in seconds; "seconds" is that of one launch
 _BY_NAME = ("matrix", "copies")  # counts of instructions by name: more is worse, and so is none where there were some
 
 
@@ -56,16 +66,19 @@ class Change:
     def worse(self) -> bool:
         if self.measure is None or self.before is None or self.after is None:
             return self.after is None
+        if self.measure in ("seconds", *_TIMES):
+            return self.after > self.before
         if self.measure not in MEASURES:
             return self.before > 0 and not 0 < self.after <= self.before
         return (self.after < self.before) == MEASURES[self.measure]
 
     def __str__(self) -> str:
         arch, case, kernel, _ = self.key
-        where = f"{arch} {case}, {kernel}"
+        where = f"{arch} {case}, {kernel}" if kernel else f"{arch} {case}"
         if self.measure is None:
             return f"{where}: {'gone' if self.after is None else 'new'}"
-        return f"{where}: {self.measure} {self.before:g} -> {self.after:g}"
+        unit = " (calculated, seconds)" if self.measure in ("seconds", *_TIMES) else ""
+        return f"{where}: {self.measure}{unit} {self.before:g} -> {self.after:g}"
 
 
 def compare(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[Change]:
@@ -81,6 +94,36 @@ def compare(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, An
             if was.get(measure, 0) != now.get(measure, 0):
                 changes.append(Change(key, measure, was.get(measure, 0), now.get(measure, 0)))
     return changes
+
+
+def compare_predictions(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[Change]:
+    """The differences between two tables of `bench.predict`: of whole batches, and the launches that explain a worse
+    one. A launch that came or went is neither better nor worse by itself."""
+    old, new = _by_place(before), _by_place(after)
+    changes: list[Change] = []
+    for key in sorted(key for key in old.keys() | new.keys() if not key[2]):
+        if key not in old or key not in new:
+            changes.append(Change(key, None, 0 if key in old else None, 0 if key in new else None))
+            continue
+        found = [
+            Change(key, name, old[key][name], new[key][name]) for name in _TIMES if old[key][name] != new[key][name]
+        ]
+        changes += found
+        if any(change.worse for change in found):
+            its = sorted(other for other in old.keys() & new.keys() if other[:2] == key[:2] and other[2])
+            launches = (Change(each, "seconds", old[each]["seconds"], new[each]["seconds"]) for each in its)
+            changes += [change for change in launches if change.worse]
+    return changes
+
+
+def _by_place(rows: Sequence[Mapping[str, Any]]) -> dict[Key, Mapping[str, Any]]:
+    met: Counter[tuple[str, str, str]] = Counter()
+    keyed: dict[Key, Mapping[str, Any]] = {}
+    for row in rows:
+        place = (row["device"], f"{row['model']}, batch {row['batch']}, {row['precision']}", row["launch"])
+        keyed[*place, met[place]] = row
+        met[place] += 1
+    return keyed
 
 
 def _values(row: Mapping[str, Any]) -> dict[str, float]:
@@ -99,23 +142,27 @@ def _by_key(rows: Sequence[Mapping[str, Any]]) -> dict[Key, Mapping[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.regressions", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("table", type=Path, help="JSON of `python -m bench.machine_code --json`")
-    parser.add_argument("--committed", type=Path, default=COMMITTED, help="the table to compare with")
+    parser.add_argument("table", type=Path, help="JSON of `python -m bench.machine_code --json`, or of bench.predict")
+    parser.add_argument("--committed", type=Path, help="the table to compare with (default: the committed one)")
     options = parser.parse_args(arguments)
-    before, after = (json.loads(path.read_text()) for path in (options.committed, options.table))
+    after = json.loads(options.table.read_text())
+    predicted = after.get("bench") == "predict"
+    committed = options.committed or (PREDICTED if predicted else COMMITTED)
+    before = json.loads(committed.read_text())
     version = before["triton"]
     if after["triton"] != version:
-        print(f"not compared: {options.committed} is of Triton {version}, this table is of {after['triton']}")
+        print(f"not compared: {committed} is of Triton {version}, this table is of {after['triton']}")
         print(f"Install triton=={version}; or, from code that is known to be sound, make the committed table anew:")
-        print(f"  python -m bench.machine_code --json {options.committed}")
+        print(f"  python -m bench.{'predict' if predicted else 'machine_code'} --json {committed}")
         return 2
-    changes = compare(before["rows"], after["rows"])
+    changes = (compare_predictions if predicted else compare)(before["rows"], after["rows"])
     worse = [change for change in changes if change.worse]
     better = [change for change in changes if not change.worse]
     for title, these in (("worse", worse), ("better, or new", better)):
         if these:
             print(f"{title}:", *these, sep="\n  ")
-    print(f"{len(after['rows'])} kernels compared: {len(worse)} measures worse, {len(better)} better or new")
+    rows = f"{len(after['rows'])} {'calculated times' if predicted else 'kernels'}"
+    print(f"{rows} compared: {len(worse)} measures worse, {len(better)} better or new")
     return 1 if worse else 0
 
 

@@ -125,6 +125,7 @@ def kind_of(dtype: torch.dtype, precision: str) -> Kind:
 
 
 _assumed: ContextVar[Target | None] = ContextVar("assumed", default=None)
+_assumed_multiprocessors: ContextVar[int | None] = ContextVar("assumed_multiprocessors", default=None)
 
 
 def target_of(device: torch.device) -> Target:
@@ -133,13 +134,15 @@ def target_of(device: torch.device) -> Target:
 
 
 @contextmanager
-def assume(name: str) -> Iterator[Target]:
-    """Within this context every launch is configured for architecture `name`, whatever the device."""
-    token = _assumed.set(TARGETS[name])
+def assume(name: str, multiprocessors: int | None = None) -> Iterator[Target]:
+    """Within this context every launch is configured for architecture `name`, and so many multiprocessors, whatever
+    the device."""
+    target, count = _assumed.set(TARGETS[name]), _assumed_multiprocessors.set(multiprocessors)
     try:
         yield TARGETS[name]
     finally:
-        _assumed.reset(token)
+        _assumed.reset(target)
+        _assumed_multiprocessors.reset(count)
 
 
 @cache
@@ -163,9 +166,13 @@ def not_for_the_kernels(device: torch.device) -> str | None:
     return None if major >= 8 else f"the kernels are for sm_80 (Ampere) and later, and this GPU is sm_{major}{minor}"
 
 
-@cache
 def multiprocessors(device: torch.device) -> int:
     """The number of multiprocessors; 1 for the interpreter."""
+    return _assumed_multiprocessors.get() or _multiprocessors(device)
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 

@@ -32,6 +32,8 @@ RUN_BY = {
     "python -m tests.emulator": "tests/emulator/part.py",
     "python -m bench.machine_code": "tests/bench/test_machine_code.py",
     "python -m bench.machine_code --json new.json": ".ci/run",
+    "python -m bench.predict": ".ci/run",
+    "python -m bench.predict --json new.json": ".ci/run",
     "python -m bench.regressions new.json": "tests/bench/test_regressions.py",
     "bench/gpu.sh --dry-run": "tests/bench/test_gpu.py",
     'pip install -e ".[bench]" && pip install --no-deps -r tests/requirements-peers.txt': ".ci/run",

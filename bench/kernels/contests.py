@@ -106,7 +106,7 @@ def _linears(model: str, config: Config, batch: int, precision: str) -> Iterator
     """Every product of a tower that the project's own GEMM may compute, in the order in which an image meets them."""
 
     def contest(part: str, count: int, m: int, n: int, k: int, **features: Any) -> Contest:
-        return _linear(model, part, count, batch, precision, m, n, k, **features)
+        return linear_contest(model, part, count, batch, precision, m, n, k, **features)
 
     if isinstance(config, VitConfig):
         n, w, mlp = config.tokens, config.width, config.mlp_width
@@ -140,7 +140,7 @@ def _linears(model: str, config: Config, batch: int, precision: str) -> Iterator
     yield contest("pool's projection", 1, batch, config.embed_dim, width)
 
 
-def _linear(
+def linear_contest(
     model: str, part: str, count: int, batch: int, precision: str, m: int, n: int, k: int, *, norm: bool = False,
     scaled: bool = False, residual: bool = False, activation: ops.Activation = "none", x_step: int = 1,
     residual_step: int = 1, grid: int = 0,
