@@ -6,15 +6,16 @@ import glob
 import os
 import warnings
 from dataclasses import replace
+from typing import overload
 
 import torch
 
-from .checkpoint.published import resolve
+from .checkpoint.published import OpenAiName, resolve
 from .checkpoint.reading import read_checkpoint
 from .encoder import ImageEncoder
 from .engine.ahead import probe
 from .errors import reason_of
-from .model import from_checkpoint
+from .model import Clip, from_checkpoint
 from .preprocess import Preprocess
 from .towers.config import Activation
 from .towers.families import for_image_size
@@ -49,6 +50,32 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.float16 if device.type == "cuda" else torch.float32
 
 
+@overload
+def load(
+    name: OpenAiName,
+    device: str | torch.device | None = ...,
+    jit: bool | torch.dtype | None = ...,
+    download_root: str | os.PathLike[str] | None = ...,
+    *,
+    dtype: torch.dtype | None = ...,
+    precision: PrecisionName | None = ...,
+    image_size: int | None = ...,
+    activation: Activation | None = ...,
+    cuda_graphs: bool = ...,
+) -> tuple[Clip, Preprocess]: ...
+@overload
+def load(
+    name: str | os.PathLike[str],
+    device: str | torch.device | None = ...,
+    jit: bool | torch.dtype | None = ...,
+    download_root: str | os.PathLike[str] | None = ...,
+    *,
+    dtype: torch.dtype | None = ...,
+    precision: PrecisionName | None = ...,
+    image_size: int | None = ...,
+    activation: Activation | None = ...,
+    cuda_graphs: bool = ...,
+) -> tuple[ImageEncoder, Preprocess]: ...
 def load(
     name: str | os.PathLike[str],
     device: str | torch.device | None = None,

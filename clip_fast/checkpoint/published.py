@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 from pathlib import Path
+from typing import Literal
 
 from ..errors import CheckpointError
 from ..towers.config import Config, ResNetConfig, VitConfig
@@ -16,6 +17,10 @@ from .download import Pretrained, download
 
 _ASSETS = Path(__file__).parents[1] / "assets"
 
+# The keys of OPENAI_MODELS, for type checkers: what `load` returns for one of them embeds texts too.
+OpenAiName = Literal[
+    "RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px"
+]
 
 OPENAI_MODELS: dict[str, Config] = {
     "RN50": ResNetConfig((3, 4, 6, 3), width=64, heads=32, image_size=224, embed_dim=1024),
