@@ -96,7 +96,7 @@ def predict(
     predicted = tuple(_predicted(firsts[key], counts[key], precision, device, kernels) for key in firsts)
     limits = Ceilings({precision: device.chip(precision)}, device.memory)
     return Prediction(
-        device.name, model, batch, precision, predicted, _bucket(config, batch) is not None,
+        device.name, model, batch, precision, predicted, bucket_of(batch, config) is not None,
         rival.seconds_of(config, batch, precision, device) if precision in device.sustained else None,
         least_seconds(batch * operations(config), traffic(config, batch, precision), precision, limits),
     )  # fmt: skip
@@ -112,11 +112,6 @@ def _predicted(launch: Launch, count: int, precision: str, device: Device, kerne
     return Predicted(launch, count, kernel, time)
 
 
-def _bucket(config: VitConfig, batch: int) -> int | None:
-    """The batch size that is replayed as a graph; None where the kernels are launched."""
-    return bucket_of(batch, config.operations)
-
-
 def predictions(
     models: Sequence[str], batches: Sequence[int], precisions: Sequence[str], devices: Sequence[str], processes: int
 ) -> list[Prediction]:
@@ -127,6 +122,6 @@ def predictions(
         config = MODELS[model]
         if not isinstance(config, VitConfig):
             raise ValueError(f"{model} is a ResNet: the time of cuDNN's convolutions is not calculated")
-        launches.append(launches_of(config, _bucket(config, batch) or batch, precision, device))
+        launches.append(launches_of(config, bucket_of(batch, config) or batch, precision, device))
     kernels = read_kernels((launch.job for each in launches for launch in each), processes)
     return [predict(*one, each, kernels) for one, each in zip(asked, launches, strict=True)]

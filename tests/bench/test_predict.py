@@ -237,7 +237,7 @@ def predicted(kernel: Kernel = KERNEL, batch: int = 256, device: str = "H200") -
     job = Job("", "_linear_kernel", "", "sm_90", (("x", "tensordesc<bf16[128,64]>"),), (), (), ())
     launch = Launch("linear 1 × 2 × 3", job, 132, Work(6168, 16, 8000, 49_152), 10**6)
     launches = [launch] * 3 + [replace(launch, label="another")]
-    return predict("ViT-B/32", batch, "bf16", DEVICES[device], launches, {job.identity: kernel})
+    return predict("ViT-L/14", batch, "bf16", DEVICES[device], launches, {job.identity: kernel})
 
 
 WORSE = replace(KERNEL, code=Code(STEP, replace(ONCE, instructions=1001)))
@@ -259,7 +259,7 @@ def test_the_slower_of_host_and_device_decides_but_a_graph_has_no_host() -> None
 @pytest.mark.parametrize("device", ["H200", "A100"])
 def test_every_printed_figure_says_that_it_is_calculated(device: str) -> None:
     them = [predicted(device=device), predicted(batch=1, device=device)]
-    text = command.markdown(them, {(device, "ViT-B/32", 256, "bf16"): "12,345"})
+    text = command.markdown(them, {(device, "ViT-L/14", 256, "bf16"): "12,345"})
     assert ("upper bounds" in text) == (device == "A100")  # no sustained rate of it is known
     tables = 0
     for part in text.split("\n\n"):
@@ -278,13 +278,13 @@ def test_every_printed_figure_says_that_it_is_calculated(device: str) -> None:
 def test_what_a_gpu_measured_stands_beside(tmp_path: Path) -> None:
     (tmp_path / "some").mkdir()
     rows = [
-        {"system": "clip_fast", "model": "ViT-B/32", "batch": 256, "precision": "bf16", "images_per_second": 51234.5},
-        {"system": "clip_fast", "model": "ViT-B/32", "batch": 1, "precision": "bf16", "failed": "no memory"},
-        {"system": "timm", "model": "ViT-B/32", "batch": 8, "precision": "bf16", "images_per_second": 1.0},
+        {"system": "clip_fast", "model": "ViT-L/14", "batch": 256, "precision": "bf16", "images_per_second": 51234.5},
+        {"system": "clip_fast", "model": "ViT-L/14", "batch": 1, "precision": "bf16", "failed": "no memory"},
+        {"system": "timm", "model": "ViT-L/14", "batch": 8, "precision": "bf16", "images_per_second": 1.0},
     ]
     result = {"environment": {"device": "NVIDIA H200", "code": "another"}, "rows": rows}
     (tmp_path / "some" / "end_to_end.json").write_text(json.dumps(result))
-    key = ("H200", "ViT-B/32", 256, "bf16")
+    key = ("H200", "ViT-L/14", 256, "bf16")
     assert command.measured_on(["H200", "A100"], tmp_path) == {key: "51,234 (other code)"}
     assert "img/s (measured)" in command.markdown([predicted()], command.measured_on(["H200"], tmp_path))
     assert "(measured)" not in command.markdown([predicted()], {})
@@ -296,8 +296,8 @@ def test_a_change_that_costs_time_is_seen(tmp_path: Path, capsys: pytest.Capture
     new.write_text(command.document([predicted(WORSE)]))
     assert regressions.main([str(new), "--committed", str(old)]) == 1
     said = capsys.readouterr().out
-    assert "H200 ViT-B/32, batch 256, bf16: on_device (calculated, seconds)" in said
-    assert "H200 ViT-B/32, batch 256, bf16, linear 1 × 2 × 3: seconds (calculated, seconds)" in said
+    assert "H200 ViT-L/14, batch 256, bf16: on_device (calculated, seconds)" in said
+    assert "H200 ViT-L/14, batch 256, bf16, linear 1 × 2 × 3: seconds (calculated, seconds)" in said
     assert regressions.main([str(old), "--committed", str(new)]) == 0
     assert "1 better" in capsys.readouterr().out
     new.write_text(old.read_text().replace('"triton": "', '"triton": "0.'))
