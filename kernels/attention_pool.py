@@ -59,15 +59,18 @@ from .statistics import statistics_tiles
 from .targets import kind_of, target_of
 
 _MIN_HEADS = 16  # what a tensor core takes at least
-_LINEAR_WARPS = 4
-_NUM_STAGES = 2
-# Of a step of exact float32. With keys and values every token has a rounding of its own, and attention averages them
-# away. Here one sum stands for all tokens, and must be as much better.
-_CHAINS = tl.constexpr(4)
+# By bytes of the dtype. Sums of exact float32 take more registers: with these they spill none.
+_LINEAR_WARPS = {2: 4, 4: 8}
+_LINEAR_STAGES = {2: 2, 4: 1}
+_TOKEN_STAGES = 2
+# Chains of a step of exact float32. With keys and values every token has a rounding of its own, and attention averages
+# them away. Here one sum stands for all tokens, and must be as much better.
+_LINEAR_CHAINS = tl.constexpr(4)
+_SCORE_CHAINS = tl.constexpr(2)  # four take more registers than there are
 
 
 def _side(dtype: torch.dtype) -> int:
-    """Images, heads (at most), tokens, channels and reduction steps come in tiles of this many.
+    """Images, heads (at most), tokens and channels come in tiles of this many.
 
     Without tensor cores, as exact float32 products are, larger tiles than these do not fit into registers.
     """
@@ -79,8 +82,8 @@ def _step(dtype: torch.dtype) -> int:
     return 64 if dtype.itemsize == 2 else 16
 
 
-def _stages(operand: Tensor, precision: str) -> int:
-    return stages_from_registers(_NUM_STAGES, kind_of(operand.dtype, precision), target_of(operand.device))
+def _stages(stages: int, operand: Tensor, precision: str) -> int:
+    return stages_from_registers(stages, kind_of(operand.dtype, precision), target_of(operand.device))
 
 
 def _token_warps(dtype: torch.dtype) -> int:
@@ -127,7 +130,7 @@ def _head_linear_kernel(
         x = tl.load(x_ptrs + k0 * x_stride_k, mask=inside_b[:, None] & inside_k[None, :], other=0.0)
         w = tl.load(weight_ptrs + k0 * weight_stride_k, mask=inside_n[None, :] & inside_k[:, None], other=0.0)
         if x.dtype == w.dtype:
-            acc, acc_low = add_product_finely(x, w, acc, acc_low, PRECISION, _CHAINS)
+            acc, acc_low = add_product_finely(x, w, acc, acc_low, PRECISION, _LINEAR_CHAINS)
         else:
             # Float32 rows meet weights in half precision as sums of two numbers of that. Each has an accumulator: two
             # products into one are miscompiled on Blackwell (github.com/triton-lang/triton/issues/10821).
@@ -231,7 +234,7 @@ def _scores_kernel(
         )  # fmt: skip
         u_ptrs = u_ptr + (image * H + heads[None, :]) * W + channel[:, None]
         u = tl.load(u_ptrs, mask=inside_h[None, :] & inside_k[:, None], other=0.0)
-        acc, acc_low = add_product_finely(y, u, acc, acc_low, PRECISION, _CHAINS)
+        acc, acc_low = add_product_finely(y, u, acc, acc_low, PRECISION, _SCORE_CHAINS)
     acc += acc_low
 
     scores_ptrs = scores_ptr + (image * H + heads[None, :]) * tokens + token[:, None]
@@ -340,7 +343,7 @@ def attention_pool(
         "BLOCK_H": block_h,
         "BLOCK_N": side,
         "num_warps": _token_warps(query.dtype),
-        "num_stages": _stages(query, precision),
+        "num_stages": _stages(_TOKEN_STAGES, query, precision),
         "enable_fp_fusion": True,
     }
 
@@ -403,7 +406,7 @@ def _head_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, pr
         BLOCK_B=side,
         BLOCK_N=side,
         BLOCK_K=_step(weight.dtype),
-        num_warps=_LINEAR_WARPS,
-        num_stages=_stages(weight, precision),
+        num_warps=_LINEAR_WARPS[weight.dtype.itemsize],
+        num_stages=_stages(_LINEAR_STAGES[weight.dtype.itemsize], weight, precision),
         enable_fp_fusion=True,
     )

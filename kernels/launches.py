@@ -63,6 +63,7 @@ TABLE = LaunchTable(
             },
             "float32": {
                 "sm_80": Launch(64, 16, 0, num_warps=8, num_stages=2),
+                "sm_86": Launch(64, 32, 0, num_warps=8, num_stages=2),
             },
             "tf32": {
                 "sm_80": Launch(64, 32, 0, num_warps=8, num_stages=2),
