@@ -56,13 +56,10 @@ from .primitives import (
     stages_from_registers,
 )
 from .statistics import statistics_tiles
-from .targets import kind_of, target_of
+from .targets import Target, kind_of, target_of
 
 _MIN_HEADS = 16  # what a tensor core takes at least
-# By bytes of the dtype. Sums of exact float32 take more registers: with these they spill none.
-_LINEAR_WARPS = {2: 4, 4: 8}
-_LINEAR_STAGES = {2: 2, 4: 1}
-_TOKEN_STAGES = 2
+_NUM_STAGES = 2
 # Chains of a step of exact float32. With keys and values every token has a rounding of its own, and attention averages
 # them away. Here one sum stands for all tokens, and must be as much better.
 _LINEAR_CHAINS = tl.constexpr(4)
@@ -82,13 +79,29 @@ def _step(dtype: torch.dtype) -> int:
     return 64 if dtype.itemsize == 2 else 16
 
 
-def _stages(stages: int, operand: Tensor, precision: str) -> int:
-    return stages_from_registers(stages, kind_of(operand.dtype, precision), target_of(operand.device))
+def _stages(operand: Tensor, precision: str) -> int:
+    return stages_from_registers(_NUM_STAGES, kind_of(operand.dtype, precision), target_of(operand.device))
 
 
-def _token_warps(dtype: torch.dtype) -> int:
-    """With 64 heads, tiles of 64 take the registers of 8 warps; tiles of 32 leave 8 less than 16 bytes each to load."""
-    return 8 if dtype.itemsize == 2 else 4
+def _token_warps(dtype: torch.dtype, target: Target) -> int:
+    """With 64 heads, tiles of 64 take the registers of 8 warps. Tiles of 32 give each of 128 lanes 16 bytes to load."""
+    return 8 if dtype.itemsize == 2 else _warps_of_128_lanes(target)
+
+
+def _linear_launch(weight: Tensor, precision: str) -> tuple[int, int]:
+    """Warps and stages of `_head_linear_kernel`.
+
+    On NVIDIA, sums of exact float32 spill registers with fewer warps or more stages than these. AMD has matrix
+    instructions for them.
+    """
+    target = target_of(weight.device)
+    if target.capability is not None and kind_of(weight.dtype, precision) == "float32":
+        return 8, 1
+    return 4 if weight.dtype.itemsize == 2 else _warps_of_128_lanes(target), _stages(weight, precision)
+
+
+def _warps_of_128_lanes(target: Target) -> int:
+    return 4 if target.capability is not None else 2  # AMD's warps have 64 lanes
 
 
 @triton.jit(do_not_specialize=["B"])
@@ -342,8 +355,8 @@ def attention_pool(
         "PRECISION": precision,
         "BLOCK_H": block_h,
         "BLOCK_N": side,
-        "num_warps": _token_warps(query.dtype),
-        "num_stages": _stages(_TOKEN_STAGES, query, precision),
+        "num_warps": _token_warps(query.dtype, target_of(query.device)),
+        "num_stages": _stages(query, precision),
         "enable_fp_fusion": True,
     }
 
@@ -390,6 +403,7 @@ def _head_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, pr
     batch, heads, k = x.shape
     n = weight.shape[1]
     side = _side(weight.dtype)
+    num_warps, num_stages = _linear_launch(weight, precision)
     _head_linear_kernel[(triton.cdiv(batch, side), triton.cdiv(n, side), heads)](
         x,
         weight,
@@ -406,7 +420,7 @@ def _head_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, pr
         BLOCK_B=side,
         BLOCK_N=side,
         BLOCK_K=_step(weight.dtype),
-        num_warps=_LINEAR_WARPS[weight.dtype.itemsize],
-        num_stages=_stages(_LINEAR_STAGES[weight.dtype.itemsize], weight, precision),
+        num_warps=num_warps,
+        num_stages=num_stages,
         enable_fp_fusion=True,
     )
