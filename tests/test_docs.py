@@ -20,7 +20,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 # The commands in the pages, and the file that runs each; tests/test_readme.py has those of its own.
 RUN_BY = {
     "pip install . && clip-fast demo": "tests/cli/test_demo.py",
-    'pip install -e ".[test]" && pip install --no-deps -r tests/requirements-peers.txt && python -m pytest': ".ci/run",
+    'pip install -e ".[test]" && pip install --no-deps -r tests/requirements-peers.txt': ".ci/run",
     'pip install -e ".[test,lint,docs]"': ".ci/run",
     "pip install --no-deps -r tests/requirements-peers.txt": ".ci/run",
     "ruff check . && ruff format --check . && pyright": ".ci/run",
