@@ -22,6 +22,7 @@ TABLE = LaunchTable(
             },
             "float32": {
                 "sm_80": Launch(64, 128, 16, num_warps=8, num_stages=3),
+                "gfx942": Launch(64, 128, 16, num_warps=4, num_stages=3),
             },
             "tf32": {
                 "sm_80": Launch(128, 128, 32, num_warps=8, num_stages=2),

@@ -163,7 +163,7 @@ def test_shards_have_a_row_for_every_input_in_order(photos: Path, tmp_path: Path
         assert record.error is None
         with Image.open(path) as image:
             assert (record.width, record.height) == image.size
-            expected = model.encode_image(preprocess(image)[None].to(device))[0].cpu().numpy()
+            expected = model.encode_image(preprocess(image)[None].to(device))[0].detach().cpu().numpy()
             assert_allclose(row, expected, rtol=1e-4, atol=1e-5)
 
     errors = [json.loads(line) for line in (output / "errors.jsonl").read_text("utf-8").splitlines()]
