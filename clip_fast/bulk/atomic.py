@@ -55,7 +55,12 @@ def claimed_file(target: Path) -> NewFile:
 
     Unlocked temporary files of the same target are left by killed runs; they are removed, except on a file system
     without locks.
+
+    Raises:
+        FileNotFoundError: the folder of `target` does not exist.
     """
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"the output's folder {target.parent} does not exist")
     for leftover in target.parent.glob(f".{glob.escape(target.name)}.*{TEMPORARY_SUFFIX}"):
         with suppress(OSError), locked(leftover):
             leftover.unlink()

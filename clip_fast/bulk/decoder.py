@@ -42,7 +42,7 @@ class _Unremarked:
                 self._caught.close()
 
 
-_UNREMARKED = _Unremarked()
+UNREMARKED = _Unremarked()
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Decoder:
 
     def __call__(self, item: Item) -> tuple[Tensor, tuple[int, int]]:
         """The item's pixels, uint8 (3, image_size, image_size), and its size. Raises whatever decoders raise."""
-        with _UNREMARKED, item.open() as image:
+        with UNREMARKED, item.open() as image:
             size = image.size
             self.check(size)
             if self.fast:

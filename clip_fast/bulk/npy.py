@@ -126,8 +126,6 @@ class EmbeddingWriter:
         targets = [output, output.with_name(PATHS_NAME), output.with_name(ERRORS_NAME)]
         if output in targets[1:]:
             raise ValueError(f"{output} is the name of the file beside the embeddings: choose another")
-        if not output.parent.is_dir():
-            raise FileNotFoundError(f"the output's folder {output.parent} does not exist")
         for target in targets:
             if target.exists() and not target.is_file():
                 raise ValueError(f"{target} exists and is not a regular file")

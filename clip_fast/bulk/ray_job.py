@@ -20,7 +20,7 @@ from ..inputs.images import image_suffixes
 from ..inputs.inputs import Files, Inputs, find_inputs
 from ..inputs.items import Item, Unreadable
 from ..inputs.parquet import Parquet, ParquetCell, keys_of
-from ..inputs.tars import Tar
+from ..inputs.tars import Tar, sample_key
 from ..loading import default_dtype, load
 from ..towers.config import Activation
 from .manifest import RAY_MANIFEST_NAME, manifest_bytes, weights_digest
@@ -231,9 +231,7 @@ def _one_sample(member: str) -> str:
 
     Otherwise samples would be rows of one table with as many columns as there are suffixes.
     """
-    name = os.path.basename(member)
-    is_image = os.path.splitext(name)[1].lower() in image_suffixes() and not name.startswith(".")
-    if not is_image or is_leftover(member):
+    if sample_key(member) is None:
         return ""
     return f"{member.encode('utf-8', 'surrogateescape').hex()}.image"
 
@@ -242,6 +240,6 @@ def _members(table: Any) -> Any:
     """Keys and places as `inputs.tars.Tar` has them."""
     arrow, _ = pyarrow()
     members = [as_text(bytes.fromhex(key).decode("utf-8", "surrogateescape")) for key in table[_KEY].to_pylist()]
-    keys = [os.path.join(folder, name.partition(".")[0]) for folder, name in map(os.path.split, members)]
+    keys = [sample_key(member) for member in members]
     places = [f"{tar}/{member}" for tar, member in zip(table[_PATH].to_pylist(), members, strict=True)]
     return arrow.table({"key": keys, "image_path": places, "image": table["image"]})

@@ -74,9 +74,7 @@ class ShardFolder:
         if not path.exists() or not embeddings.exists():
             return None
         try:
-            footer = read_footer(path)
-            check_embeddings(embeddings, footer, contents=True)
-            check_records(path, footer)
+            footer = check_shard(path, embeddings)
         except ValueError as error:
             _log.warning("%s: the shard is made again", error)
             return None
@@ -191,8 +189,7 @@ class OutputFolder(ShardFolder):
         self._write_errors()
         footers = [read_footer(path) for path in paths]
         totals = Totals(sum(each.images for each in footers), sum(each.failed for each in footers), shards)
-        done = {"images": totals.images, "failed": totals.failed, "shards": totals.shards}
-        write_manifest(self._manifest, {"settings": self._settings, "done": done})
+        write_manifest(self._manifest, {"settings": self._settings, "done": asdict(totals)})
         _sync_folder(self.folder)
         return totals
 
@@ -261,6 +258,18 @@ def read_footer(path: Path) -> Footer:
         if metadata.num_rows != footer.images:
             raise ValueError(f"{metadata.num_rows} rows of {footer.images}")
         return footer
+
+
+def check_shard(records: Path, embeddings: Path) -> Footer:
+    """Reads all of a shard's two files and compares them with the note on it, which it returns.
+
+    Raises:
+        ValueError: a file is damaged; the message names it.
+    """
+    footer = read_footer(records)
+    check_embeddings(embeddings, footer, contents=True)
+    check_records(records, footer)
+    return footer
 
 
 def check_embeddings(path: Path, footer: Footer, *, contents: bool) -> None:

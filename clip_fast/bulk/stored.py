@@ -16,7 +16,7 @@ from ..errors import summary
 from ..extras import pyarrow
 from ..inputs.parquet import Parquet
 from .manifest import MANIFEST_NAME, RAY_MANIFEST_NAME, read_manifest
-from .shards import ShardFolder, check_embeddings, check_records, read_footer
+from .shards import ShardFolder, check_embeddings, check_shard, read_footer
 
 
 @dataclass(frozen=True)
@@ -58,18 +58,15 @@ class StoredShard:
             columns = file.read(columns=["key", "image_path"]).to_pydict()
             return columns["key"], columns["image_path"]
 
-    def check(self) -> bool:
-        """Reads all of it. Whether there was a checksum to compare the embeddings with."""
-        self.shape()
+    def check(self) -> tuple[int, bool]:
+        """Reads all of it: its rows, and whether there was a checksum to compare the embeddings with."""
+        rows, _ = self.shape()
         if self.embeddings is None:
             with _table(self.records) as file:
                 for _ in file.iter_batches():
                     pass
-            return False
-        footer = read_footer(self.records)
-        check_embeddings(self.embeddings, footer, contents=True)
-        check_records(self.records, footer)
-        return footer.sha256 is not None
+            return rows, False
+        return rows, check_shard(self.records, self.embeddings).sha256 is not None
 
 
 class StoredFolder:
@@ -115,9 +112,10 @@ class StoredFolder:
         if self.done is not None and self._numbered:
             shards = self.done.shards
             expected = [self._shards.metadata_path(index) for index in range(shards)]
-            if missing := [str(path) for path in expected if path not in there]:
+            found, counted = set(there), set(expected)
+            if missing := [str(path) for path in expected if path not in found]:
                 raise ValueError(f"{', '.join(missing)}: missing, though {self.manifest} counts {shards} shards")
-            if others := [str(path) for path in there if path not in expected]:
+            if others := [str(path) for path in there if path not in counted]:
                 raise ValueError(f"{', '.join(others)}: too many, as {self.manifest} counts {shards} shards")
         if not there:
             raise ValueError(f"{self.folder} has no finished shard")

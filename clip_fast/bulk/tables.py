@@ -60,8 +60,6 @@ class ParquetWriter:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         path = Path(path)
         pyarrow()
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"the output's folder {path.parent} does not exist")
         self._new = claimed_file(path)
         self._writer: Any = None
 

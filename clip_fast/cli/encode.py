@@ -6,16 +6,14 @@ import argparse
 import json
 import os
 import sys
-import warnings
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
-from ..bulk.decoder import Decoder
+from ..bulk.decoder import UNREMARKED, Decoder
 from ..bulk.manifest import computer, weights_digest
 from ..bulk.npy import EmbeddingWriter, embed_files
 from ..bulk.pipeline import Options, run
@@ -118,9 +116,7 @@ def _encode_on_ray(arguments: argparse.Namespace) -> int:
 
 
 def _encode_to_npy(arguments: argparse.Namespace) -> int:
-    with EmbeddingWriter(arguments.output) as writer, warnings.catch_warnings():
-        # Photographs of 90 to 179 megapixels are embedded without a warning. Larger ones are failures.
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    with EmbeddingWriter(arguments.output) as writer, UNREMARKED:  # larger photographs are failures
         items: list[Item] = []
         failures: list[Failure] = []
         for item in _find(arguments):

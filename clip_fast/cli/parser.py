@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
+from typing import get_args
 
 import torch
 
 from ..inputs.containers import IMAGE_COLUMN
+from ..towers.config import Activation
 from ..version import __version__
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_ACTIVATIONS = get_args(Activation)
 
 DESCRIPTION = "Embeds images with CLIP, fast."
 
@@ -187,7 +190,7 @@ def parser() -> argparse.ArgumentParser:
     )
     encode.add_argument(
         "--activation",
-        choices=("quick_gelu", "gelu"),
+        choices=_ACTIVATIONS,
         help="of the MLPs, for a checkpoint that does not say: quick_gelu for OpenAI's, gelu for most others",
     )
     encode.add_argument("--max-errors", type=_whole(0), metavar="N", help="stop when more images fail")
@@ -223,7 +226,7 @@ def parser() -> argparse.ArgumentParser:
     search.add_argument("--image", metavar="FILE", help="what to look for, as an image")
     search.add_argument("--index", required=True, metavar="FOLDER", help="that clip-fast encode wrote")
     search.add_argument("--model", metavar="NAME_OR_FILE", help="which made the index (default: as it was named then)")
-    search.add_argument("--activation", choices=("quick_gelu", "gelu"), help="as for encode (default: as it was then)")
+    search.add_argument("--activation", choices=_ACTIVATIONS, help="as for encode (default: as it was then)")
     search.add_argument("-k", type=_whole(1), default=10, metavar="N", help="how many to find (default: %(default)s)")
     search.add_argument("--html", metavar="FILE", help="write a page with thumbnails, too")
     search.add_argument("--json", action="store_true", help="print one line of JSON for each")
@@ -260,7 +263,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=layout,
     )
     warm.add_argument("--model", required=True, metavar="NAME_OR_FILE", help="as for encode")
-    warm.add_argument("--activation", choices=("quick_gelu", "gelu"), help="as for encode")
+    warm.add_argument("--activation", choices=_ACTIVATIONS, help="as for encode")
 
     commands.add_parser(
         "models",

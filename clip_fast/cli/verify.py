@@ -20,8 +20,9 @@ def verify(arguments: argparse.Namespace) -> int:
         problems.append(str(error))
     for shard in stored.shards:
         try:
-            without += not shard.check()
-            images += shard.shape()[0]
+            rows, had_checksum = shard.check()
+            without += not had_checksum
+            images += rows
         except ValueError as error:
             problems.append(str(error))
     if not problems:

@@ -22,6 +22,15 @@ _TAR_END = 1 << 20  # bytes of zeros at the end, at most; tar pads to 10 KiB
 _TAR_HEADERS = 1 << 20  # bytes of one member's headers, at most; names are a few kilobytes
 
 
+def sample_key(member: str) -> str | None:
+    """The webdataset key of a tar's member, given by its path in the tar; None where it is no image's."""
+    folder, name = os.path.split(member)
+    sample = name.partition(".")[0]
+    if not sample or os.path.splitext(name)[1].lower() not in image_suffixes() or is_leftover(member):
+        return None
+    return os.path.join(folder, sample)
+
+
 @dataclass(frozen=True, slots=True)
 class TarMember(Item):
     """A member of an uncompressed tar: `size` bytes from `offset`; its key is the webdataset key."""
@@ -63,7 +72,6 @@ class Tar:
         """Unknown: only listing the whole tar tells."""
 
     def __iter__(self) -> Iterator[Item]:
-        suffixes = image_suffixes()
         seen: Counter[str] = Counter()
         try:
             size_of_file(self.path)
@@ -71,15 +79,12 @@ class Tar:
                 for member in tar:
                     file.left = _TAR_HEADERS
                     tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # tarfile would keep them all
-                    folder, name = os.path.split(member.name)
-                    sample = name.partition(".")[0]
-                    if not sample or member.isdir() or os.path.splitext(name)[1].lower() not in suffixes:
-                        continue
-                    if is_leftover(member.name):
+                    key = sample_key(member.name)
+                    if key is None or member.isdir():
                         continue
                     seen[member.name] += 1
                     number = f"#{seen[member.name]}" if seen[member.name] > 1 else ""
-                    key, location = os.path.join(folder, sample), f"{self.path}/{member.name}{number}"
+                    location = f"{self.path}/{member.name}{number}"
                     kind = _unreadable_kind(member)
                     if kind:
                         yield Unreadable(key, location, f"{kind} in the archive")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import base64
 import html
 import io
-import warnings
 from collections.abc import Sequence
 
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
+from ..bulk.decoder import UNREMARKED
 from ..inputs.inputs import items_at
 from ..inputs.items import Item
 from ..inputs.parquet import IMAGE_COLUMN
@@ -64,14 +64,12 @@ def _thumbnail(location: str, item: Item | None) -> str:
     try:
         if item is None:
             raise FileNotFoundError(location)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with item.open() as image:
-                image.draft("RGB", (_SIDE, _SIDE))
-                small = ImageOps.exif_transpose(image).convert("RGB")
-                small.thumbnail((_SIDE, _SIDE))
-                file = io.BytesIO()
-                small.save(file, "JPEG", quality=80)
+        with UNREMARKED, item.open() as image:
+            image.draft("RGB", (_SIDE, _SIDE))
+            small = ImageOps.exif_transpose(image).convert("RGB")
+            small.thumbnail((_SIDE, _SIDE))
+            file = io.BytesIO()
+            small.save(file, "JPEG", quality=80)
     except Exception as error:  # decoders fed with broken files raise whatever their parsing stumbles on
         return f'<div class="missing">{html.escape(type(error).__name__)}</div>'
     data = base64.b64encode(file.getvalue()).decode()
