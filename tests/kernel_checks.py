@@ -27,7 +27,7 @@ def assert_as_accurate(kernel: Tensor, plain: Tensor, exact: Tensor, factor: flo
     assert torch.isfinite(exact).all(), "the oracle itself is not finite: the inputs are no test of accuracy"
     assert torch.isfinite(kernel).all(), f"{(~torch.isfinite(kernel)).sum()} of {kernel.numel()} are not finite"
     errors = [x.double() - exact for x in (kernel, plain, exact.to(kernel.dtype))]
-    for name, measure, limit in (("overall", _rms, factor), ("worst row", _worst_row, 2.0)):
+    for name, measure, limit in (("overall", rms, factor), ("worst row", _worst_row, 2.0)):
         got, *others = (measure(error).item() for error in errors)
         assert got <= limit * max(others), f"{name} error {got:.3e}, at most {limit * max(others):.3e} wanted"
 
@@ -43,12 +43,12 @@ def assert_statistics_of(statistics: Tensor, y: Tensor) -> None:
     tiles = y.double().abs().split(STATISTICS_TILE, dim=-1)
     magnitude = torch.stack([tile.mean(dim=-1) for tile in tiles], dim=-1)
     scale = torch.stack([magnitude, exact[..., 1]], dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-    got, twin = (_rms((x.double() - exact) / scale).item() for x in (statistics, plain))
+    got, twin = (rms((x.double() - exact) / scale).item() for x in (statistics, plain))
     bound = 1.2 * max(twin, torch.finfo(torch.float32).eps / 2)
     assert got <= bound, f"row statistics: relative error {got:.3e}, at most {bound:.3e} wanted"
 
 
-def _rms(error: Tensor) -> Tensor:
+def rms(error: Tensor) -> Tensor:
     return error.square().mean().sqrt()
 
 
@@ -60,10 +60,10 @@ def assert_same_bits(a: Tensor, b: Tensor) -> None:
     """`a` and `b` are equal bit for bit. A NaN equals the same NaN."""
     assert a.shape == b.shape
     assert a.dtype == b.dtype
-    assert torch.equal(_bits(a), _bits(b)), f"{(_bits(a) != _bits(b)).sum()} bytes differ"
+    assert torch.equal(bits(a), bits(b)), f"{(bits(a) != bits(b)).sum()} bytes differ"
 
 
-def _bits(x: Tensor) -> Tensor:
+def bits(x: Tensor) -> Tensor:
     return x.detach().flatten().view(torch.uint8)  # flattened, since a scalar has no such view
 
 
@@ -86,7 +86,7 @@ class Guards:
 
         def check() -> None:
             for name, part in (("before", slice(0, GUARD)), ("after", slice(GUARD + size, None))):
-                assert torch.equal(_bits(buffer[part]), _bits(before[part])), f"written {name} a tensor of {shape}"
+                assert torch.equal(bits(buffer[part]), bits(before[part])), f"written {name} a tensor of {shape}"
 
         self._checks.append(check)
         return buffer[GUARD : GUARD + size].view(shape)
@@ -99,7 +99,7 @@ class Guards:
         before = whole.clone()
 
         def check() -> None:
-            assert torch.equal(_bits(whole), _bits(before)), f"an input of {list(x.shape)} was changed"
+            assert torch.equal(bits(whole), bits(before)), f"an input of {list(x.shape)} was changed"
 
         self._checks.append(check)
         return view

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from .cases import find
-from .gate import bits, build, call
+from .gate import build, call
 from .machine import Mode
 from .problem import KINDS
+from .subject import bits
 
 if TYPE_CHECKING:
     from .driver import EmulatorDriver

@@ -20,9 +20,9 @@ from . import tensor_map
 from .build import default_cache
 from .machine import Run, Settings, launch
 from .program import Program
+from .subject import shared_memory
 from .translate import translate
 
-_SHARED_MEMORY = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 120: 101_376}  # bytes that a block may have
 _FORMATS = {
     "i1": "<B", "u1": "<B", "i8": "<b", "u8": "<B", "i16": "<h", "u16": "<H", "i32": "<i", "u32": "<I", "i64": "<q",
     "u64": "<Q", "fp32": "<f", "f32": "<f", "fp64": "<d",
@@ -47,7 +47,7 @@ class EmulatorDriver(DriverBase):
 
     @staticmethod
     def _properties(device: int) -> dict[str, int]:
-        shared = _SHARED_MEMORY[device]
+        shared = shared_memory(device)
         return {"max_shared_mem": shared, "multiprocessor_count": 4, "warpSize": 32, "max_num_regs": 65536}
 
     @classmethod

@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .known import Known, known
 from .machine import Mode, Run
 from .problem import Case, Kind, Problem
-from .subject import Guards, assert_as_accurate, assert_statistics_of, assume, persistent_programs, poisoned
+from .subject import Guards, assert_as_accurate, assert_statistics_of, assume, bits, persistent_programs, poisoned, rms
 
 if TYPE_CHECKING:  # so that rows and cases can be named without Triton
     from .driver import EmulatorDriver
@@ -49,24 +48,8 @@ class Row:
         return f"{self.arch} {self.op} {self.dtype} {self.case}"
 
     @property
-    def reason(self) -> str | None:
-        """Why it is known not to pass."""
-        mark = self._mark
-        return mark.reason if mark else None
-
-    @property
     def status(self) -> str:
-        """ok, FAIL, known, or MENDED: a case that is known not to pass has passed."""
-        mark = self._mark
-        if mark is None:
-            return "FAIL" if self.problems else "ok"
-        if not self.problems:
-            return "MENDED" if mark.certain else "ok"
-        return "known" if {kind for kind, _ in self.problems} <= mark.problems else "FAIL"
-
-    @property
-    def _mark(self) -> Known | None:
-        return known(self.op, self.case, self.dtype, self.triton)
+        return "FAIL" if self.problems else "ok"
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -142,13 +125,9 @@ def _check(
                 row.problems.append(("BITS", text))
 
 
-def bits(x: Tensor) -> Tensor:
-    return x.contiguous().flatten().view(torch.uint8)
-
-
 def _judge(problem: Problem, outputs: list[Tensor], row: Row) -> None:
     plain, exact = problem.plain(), problem.exact()
-    errors = [_rms(x.double() - exact) for x in (outputs[0], plain, exact.to(plain.dtype))]
+    errors = [rms(x.double() - exact).item() for x in (outputs[0], plain, exact.to(plain.dtype))]
     row.ratio = errors[0] / max(*errors[1:], 1e-300)
     checks = {"ACCURACY": lambda: assert_as_accurate(outputs[0], plain, exact)}
     if problem.statistics:
@@ -158,7 +137,3 @@ def _judge(problem: Problem, outputs: list[Tensor], row: Row) -> None:
             assertion()
         except AssertionError as error:
             row.problems.append((kind, str(error)))
-
-
-def _rms(x: Tensor) -> float:
-    return x.square().mean().sqrt().item()

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from .cases import find
-from .gate import bits, build, call
+from .gate import build, call
 from .machine import Mode
 from .problem import KINDS
-from .subject import workaround
+from .subject import bits, rms, workaround
 
 if TYPE_CHECKING:
     from .driver import EmulatorDriver
@@ -56,14 +56,14 @@ def look(driver: EmulatorDriver, op: str, case: str, dtype: str, needed: bool, o
     problem = build(find(op, case), KINDS[dtype])
     seen = Seen(op, case, dtype, needed, on)
     exact = problem.exact()
-    seen.twin = (problem.plain().double() - exact).square().mean().sqrt().item()
+    seen.twin = rms(problem.plain().double() - exact).item()
     first = None
     for mode, seed in _ADVERSARIES:
         with workaround(on):
             (output, *_), runs = call(driver, problem, "sm_90", mode, seed)
         first = output.clone() if first is None else first
         seen.same_bits &= bool((bits(first) == bits(output)).all())
-        seen.error = max(seen.error, (output.double() - exact).square().mean().sqrt().item())
+        seen.error = max(seen.error, rms(output.double() - exact).item())
         faults = [f"{run.kernel}: {fault}" for run in runs for fault in run.faults]
         seen.races = max(seen.races, len(faults))
         seen.example = seen.example or next(iter(faults), "")

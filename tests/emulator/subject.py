@@ -8,7 +8,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from kernel_checks import Guards, assert_as_accurate, assert_statistics_of
+from kernel_checks import Guards, assert_as_accurate, assert_statistics_of, bits, rms
 
 from clip_fast.kernels import dispatch, ops, oracles, targets
 from clip_fast.kernels.statistics import merge_statistics, row_statistics
@@ -19,13 +19,16 @@ __all__ = [
     "assert_as_accurate",
     "assert_statistics_of",
     "assume",
+    "bits",
     "kernels_run",
     "merge_statistics",
     "ops",
     "oracles",
     "persistent_programs",
     "poisoned",
+    "rms",
     "row_statistics",
+    "shared_memory",
     "workaround",
 ]
 
@@ -35,6 +38,11 @@ assume = targets.assume
 def architecture() -> int:
     """The compute capability that launches are configured for, times ten: 80, 90."""
     return int(targets.target_of(torch.device("cpu")).name[3:])
+
+
+def shared_memory(capability: int) -> int:
+    """The bytes of shared memory that one block may have."""
+    return targets.TARGETS[f"sm_{capability}"].shared_memory
 
 
 def kernels_run() -> None:
