@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -62,6 +63,7 @@ class Pool:
     value_bias: Tensor  # (C,)
     out: Callable[[Tensor], Tensor]
     precision: Precision
+    kernels: bool  # the weights are for the ops, which the oracles compute where a launch has failed since
 
 
 @dataclass(frozen=True)
@@ -99,16 +101,7 @@ class FastResNet(FastTower):
             scale = gain * torch.rsqrt(variance + config.eps)
             return source[f"{conv}.weight"], scale, shift - average * scale
 
-        def convolution(
-            weight: Tensor,
-            scale: Tensor,
-            bias: Tensor,
-            *,
-            stride: int = 1,
-            padding: int | None = None,
-            relu: bool = True,
-        ) -> Convolution:
-            return Convolution(weight, scale, bias, precision, stride=stride, padding=padding, relu=relu)
+        convolution = partial(Convolution, precision=precision)
 
         def bottleneck(prefix: str, stride: int) -> Bottleneck:
             shortcut = None
@@ -215,6 +208,7 @@ def _prepare_pool(source: dict[str, Tensor], config: ResNetConfig, precision: Pr
         value_bias=source["attnpool.v_proj.bias"].to(wide),
         out=product("c_proj"),
         precision=precision,
+        kernels=kernels,
     )
 
 
@@ -230,7 +224,7 @@ def attention_pool(pool: Pool, x: Tensor) -> Tensor:
     features = x.flatten(2).transpose(1, 2)  # (B, G, C), a view of a channels-last map
     heads = pool.key_weight.shape[:2]
     weights = (pool.key_weight, pool.value_weight, pool.value_bias)
-    if by_kernels(pool.key_weight):
+    if pool.kernels:
         mean = ops.mean_token(features, pool.position[0])
         query = pool.query(mean).view(-1, *heads)
         position, products = pool.position[1:], pool.precision.products

@@ -204,6 +204,17 @@ def test_no_less_accurate_than_open_clip_itself_in_half_precision(dtype: torch.d
     assert statistics.geometric_mean(ratios) <= 1.1
 
 
+def test_weights_for_kernels_serve_after_a_launch_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the moment a launch fails, the oracles compute, with the weights that are there."""
+    tower, images = random_tower(SMALL).half(), torch.randn(4, 3, 64, 64).half()
+    with monkeypatch.context() as patched:
+        patched.setattr(resnet, "by_kernels", lambda weight: True)
+        fast = FastResNet.prepare(tower.state_dict(), SMALL, BY_DTYPE[torch.float16], IMAGE_MEAN, IMAGE_STD)
+    got, exact = fast.encode(images), random_tower(SMALL).double()
+    exact.load_state_dict(tower.state_dict())
+    assert worst_cosine(got, exact(images.double())) >= 0.9999
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_an_openai_file_of_every_resnet(name: str, tmp_path: Path) -> None:
