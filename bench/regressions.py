@@ -24,7 +24,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ class Change:
 
 def compare(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[Change]:
     """The differences between two tables of `bench.machine_code`."""
-    old, new = _by_key(before), _by_key(after)
+    old, new = (_keyed(rows, lambda row: (row["arch"], row["case"], row["kernel"])) for rows in (before, after))
     changes: list[Change] = []
     for key in sorted(old.keys() | new.keys()):
         if key not in old or key not in new:
@@ -99,7 +99,7 @@ def compare(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, An
 def compare_predictions(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[Change]:
     """The differences between two tables of `bench.predict`: of whole batches, and the launches that explain a worse
     one. A launch that came or went is neither better nor worse by itself."""
-    old, new = _by_place(before), _by_place(after)
+    old, new = (_keyed(rows, _place) for rows in (before, after))
     changes: list[Change] = []
     for key in sorted(key for key in old.keys() | new.keys() if not key[2]):
         if key not in old or key not in new:
@@ -116,27 +116,24 @@ def compare_predictions(before: Sequence[Mapping[str, Any]], after: Sequence[Map
     return changes
 
 
-def _by_place(rows: Sequence[Mapping[str, Any]]) -> dict[Key, Mapping[str, Any]]:
-    met: Counter[tuple[str, str, str]] = Counter()
-    keyed: dict[Key, Mapping[str, Any]] = {}
-    for row in rows:
-        place = (row["device"], f"{row['model']}, batch {row['batch']}, {row['precision']}", row["launch"])
-        keyed[*place, met[place]] = row
-        met[place] += 1
-    return keyed
+def _place(row: Mapping[str, Any]) -> tuple[str, str, str]:
+    return row["device"], f"{row['model']}, batch {row['batch']}, {row['precision']}", row["launch"]
 
 
 def _values(row: Mapping[str, Any]) -> dict[str, float]:
     return {name: row[name] for name in MEASURES} | {name: n for kind in _BY_NAME for name, n in row[kind].items()}
 
 
-def _by_key(rows: Sequence[Mapping[str, Any]]) -> dict[Key, Mapping[str, Any]]:
+def _keyed(
+    rows: Sequence[Mapping[str, Any]], place: Callable[[Mapping[str, Any]], tuple[str, str, str]]
+) -> dict[Key, Mapping[str, Any]]:
+    """The rows by their place, and by a number where several have one place."""
     met: Counter[tuple[str, str, str]] = Counter()
     keyed: dict[Key, Mapping[str, Any]] = {}
     for row in rows:
-        place = (row["arch"], row["case"], row["kernel"])
-        keyed[*place, met[place]] = row
-        met[place] += 1
+        where = place(row)
+        keyed[*where, met[where]] = row
+        met[where] += 1
     return keyed
 
 

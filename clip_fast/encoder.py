@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, Literal, TypeVar, get_args, overload
+from functools import cache
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from .towers.config import (
     hidden_state,
 )
 from .towers.fast import Results, normalised
-from .towers.precision import PrecisionName
+from .towers.precision import PrecisionName, check_name
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -80,8 +81,7 @@ class ImageEncoder(nn.Module):
         super().__init__()
         if not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating-point type, got {dtype}")
-        if precision is not None and precision not in get_args(PrecisionName):
-            raise ValueError(f"precision must be one of {get_args(PrecisionName)} or None, got {precision!r}")
+        check_name(precision)
         self.config = config
         self.mean, self.std = mean, std
         self._precision: PrecisionName | None = precision
@@ -285,18 +285,25 @@ def _kind(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
+@cache
+def _wanted(config: Config) -> tuple[dict[str, type], dict[str, torch.Size]]:
+    """The classes of all modules and the shapes of all tensors, as `reference.build` makes them."""
+    with torch.device("meta"):
+        plain: Any = reference.build(config)
+    classes: dict[str, type] = {name: type(module) for name, module in plain.named_modules()}
+    return classes, {name: tensor.shape for name, tensor in plain.state_dict().items()}
+
+
 def _difference(tower: Any, config: Config) -> str | None:
     """The first part of a tower that is not as `reference.build` makes it; None where there is none."""
-    with torch.device("meta"):
-        wanted: Any = reference.build(config)
-    classes: dict[str, type] = {name: type(module) for name, module in wanted.named_modules()}
+    classes, shapes = _wanted(config)
+    classes, shapes = dict(classes), dict(shapes)  # what the tower has is taken out
     for name, module in tower.named_modules():
         if classes.pop(name, None) is not type(module):
             place = f"visual.{name}" if name else "visual"
             return f"{place} is a {type(module).__qualname__}"
     if classes:
         return f"visual.{next(iter(classes))} is gone"
-    shapes: dict[str, torch.Size] = {name: tensor.shape for name, tensor in wanted.state_dict().items()}
     for name, tensor in tower.state_dict().items():
         if shapes.pop(name, None) != tensor.shape:
             return f"visual.{name} is {list(tensor.shape)}"

@@ -22,15 +22,13 @@ import torch
 from torch import Tensor
 
 from . import oracles, toolchain
+from .targets import why_not_computed
 
 Impl = Literal["auto", "triton", "reference"]
 
-_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LIBRARY = torch.library.Library("clip_fast", "DEF")
 
 _launching: dict[str, threading.RLock] = {}  # by op; held by the thread that launches it
-
-
 _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 
 
@@ -55,8 +53,8 @@ def is_trusted() -> bool:
 class Op:
     """An op, called with the implementation that is asked for, its tensors, and its other arguments.
 
-    `lead` is the position, among the tensors, of the one whose dtype is computed in. The lead's last dimension may be
-    at most `widest` for the kernel; `wide` is the plural of what that dimension is, in words.
+    `lead` is the position, among the arguments, of the tensor whose dtype is computed in. The lead's last dimension may
+    be at most `widest` for the kernel; `wide` is the plural of what that dimension is, in words.
     """
 
     name: str
@@ -79,30 +77,30 @@ class Op:
             return getattr(oracles, self.name)(*tensors, *options)
         if impl != "triton":
             raise ValueError(f"impl must be 'auto', 'triton' or 'reference', got {impl!r}")
-        reason = self.why_not_triton(tensors)
+        lead = tensors[self.lead]
+        assert lead is not None
+        reason = self.why_not_triton(lead)
         if reason is not None:
             raise RuntimeError(f"{self.name} cannot run on Triton: {reason}")
         return _launched(self.name, *tensors, *options)
 
     def dispatched(self, *args: Any) -> Any:
         """The op's results by the kernel, or by the oracle where no kernel serves: PyTorch calls this."""
-        tensors = tuple(arg for arg in args if isinstance(arg, Tensor))
-        if self.why_not_triton(tensors) is None:
+        lead: Tensor = args[self.lead]
+        if self.why_not_triton(lead) is None:
             try:
                 return _launched(self.name, *args)
             except Exception as error:  # Triton's own, the C compiler's, the file system's: they have no common type
-                if not toolchain.gives_way(tensors[self.lead].device, error):
+                if not toolchain.gives_way(lead.device, error):
                     raise
         return getattr(oracles, self.name)(*args)
 
-    def why_not_triton(self, tensors: tuple[Tensor | None, ...]) -> str | None:
-        """The reason why the kernel does not serve these operands; None where it does."""
-        lead = tensors[self.lead]
-        assert lead is not None
+    def why_not_triton(self, lead: Tensor) -> str | None:
+        """The reason why the kernel does not serve operands with this lead; None where it does."""
         if not triton_can_run(lead.device):
             return toolchain.why_not(lead.device)
-        if lead.dtype not in _KERNEL_DTYPES:
-            return f"kernels take float16, bfloat16 and float32, got {lead.dtype}"
+        if reason := why_not_computed(lead.dtype):
+            return reason
         if self.widest is not None and lead.shape[-1] > self.widest:
             return f"{self.wide} are at most {self.widest} wide, got {lead.shape[-1]}"
         return None

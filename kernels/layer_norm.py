@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .primitives import rounded_product, tile_counts, tile_statistics
-from .statistics import STATISTICS_TILE, empty_statistics
+from .statistics import STATISTICS_TILE, empty_statistics, statistics_tiles
 
 _NUM_WARPS = 4  # 1024 columns of 2 bytes are then one 16-byte load a thread
 
@@ -77,7 +77,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, statistics: 
             width,
             rows.stride(0),
             eps,
-            T=triton.next_power_of_2(triton.cdiv(width, STATISTICS_TILE)),
+            T=triton.next_power_of_2(statistics_tiles(width)),
             TILE=STATISTICS_TILE,
             STATISTICS=statistics,
             num_warps=_NUM_WARPS,

@@ -104,11 +104,17 @@ class LaunchTable(dict[str, dict[Kind, dict[str, Launch]]]):
         return self.entry(op, kind_of(dtype, precision), target)
 
 
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LIKE_MI300 = ("gfx90a", "gfx942", "gfx950")  # AMD's GPUs that take the launches of gfx942
 
 # The library that runs a 1 × 1 convolution on a GPU: "linear" is the project's own GEMM on the rows of the map. The
 # choice is reasoned, not measured; `bench.kernels` measures both on a ResNet.
 POINTWISE: dict[Kind, Literal["linear", "cudnn"]] = {"half": "linear", "float32": "linear", "tf32": "linear"}
+
+
+def why_not_computed(dtype: torch.dtype) -> str | None:
+    """The reason why no kernel computes in `dtype`, in words; None where kernels do."""
+    return None if dtype in _KERNEL_DTYPES else f"kernels take float16, bfloat16 and float32, got {dtype}"
 
 
 def kind_of(dtype: torch.dtype, precision: str) -> Kind:
@@ -117,11 +123,11 @@ def kind_of(dtype: torch.dtype, precision: str) -> Kind:
     Raises:
         ValueError: no kernel computes in `dtype`.
     """
-    if dtype in (torch.float16, torch.bfloat16):
+    if reason := why_not_computed(dtype):
+        raise ValueError(reason)
+    if dtype != torch.float32:
         return "half"
-    if dtype == torch.float32:
-        return "tf32" if precision == "tf32" else "float32"
-    raise ValueError(f"kernels take float16, bfloat16 and float32, got {dtype}")
+    return "tf32" if precision == "tf32" else "float32"
 
 
 _assumed: ContextVar[Target | None] = ContextVar("assumed", default=None)
@@ -152,7 +158,6 @@ def has_tf32(device: torch.device) -> bool:
     return not amd or torch.cuda.get_device_properties(device).gcnArchName.startswith("gfx942")
 
 
-@cache
 def not_for_the_kernels(device: torch.device) -> str | None:
     """The reason why the kernels are not for a GPU, in words; None where they are.
 

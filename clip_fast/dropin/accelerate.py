@@ -9,7 +9,7 @@ gradients, attention weights, hooks inside the tower, training with dropout.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..encoder import ImageEncoder
 from ..engine.ahead import probe
 from ..errors import NotServed
-from ..towers.precision import PrecisionName
+from ..towers.precision import PrecisionName, check_name
 from . import instance, served
 from .forward import Forward
 
@@ -48,8 +48,7 @@ def accelerate(model: _Model, *, precision: PrecisionName | None = None, cuda_gr
     An accelerated model refers to itself: after its deletion, Python's next garbage collection frees its memory.
     TorchScript needs the original: `torch.jit.script(clip_fast.restore(model).visual)`.
     """
-    if precision is not None and precision not in get_args(PrecisionName):
-        raise ValueError(f"precision must be one of {get_args(PrecisionName)} or None, got {precision!r}")
+    check_name(precision)
     if isinstance(model, ImageEncoder):  # already fast
         model.refresh()
         return model

@@ -13,7 +13,6 @@ from itertools import chain
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checkpoint.layouts import hugging_face_keys
@@ -368,10 +367,8 @@ def _activation(module: nn.Module) -> Activation:
     x = torch.linspace(-40, 40, 1281, dtype=torch.float64, device="cpu")  # far enough to recognise clipped functions
     with torch.no_grad():
         y = module(x)
-    quick_gelu = x * torch.sigmoid(1.702 * x)
-    known: dict[Activation, Tensor] = {"quick_gelu": quick_gelu, "gelu": F.gelu(x)}
-    for name, values in known.items():
-        if torch.allclose(y, values, rtol=0, atol=1e-9):
+    for name, function in reference.ACTIVATIONS.items():
+        if torch.allclose(y, function(x), rtol=0, atol=1e-9):
             return name
     raise NotServed(f"the activation {_class(module)} is neither QuickGELU nor GELU")
 

@@ -19,7 +19,7 @@ from ..kernels.dispatch import triton_can_run, trusted
 from ..towers.config import ENCODE, IMAGE_MEAN, IMAGE_STD, Rgb, Task
 from ..towers.families import fast_tower
 from ..towers.fast import FastTower, Results
-from ..towers.precision import FP64, Precision, PrecisionName, precision_of
+from ..towers.precision import Precision, PrecisionName, precision_of
 from . import ahead, graphs
 from .changes import Storages, fingerprint, follow
 from .tower import Tower
@@ -123,7 +123,7 @@ class Engine:
         if bucket is None or not graphs.allowed() or not self._pause.is_over():
             return None
         try:
-            return fast.graphs(bucket, images, task, bucket * self._memory_of_one(images, task))
+            return fast.graphs(bucket, images, task, lambda: bucket * self._memory_of_one(images, task))
         except torch.OutOfMemoryError:
             self._pause.begin()
         except Exception as error:  # of a capture; where the fault is not the capture's, launching raises it again
@@ -164,8 +164,7 @@ class Engine:
         """The bytes that one image takes while it is encoded, and its results, at most."""
         config = self.config
         elements = self._fast_tower.activations(config) + sum(torch.Size(s).numel() for s in config.row_shapes(task))
-        itemsize = FP64.weights.itemsize if self.in_double else self.computed_in.weights.itemsize
-        return elements * itemsize + images[0].numel() * images.itemsize
+        return elements * self.computed_in.weights.itemsize + 3 * config.image_size**2 * images.itemsize
 
     def _fitting(self, images: Tensor, task: Task) -> int:
         """The number of images to encode together."""

@@ -112,7 +112,7 @@ class Graphs:
 
     Args:
         run: a batch of images, (B, 3, h, w) -> results of B rows each. On a GPU it must not wait for the device.
-        memory: bytes that all graphs together may be counted with, each with the `size` that it is asked for with. They
+        memory: bytes that all graphs together may be counted with, each with the size that it is asked for with. They
             take less, since they share a pool.
 
     Graphs may be called from several threads and on several streams. One caller uses the buffers at a time, and a
@@ -128,10 +128,10 @@ class Graphs:
         self._pool: Any = None  # of memory; all graphs share it, since they run one after another
         self._done: Any = None  # the event after the last results were copied out
 
-    def __call__(self, bucket: int, images: Tensor, task: Task, size: int = 0) -> Results | None:
+    def __call__(self, bucket: int, images: Tensor, task: Task, size: Callable[[], int] = lambda: 0) -> Results | None:
         """`run(images, task)`, replayed for a batch of `bucket` images or fewer.
 
-        None where a new graph of `size` bytes would exceed the memory of all.
+        None where a new graph, of `size()` bytes, would exceed the memory of all.
 
         Raises:
             torch.OutOfMemoryError: a new graph does not fit into memory. Nothing of it is kept.
@@ -145,13 +145,14 @@ class Graphs:
                 stream.wait_event(self._done)
             captured = self._captured.get(key)
             if captured is None:
-                if self._counted + size > self._memory:
+                counted = self._counted + size()
+                if counted > self._memory:
                     return None
                 layout = torch.channels_last if channels_last else torch.contiguous_format
                 with torch.inference_mode(False), torch.no_grad():  # later callers write to it outside of that mode
                     buffer = torch.zeros_like(images[:1].expand(bucket, -1, -1, -1), memory_format=layout)
                     captured = self._captured[key] = self._capture(buffer, task)
-                self._counted += size
+                self._counted = counted
             captured.images[: len(images)].copy_(images)
             captured.replay()
             results = tuple(result[: len(images)].clone() for result in captured.results)

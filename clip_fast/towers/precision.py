@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -47,6 +47,12 @@ FP64 = Precision("fp64", torch.float64)  # by the plain tower only
 
 BY_NAME: dict[str, Precision] = {precision.name: precision for precision in (FP32, TF32, FP16, BF16)}
 BY_DTYPE = {precision.weights: precision for precision in (FP64, FP32, FP16, BF16)}
+
+
+def check_name(name: PrecisionName | None) -> None:
+    """Raises ValueError for what is neither the name of a precision nor None."""
+    if name is not None and name not in get_args(PrecisionName):
+        raise ValueError(f"precision must be one of {get_args(PrecisionName)} or None, got {name!r}")
 
 
 def precision_of(name: PrecisionName | None, weight: Tensor) -> Precision:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import Config, ResNetConfig, Task, TextConfig, VitConfig
+from .config import Activation, Config, ResNetConfig, Task, TextConfig, VitConfig
 
 QUICK_GELU_SLOPE = 1.702
 
@@ -31,7 +31,7 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(QUICK_GELU_SLOPE * x)
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:

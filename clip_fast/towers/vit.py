@@ -166,9 +166,7 @@ class FastVit(Vit):
     # --- the encoder -------------------------------------------------------------------------------------------------
 
     def encode(self, images: Tensor) -> Tensor:
-        x, statistics = self._embed(images)
-        for block in self.blocks[:-1]:
-            x, statistics = self._block(block, x, statistics)
+        x, statistics = self._after(images, self.config.layers - 1)
         x, statistics = self._last_block(self.blocks[-1], x, statistics)
         return self._project(x, statistics)
 

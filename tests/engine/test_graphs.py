@@ -12,6 +12,7 @@ import threading
 import time
 import warnings
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -209,15 +210,15 @@ def test_memory_is_counted_and_bounded(replays: Replays) -> None:
     """No graph is captured that would exceed it; those that are there go on serving."""
     these = Graphs(double, memory=100)
     images = torch.ones(2, 3, 4, 4)
-    assert these(2, images, ENCODE, 60) is not None
-    assert these(4, images, ENCODE, 50) is None
-    assert these(4, images, ENCODE, 40) is not None
-    assert these(2, images, ENCODE, 60) is not None
-    assert these(8, images, ENCODE, 1) is None
+    assert these(2, images, ENCODE, lambda: 60) is not None
+    assert these(4, images, ENCODE, lambda: 50) is None
+    assert these(4, images, ENCODE, lambda: 40) is not None
+    assert these(2, images, ENCODE, lambda: 60) is not None
+    assert these(8, images, ENCODE, lambda: 1) is None
     assert len(replays.captures) == 2
     these._done = SimpleNamespace(synchronize=lambda: None)
     these.release()
-    assert these(8, images, ENCODE, 100) is not None
+    assert these(8, images, ENCODE, lambda: 100) is not None
 
 
 def test_a_graph_that_failed_is_not_counted(replays: Replays) -> None:
@@ -228,9 +229,9 @@ def test_a_graph_that_failed_is_not_counted(replays: Replays) -> None:
 
     these, images, full = Graphs(run, memory=100), torch.ones(2, 3, 4, 4), True
     with pytest.raises(torch.OutOfMemoryError):
-        these(2, images, ENCODE, 100)
+        these(2, images, ENCODE, lambda: 100)
     full = False
-    assert these(2, images, ENCODE, 100) is not None
+    assert these(2, images, ENCODE, lambda: 100) is not None
 
 
 def test_a_graph_is_counted_with_all_that_is_in_memory() -> None:
@@ -315,7 +316,7 @@ def test_one_out_of_memory_does_not_end_them_for_good(bucketed: None, monkeypatc
     """Nothing is said, the memory is given back, and after a pause graphs are captured again."""
     full, asked, released = True, 0, 0
 
-    def replayed(self: Graphs, bucket: int, images: Tensor, task: Task, size: int) -> Results:
+    def replayed(self: Graphs, bucket: int, images: Tensor, task: Task, size: Callable[[], int]) -> Results:
         nonlocal asked
         asked += 1
         if full:

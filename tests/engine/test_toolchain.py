@@ -23,7 +23,7 @@ from clip_fast.encoder import ImageEncoder
 from clip_fast.engine import ahead, graphs
 from clip_fast.engine.engine import Engine
 from clip_fast.engine.graphs import Graphs
-from clip_fast.kernels import dispatch, ops, targets, toolchain
+from clip_fast.kernels import dispatch, ops, toolchain
 from clip_fast.towers.config import ResNetConfig, Task, VitConfig
 
 VIT = VitConfig(image_size=32, patch_size=16, width=64, layers=2, heads=1, embed_dim=32)
@@ -215,13 +215,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int] = (9, 0), a
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=amd))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    targets.not_for_the_kernels.cache_clear()
+    toolchain._unfit.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def _questions_are_asked_anew() -> Iterator[None]:
     yield
-    targets.not_for_the_kernels.cache_clear()
+    toolchain._unfit.cache_clear()
 
 
 @pytest.mark.parametrize(
