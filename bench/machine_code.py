@@ -48,7 +48,8 @@ import torch
 from torch import Tensor
 
 from clip_fast.kernels import dispatch, ops
-from clip_fast.kernels.targets import REGISTERS, SYSTEM_SHARED_MEMORY, TARGETS, assume
+from clip_fast.kernels.launches import TABLE
+from clip_fast.kernels.targets import REGISTERS, SYSTEM_SHARED_MEMORY, TARGETS, assume, pinned
 
 from .report import save
 
@@ -223,10 +224,13 @@ def caught() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
 
 
 def jobs_of(case: Case, arch: str) -> list[Job]:
-    """The kernels that `case` launches on `arch`."""
+    """The kernels that `case` launches on `arch`, by every launch that some number of rows would choose."""
     with assume(arch), caught() as launches:
-        case.call()
-    return [job_of(case.name, arch, *launch) for launch in launches]
+        for number in range(TABLE.most):
+            with pinned(number):
+                case.call()
+    jobs = [job_of(case.name, arch, *launch) for launch in launches]
+    return list({job.identity: job for job in jobs}.values())
 
 
 def arguments_of(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

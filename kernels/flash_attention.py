@@ -103,7 +103,7 @@ def flash_attention(qkv: Tensor, scale: float, precision: str) -> Tensor:
         return out
 
     size = "flash_attention_64" if head_dim <= 64 else "flash_attention_128"
-    launch = TABLE.launch_for(size, qkv.dtype, target_of(qkv.device), precision)
+    (launch,) = TABLE.launches_for(size, qkv.dtype, target_of(qkv.device), precision)
     _flash_attention_kernel[(batch * heads * triton.cdiv(tokens, launch.block_m),)](
         qkv,
         out,

@@ -42,7 +42,7 @@ from torch import Tensor
 
 from .launches import TABLE
 from .primitives import add_product, stages_from_registers
-from .targets import kind_of, target_of
+from .targets import fitting, kind_of, multiprocessors, target_of
 
 _IMAGE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 _MIDDLE = tl.constexpr(128.0)  # of the values of a uint8 pixel
@@ -123,11 +123,12 @@ def patch_embed(images: Tensor, weight: Tensor, position: Tensor, patch_size: in
     if images.dtype not in _IMAGE_DTYPES:
         images = images.to(weight.dtype)
     target = target_of(images.device)
-    launch = TABLE.launch_for("patch_embed", weight.dtype, target, precision)
+    m = batch * (tokens - 1)
+    launches = TABLE.launches_for("patch_embed", weight.dtype, target, precision)
+    launch = fitting(launches, m, width, multiprocessors(images.device))
     if images.dtype != weight.dtype:
         kind = kind_of(weight.dtype, precision)
         launch = replace(launch, num_stages=stages_from_registers(launch.num_stages, kind, target))
-    m = batch * (tokens - 1)
     _patch_embed_kernel[(triton.cdiv(m, launch.block_m) * triton.cdiv(width, launch.block_n),)](
         images,
         weight.contiguous(),

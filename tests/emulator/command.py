@@ -19,6 +19,7 @@ from .cases import CASES, OPS
 from .driver import EmulatorDriver, install
 from .gate import ADVERSARIES, ARCHITECTURES, Row, call, check
 from .hazard import HAZARDS, look
+from .launches import PRODUCTS, compare
 from .problem import KINDS
 from .shapes import SHAPES
 from .subject import architecture, kernels_run
@@ -30,6 +31,7 @@ def main(arguments: list[str]) -> int:
         "count": _count,
         "break": _break,
         "hazard": _hazard,
+        "launches": _launches,
     }
     name = arguments[0] if arguments and arguments[0] in commands else "check"
     try:
@@ -165,3 +167,23 @@ def _hazard(arguments: list[str]) -> int:
                 flush=True,
             )
     return unexpected
+
+
+def _launches(arguments: list[str]) -> int:
+    options = parser("Products by every launch that the table has for them: sound each, and the same bits by all.")
+    options.add_argument("--arch", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
+    options.add_argument("--dtype", nargs="+", default=list(KINDS), choices=list(KINDS))
+    options.add_argument("--case", default="", help="only cases whose names contain this")
+    options.add_argument("--json", action="store_true", help="a line of JSON for each launch of each case")
+    chosen = options.parse_args(arguments)
+    driver = emulator(chosen.cache)
+    failed = False
+    for arch in chosen.arch:
+        for dtype in chosen.dtype:
+            for case in PRODUCTS:
+                if chosen.case not in f"{case.op} {case.name}":
+                    continue
+                for row in compare(driver, case, KINDS[dtype], arch):
+                    failed |= bool(row.problems)
+                    print(json.dumps(row.as_json()) if chosen.json else _line(row), flush=True)
+    return failed
