@@ -37,7 +37,16 @@ import triton.language as tl
 from torch import Tensor
 
 from .launches import TABLE
-from .primitives import activate, add_product, by_name, load_row_statistics, tile_counts, tile_statistics
+from .primitives import (
+    activate,
+    add_product,
+    by_name,
+    dependent_launch,
+    load_row_statistics,
+    tile_counts,
+    tile_statistics,
+    wait_for_the_last,
+)
 from .statistics import STATISTICS_TILE, empty_statistics, statistics_tiles
 from .targets import Launch, Target, fitting, multiprocessors, target_of
 
@@ -72,6 +81,7 @@ def _linear_kernel(
     WHOLE_TILES: tl.constexpr,  # TILE divides N
     DESCRIPTORS: tl.constexpr,
     BY_NAME: tl.constexpr,  # NVIDIA's special functions can be asked for
+    DEPENDENT: tl.constexpr,
     PRECISION: tl.constexpr,  # of products of float32 operands: "ieee" or "tf32"
     X_TILES: tl.constexpr,  # tiles of statistics in a row of x, rounded up to a power of two
     TILE: tl.constexpr,  # columns that one pair of statistics covers
@@ -82,6 +92,7 @@ def _linear_kernel(
     GROUP_M: tl.constexpr,
     PARTS: tl.constexpr,  # of a tile's columns that the epilogue takes one after another: 1 or 2
 ):
+    wait_for_the_last(DEPENDENT)
     tl.assume(K > 0)  # or the compiler keeps a second epilogue, for a product without steps
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -277,6 +288,7 @@ def linear(
         GROUP_M=_GROUP_M,
         PARTS=parts,
         **launch.options,
+        **dependent_launch(x.device),
     )
     return y, y_statistics
 

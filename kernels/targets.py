@@ -10,8 +10,9 @@ instruction-set reference.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -42,7 +43,7 @@ class Target:
     `capability` is the compute capability of an NVIDIA GPU, times ten; None for AMD. `shared_memory` is the bytes that
     one block may have. `like` is the architecture whose launches it takes where the table does not list its own.
     `descriptors` tells whether it has a tensor copy engine, `wgmma` whether it multiplies by Hopper's instructions for
-    groups of warps.
+    groups of warps, `dependent_launch` whether a kernel can be launched before the one ahead of it has ended.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Target:
     like: str | None = None
     descriptors: bool = False
     wgmma: bool = False
+    dependent_launch: bool = False
 
 
 TARGETS: dict[str, Target] = {
@@ -60,12 +62,17 @@ TARGETS: dict[str, Target] = {
         Target("sm_80", 80, 166_912, Resident(64, 32, 167_936)),
         Target("sm_86", 86, 101_376, Resident(48, 16, 102_400), like="sm_80"),
         Target("sm_89", 89, 101_376, Resident(48, 24, 102_400), like="sm_86"),
-        Target("sm_90", 90, 232_448, Resident(64, 32, 233_472), like="sm_80", descriptors=True, wgmma=True),
-        Target("sm_100", 100, 232_448, Resident(64, 32, 233_472), like="sm_90", descriptors=True),
-        Target("sm_120", 120, 101_376, Resident(48, 24, 102_400), like="sm_89"),
+        Target(
+            "sm_90", 90, 232_448, Resident(64, 32, 233_472), like="sm_80", descriptors=True, wgmma=True,
+            dependent_launch=True,
+        ),
+        Target(
+            "sm_100", 100, 232_448, Resident(64, 32, 233_472), like="sm_90", descriptors=True, dependent_launch=True
+        ),
+        Target("sm_120", 120, 101_376, Resident(48, 24, 102_400), like="sm_89", dependent_launch=True),
         Target("gfx942", None, 65_536, None, like="sm_80"),
     )
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,7 @@ _MARGIN = 32  # rows and columns
 _pinned: ContextVar[int | None] = ContextVar("pinned", default=None)
 
 
-def fitting(launches: tuple[Launch, ...], rows: int, columns: int, multiprocessors: int) -> Launch:
+def fitting(launches: Sequence[Launch], rows: int, columns: int, multiprocessors: int) -> Launch:
     """The launch whose multiprocessors are done first with `rows` × `columns` of a product.
 
     The one that has most tiles decides. A tile of m × n takes the time of (m + 32) · (n + 32): the product's m · n, its
@@ -223,6 +230,23 @@ def multiprocessors(device: torch.device) -> int:
 @cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def has_dependent_launch(device: torch.device) -> bool:
+    """Whether kernels can be launched on `device`, also in CUDA graphs, before the one ahead has ended."""
+    return target_of(device).dependent_launch and (device.type != "cuda" or _driver() >= _DRIVER_OF_DEPENDENT_GRAPHS)
+
+
+_DRIVER_OF_DEPENDENT_GRAPHS = 12_030  # CUDA 12.3 has them in its graphs: CUDA C++ Programming Guide
+
+
+@cache
+def _driver() -> int:
+    """The newest CUDA that the driver knows, 12030 for 12.3; 0 where there is none."""
+    version = ctypes.c_int(0)
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value
 
 
 def total_memory(device: torch.device) -> int:
