@@ -48,6 +48,7 @@ class _Launch(ctypes.Structure):
         ("mode", ctypes.c_int64),
         ("seed", ctypes.c_int64),
         ("slice", ctypes.c_int64),
+        ("favourite", ctypes.c_int64),
         ("count", ctypes.c_int64),
         ("truncating", ctypes.c_int64),
         ("hopper", ctypes.c_int64),
@@ -87,6 +88,7 @@ class Settings:
     count: bool = False
     truncating: bool = False  # sums as tensor cores have been seen to take them
     slice: int = 40  # at most so many instructions of one warp at a time, where the seed is not 0
+    favourite: int = 0  # where the seed is 0: 1 + the warp that goes whenever it can, or minus that of the last to go
     cache: Path | None = None  # where the engine is kept
 
 
@@ -187,6 +189,7 @@ def launch(
         mode=_MODES.index(settings.mode),
         seed=settings.seed,
         slice=settings.slice,
+        favourite=settings.favourite,
         count=settings.count,
         truncating=settings.truncating,
         hopper=hopper,

@@ -58,6 +58,7 @@ class Machine {
   // schedule.h
   void start(Warp& warp, int id);
   std::vector<int> ready_warps();
+  int chosen(const std::vector<int>& ready, u64 turn);
   bool land_a_load();
   void disturb(Warp& warp);
   void end_block();

@@ -75,6 +75,16 @@ inline std::vector<int> Machine::ready_warps() {
   return ready;
 }
 
+// The warp that goes on. A favourite goes whenever it can; one that is put off (negative) when no other can.
+inline int Machine::chosen(const std::vector<int>& ready, u64 turn) {
+  if (launch.seed) return ready[random() % ready.size()];
+  if (!launch.favourite) return ready[turn % ready.size()];
+  const int preferred = int(std::abs(launch.favourite)) - 1;
+  for (int id : ready)
+    if ((id == preferred) == (launch.favourite > 0)) return id;
+  return ready[0];
+}
+
 inline bool Machine::land_a_load() {
   if (loads.empty()) return false;
   i64 i = launch.seed ? i64(random() % loads.size()) : 0;
@@ -127,9 +137,12 @@ inline void Machine::run_block(i64 number) {
       find("FAULT", text);
       return;
     }
-    // Without a seed the warps take turns, each until it waits; with one, a few instructions of any warp at a time.
-    Warp& warp = warps[ready[(launch.seed ? random() : turn++) % ready.size()]];
-    i64 slice = launch.seed ? 1 + i64(random() % u64(launch.slice)) : std::numeric_limits<i64>::max();
+    // Without a seed the warps take turns, each until it waits; with one, a few instructions of any warp at a time. With
+    // a favourite each instruction may make another ready that goes before.
+    Warp& warp = warps[chosen(ready, turn++)];
+    i64 slice = launch.seed        ? 1 + i64(random() % u64(launch.slice))
+                : launch.favourite ? 1
+                                   : std::numeric_limits<i64>::max();
     for (i64 i = 0; i < slice; i++) {
       steps++;
       Progress progress = step(warp);

@@ -90,7 +90,7 @@ struct Launch {
   i64 grid[3];
   const Allocation* allocations;
   i64 allocation_count;
-  i64 mode, seed, slice;
+  i64 mode, seed, slice, favourite;
   i64 count, truncating, hopper;
   i64 first_block, block_count;
   Counters* counters;
