@@ -144,7 +144,7 @@ def _skewed(warps: int) -> Iterator[tuple[Mode, int, int]]:
     """Schedules in which each warp in turn runs as far ahead of the others, or falls as far behind, as waits let it.
 
     Ahead with copies that land at once, behind with such as land late: two accesses that nothing orders then change
-    places, whatever the checker makes of them. Fences are the exception: the emulator's memory is always up to date, and
+    places, whatever the checker makes of them. Fences are the exception: the emulator's memory is always up to date, so
     only the checker knows of them.
     """
     for warp in range(1, warps + 1):
