@@ -14,6 +14,7 @@ from clip_fast.kernels import dispatch, ops, oracles, targets
 from clip_fast.kernels.statistics import merge_statistics, row_statistics
 
 __all__ = [
+    "WEIGHTS",
     "Guards",
     "architecture",
     "assert_as_accurate",
@@ -33,6 +34,9 @@ __all__ = [
 ]
 
 assume = targets.assume
+
+# Parameters of kernels, without the suffix _ptr, that are a model's own: no kernel writes them.
+WEIGHTS = frozenset({"weight", "bias", "colsum", "scale", "position"})
 
 
 def architecture() -> int:

@@ -49,6 +49,7 @@ class Machine {
   explicit Machine(const Launch& launch);
   ~Machine();
   void run_block(i64 number);
+  void end_grid();
   std::string report() const;
   u64 executed = 0;
 
@@ -117,6 +118,7 @@ class Machine {
   bool read_shared(Warp& warp, u32 address, u32 bytes, int party, u32 clock, bool async, int lane = -1);
   bool write_shared(Warp& warp, u32 address, u32 bytes, int party, u32 clock, int lane = -1, const u8* data = nullptr);
   bool global(Warp& warp, u64 address, u64 bytes, bool write, int lane);
+  bool early(Warp& warp, u64 address, u64 bytes, bool write, int lane);
   void among_blocks(Warp& warp, i64 tensor, u64 address, u64 bytes, bool write, int lane);
 
   // findings.h
@@ -152,4 +154,5 @@ class Machine {
   std::vector<int> readers;
   std::vector<std::vector<u32>> writing_block;  // by tensor and byte: 1 + the block that has written it
   i64 last_tensor = 0;
+  bool grids_waited = false;  // whether any lane has waited for the kernels before
 };

@@ -168,6 +168,13 @@ inline void Machine::end_block() {
   if (!loads.empty()) find("FAULT", loads[0].pc, "the block ends with a tensor load in flight");
 }
 
+// A kernel that waits for those before it, and ends, ends after them all. Of one that does not wait, a later kernel's own
+// wait tells nothing about those before.
+inline void Machine::end_grid() {
+  if (launch.programmatic && !grids_waited)
+    find("FAULT", 0, "launched programmatically, and never waits for the kernels before it (griddepcontrol.wait)");
+}
+
 // ---- one instruction ------------------------------------------------------------------------------------------------
 
 inline Machine::Progress Machine::step(Warp& warp) {
@@ -264,7 +271,7 @@ inline void Machine::check_registers(const Step& s) {
 inline bool Machine::execute(const Step& s, Progress& progress) {
   switch (s.inst.op) {
     case op_nop:
-    case op_fence: CASE(barwarp, ) CASE(trap, find("FAULT", "trap" + where(s.warp)))
+      CASE(fence, ) CASE(trap, find("FAULT", "trap" + where(s.warp)))
   }
   return arithmetic(s) || floating(s) || memory(s) || matrix(s) || bulk(s) || barriers(s, progress) || conversion(s) ||
          lanes(s);
