@@ -138,12 +138,14 @@ def _break(arguments: list[str]) -> int:
         if what.arch not in chosen.arch:
             continue
         outcome = attempt(driver, what)
-        missed |= outcome.caught < what.least
+        missed |= not outcome.passed
         if chosen.json:
-            print(json.dumps({"name": what.name, "least": what.least, **asdict(outcome)}), flush=True)
-        else:
-            print(f"{what.name}: {outcome.caught} of {outcome.tried} noticed, {what.least} must be", flush=True)
-            print("".join(f"    {detail}\n" for detail in outcome.details), end="", flush=True)
+            print(json.dumps({"name": what.name, **asdict(outcome)}), flush=True)
+            continue
+        status = "ok" if outcome.passed else "FAIL"
+        together = "together, too" if outcome.together else "but not all of them together"
+        print(f"{status:5} {what.name}: {outcome.noticed} of {outcome.tried} noticed, {together}", flush=True)
+        print("".join(f"    {text}\n" for text in outcome.details + outcome.missed), end="", flush=True)
     return missed
 
 

@@ -15,6 +15,7 @@ from clip_fast.kernels.launches import TABLE
 from clip_fast.kernels.statistics import merge_statistics, row_statistics
 
 __all__ = [
+    "WEIGHTS",
     "Guards",
     "architecture",
     "assert_as_accurate",
@@ -36,6 +37,9 @@ __all__ = [
 ]
 
 assume, pinned = targets.assume, targets.pinned
+
+# Parameters of kernels, without the suffix _ptr, that are a model's own: no kernel writes them.
+WEIGHTS = frozenset({"weight", "bias", "colsum", "scale", "position"})
 
 
 def architecture() -> int:
