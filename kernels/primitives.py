@@ -41,7 +41,7 @@ def by_name(target: Target) -> bool:
 
 
 def dependent_launch(device: torch.device) -> dict[str, bool]:
-    """The arguments of a kernel's launch on `device` that decide whether it may begin early, see `wait_for_the_last`."""
+    """The arguments of a launch on `device` that decide whether it may begin early, see `wait_for_the_last`."""
     if has_dependent_launch(device) and not knobs.runtime.interpret:
         return {"DEPENDENT": True, "launch_pdl": True}
     return {"DEPENDENT": False}
