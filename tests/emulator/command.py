@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 
 import torch
@@ -61,6 +61,7 @@ def _check(arguments: list[str]) -> int:
     options.add_argument("--op", nargs="+", default=list(OPS), choices=OPS)
     options.add_argument("--dtype", nargs="+", default=list(KINDS), choices=list(KINDS))
     options.add_argument("--case", default="", help="only cases whose names contain this")
+    options.add_argument("--each", type=int, metavar="N", help="at most N cases of each op, architecture and dtype")
     options.add_argument("--quick", action="store_true", help="the first two adversaries only")
     options.add_argument("--truncating", action="store_true", help="sums as tensor cores have been seen to take them")
     options.add_argument("--seed", type=int, default=0, help="of the data")
@@ -71,14 +72,12 @@ def _check(arguments: list[str]) -> int:
     gate = Gate(driver, ADVERSARIES[:2] if chosen.quick else ADVERSARIES, chosen.seed)
     rows: list[Row] = []
     started = time.perf_counter()
-    for arch in chosen.arch:
-        for case in CASES:
-            for dtype in case.kinds:
-                if case.op not in chosen.op or dtype not in chosen.dtype or chosen.case not in case.name:
-                    continue
-                row = gate.check(case, KINDS[dtype], arch)
-                rows.append(row)
-                print(json.dumps(row.as_json()) if chosen.json else _line(row), flush=True)
+    for arch, op, dtype in product(chosen.arch, chosen.op, chosen.dtype):
+        cases = [case for case in CASES if case.op == op and dtype in case.kinds and chosen.case in case.name]
+        for case in cases[: chosen.each]:
+            row = gate.check(case, KINDS[dtype], arch)
+            rows.append(row)
+            print(json.dumps(row.as_json()) if chosen.json else _line(row), flush=True)
     if not chosen.json:
         print(f"\n{table(rows)}\n\n{len(rows)} cases in {time.perf_counter() - started:.0f} s")
     return any(row.problems for row in rows)
