@@ -113,6 +113,7 @@ class Run:
     seconds: float
     blocks: int
     shared: int
+    hopper: bool
     counters: np.ndarray | None = None
     ptx: str = ""
     tensors: list[str] = field(default_factory=list)  # names, by the number that findings give them
@@ -220,7 +221,7 @@ def launch(
     findings = [_finding(program, entry) for entry in report.value.decode().splitlines()]
     blocks_run = max(0, min(number, total - first))
     return Run(
-        program.name, grid, program, findings, job.executed, seconds, blocks_run, shared,
+        program.name, grid, program, findings, job.executed, seconds, blocks_run, shared, hopper,
         counters if settings.count else None,
     )  # fmt: skip
 
