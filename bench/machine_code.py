@@ -17,6 +17,7 @@ The exit status is 1 if a kernel
 * is a matrix product without matrix instructions;
 * moves its tiles without the copy instructions of its architecture;
 * loads less than 16 bytes at a time in its main loop;
+* is launched before the last kernel has ended, and touches memory before it has waited for that;
 * or writes to registers that a matrix instruction may still be reading.
 
 Kernels that are exempt from wide loads are printed with the reason.
@@ -27,6 +28,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import itertools
 import json
 import math
 import multiprocessing
@@ -48,13 +50,15 @@ import torch
 from torch import Tensor
 
 from clip_fast.kernels import dispatch, ops
-from clip_fast.kernels.targets import REGISTERS, SYSTEM_SHARED_MEMORY, TARGETS, assume
+from clip_fast.kernels.launches import TABLE
+from clip_fast.kernels.targets import REGISTERS, SYSTEM_SHARED_MEMORY, TARGETS, assume, pinned
 
 from .report import save
 
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
 _DTYPE_NAMES = {HALF: "fp16", BFLOAT: "bf16", FLOAT: "fp32", torch.uint8: "u8", torch.float64: "fp64"}
 _WIDE = 128  # bits of the widest load
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")  # of a launch, that the compiler is given
 
 
 # --- the launches ----------------------------------------------------------------------------------------------------
@@ -223,10 +227,13 @@ def caught() -> Iterator[list[tuple[Any, tuple[Any, ...], dict[str, Any]]]]:
 
 
 def jobs_of(case: Case, arch: str) -> list[Job]:
-    """The kernels that `case` launches on `arch`."""
+    """The kernels that `case` launches on `arch`, by every launch that some number of rows would choose."""
     with assume(arch), caught() as launches:
-        case.call()
-    return [job_of(case.name, arch, *launch) for launch in launches]
+        for number in range(TABLE.most):
+            with pinned(number):
+                case.call()
+    jobs = [job_of(case.name, arch, *launch) for launch in launches]
+    return list({job.identity: job for job in jobs}.values())
 
 
 def arguments_of(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -237,7 +244,7 @@ def arguments_of(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 def job_of(case: str, arch: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Job:
     """What a caught launch has the compiler make."""
-    options = {name: kwargs[name] for name in ("num_warps", "num_stages", "enable_fp_fusion") if name in kwargs}
+    options = {name: kwargs[name] for name in _OPTIONS if name in kwargs}
     values = arguments_of(function, args, kwargs)
     signature, constants, divisible = [], [], []
     for position, parameter in enumerate(function.params):
@@ -293,7 +300,9 @@ class Row:
     bulk_stored: int  # bytes that they store
     occupancy: float  # resident warps, as a fraction of those that a multiprocessor holds
     seconds: float
+    dependent: bool = False  # launched before the last kernel has ended
     resident: int = 0  # blocks that a multiprocessor holds at a time
+    early: int = 0  # instructions that touch memory, or branch, before the last kernel is waited for
     overwritten: int = 0  # instructions that write to registers that a matrix instruction may still be reading
     exempt: str = ""
     problems: list[str] = field(default_factory=list)
@@ -326,7 +335,7 @@ def compile_job(job: Job) -> Row:
         num_stages=compiled.metadata.num_stages, instructions=0, registers=0, spilled=0,
         shared=compiled.metadata.shared, shared_limit=TARGETS[job.arch].shared_memory, matrix={}, copies={}, loads={},
         bytes_loaded=0, bulk_loaded=0, bulk_stored=0, occupancy=0.0, seconds=0.0,
-        exempt=_why_narrow(job.case, job.kernel, job.arch),
+        exempt=_why_narrow(job.case, job.kernel, job.arch), dependent=dict(job.options).get("launch_pdl", 0) == 1,
     )  # fmt: skip
     blocks = [_block_bytes(kind) for _, kind in job.signature if kind.startswith("tensordesc")]
     (_read_amdgcn if amd else _read_sass)(row, compiled.asm["amdgcn" if amd else "cubin"])
@@ -370,8 +379,22 @@ def _read_sass(row: Row, cubin: bytes) -> None:
             narrow = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
             width = next((narrow[suffix] for suffix in suffixes if suffix in narrow), 32)
             row.loads[width] = row.loads.get(width, 0) + 1
+    row.early = _early(name for _, name, _ in code)
     row.overwritten = _overwritten(code)
     row.resident, row.occupancy = _occupancy(row)
+
+
+_TOUCHES_OR_BRANCHES = re.compile(r"LDG|STG|LD\b|ST\b|RED|ATOM|UTMA(LDG|STG|REDG)|UBLKCP|BRA|BRX|JMP|CALL|EXIT")
+
+
+def _early(names: Iterable[str]) -> int:
+    """The number of instructions that touch memory, or branch, before ACQBULK: PTX's `griddepcontrol.wait`.
+
+    The code is read in its own order, which up to the first branch is that of execution. Constants, which hold the
+    arguments, and shared memory are the kernel's own.
+    """
+    before = itertools.takewhile(lambda name: name != "ACQBULK", names)
+    return sum(bool(_TOUCHES_OR_BRANCHES.match(name)) for name in before)
 
 
 def _overwritten(code: Sequence[tuple[int, str, str]]) -> int:
@@ -552,6 +575,8 @@ def _problems(row: Row, descriptors: bool) -> list[str]:
         problems.append("has no matrix instruction")
     if row.arch == "sm_90" and row.kernel == "_linear_kernel" and not exact_float and "HGMMA" not in row.matrix:
         problems.append("has no HGMMA")
+    if row.dependent and row.early:
+        problems.append(f"{row.early} instructions touch memory, or branch, before the last kernel is waited for")
     if row.overwritten:
         problems.append(f"{row.overwritten} instructions write to what HGMMA may still be reading")
     if descriptors and not {"UTMALDG", "UTMASTG"} <= row.copies.keys():

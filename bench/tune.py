@@ -13,10 +13,11 @@ persistent kernel the blocks that a multiprocessor holds.
 4. A launch's total is the sum of its times at all shapes, each multiplied by the number of times that the shape's model
    meets it. The entry is replaced if another launch's total is lower by more than the spread of these totals.
 
-One launch serves every batch, so "one row, one result" holds for any choice; `pytest tests/kernels` proves it again.
-The reduction step of a product is not varied, so that its sums keep their order. In attention the tile of keys is a
-step of the softmax's sum, and is varied. So a new entry may change last bits, for all batches alike. Parameters outside
-the table are not searched: the order of a product's tiles, and the constants of LayerNorm and of the pools.
+What is tuned is an entry's first launch, which is for many rows; those for fewer rows stay. The reduction step of a
+product is not varied, so that its sums keep their order, and a row has one result by all launches of its entry;
+`pytest tests/kernels` proves it again. In attention the tile of keys is a step of the softmax's sum, and is varied. So
+a new entry may change last bits, for all batches alike. Parameters outside the table are not searched: the order of a
+product's tiles, and the constants of LayerNorm and of the pools.
 
 Every step (some launches at one shape) is on disk before the next begins, and `--resume` continues from there.
 """
@@ -146,10 +147,10 @@ def _images(precision: str) -> str:
 
 @contextmanager
 def trial(entry: Entry, arch: str, launch: Launch) -> Iterator[None]:
-    """Within this context the entry has another launch on `arch`."""
+    """Within this context the entry has one launch on `arch`, whatever the rows."""
     place = TABLE[entry.op][entry.kind]
     before = place.get(arch)
-    place[arch] = launch
+    place[arch] = (launch,)
     try:
         yield
     finally:
@@ -297,8 +298,8 @@ def finished(entry: Entry, target: Target, rows: Sequence[Row], settings: Settin
 
 
 def _current(entry: Entry, target: Target, rows: Sequence[Row]) -> Launch:
-    """The launch that an entry had when its search began."""
-    return _launch(rows[0]) if rows else TABLE.entry(entry.op, entry.kind, target)
+    """The launch that an entry had, for many rows, when its search began."""
+    return _launch(rows[0]) if rows else TABLE.entry(entry.op, entry.kind, target)[0]
 
 
 def _times(
@@ -373,14 +374,25 @@ def rendered(table: LaunchTable) -> str:
         for kind, entries in kinds.items():
             lines.append(f'            "{kind}": {{')
             for arch in sorted(entries, key=list(targets.TARGETS).index):
-                launch = entries[arch]
-                blocks = f"{launch.block_m}, {launch.block_n}, {launch.block_k}"
-                options = f"num_warps={launch.num_warps}, num_stages={launch.num_stages}"
-                options += f", blocks={launch.blocks}" if launch.blocks > 1 else ""
-                lines.append(f'                "{arch}": Launch({blocks}, {options}),')
+                written = [_rendered(launch) for launch in entries[arch]]
+                if len(written) == 1:
+                    lines.append(f'                "{arch}": ({written[0]},),')
+                else:
+                    lines += [
+                        f'                "{arch}": (',
+                        *(f"{' ' * 20}{one}," for one in written),
+                        f"{' ' * 16}),",
+                    ]
             lines.append("            },")
         lines.append("        },")
     return "\n".join([*lines, "    }", ")", ""])
+
+
+def _rendered(launch: Launch) -> str:
+    blocks = f"{launch.block_m}, {launch.block_n}, {launch.block_k}"
+    options = f"num_warps={launch.num_warps}, num_stages={launch.num_stages}"
+    options += f", blocks={launch.blocks}" if launch.blocks > 1 else ""
+    return f"Launch({blocks}, {options})"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -439,7 +451,8 @@ def tune(
         best = winner(own)
         print(f"{entry.name}: {best or 'the current launch stays'}", flush=True)
         if best is not None:
-            TABLE[entry.op][entry.kind][target.name] = best
+            others = TABLE.entry(entry.op, entry.kind, target)[1:]
+            TABLE[entry.op][entry.kind][target.name] = (best, *(other for other in others if other != best))
             save(table_file, rendered(TABLE))
 
 

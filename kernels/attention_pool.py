@@ -51,9 +51,11 @@ from .primitives import (
     TILE,
     add_product,
     add_product_finely,
+    dependent_launch,
     load_row_statistics,
     online_softmax_update,
     stages_from_registers,
+    wait_for_the_last,
 )
 from .statistics import statistics_tiles
 from .targets import Target, kind_of, target_of
@@ -121,12 +123,14 @@ def _head_linear_kernel(
     weight_stride_n,
     weight_stride_k,
     BIAS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     PRECISION: tl.constexpr,  # of products of float32 operands: "ieee" or "tf32"
     BLOCK_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """out[b, h] = weight[h] x[b, h] + bias[h]: one program per tile of images, tile of N, and head."""
+    wait_for_the_last(DEPENDENT)
     images = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     head = tl.program_id(2)
@@ -205,6 +209,7 @@ def _scores_kernel(
     eps,
     POSITION: tl.constexpr,
     STATISTICS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     PRECISION: tl.constexpr,
     TILES: tl.constexpr,  # tiles of statistics in a row, rounded up to a power of two
     BLOCK_H: tl.constexpr,
@@ -215,6 +220,7 @@ def _scores_kernel(
 
     Tile 0 is token 0, alone; the next ones are the tokens of `rest`.
     """
+    wait_for_the_last(DEPENDENT)
     image, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     heads = tl.program_id(2) * BLOCK_H + tl.arange(0, BLOCK_H)
     inside_h = heads < H
@@ -272,12 +278,14 @@ def _weighted_sum_kernel(
     rest_stride_w,
     POSITION: tl.constexpr,
     STATISTICS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """z_h = Σ_n softmax_n(s_h)_n y_n: one program per image, tile of channels, and tile of heads."""
+    wait_for_the_last(DEPENDENT)
     image = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     heads = tl.program_id(2) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -358,6 +366,7 @@ def attention_pool(
         "num_warps": _token_warps(query.dtype, target_of(query.device)),
         "num_stages": _stages(query, precision),
         "enable_fp_fusion": True,
+        **dependent_launch(query.device),
     }
 
     _head_linear(query, key_weight.transpose(1, 2), None, u, precision)
@@ -423,4 +432,5 @@ def _head_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, pr
         num_warps=num_warps,
         num_stages=num_stages,
         enable_fp_fusion=True,
+        **dependent_launch(x.device),
     )

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from . import oracles, toolchain
-from .targets import why_not_computed
+from .launches import TABLE
+from .targets import pinned, why_not_computed
 
 Impl = Literal["auto", "triton", "reference"]
 
@@ -30,6 +31,7 @@ _LIBRARY = torch.library.Library("clip_fast", "DEF")
 
 _launching: dict[str, threading.RLock] = {}  # by op; held by the thread that launches it
 _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
+_every_launch: ContextVar[bool] = ContextVar("every_launch", default=False)  # of the table, whatever the rows
 
 
 @contextmanager
@@ -140,6 +142,10 @@ def _launched(name: str, *args: Any) -> Any:
     device: torch.device = args[0].device
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     with _launching[name], torch.cuda.device(device) if elsewhere else nullcontext():
+        if _every_launch.get():
+            for number in range(TABLE.most):
+                with pinned(number):
+                    launcher(name)(*args)
         return launcher(name)(*args)
 
 
@@ -173,7 +179,7 @@ class _Compilers(ThreadPoolExecutor):
 def compile_ahead(run: Callable[[], object], say: Callable[[int], None]) -> None:
     """Compiles all kernels of the ops that `run` calls, side by side; other threads go on launching theirs.
 
-    Nothing is launched by `run`: the results of its ops have no values.
+    Each is compiled for any number of rows. Nothing is launched by `run`: the results of its ops have no values.
 
     Args:
         say: called with the number of kernels, if compiling them takes longer than a second.
@@ -189,6 +195,7 @@ def _compile_ahead(run: Callable[[], object], say: Callable[[int], None]) -> Non
     from triton import AsyncCompileMode
     from triton.runtime.jit import JITFunction
 
+    _every_launch.set(True)
     with ExitStack() as locked, _Compilers() as compilers, ExitStack() as changed, AsyncCompileMode(compilers):
         for kernel in (each for name in _launching for each in vars(_module(name)).values()):
             if isinstance(kernel, JITFunction):

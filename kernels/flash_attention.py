@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launches import TABLE
-from .primitives import LOG2_E, add_product, online_softmax_update
+from .primitives import LOG2_E, add_product, dependent_launch, online_softmax_update, wait_for_the_last
 from .targets import target_of
 
 
@@ -41,12 +41,14 @@ def _flash_attention_kernel(
     H,
     scale,
     D: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     PRECISION: tl.constexpr,  # of products of float32 operands: "ieee" or "tf32"
     EVEN: tl.constexpr,  # BLOCK_N divides N − 1
     BLOCK_D: tl.constexpr,  # D, rounded up to a power of two
     BLOCK_M: tl.constexpr,  # queries
     BLOCK_N: tl.constexpr,  # keys
 ):
+    wait_for_the_last(DEPENDENT)
     # Tiles of one head's queries are neighbours: they read the same keys and values, at about the same time.
     tiles = tl.cdiv(N, BLOCK_M)
     pid = tl.program_id(0)
@@ -103,7 +105,7 @@ def flash_attention(qkv: Tensor, scale: float, precision: str) -> Tensor:
         return out
 
     size = "flash_attention_64" if head_dim <= 64 else "flash_attention_128"
-    launch = TABLE.launch_for(size, qkv.dtype, target_of(qkv.device), precision)
+    (launch,) = TABLE.launches_for(size, qkv.dtype, target_of(qkv.device), precision)
     _flash_attention_kernel[(batch * heads * triton.cdiv(tokens, launch.block_m),)](
         qkv,
         out,
@@ -117,5 +119,6 @@ def flash_attention(qkv: Tensor, scale: float, precision: str) -> Tensor:
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
         **launch.options,
+        **dependent_launch(qkv.device),
     )
     return out

@@ -1,10 +1,17 @@
-"""How each kernel is launched on each architecture: op -> kind of dtype -> architecture -> launch.
+"""How each kernel is launched on each architecture: op -> kind of dtype -> architecture -> launches.
 
-`python -m bench.tune` writes this file. An architecture that is not listed takes the launch of the one that it is like,
-see `targets.TARGETS`. "half" stands for float16 and bfloat16, "tf32" for float32 on tensor cores; "flash_attention_64"
-is for head sizes up to 64, "flash_attention_128" for those up to 128. Attention in TF32 has one stage where wgmma wants
-transposed values: copies of 4 bytes cannot be pipelined there. Exact float32 has short steps: its error grows with
-them.
+`python -m bench.tune` writes this file. An architecture that is not listed takes the launches of the one that it is
+like, see `targets.TARGETS`. The first of several is for many rows, see `targets.fitting`.
+
+Without a copy engine nothing of a block of `linear` overlaps its epilogue. So on sm_80, sm_86 and what is like them two
+blocks share a multiprocessor, each with 4 warps, since tiles of 128 × 128 take 254 registers of their threads. With
+steps of 32, twice as much fits into sm_86's shared memory, too. On sm_90 loads overlap the epilogue, and 128 × 256
+reads least of shared memory; only the flat tile for middling rows has two blocks. AMD has one launch, because no
+emulator shows that another has the same bits.
+
+"half" stands for float16 and bfloat16, "tf32" for float32 on tensor cores; "flash_attention_64" is for head sizes up to
+64, "flash_attention_128" for those up to 128. Attention in TF32 has one stage where wgmma wants transposed values:
+copies of 4 bytes cannot be pipelined there. Exact float32 has short steps: its error grows with them.
 """
 
 from __future__ import annotations
@@ -15,61 +22,84 @@ TABLE = LaunchTable(
     {
         "linear": {
             "half": {
-                "sm_80": Launch(128, 128, 64, num_warps=8, num_stages=3),
-                "sm_86": Launch(128, 128, 32, num_warps=8, num_stages=3),
-                "sm_90": Launch(128, 256, 64, num_warps=8, num_stages=3),
-                "gfx942": Launch(128, 128, 64, num_warps=8, num_stages=2),
+                "sm_80": (
+                    Launch(128, 128, 32, num_warps=4, num_stages=4, blocks=2),
+                    Launch(64, 64, 32, num_warps=4, num_stages=6, blocks=2),
+                ),
+                "sm_86": (
+                    Launch(128, 128, 32, num_warps=4, num_stages=3, blocks=2),
+                    Launch(64, 64, 32, num_warps=4, num_stages=5, blocks=2),
+                ),
+                "sm_90": (
+                    Launch(128, 256, 64, num_warps=8, num_stages=3),
+                    Launch(128, 128, 64, num_warps=8, num_stages=4),
+                    Launch(64, 128, 64, num_warps=4, num_stages=4, blocks=2),
+                    Launch(64, 64, 64, num_warps=4, num_stages=8),
+                ),
+                "gfx942": (Launch(128, 128, 64, num_warps=8, num_stages=2),),
             },
             "float32": {
-                "sm_80": Launch(64, 128, 16, num_warps=8, num_stages=3),
-                "gfx942": Launch(64, 128, 16, num_warps=4, num_stages=3),
+                "sm_80": (Launch(64, 128, 16, num_warps=8, num_stages=3),),
+                "gfx942": (Launch(64, 128, 16, num_warps=4, num_stages=3),),
             },
             "tf32": {
-                "sm_80": Launch(128, 128, 32, num_warps=8, num_stages=2),
+                "sm_80": (
+                    Launch(128, 128, 32, num_warps=8, num_stages=2),
+                    Launch(64, 64, 32, num_warps=4, num_stages=3, blocks=2),
+                ),
+                "sm_90": (
+                    Launch(128, 128, 32, num_warps=8, num_stages=2),
+                    Launch(64, 64, 32, num_warps=4, num_stages=6),
+                ),
+                "gfx942": (Launch(128, 128, 32, num_warps=8, num_stages=2),),
             },
         },
         "patch_embed": {
             "half": {
-                "sm_80": Launch(128, 128, 64, num_warps=8, num_stages=3),
-                "gfx942": Launch(128, 128, 64, num_warps=8, num_stages=2),
+                "sm_80": (Launch(128, 128, 64, num_warps=8, num_stages=3),),
+                "sm_90": (
+                    Launch(128, 128, 64, num_warps=8, num_stages=3),
+                    Launch(64, 64, 64, num_warps=4, num_stages=6),
+                ),
+                "gfx942": (Launch(128, 128, 64, num_warps=8, num_stages=2),),
             },
             "float32": {
-                "sm_80": Launch(64, 64, 32, num_warps=8, num_stages=2),
+                "sm_80": (Launch(64, 64, 32, num_warps=8, num_stages=2),),
             },
             "tf32": {
-                "sm_80": Launch(64, 64, 32, num_warps=4, num_stages=2),
+                "sm_80": (Launch(64, 64, 32, num_warps=4, num_stages=2),),
             },
         },
         "flash_attention_64": {
             "half": {
-                "sm_80": Launch(64, 64, 0, num_warps=4, num_stages=3),
-                "sm_86": Launch(64, 64, 0, num_warps=4, num_stages=2),
-                "sm_90": Launch(64, 64, 0, num_warps=4, num_stages=2),
+                "sm_80": (Launch(64, 64, 0, num_warps=4, num_stages=3),),
+                "sm_86": (Launch(64, 64, 0, num_warps=4, num_stages=2),),
+                "sm_90": (Launch(64, 64, 0, num_warps=4, num_stages=2),),
             },
             "float32": {
-                "sm_80": Launch(64, 32, 0, num_warps=8, num_stages=2),
+                "sm_80": (Launch(64, 32, 0, num_warps=8, num_stages=2),),
             },
             "tf32": {
-                "sm_80": Launch(64, 32, 0, num_warps=4, num_stages=2),
-                "sm_90": Launch(64, 32, 0, num_warps=4, num_stages=1),
-                "gfx942": Launch(64, 32, 0, num_warps=4, num_stages=1),
+                "sm_80": (Launch(64, 32, 0, num_warps=4, num_stages=2),),
+                "sm_90": (Launch(64, 32, 0, num_warps=4, num_stages=1),),
+                "gfx942": (Launch(64, 32, 0, num_warps=4, num_stages=1),),
             },
         },
         "flash_attention_128": {
             "half": {
-                "sm_80": Launch(128, 64, 0, num_warps=8, num_stages=3),
-                "sm_86": Launch(128, 64, 0, num_warps=8, num_stages=2),
-                "sm_90": Launch(64, 64, 0, num_warps=4, num_stages=2),
-                "gfx942": Launch(128, 32, 0, num_warps=8, num_stages=2),
+                "sm_80": (Launch(128, 64, 0, num_warps=8, num_stages=3),),
+                "sm_86": (Launch(128, 64, 0, num_warps=8, num_stages=2),),
+                "sm_90": (Launch(64, 64, 0, num_warps=4, num_stages=2),),
+                "gfx942": (Launch(128, 32, 0, num_warps=8, num_stages=2),),
             },
             "float32": {
-                "sm_80": Launch(64, 16, 0, num_warps=8, num_stages=2),
-                "sm_86": Launch(64, 32, 0, num_warps=8, num_stages=2),
+                "sm_80": (Launch(64, 32, 0, num_warps=8, num_stages=2),),
+                "gfx942": (Launch(64, 16, 0, num_warps=8, num_stages=2),),
             },
             "tf32": {
-                "sm_80": Launch(64, 32, 0, num_warps=8, num_stages=2),
-                "sm_90": Launch(64, 32, 0, num_warps=8, num_stages=1),
-                "gfx942": Launch(64, 32, 0, num_warps=8, num_stages=1),
+                "sm_80": (Launch(64, 32, 0, num_warps=8, num_stages=2),),
+                "sm_90": (Launch(64, 32, 0, num_warps=8, num_stages=1),),
+                "gfx942": (Launch(64, 32, 0, num_warps=8, num_stages=1),),
             },
         },
     }

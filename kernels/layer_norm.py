@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .primitives import rounded_product, tile_counts, tile_statistics
+from .primitives import dependent_launch, rounded_product, tile_counts, tile_statistics, wait_for_the_last
 from .statistics import STATISTICS_TILE, empty_statistics, statistics_tiles
 
 _NUM_WARPS = 4  # 1024 columns of 2 bytes are then one 16-byte load a thread
@@ -36,7 +36,9 @@ def _layer_norm_kernel(
     T: tl.constexpr,  # tiles in a row, rounded up to a power of two
     TILE: tl.constexpr,
     STATISTICS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    wait_for_the_last(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, T)
     column = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
@@ -82,5 +84,6 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, statistics: 
             STATISTICS=statistics,
             num_warps=_NUM_WARPS,
             enable_fp_fusion=True,
+            **dependent_launch(x.device),
         )
     return y, y_statistics

@@ -16,9 +16,9 @@ share rows of x and all of the weight in the L2 cache:
       v   2  6  10  14              operations a byte, so the tensor cores decide.
           3  7  11  15
 
-Each element of y is the sum of its products in steps of BLOCK_K from k = 0, in one accumulator of float32: a row's bits
-depend on the row, the weight and the launch table alone, which does not look at M. Nor do they follow the tile of y or
-the number of warps, as long as BLOCK_K is the same.
+Each element of y is the sum of its products in steps of BLOCK_K from k = 0, in one accumulator of float32. M decides
+between the launches of the table's entry (`targets.fitting`), which have the same BLOCK_K, and in which every sum over
+the columns of a row is taken in the same order: a row's bits depend on the row, the weight and the table alone.
 
 On devices with a tensor copy engine (Hopper and later) tiles travel by tensor descriptors, and the loads of the next
 tile of y overlap the epilogue of the last. Elsewhere, and for exact float32, they travel by pointers.
@@ -37,9 +37,18 @@ import triton.language as tl
 from torch import Tensor
 
 from .launches import TABLE
-from .primitives import activate, add_product, by_name, load_row_statistics, tile_counts, tile_statistics
+from .primitives import (
+    activate,
+    add_product,
+    by_name,
+    dependent_launch,
+    load_row_statistics,
+    tile_counts,
+    tile_statistics,
+    wait_for_the_last,
+)
 from .statistics import STATISTICS_TILE, empty_statistics, statistics_tiles
-from .targets import Launch, Target, multiprocessors, target_of
+from .targets import Launch, Target, fitting, multiprocessors, target_of
 
 _GROUP_M = 8  # rows of tiles that share the weight while it is in the cache
 _ALIGNMENT = 16  # bytes; the copy engine wants addresses and strides in multiples of it
@@ -72,6 +81,7 @@ def _linear_kernel(
     WHOLE_TILES: tl.constexpr,  # TILE divides N
     DESCRIPTORS: tl.constexpr,
     BY_NAME: tl.constexpr,  # NVIDIA's special functions can be asked for
+    DEPENDENT: tl.constexpr,
     PRECISION: tl.constexpr,  # of products of float32 operands: "ieee" or "tf32"
     X_TILES: tl.constexpr,  # tiles of statistics in a row of x, rounded up to a power of two
     TILE: tl.constexpr,  # columns that one pair of statistics covers
@@ -82,6 +92,7 @@ def _linear_kernel(
     GROUP_M: tl.constexpr,
     PARTS: tl.constexpr,  # of a tile's columns that the epilogue takes one after another: 1 or 2
 ):
+    wait_for_the_last(DEPENDENT)
     tl.assume(K > 0)  # or the compiler keeps a second epilogue, for a product without steps
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -228,7 +239,8 @@ def linear(
         return y, y_statistics
 
     target = target_of(x.device)
-    launch = TABLE.launch_for("linear", x.dtype, target, precision)
+    launches = TABLE.launches_for("linear", x.dtype, target, precision)
+    launch = fitting(launches, m, n, multiprocessors(x.device))
     block_m, block_n, block_k = launch.block_m, launch.block_n, launch.block_k
     parts = _parts(launch, target, residual)
     part = (block_m, block_n // parts)
@@ -267,7 +279,7 @@ def linear(
         DESCRIPTORS=descriptors,
         BY_NAME=by_name(target),
         PRECISION=precision,
-        X_TILES=triton.next_power_of_2(statistics_tiles(k)),
+        X_TILES=1 if pairs is None else triton.next_power_of_2(statistics_tiles(k)),
         TILE=STATISTICS_TILE,
         EVEN_K=k % block_k == 0,
         BLOCK_M=block_m,
@@ -276,6 +288,7 @@ def linear(
         GROUP_M=_GROUP_M,
         PARTS=parts,
         **launch.options,
+        **dependent_launch(x.device),
     )
     return y, y_statistics
 

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .primitives import dependent_launch, wait_for_the_last
+
 
 @triton.jit
 def _mean_token_kernel(
@@ -28,8 +30,10 @@ def _mean_token_kernel(
     features_stride_w,
     BLOCK_N: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """out = mean over G + position: one program per image and tile of channels."""
+    wait_for_the_last(DEPENDENT)
     image = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     inside_w = channel < W
@@ -65,5 +69,6 @@ def mean_token(features: Tensor, position: Tensor) -> Tensor:
         BLOCK_W=side,
         num_warps=8 if half else 4,  # at least 16 bytes for each thread to load
         enable_fp_fusion=True,
+        **dependent_launch(features.device),
     )
     return out

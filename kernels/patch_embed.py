@@ -41,8 +41,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .launches import TABLE
-from .primitives import add_product, stages_from_registers
-from .targets import kind_of, target_of
+from .primitives import add_product, dependent_launch, stages_from_registers, wait_for_the_last
+from .targets import fitting, kind_of, multiprocessors, target_of
 
 _IMAGE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
 _MIDDLE = tl.constexpr(128.0)  # of the values of a uint8 pixel
@@ -64,11 +64,13 @@ def _patch_embed_kernel(
     stride_w,
     P: tl.constexpr,  # side of a patch
     K: tl.constexpr,  # 3 · P², rounded up to a multiple of PATCH_K_STEP
+    DEPENDENT: tl.constexpr,
     PRECISION: tl.constexpr,  # of products of float32 operands: "ieee" or "tf32"
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    wait_for_the_last(DEPENDENT)
     # Tiles along W are neighbours: they read the same pixels, at about the same time.
     tiles_n = tl.cdiv(W, BLOCK_N)
     offs_m = tl.program_id(0) // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -123,11 +125,12 @@ def patch_embed(images: Tensor, weight: Tensor, position: Tensor, patch_size: in
     if images.dtype not in _IMAGE_DTYPES:
         images = images.to(weight.dtype)
     target = target_of(images.device)
-    launch = TABLE.launch_for("patch_embed", weight.dtype, target, precision)
+    m = batch * (tokens - 1)
+    launches = TABLE.launches_for("patch_embed", weight.dtype, target, precision)
+    launch = fitting(launches, m, width, multiprocessors(images.device))
     if images.dtype != weight.dtype:
         kind = kind_of(weight.dtype, precision)
         launch = replace(launch, num_stages=stages_from_registers(launch.num_stages, kind, target))
-    m = batch * (tokens - 1)
     _patch_embed_kernel[(triton.cdiv(m, launch.block_m) * triton.cdiv(width, launch.block_n),)](
         images,
         weight.contiguous(),
@@ -145,5 +148,6 @@ def patch_embed(images: Tensor, weight: Tensor, position: Tensor, patch_size: in
         BLOCK_N=launch.block_n,
         BLOCK_K=launch.block_k,
         **launch.options,
+        **dependent_launch(images.device),
     )
     return out

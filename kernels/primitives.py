@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from triton import knobs
 
 from .statistics import STATISTICS_TILE
-from .targets import Target
+from .targets import Target, has_dependent_launch
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _SQRT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
@@ -37,6 +38,27 @@ def stages_from_registers(num_stages: int, kind: str, target: Target) -> int:
 def by_name(target: Target) -> bool:
     """Whether NVIDIA's special functions can be asked for by name: on its GPUs, not in Triton's interpreter."""
     return target.capability is not None and not knobs.runtime.interpret
+
+
+def dependent_launch(device: torch.device) -> dict[str, bool]:
+    """The arguments of a launch on `device` that decide whether it may begin early, see `wait_for_the_last`."""
+    if has_dependent_launch(device) and not knobs.runtime.interpret:
+        return {"DEPENDENT": True, "launch_pdl": True}
+    return {"DEPENDENT": False}
+
+
+@triton.jit
+def wait_for_the_last(DEPENDENT: tl.constexpr):
+    """First in every kernel that is launched before the last one has ended (programmatic dependent launch, CUDA C++
+    Programming Guide): before it, nothing in global memory may be read or written.
+
+    Blocks of the kernel are so in place when the last one ends, and its own launch costs no time. It waits until the
+    last kernel has ended and all that it wrote is seen; that one has waited for the one before it, and so on. Only
+    then it lets the next kernel come.
+    """
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

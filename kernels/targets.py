@@ -1,7 +1,8 @@
 """The facts of each architecture: what it can do, how much fits, and whose launches it takes.
 
 Nothing is tuned at run time. Block sizes, warps and stages are looked up in `launches.py` by op, kind of dtype and
-architecture, never by batch: every row of a result is then reduced in the same order in any batch.
+architecture. The number of rows chooses between launches that reduce a row in the same order: its bits never depend on
+its batch.
 
 Sources: the CUDA C++ Programming Guide, table "Technical specifications per compute capability"; AMD's CDNA 3
 instruction-set reference.
@@ -9,8 +10,9 @@ instruction-set reference.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -41,7 +43,7 @@ class Target:
     `capability` is the compute capability of an NVIDIA GPU, times ten; None for AMD. `shared_memory` is the bytes that
     one block may have. `like` is the architecture whose launches it takes where the table does not list its own.
     `descriptors` tells whether it has a tensor copy engine, `wgmma` whether it multiplies by Hopper's instructions for
-    groups of warps.
+    groups of warps, `dependent_launch` whether a kernel can be launched before the one ahead of it has ended.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Target:
     like: str | None = None
     descriptors: bool = False
     wgmma: bool = False
+    dependent_launch: bool = False
 
 
 TARGETS: dict[str, Target] = {
@@ -59,12 +62,17 @@ TARGETS: dict[str, Target] = {
         Target("sm_80", 80, 166_912, Resident(64, 32, 167_936)),
         Target("sm_86", 86, 101_376, Resident(48, 16, 102_400), like="sm_80"),
         Target("sm_89", 89, 101_376, Resident(48, 24, 102_400), like="sm_86"),
-        Target("sm_90", 90, 232_448, Resident(64, 32, 233_472), like="sm_80", descriptors=True, wgmma=True),
-        Target("sm_100", 100, 232_448, Resident(64, 32, 233_472), like="sm_90", descriptors=True),
-        Target("sm_120", 120, 101_376, Resident(48, 24, 102_400), like="sm_89"),
+        Target(
+            "sm_90", 90, 232_448, Resident(64, 32, 233_472), like="sm_80", descriptors=True, wgmma=True,
+            dependent_launch=True,
+        ),
+        Target(
+            "sm_100", 100, 232_448, Resident(64, 32, 233_472), like="sm_90", descriptors=True, dependent_launch=True
+        ),
+        Target("sm_120", 120, 101_376, Resident(48, 24, 102_400), like="sm_89", dependent_launch=True),
         Target("gfx942", None, 65_536, None, like="sm_80"),
     )
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,20 +96,63 @@ class Launch:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
-class LaunchTable(dict[str, dict[Kind, dict[str, Launch]]]):
-    """Launches by op, kind of dtype and name of the architecture."""
+class LaunchTable(dict[str, dict[Kind, dict[str, tuple[Launch, ...]]]]):
+    """Launches by op, kind of dtype and name of the architecture.
 
-    def entry(self, op: str, kind: Kind, target: Target) -> Launch:
-        """The launch of `op` on `target`, or on the architecture that it is like."""
+    Where there are several, the number of rows decides between them, see `fitting`. They have one reduction step.
+    """
+
+    def entry(self, op: str, kind: Kind, target: Target) -> tuple[Launch, ...]:
+        """The launches of `op` on `target`, or on the architecture that it is like; the first is for many rows."""
         launches = self[op][kind]
         while target.name not in launches:
             assert target.like is not None, f"no launch of {op} for {kind}"
             target = TARGETS[target.like]
         return launches[target.name]
 
-    def launch_for(self, op: str, dtype: torch.dtype, target: Target, precision: str) -> Launch:
-        """The launch of `op` in `dtype`, by the input precision "ieee" or "tf32"."""
+    def launches_for(self, op: str, dtype: torch.dtype, target: Target, precision: str) -> tuple[Launch, ...]:
+        """The launches of `op` in `dtype`, by the input precision "ieee" or "tf32"."""
         return self.entry(op, kind_of(dtype, precision), target)
+
+    @property
+    def most(self) -> int:
+        """The largest number of launches that any entry has."""
+        return max(
+            len(launches) for kinds in self.values() for entries in kinds.values() for launches in entries.values()
+        )
+
+
+_MARGIN = 32  # rows and columns
+
+_pinned: ContextVar[int | None] = ContextVar("pinned", default=None)
+
+
+def fitting(launches: Sequence[Launch], rows: int, columns: int, multiprocessors: int) -> Launch:
+    """The launch whose multiprocessors are done first with `rows` × `columns` of a product.
+
+    The one that has most tiles decides. A tile of m × n takes the time of (m + 32) · (n + 32): the product's m · n, its
+    operands' m + n, and what every tile waits for. The margin of 32 was chosen so that the order is that of the times
+    that `bench.predict` calculates. Few rows so get small tiles, and many get those that leave the last wave full.
+    """
+    number = _pinned.get()
+    if number is not None:
+        return launches[min(number, len(launches) - 1)]
+
+    def time(launch: Launch) -> int:
+        tiles = -(-rows // launch.block_m) * -(-columns // launch.block_n)
+        return -(-tiles // multiprocessors) * (launch.block_m + _MARGIN) * (launch.block_n + _MARGIN)
+
+    return min(launches, key=time) if len(launches) > 1 else launches[0]
+
+
+@contextmanager
+def pinned(number: int) -> Iterator[None]:
+    """Within this context every product has the launch of this number in its entry, or the last, whatever its rows."""
+    token = _pinned.set(number)
+    try:
+        yield
+    finally:
+        _pinned.reset(token)
 
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -179,6 +230,23 @@ def multiprocessors(device: torch.device) -> int:
 @cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def has_dependent_launch(device: torch.device) -> bool:
+    """Whether kernels can be launched on `device`, also in CUDA graphs, before the one ahead has ended."""
+    return target_of(device).dependent_launch and (device.type != "cuda" or _driver() >= _DRIVER_OF_DEPENDENT_GRAPHS)
+
+
+_DRIVER_OF_DEPENDENT_GRAPHS = 12_030  # CUDA 12.3 has them in its graphs: CUDA C++ Programming Guide
+
+
+@cache
+def _driver() -> int:
+    """The newest CUDA that the driver knows, 12030 for 12.3; 0 where there is none."""
+    version = ctypes.c_int(0)
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value
 
 
 def total_memory(device: torch.device) -> int:

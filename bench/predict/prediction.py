@@ -107,7 +107,7 @@ def _predicted(launch: Launch, count: int, precision: str, device: Device, kerne
     descriptors = any(kind.startswith("tensordesc") for _, kind in launch.job.signature)
     time = launch_time(
         kernel, work.tiles, launch.grid, work.steps, work.operations, work.copied, launch.moved, precision, descriptors,
-        device,
+        device, dependent=dict(launch.job.options).get("launch_pdl", 0) == 1,
     )  # fmt: skip
     return Predicted(launch, count, kernel, time)
 

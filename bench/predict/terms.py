@@ -33,6 +33,9 @@ FILL_AND_DRAIN = (
 )
 LATENCY = 1000  # of a load from memory or second-level cache that nothing hides: estimated
 GAP = 1e-6  # seconds between two launches of a graph: estimated
+# The same where the second kernel's blocks are in place before the first ends (`primitives.wait_for_the_last`), so that
+# only its end and its stores are waited for, not the launch: estimated as a half.
+DEPENDENT_GAP = 0.5e-6
 
 # Seconds of the host for a launch, and for one with tensor descriptors. Timed on an Intel Xeon with a stand-in for the
 # driver: checks, PyTorch's dispatcher, descriptors, Triton's own launcher (37 and 110 µs). The driver adds 8 µs. Calls
@@ -167,7 +170,7 @@ def memory_seconds(moved: int, device: Device) -> float:
 
 def launch_time(
     kernel: Kernel, tiles: int, grid: int, steps: int, operations: int, copied: int, moved: int, precision: str,
-    descriptors: bool, device: Device,
+    descriptors: bool, device: Device, dependent: bool = False,
 ) -> Time:  # fmt: skip
     """The time of a launch on `device`, with all its terms."""
     slots = device.multiprocessors * max(1, kernel.resident)
@@ -181,7 +184,7 @@ def launch_time(
         loop=loop,
         epilogue=compute - loop,
         memory=memory_seconds(moved, device),
-        gap=GAP,
+        gap=DEPENDENT_GAP if dependent else GAP,
         host=HOST_DESCRIPTORS if descriptors else HOST_LAUNCH,
         waves=tiles / min(grid, slots),
     )

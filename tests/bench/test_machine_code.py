@@ -152,6 +152,9 @@ SOUND = {"matrix": {"HGMMA": 4}, "copies": {"UTMALDG": 6, "UTMASTG": 4}, "loads"
         ({"loads": {128: 1, 64: 1}}, False, "narrow loads in the main loop: 1×8B"),
         ({"loads": {128: 1, 64: 1}, "exempt": "a reason"}, False, None),
         ({"loads": {64: 1}, "exempt": "a reason"}, False, "no wide load at all"),
+        ({"dependent": True}, False, None),
+        ({"early": 2}, False, None),  # launched when the last kernel has ended
+        ({"dependent": True, "early": 2}, False, "2 instructions touch memory, or branch"),
     ],
 )
 def test_each_rule_fires_where_it_must(changes: dict[str, object], descriptors: bool, problem: str | None) -> None:
@@ -160,6 +163,19 @@ def test_each_rule_fires_where_it_must(changes: dict[str, object], descriptors: 
         assert problems == []
     else:
         assert any(problem in found for found in problems)
+
+
+@pytest.mark.parametrize(
+    ("names", "early"),
+    [
+        (["LDC", "S2R", "ACQBULK", "PREEXIT", "LDG.E", "BRA"], 0),
+        (["LDC", "LDG.E.128", "STG.E", "ACQBULK"], 2),
+        (["UTMALDG.2D", "BRA", "ACQBULK"], 2),
+        (["LDC", "LDG.E"], 1),  # never waits
+    ],
+)
+def test_what_comes_before_the_wait(names: list[str], early: int) -> None:
+    assert machine_code._early(names) == early
 
 
 def run(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
@@ -191,7 +207,7 @@ def test_a_configuration_too_large_fails() -> None:
     program = """
 import dataclasses, json
 from clip_fast.kernels import launches, targets
-launches.TABLE["linear"]["half"]["sm_90"] = targets.Launch(128, 256, 64, num_warps=8, num_stages=4)
+launches.TABLE["linear"]["half"]["sm_90"] = (targets.Launch(128, 256, 64, num_warps=8, num_stages=4),)
 from bench import machine_code
 case = next(case for case in machine_code.cases() if case.name == "linear fp16 ln+qkv")
 (job,) = machine_code.jobs_of(case, "sm_90")

@@ -181,6 +181,8 @@ def test_a_launch() -> None:
     assert time.memory == 1e-9
     assert time.device == pytest.approx(2 * tile.alone + tile.busy + terms.GAP)
     assert time.host == terms.HOST_DESCRIPTORS
+    dependent = terms.launch_time(kernel, 25, 25, 6, 8000, 0, 1000, "bf16", True, DEVICE, dependent=True)
+    assert dependent.device == pytest.approx(time.device - terms.GAP + terms.DEPENDENT_GAP)
     bound = terms.launch_time(kernel, 25, 25, 6, 8000, 0, 10**9, "bf16", False, DEVICE)
     assert bound.device == pytest.approx(1e-3 + terms.GAP)
     assert bound.host == terms.HOST_LAUNCH

@@ -79,7 +79,7 @@ def test_a_shape_weighs_what_its_model_spends_on_it() -> None:
 @pytest.mark.parametrize("name", ENTRIES)
 def test_what_is_tried(name: str) -> None:
     entry = ENTRIES[name]
-    current = TABLE.entry(entry.op, entry.kind, TARGETS["sm_90"])
+    current = TABLE.entry(entry.op, entry.kind, TARGETS["sm_90"])[0]
     candidates = entry.candidates(current)
     assert candidates[0] == current
     assert len(set(candidates)) == len(candidates) > 20
@@ -95,7 +95,7 @@ def test_a_trial_ends() -> None:
     before = dict(TABLE["linear"]["half"])
     for arch in ("sm_90", "sm_89"):  # one architecture is in the table, the other is not
         with tune.trial(entry, arch, A):
-            assert TABLE.entry("linear", "half", targets.TARGETS[arch]) == A
+            assert TABLE.entry("linear", "half", targets.TARGETS[arch]) == (A,)
         assert TABLE["linear"]["half"] == before
 
 
@@ -132,17 +132,17 @@ def test_what_wins(rows: list[tune.Row], expected: Launch | None) -> None:
 def test_the_table_stands_in_its_file_as_it_is_written(tmp_path: Path) -> None:
     assert tune.rendered(TABLE) == tune.LAUNCHES_FILE.read_text()
     changed = LaunchTable({op: {kind: dict(some) for kind, some in kinds.items()} for op, kinds in TABLE.items()})
-    changed["linear"]["half"] |= {"sm_90": A, "sm_89": replace(B, blocks=2)}
+    changed["linear"]["half"] |= {"sm_90": (A,), "sm_89": (replace(B, blocks=2), A)}
     copied = tmp_path / "launches.py"
     copied.write_text(tune.rendered(changed))
     written = imported(copied)
-    assert {name: asdict(launch) for name, launch in written.TABLE["linear"]["half"].items()} == {
-        name: asdict(launch) for name, launch in changed["linear"]["half"].items()
+    assert {name: list(map(asdict, launches)) for name, launches in written.TABLE["linear"]["half"].items()} == {
+        name: list(map(asdict, launches)) for name, launches in changed["linear"]["half"].items()
     }
 
 
 def test_a_launch_that_fails_has_its_reason() -> None:
-    current = TABLE.entry(TOY.op, TOY.kind, TARGETS["sm_80"])
+    current = TABLE.entry(TOY.op, TOY.kind, TARGETS["sm_80"])[0]
     broken = replace(current, block_n=48)  # not a power of two
     shape = TOY.shapes([1])[-1]
     found = tune._times(TOY, TARGETS["sm_80"], shape, [current, broken, B], 1, CPU)
@@ -173,14 +173,16 @@ def test_a_search_stops_in_time_and_goes_on(
     """Two screenings and two finals run in three calls, none twice. Then a call finds the winner without timing any."""
     steps, table, file = Steps(monkeypatch), tmp_path / "launches.py", tmp_path / "tune.json"
     before = tune.LAUNCHES_FILE.read_text()
-    current = TABLE["linear"]["float32"]["sm_80"]
+    current, *others = TABLE["linear"]["float32"]["sm_80"]
 
     def call(left: float) -> Launch:
-        TABLE["linear"]["float32"]["sm_80"] = current
+        TABLE["linear"]["float32"]["sm_80"] = (current, *others)
         table.write_text(before)
         steps.left = left
         tune.tune([TOY, ENTRIES["patch_embed float32"]], SETTINGS, file, True, table, only="linear")
-        return imported(table).TABLE["linear"]["float32"]["sm_80"]
+        first, *rest = imported(table).TABLE["linear"]["float32"]["sm_80"]
+        assert list(map(asdict, rest)) == list(map(asdict, others))  # those for fewer rows stay
+        return first
 
     assert asdict(call(1)) == asdict(current)
     assert "linear float32: out of time" in capsys.readouterr().out

@@ -235,10 +235,10 @@ def attention_pool(batch: int, heads: int, head_dim: int, tokens: int, resnet: b
 
 
 _POOLS = {
-    "ViT-L/14": (2, 16, 64, 257, False),
+    "ViT-L/14": (1, 16, 64, 257, False),
     "ViT-B/32": (3, 12, 64, 50, False),
-    "ViT-H/14": (1, 16, 80, 70, False),
-    "RN50": (1, 32, 64, 50, True),
+    "ViT-H/14 cut": (1, 8, 80, 70, False),
+    "RN50 cut": (2, 16, 64, 50, True),
     "RN50x64 cut": (1, 16, 32, 197, True),
 }
 

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 
 import torch
@@ -17,8 +17,9 @@ from .breaks import BREAKS, attempt
 from .build import NoCompiler, compiler
 from .cases import CASES, OPS
 from .driver import EmulatorDriver, install
-from .gate import ADVERSARIES, ARCHITECTURES, Row, call, check
+from .gate import ADVERSARIES, ARCHITECTURES, Gate, Row, call
 from .hazard import HAZARDS, look
+from .launches import PRODUCTS, compare
 from .problem import KINDS
 from .shapes import SHAPES
 from .subject import architecture, kernels_run
@@ -27,9 +28,11 @@ from .subject import architecture, kernels_run
 def main(arguments: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "check": _check,
+        "table": _table,
         "count": _count,
         "break": _break,
         "hazard": _hazard,
+        "launches": _launches,
     }
     name = arguments[0] if arguments and arguments[0] in commands else "check"
     try:
@@ -60,6 +63,7 @@ def _check(arguments: list[str]) -> int:
     options.add_argument("--op", nargs="+", default=list(OPS), choices=OPS)
     options.add_argument("--dtype", nargs="+", default=list(KINDS), choices=list(KINDS))
     options.add_argument("--case", default="", help="only cases whose names contain this")
+    options.add_argument("--each", type=int, metavar="N", help="at most N cases of each op, architecture and dtype")
     options.add_argument("--quick", action="store_true", help="the first two adversaries only")
     options.add_argument("--truncating", action="store_true", help="sums as tensor cores have been seen to take them")
     options.add_argument("--seed", type=int, default=0, help="of the data")
@@ -67,17 +71,15 @@ def _check(arguments: list[str]) -> int:
     chosen = options.parse_args(arguments)
     driver = emulator(chosen.cache)
     driver.settings.truncating = chosen.truncating
-    adversaries = ADVERSARIES[:2] if chosen.quick else ADVERSARIES
+    gate = Gate(driver, ADVERSARIES[:2] if chosen.quick else ADVERSARIES, chosen.seed)
     rows: list[Row] = []
     started = time.perf_counter()
-    for arch in chosen.arch:
-        for case in CASES:
-            for dtype in case.kinds:
-                if case.op not in chosen.op or dtype not in chosen.dtype or chosen.case not in case.name:
-                    continue
-                row = check(driver, case, KINDS[dtype], arch, adversaries, chosen.seed)
-                rows.append(row)
-                print(json.dumps(row.as_json()) if chosen.json else _line(row), flush=True)
+    for arch, op, dtype in product(chosen.arch, chosen.op, chosen.dtype):
+        cases = [case for case in CASES if case.op == op and dtype in case.kinds and chosen.case in case.name]
+        for case in cases[: chosen.each]:
+            row = gate.check(case, KINDS[dtype], arch)
+            rows.append(row)
+            print(json.dumps(row.as_json()) if chosen.json else _line(row), flush=True)
     if not chosen.json:
         print(f"\n{table(rows)}\n\n{len(rows)} cases in {time.perf_counter() - started:.0f} s")
     return any(row.problems for row in rows)
@@ -85,26 +87,38 @@ def _check(arguments: list[str]) -> int:
 
 def _line(row: Row) -> str:
     text = f"{row.status:7}{row.name:55} ratio {row.ratio:.3f}  {row.instructions / 1e6:7.2f} M instructions  "
-    text += f"{row.emulated:6.2f} of {row.seconds:6.2f} s"
+    text += f"as {row.like}" if row.like else f"{row.emulated:6.2f} of {row.seconds:6.2f} s"
     return "\n       ".join([text, *(problem[:400] for _, problem in row.problems[:6])])
 
 
 def table(rows: list[Row]) -> str:
-    """A line for each op, architecture and dtype."""
-    lines = ["| op | architecture | dtype | cases | adversaries | worst error ratio | faults |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    """A line for each version of Triton, op, architecture and dtype."""
+    lines = ["| Triton | op | architecture | dtype | cases | adversaries | worst error ratio | faults |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
     rows = sorted(rows, key=_group)
-    for (op, arch, dtype), members in groupby(rows, key=_group):
+    for _, members in groupby(rows, key=_group):
         group = list(members)
+        triton, op, arch, dtype = group[0].triton, group[0].op, group[0].arch, group[0].dtype
+        number = f"{len(group)} of {sum(case.op == op and dtype in case.kinds for case in CASES)}"
+        if all(row.like for row in group):
+            arch += f", as {group[0].like}"
         worst = max((row.ratio for row in group if row.ratio == row.ratio), default=float("nan"))
         faults = sum(bool(row.problems) for row in group)
         adversaries = min(row.adversaries for row in group)
-        lines.append(f"| {op} | {arch} | {dtype} | {len(group)} | {adversaries} | {worst:.3f} | {faults} |")
+        lines.append(f"| {triton} | {op} | {arch} | {dtype} | {number} | {adversaries} | {worst:.3f} | {faults} |")
     return "\n".join(lines)
 
 
-def _group(row: Row) -> tuple[str, str, str]:
-    return row.op, row.arch, row.dtype
+def _group(row: Row) -> tuple[object, ...]:
+    return row.triton, row.op, ARCHITECTURES.index(row.arch), row.dtype
+
+
+def _table(arguments: list[str]) -> int:
+    options = parser("The table of results that other runs have written with --json.")
+    options.add_argument("results", nargs="+", type=Path)
+    lines = [line for path in options.parse_args(arguments).results for line in path.read_text().splitlines()]
+    print(table([Row(**json.loads(line)) for line in lines]))
+    return 0
 
 
 def _count(arguments: list[str]) -> int:
@@ -136,12 +150,14 @@ def _break(arguments: list[str]) -> int:
         if what.arch not in chosen.arch:
             continue
         outcome = attempt(driver, what)
-        missed |= outcome.caught < what.least
+        missed |= not outcome.passed
         if chosen.json:
-            print(json.dumps({"name": what.name, "least": what.least, **asdict(outcome)}), flush=True)
-        else:
-            print(f"{what.name}: {outcome.caught} of {outcome.tried} noticed, {what.least} must be", flush=True)
-            print("".join(f"    {detail}\n" for detail in outcome.details), end="", flush=True)
+            print(json.dumps({"name": what.name, **asdict(outcome)}), flush=True)
+            continue
+        status = "ok" if outcome.passed else "FAIL"
+        together = "together, too" if outcome.together else "but not all of them together"
+        print(f"{status:5} {what.name}: {outcome.noticed} of {outcome.tried} noticed, {together}", flush=True)
+        print("".join(f"    {text}\n" for text in outcome.details + outcome.missed), end="", flush=True)
     return missed
 
 
@@ -165,3 +181,23 @@ def _hazard(arguments: list[str]) -> int:
                 flush=True,
             )
     return unexpected
+
+
+def _launches(arguments: list[str]) -> int:
+    options = parser("Products by every launch that the table has for them: sound each, and the same bits by all.")
+    options.add_argument("--arch", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
+    options.add_argument("--dtype", nargs="+", default=list(KINDS), choices=list(KINDS))
+    options.add_argument("--case", default="", help="only cases whose names contain this")
+    options.add_argument("--json", action="store_true", help="a line of JSON for each launch of each case")
+    chosen = options.parse_args(arguments)
+    driver = emulator(chosen.cache)
+    failed = False
+    for arch in chosen.arch:
+        for dtype in chosen.dtype:
+            for case in PRODUCTS:
+                if chosen.case not in f"{case.op} {case.name}":
+                    continue
+                for row in compare(driver, case, KINDS[dtype], arch):
+                    failed |= bool(row.problems)
+                    print(json.dumps(row.as_json()) if chosen.json else _line(row), flush=True)
+    return failed

@@ -36,7 +36,7 @@ def json_of(*arguments: str) -> list[dict[str, Any]]:
     """What a command prints with --json, once for each run of the tests."""
     require_emulator()
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "tests.emulator", *arguments, "--json"]
+    command = [sys.executable, str(Path(__file__).parent), *arguments, "--json"]
     done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True)
     # 1 says that something did not pass, which its row says better
     assert done.returncode in (0, 1), f"{' '.join(command)}\n{done.stderr[-4000:]}"

@@ -31,7 +31,7 @@ _CLASSES = {
     "mbarriers": ("mbar_init", "mbar_inval", "mbar_arrive", "mbar_expect", "mbar_try", "mbar_test"),
     "waits and fences": (
         "cpasync_commit", "cpasync_wait", "bulk_commit", "bulk_wait", "wg_fence", "wg_commit", "wg_wait", "fence_proxy",
-        "fence",
+        "fence", "grid_wait",
     ),
     "branches": ("bra", "exit", "trap"),
     "parameters": ("ldparam", "cvta_param"),

@@ -18,9 +18,9 @@ from triton.backends.nvidia.compiler import CUDABackend
 
 from . import tensor_map
 from .build import default_cache
-from .machine import Run, Settings, launch
+from .machine import Extent, Run, Settings, launch
 from .program import Program
-from .subject import shared_memory
+from .subject import WEIGHTS, shared_memory
 from .translate import translate
 
 _FORMATS = {
@@ -106,15 +106,16 @@ class _Launcher:
             memory[param.offset : param.offset + param.size] = value
         hopper = self.metadata.target.arch >= 90
         run = launch(
-            program, (x, y, z), bytes(memory), tensors, self.metadata.shared, driver.settings, hopper, driver.blocks
-        )
+            program, (x, y, z), bytes(memory), tensors, self.metadata.shared, driver.settings, hopper, driver.blocks,
+            programmatic=self.metadata.launch_pdl,
+        )  # fmt: skip
         run.kernel, run.ptx, run.tensors = self.name, ptx, names
         driver.runs.append(run)
 
-    def _arguments(self, arguments: tuple[Any, ...]) -> tuple[list[bytes], list[tuple[int, int]], list[str]]:
+    def _arguments(self, arguments: tuple[Any, ...]) -> tuple[list[bytes], list[Extent], list[str]]:
         """The parameters' bytes, and the tensors among them: what they span, and their names."""
         values: list[bytes] = []
-        tensors: list[tuple[int, int]] = []
+        tensors: list[Extent] = []
         names: list[str] = []
         metas = iter(getattr(self.metadata, "tensordesc_meta", None) or [])
         for (name, kind), value in zip(self.signature, arguments, strict=True):
@@ -130,7 +131,8 @@ class _Launcher:
             else:
                 values.append(struct.pack(_FORMATS[kind], value))
                 continue
-            tensors.append(_span(value.base if kind.startswith("tensordesc") else value))
+            start, size = _span(value.base if kind.startswith("tensordesc") else value)
+            tensors.append(Extent(start, size, name.removesuffix("_ptr") in WEIGHTS))
             names.append(name)
         return values, tensors, names
 

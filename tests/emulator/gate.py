@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import time
 import zlib
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ class Row:
     dtype: str
     case: str
     triton: str  # its version
+    like: str = ""  # the architecture that has the very same PTX: what follows is its row's
     adversaries: int = 0
     ratio: float = float("nan")  # error over the plain twin's
     problems: list[tuple[str, str]] = field(default_factory=list)  # kind and text
@@ -76,22 +78,46 @@ def call(
     return list(result) if isinstance(result, tuple) else [result], list(driver.runs)
 
 
-def check(
-    driver: EmulatorDriver,
-    case: Case,
-    kind: Kind,
-    arch: str,
-    adversaries: tuple[tuple[Mode, int], ...] = ADVERSARIES,
-    seed: int = 0,
-) -> Row:
-    row = Row(case.op, arch, kind.name, case.name, version("triton"))
-    started = time.perf_counter()
-    try:
-        _check(driver, build(case, kind, seed), arch, adversaries, row)
-    except Exception as error:  # which is what became of this case; the others go on
-        row.problems.append(("ERROR", f"{type(error).__name__}: {str(error)[:1000]}"))
-    row.seconds = time.perf_counter() - started
-    return row
+class Gate:
+    """Cases on a driver, each under the same adversaries.
+
+    What a program does over the same data is known once it has been emulated. So an architecture for which Triton makes
+    the very same PTX as for one before, sm_89 after sm_86, gets that one's row.
+    """
+
+    def __init__(
+        self, driver: EmulatorDriver, adversaries: tuple[tuple[Mode, int], ...] = ADVERSARIES, seed: int = 0
+    ) -> None:
+        self.driver, self.adversaries, self.seed = driver, adversaries, seed
+        self._rows: dict[tuple[object, ...], Row] = {}
+
+    def check(self, case: Case, kind: Kind, arch: str) -> Row:
+        row = Row(case.op, arch, kind.name, case.name, version("triton"))
+        started = time.perf_counter()
+        try:
+            problem = build(case, kind, self.seed)
+            programs = (case.op, case.name, kind.name, *self._programs(problem, arch))
+            if known := self._rows.get(programs):
+                row = replace(known, arch=arch, like=known.arch, emulated=0.0)
+            else:
+                _check(self.driver, problem, arch, self.adversaries, row)
+                self._rows[programs] = row
+        except Exception as error:  # which is what became of this case; the others go on
+            row.problems.append(("ERROR", f"{type(error).__name__}: {str(error)[:1000]}"))
+        row.seconds = time.perf_counter() - started
+        return row
+
+    def _programs(self, problem: Problem, arch: str) -> list[object]:
+        """What is launched, of which nothing is executed."""
+        self.driver.blocks = (0, 0)
+        _, runs = call(self.driver, problem, arch, "earliest", 0)
+        self.driver.blocks = None
+        return [(run.grid, run.shared, run.hopper, _instructions(run.ptx)) for run in runs]
+
+
+def _instructions(ptx: str) -> str:
+    """PTX without what it says of its target and its source."""
+    return re.sub(r"^\s*\.(version|target|loc|file|section)\b.*$|//.*$", "", ptx, flags=re.MULTILINE)
 
 
 def _check(

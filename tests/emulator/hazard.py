@@ -26,7 +26,7 @@ HAZARDS = (
     ("patch_embed", "P=16 of float32", "fp16", True),
     ("patch_embed", "P=14 of uint8", "bf16", True),
     ("attention_pool", "ViT-L/14", "fp16", True),
-    ("attention_pool", "RN50", "fp16", True),
+    ("attention_pool", "RN50 cut", "fp16", True),
     ("attention_pool", "ViT-B/32", "tf32", False),
     ("flash_attention", "N=257 H=1 D=64", "fp16", False),
     ("flash_attention", "N=257 H=1 D=64", "tf32", False),

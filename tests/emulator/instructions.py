@@ -90,7 +90,14 @@ def _trap(r: Registers, p: list[str], o: list[str]) -> Inst:
     return Inst("trap")
 
 
-@_opcode("setmaxnreg", "griddepcontrol", "nanosleep", "prefetch")
+@_opcode("griddepcontrol")
+def _grid_dependency(r: Registers, p: list[str], o: list[str]) -> Inst:
+    _need(p[1:] in (["wait"], ["launch_dependents"]), p)
+    # When the next kernel may start does not matter: it is taken to have started before this one.
+    return Inst("grid_wait" if p[1] == "wait" else "nop")
+
+
+@_opcode("setmaxnreg", "nanosleep", "prefetch")
 def _nop(r: Registers, p: list[str], o: list[str]) -> Inst:
     return Inst("nop")
 

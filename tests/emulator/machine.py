@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -48,9 +48,11 @@ class _Launch(ctypes.Structure):
         ("mode", ctypes.c_int64),
         ("seed", ctypes.c_int64),
         ("slice", ctypes.c_int64),
+        ("favourite", ctypes.c_int64),
         ("count", ctypes.c_int64),
         ("truncating", ctypes.c_int64),
         ("hopper", ctypes.c_int64),
+        ("programmatic", ctypes.c_int64),
         ("first_block", ctypes.c_int64),
         ("block_count", ctypes.c_int64),
         ("counters", ctypes.c_void_p),
@@ -78,6 +80,14 @@ class Finding:
         return self.kind in HARMLESS
 
 
+class Extent(NamedTuple):
+    """A tensor of a launch."""
+
+    address: int
+    bytes: int
+    constant: bool = False  # no kernel writes it: a weight
+
+
 @dataclass
 class Settings:
     """How launches are emulated."""
@@ -87,6 +97,7 @@ class Settings:
     count: bool = False
     truncating: bool = False  # sums as tensor cores have been seen to take them
     slice: int = 40  # at most so many instructions of one warp at a time, where the seed is not 0
+    favourite: int = 0  # where the seed is 0: 1 + the warp that goes whenever it can, or minus that of the last to go
     cache: Path | None = None  # where the engine is kept
 
 
@@ -102,6 +113,7 @@ class Run:
     seconds: float
     blocks: int
     shared: int
+    hopper: bool
     counters: np.ndarray | None = None
     ptx: str = ""
     tensors: list[str] = field(default_factory=list)  # names, by the number that findings give them
@@ -150,19 +162,23 @@ def launch(
     program: Program,
     grid: tuple[int, int, int],
     params: bytes,
-    tensors: list[tuple[int, int]],
+    tensors: list[Extent],
     shared: int,
     settings: Settings,
     hopper: bool = False,
     blocks: tuple[int, int] | None = None,
+    programmatic: bool = False,
 ) -> Run:
-    """Run a grid, or of it `blocks` (first, number), with `tensors` (address, bytes) as its global memory."""
+    """Run a grid, or of it `blocks` (first, number), with `tensors` as its global memory.
+
+    A `programmatic` launch may start before the kernels before it have ended.
+    """
     library, _ = _library(settings.cache)
     if program.warps > library.max_warps():
         raise ValueError(f"a block of {program.warps} warps, of at most {library.max_warps()}")
     encoded = _encode(program, settings.cache)
     memory = np.frombuffer(params + bytes(128), np.uint8).copy()
-    allocations = np.array([*((start, start + size) for start, size in tensors), (0, 0)], np.uint64)
+    allocations = np.array([(start, start + size, constant) for start, size, constant in tensors], np.uint64)
     counters = np.zeros(len(program.insts), COUNTERS)
     report = ctypes.create_string_buffer(1 << 20)
     total = grid[0] * grid[1] * grid[2]
@@ -187,9 +203,11 @@ def launch(
         mode=_MODES.index(settings.mode),
         seed=settings.seed,
         slice=settings.slice,
+        favourite=settings.favourite,
         count=settings.count,
         truncating=settings.truncating,
         hopper=hopper,
+        programmatic=programmatic,
         first_block=first,
         block_count=number,
         counters=counters.ctypes.data,
@@ -203,7 +221,7 @@ def launch(
     findings = [_finding(program, entry) for entry in report.value.decode().splitlines()]
     blocks_run = max(0, min(number, total - first))
     return Run(
-        program.name, grid, program, findings, job.executed, seconds, blocks_run, shared,
+        program.name, grid, program, findings, job.executed, seconds, blocks_run, shared, hopper,
         counters if settings.count else None,
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .machine import Run, Settings, launch
+from .machine import Extent, Run, Settings, launch
 from .registers import WIDTHS
 from .translate import translate
 
@@ -57,8 +57,10 @@ def run(
     settings: Settings | None = None,
     tensor_map: bytes = b"",
     more: tuple[np.ndarray, ...] = (),
+    constant: bool = False,
+    programmatic: bool = False,
 ) -> Result:
-    """Run a body over `data`; `more` are further arrays of its global memory."""
+    """Run a body over `data`, which may be `constant`; `more` are further arrays of its global memory."""
     parameters = ", .param .align 64 .b8 map[128]" if tensor_map else ""
     program = translate(kernel(body, warps, parameters))
     data = np.zeros(1, np.uint8) if data is None else np.ascontiguousarray(data)
@@ -66,9 +68,10 @@ def run(
     params = np.array([data.ctypes.data, out.ctypes.data], np.uint64).tobytes()
     if tensor_map:
         params = params.ljust(program.params[-1].offset, b"\0") + tensor_map
-    arrays = (data, out, *more)
-    tensors = [(array.ctypes.data, array.nbytes) for array in arrays]
-    done = launch(program, (1, 1, 1), params, tensors, shared, settings or Settings(), hopper=True)
+    tensors = [Extent(data.ctypes.data, data.nbytes, constant)]
+    tensors += [Extent(array.ctypes.data, array.nbytes) for array in (out, *more)]
+    settings = settings or Settings()
+    done = launch(program, (1, 1, 1), params, tensors, shared, settings, hopper=True, programmatic=programmatic)
     return Result(done, out)
 
 

@@ -11,9 +11,11 @@ import torch
 from kernel_checks import Guards, assert_as_accurate, assert_statistics_of, bits, rms
 
 from clip_fast.kernels import dispatch, ops, oracles, targets
+from clip_fast.kernels.launches import TABLE
 from clip_fast.kernels.statistics import merge_statistics, row_statistics
 
 __all__ = [
+    "WEIGHTS",
     "Guards",
     "architecture",
     "assert_as_accurate",
@@ -21,10 +23,12 @@ __all__ = [
     "assume",
     "bits",
     "kernels_run",
+    "launches_of",
     "merge_statistics",
     "ops",
     "oracles",
     "persistent_programs",
+    "pinned",
     "poisoned",
     "rms",
     "row_statistics",
@@ -32,12 +36,20 @@ __all__ = [
     "workaround",
 ]
 
-assume = targets.assume
+assume, pinned = targets.assume, targets.pinned
+
+# Parameters of kernels, without the suffix _ptr, that are a model's own: no kernel writes them.
+WEIGHTS = frozenset({"weight", "bias", "colsum", "scale", "position"})
 
 
 def architecture() -> int:
     """The compute capability that launches are configured for, times ten: 80, 90."""
     return int(targets.target_of(torch.device("cpu")).name[3:])
+
+
+def launches_of(op: str, dtype: torch.dtype, precision: str, arch: str) -> tuple[targets.Launch, ...]:
+    """The launches between which the rows of a product decide."""
+    return TABLE.launches_for(op, dtype, targets.TARGETS[arch], precision)
 
 
 def shared_memory(capability: int) -> int:

@@ -13,5 +13,6 @@ from .commands import json_of
 @pytest.mark.parametrize("what", BREAKS, ids=lambda what: f"{what.arch}-{what.op}-{what.title}")
 def test_a_broken_kernel_is_noticed(what: Break) -> None:
     (outcome,) = (row for row in json_of("break", "--arch", what.arch) if row["name"] == what.name)
-    assert outcome["tried"] >= what.least, f"{outcome['executed']} lines match {what.pattern}"
-    assert outcome["caught"] >= what.least, "\n".join(outcome["details"])
+    assert not outcome["missed"], "\n".join(outcome["missed"])
+    assert outcome["noticed"], f"{outcome['matching']} lines match {what.pattern}\n" + "\n".join(outcome["details"])
+    assert outcome["together"]

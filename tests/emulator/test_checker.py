@@ -119,14 +119,21 @@ _WAIT = "again: mbarrier.try_wait.parity.shared.b64 %p2, [%r41], 0; @!%p2 bra ag
 
 
 def _tensor_load(
-    mode: Mode = "latest", size: int = 512, wait: str = _WAIT, swizzle: int = 0
+    mode: Mode = "latest",
+    size: int = 512,
+    wait: str = _WAIT,
+    swizzle: int = 0,
+    first: str = "",
+    programmatic: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, set[str]]:
     raw = generator().integers(0, 2**16, 16 * 24 + 8).astype(np.uint16)
     start = -raw.ctypes.data % 16 // 2
     x = raw[start : start + 16 * 24].reshape(16, 24)[:9, :20]  # such that the box reaches beyond both edges
-    body = _LOAD.format(bytes=size, wait=wait)
-    settings = Settings(mode=mode)
-    done = run(body, x.base, shared=4104, settings=settings, tensor_map=_map(x, (8, 32), swizzle), more=(raw,))
+    body = first + _LOAD.format(bytes=size, wait=wait)
+    done = run(
+        body, x.base, shared=4104, settings=Settings(mode=mode), tensor_map=_map(x, (8, 32), swizzle), more=(raw,),
+        programmatic=programmatic,
+    )  # fmt: skip
     box = np.zeros((8, 32), np.uint16)
     box[:4, :16] = x[5:, 4:]
     return done.memory[:512].view(np.uint16).reshape(8, 32), box, done.kinds
@@ -207,6 +214,93 @@ def test_wgmma_needs_a_proxy_fence_and_a_wait() -> None:
     got, wanted, kinds = _wgmma(wait="")
     assert kinds == {"RACE"}
     assert not np.allclose(got, wanted)
+
+
+# --- kernels that start before those before them have ended ----------------------------------------------------------
+
+_READ = "mul.wide.u32 %d28, %r63, 16; add.s64 %d27, %d30, %d28; ld.global.b32 %r1, [%d27];"
+_WRITE = "add.s64 %d29, %d31, %d28; st.global.b32 [%d29], %r1;"
+_GRIDS = "griddepcontrol.wait;"
+_ONE_WARP = "setp.lt.u32 %p1, %r63, 32; @%p1 griddepcontrol.wait;"
+
+
+def _programmatic(body: str, programmatic: bool = True, constant: bool = False, warps: int = 2) -> set[str]:
+    x = generator().integers(0, 256, 1024).astype(np.uint8)
+    done = run(body, x, warps=warps, shared=1024, programmatic=programmatic, constant=constant)
+    return done.kinds
+
+
+def test_results_of_the_kernel_before_are_read_after_the_wait_for_it() -> None:
+    started = "griddepcontrol.launch_dependents;"  # lets the next kernel start, and says nothing of what is written
+    assert not _programmatic(f"{started} {_GRIDS} {_READ} {_WRITE}")
+    assert not _programmatic(f"{_GRIDS} {_READ} {started} {_WRITE}")
+    assert _programmatic(f"{_READ} {_GRIDS} {_WRITE}") == {"EARLY"}  # the wait behind a load
+    assert _programmatic(f"{started} {_READ} {_WRITE} {_GRIDS}") == {"EARLY"}
+    assert _programmatic(f"{_READ} {_WRITE}") == {"EARLY", "FAULT"}  # no wait at all
+    assert not _programmatic(f"{_READ} {_WRITE}", programmatic=False)
+    assert not _programmatic(f"{_READ} {_GRIDS} {_WRITE}", programmatic=False)
+
+
+def test_what_is_read_too_early_shows_in_the_result() -> None:
+    x = np.full(1024, 7, np.uint8)
+    for body, same in ((f"{_GRIDS} {_READ} {_WRITE}", True), (f"{_READ} {_GRIDS} {_WRITE}", False)):
+        done = run(body, x, warps=2, programmatic=True)
+        assert (done.memory[:1024].reshape(64, 16)[:, :4] == 7).all() == same
+
+
+def test_before_the_wait_weights_are_read_and_nothing_is_written() -> None:
+    assert not _programmatic(f"{_READ} {_GRIDS} {_WRITE}", constant=True)
+    assert _programmatic(f"{_READ} {_WRITE} {_GRIDS}", constant=True) == {"EARLY"}
+    over = _WRITE.replace("%d31", "%d30")
+    assert _programmatic(f"{_READ} {over} {_GRIDS}", constant=True) == {"EARLY"}
+
+
+def test_a_kernel_that_never_waits_hides_the_end_of_those_before_it() -> None:
+    assert _programmatic("mov.u32 %r1, 1;") == {"FAULT"}
+    assert not _programmatic("mov.u32 %r1, 1;", programmatic=False)
+
+
+def test_a_copy_counts_from_its_issue() -> None:
+    issue, wait = "cp.async.cg.shared.global [%r60], [%d27], 16;", "cp.async.wait_all;"
+    assert not _programmatic(f"{_IN} {_GRIDS} {issue} {wait}")
+    assert _programmatic(f"{_IN} {issue} {_GRIDS} {wait}") == {"EARLY"}
+    assert not _programmatic(f"{_IN} {issue} {_GRIDS} {wait}", constant=True)
+
+
+def test_a_tensor_copy_counts_from_its_issue() -> None:
+    assert "EARLY" not in _tensor_load(first=_GRIDS, programmatic=True)[2]
+    assert "EARLY" in _tensor_load(wait=_GRIDS + _WAIT, programmatic=True)[2]
+    x = np.zeros(1024, np.uint8)
+    x = x[-x.ctypes.data % 16 :][:512].reshape(8, 64)
+    store = """
+        mov.u32 %r40, global_smem; mov.u32 %r42, 0; mov.b64 %d20, map; cvta.param.u64 %d20, %d20;
+        mul.lo.u32 %r60, %r63, 16; add.u32 %r60, %r60, %r40; st.shared.v4.b32 [%r60], {%r63, %r63, %r63, %r63};
+        fence.proxy.async.shared::cta; setp.eq.u32 %p1, %r63, 0;
+        @%p1 cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%d20, {%r42, %r42}], [%r40];
+        cp.async.bulk.commit_group;
+    """
+    for body, found in ((_GRIDS + store, set()), (store + _GRIDS, {"EARLY"})):
+        for mode in _MODES:  # the store lands after the wait, or before
+            done = run(
+                body + "cp.async.bulk.wait_group 0;", x, shared=512, settings=Settings(mode=mode), constant=True,
+                tensor_map=_map(x, (8, 64)), programmatic=True,
+            )  # fmt: skip
+            assert done.kinds == found
+
+
+def test_one_warp_waits_for_a_block() -> None:
+    """The wait is a thread's own, and a barrier tells the others of it."""
+    assert _programmatic(f"{_ONE_WARP} {_READ} {_WRITE}") == {"EARLY"}
+    assert not _programmatic(f"{_ONE_WARP} bar.sync 0; {_READ} {_WRITE}")
+    one_lane = _ONE_WARP.replace("%r63, 32", "%r63, 1")
+    assert _programmatic(f"{one_lane} {_READ} {_WRITE}", warps=1) == {"EARLY"}
+    assert not _programmatic(f"{one_lane} bar.warp.sync -1; {_READ} {_WRITE}", warps=1)
+    told = """
+        setp.eq.u32 %p1, %r63, 0; @%p1 mbarrier.init.shared::cta.b64 [global_smem], 1; bar.sync 0;
+        @%p1 griddepcontrol.wait; @%p1 mbarrier.arrive.shared.b64 _, [global_smem]; mov.u32 %r41, global_smem;
+    """
+    assert not _programmatic(f"{told} {_WAIT} {_READ} {_WRITE}") - {"UNINIT_REG"}
+    assert "EARLY" in _programmatic(f"{told} {_READ} {_WRITE}")
 
 
 # --- counters --------------------------------------------------------------------------------------------------------

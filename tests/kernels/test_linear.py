@@ -218,12 +218,29 @@ def test_bits_do_not_follow_the_tile(
     """With the reduction step of the table, whatever the tile of the result and the number of warps."""
     operands = Operands(70, 320, 200, dtype, **EPILOGUES["all"])
     y, statistics = operands.run()
-    launch = TABLE.launch_for("linear", dtype, targets.target_of(DEVICE), operands.precision)
+    launch = TABLE.launches_for("linear", dtype, targets.target_of(DEVICE), operands.precision)[0]
     warps = 4 if max(tile) <= 128 else 8
     other = replace(launch, block_m=tile[0], block_n=tile[1], num_warps=warps, num_stages=2)
-    monkeypatch.setattr(linear.TABLE, "launch_for", lambda *_: other)
+    monkeypatch.setattr(linear.TABLE, "launches_for", lambda *_: (other,))
     for got, wanted in zip(operands.run(), (y, statistics), strict=True):
         assert_same_bits(got, wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("k", "epilogue"), [(200, "all"), (512, "ln_qkv"), (768, "ln_qkv"), (1280, "ln_qkv")])
+def test_every_launch_has_the_same_bits(k: int, epilogue: str, dtype: torch.dtype, path: str) -> None:
+    """Statistics of x are merged from 4 to 20 tiles. On a GPU this is what lets the rows choose the launch."""
+    operands = Operands(133, 328, k, dtype, **EPILOGUES[epilogue])
+    launches = TABLE.launches_for("linear", dtype, targets.target_of(DEVICE), operands.precision)
+    first, *others = [_by_launch(operands, number) for number in range(len(launches))]
+    for results in others:
+        for got, wanted in zip(results, first, strict=True):
+            assert_same_bits(got, wanted)
+
+
+def _by_launch(operands: Operands, number: int) -> tuple[Tensor, Tensor]:
+    with targets.pinned(number):
+        return operands.run()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -121,8 +121,9 @@ inline void Machine::issue_tensor_copy(const Step& s, int lane, bool store) {
 
   if (store) {
     copy.group = warp.stores_committed + 1;
-    tensor_rows(copy, [&](u32 shared, u64, u32, u32) {
+    tensor_rows(copy, [&](u32 shared, u64 address, u32 first, u32 end) {
       read_shared(warp, shared, 16, BULK_STORE + warp.id, u32(copy.group), true, lane);
+      if (end > first) early(warp, address + first, end - first, true, lane);
     });
     if (launch.mode == EARLIEST) land_store(copy);
     warp.stores.push_back(copy);

@@ -11,6 +11,7 @@ inline Machine::Progress Machine::barrier(const Step& s) {
   const bool only_arrives = s.inst.mode & 1;
   Barrier& barrier = named_barriers[number];
   if (!barrier.arrived) barrier.knowledge = {};
+  warp.knowledge.grids |= warp.waited != 0;
   barrier.knowledge.join(warp.knowledge);
   barrier.arrived |= 1u << warp.id;
   if (__builtin_popcount(barrier.arrived) < wanted) {
@@ -75,6 +76,7 @@ inline Machine::Progress Machine::mbarrier(const Step& s) {
     });
     if (s.inst.op == op_mbar_arrive) {
       mbarrier.knowledge.join(warp.knowledge);
+      mbarrier.knowledge.grids |= (warp.waited & s.mask) != 0;
       own_clock()++;
     }
     turn_phase(mbarrier);
@@ -116,6 +118,11 @@ inline bool Machine::barriers(const Step& s, Progress& progress) {
     case op_fence_proxy:
       known.fenced = known.happened;
       known.happened[s.warp.id]++;  // what is written later is not fenced
+      return true;
+      CASE(barwarp, known.grids |= s.warp.waited != 0)
+    case op_grid_wait:
+      s.warp.waited |= s.mask;
+      grids_waited = true;
       return true;
   }
   return false;

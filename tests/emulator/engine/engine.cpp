@@ -15,6 +15,7 @@ i64 run(Launch* launch) {
   const i64 blocks = launch->grid[0] * launch->grid[1] * launch->grid[2];
   const i64 end = std::min(blocks, launch->first_block + launch->block_count);
   for (i64 block = launch->first_block; block < end; block++) machine.run_block(block);
+  machine.end_grid();
   launch->executed = machine.executed;
   std::string report = machine.report();
   snprintf(launch->report, launch->report_bytes, "%s", report.c_str());

@@ -49,6 +49,7 @@ class Machine {
   explicit Machine(const Launch& launch);
   ~Machine();
   void run_block(i64 number);
+  void end_grid();
   std::string report() const;
   u64 executed = 0;
 
@@ -58,6 +59,7 @@ class Machine {
   // schedule.h
   void start(Warp& warp, int id);
   std::vector<int> ready_warps();
+  int chosen(const std::vector<int>& ready, u64 turn);
   bool land_a_load();
   void disturb(Warp& warp);
   void end_block();
@@ -116,6 +118,7 @@ class Machine {
   bool read_shared(Warp& warp, u32 address, u32 bytes, int party, u32 clock, bool async, int lane = -1);
   bool write_shared(Warp& warp, u32 address, u32 bytes, int party, u32 clock, int lane = -1, const u8* data = nullptr);
   bool global(Warp& warp, u64 address, u64 bytes, bool write, int lane);
+  bool early(Warp& warp, u64 address, u64 bytes, bool write, int lane);
   void among_blocks(Warp& warp, i64 tensor, u64 address, u64 bytes, bool write, int lane);
 
   // findings.h
@@ -151,4 +154,5 @@ class Machine {
   std::vector<int> readers;
   std::vector<std::vector<u32>> writing_block;  // by tensor and byte: 1 + the block that has written it
   i64 last_tensor = 0;
+  bool grids_waited = false;  // whether any lane has waited for the kernels before
 };

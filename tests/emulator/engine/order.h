@@ -106,7 +106,7 @@ inline bool Machine::global(Warp& warp, u64 address, u64 bytes, bool write, int 
   if (found < launch.allocation_count) {
     last_tensor = found;
     among_blocks(warp, found, address, bytes, write, lane);
-    return true;
+    return lane < 0 || !early(warp, address, bytes, write, lane);  // a store that lands was looked at when it was issued
   }
   u64 least = ~0ull;
   std::string nearest = "none";
@@ -120,6 +120,22 @@ inline bool Machine::global(Warp& warp, u64 address, u64 bytes, bool write, int 
   }
   find("FAULT", std::string(write ? "global write" : "global read") + " of " + std::to_string(bytes) +
                     " bytes outside every tensor; nearest " + nearest + where(warp, lane));
+  return false;
+}
+
+// A kernel that is launched programmatically may run beside those before it, until it has waited for them. Meanwhile it
+// may read what no kernel writes, and nothing else: those before may yet write their results, and read what this one's
+// results take the place of.
+inline bool Machine::early(Warp& warp, u64 address, u64 bytes, bool write, int lane) {
+  if (!launch.programmatic || warp.knowledge.grids || warp.waited >> lane & 1) return false;
+  for (i64 i = 0; i < launch.allocation_count; i++) {
+    const Allocation& a = launch.allocations[i];
+    if ((a.constant && !write) || address >= a.end || address + bytes <= a.start) continue;
+    find("EARLY", std::string(write ? "global write" : "global read") + " before griddepcontrol.wait, offset " +
+                      std::to_string(i64(address - a.start)) + " of tensor #" + std::to_string(i) +
+                      ": a kernel before this one may still be using it" + where(warp, lane));
+    return true;
+  }
   return false;
 }
 

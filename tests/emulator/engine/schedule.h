@@ -75,6 +75,16 @@ inline std::vector<int> Machine::ready_warps() {
   return ready;
 }
 
+// The warp that goes on. A favourite goes whenever it can; one that is put off (negative) when no other can.
+inline int Machine::chosen(const std::vector<int>& ready, u64 turn) {
+  if (launch.seed) return ready[random() % ready.size()];
+  if (!launch.favourite) return ready[turn % ready.size()];
+  const int preferred = int(std::abs(launch.favourite)) - 1;
+  for (int id : ready)
+    if ((id == preferred) == (launch.favourite > 0)) return id;
+  return ready[0];
+}
+
 inline bool Machine::land_a_load() {
   if (loads.empty()) return false;
   i64 i = launch.seed ? i64(random() % loads.size()) : 0;
@@ -127,9 +137,12 @@ inline void Machine::run_block(i64 number) {
       find("FAULT", text);
       return;
     }
-    // Without a seed the warps take turns, each until it waits; with one, a few instructions of any warp at a time.
-    Warp& warp = warps[ready[(launch.seed ? random() : turn++) % ready.size()]];
-    i64 slice = launch.seed ? 1 + i64(random() % u64(launch.slice)) : std::numeric_limits<i64>::max();
+    // Without a seed the warps take turns, each until it waits; with one, a few instructions of any warp at a time. With
+    // a favourite each instruction may make another ready that goes before.
+    Warp& warp = warps[chosen(ready, turn++)];
+    i64 slice = launch.seed        ? 1 + i64(random() % u64(launch.slice))
+                : launch.favourite ? 1
+                                   : std::numeric_limits<i64>::max();
     for (i64 i = 0; i < slice; i++) {
       steps++;
       Progress progress = step(warp);
@@ -153,6 +166,13 @@ inline void Machine::end_block() {
       find("FAULT", int(warp.products[0].inst - launch.program), "the block ends with wgmma in flight" + where(warp));
   }
   if (!loads.empty()) find("FAULT", loads[0].pc, "the block ends with a tensor load in flight");
+}
+
+// A kernel that waits for those before it, and ends, ends after them all. Of one that does not wait, a later kernel's own
+// wait tells nothing about those before.
+inline void Machine::end_grid() {
+  if (launch.programmatic && !grids_waited)
+    find("FAULT", 0, "launched programmatically, and never waits for the kernels before it (griddepcontrol.wait)");
 }
 
 // ---- one instruction ------------------------------------------------------------------------------------------------
@@ -251,7 +271,7 @@ inline void Machine::check_registers(const Step& s) {
 inline bool Machine::execute(const Step& s, Progress& progress) {
   switch (s.inst.op) {
     case op_nop:
-    case op_fence: CASE(barwarp, ) CASE(trap, find("FAULT", "trap" + where(s.warp)))
+      CASE(fence, ) CASE(trap, find("FAULT", "trap" + where(s.warp)))
   }
   return arithmetic(s) || floating(s) || memory(s) || matrix(s) || bulk(s) || barriers(s, progress) || conversion(s) ||
          lanes(s);

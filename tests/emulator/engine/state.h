@@ -29,13 +29,16 @@ struct Clocks {
   }
 };
 
-// What a warp, a barrier or an mbarrier knows to have happened: at all, and with a proxy fence since.
+// What a warp, a barrier or an mbarrier knows to have happened: at all, and with a proxy fence since; and whether the
+// kernels before this one have ended.
 struct Knowledge {
   Clocks happened, fenced;
+  bool grids = false;
 
   void join(const Knowledge& other) {
     happened.join(other.happened);
     fenced.join(other.fenced);
+    grids |= other.grids;
   }
 };
 
@@ -110,6 +113,7 @@ struct Warp {
   i32 gave_up_at;  // the mbarrier.try_wait that has just given up once
 
   Knowledge knowledge;
+  u32 waited;  // lanes that have waited for the kernels before
   std::vector<Copy> copies;
   std::vector<Product> products;
   std::vector<TensorCopy> stores;

@@ -40,7 +40,7 @@ using i64 = int64_t;
   X(bar) X(barwarp) X(shfl) X(vote) X(elect) X(redux) X(activemask)                                            \
   X(mbar_init) X(mbar_inval) X(mbar_arrive) X(mbar_expect) X(mbar_try) X(mbar_test)                             \
   X(tma_load) X(tma_store) X(bulk_commit) X(bulk_wait)                                                         \
-  X(wg_fence) X(wg_commit) X(wg_wait) X(wgmma) X(fence_proxy) X(fence)
+  X(wg_fence) X(wg_commit) X(wg_wait) X(wgmma) X(fence_proxy) X(fence) X(grid_wait)
 // clang-format on
 
 enum Operation {
@@ -65,6 +65,7 @@ struct Inst {
 
 struct Allocation {  // a tensor of the launch
   u64 start, end;
+  u64 constant;  // whether no kernel writes it, as a model's weights
 };
 
 struct Special {  // a register that holds what a lane is, such as %tid.x
@@ -90,8 +91,9 @@ struct Launch {
   i64 grid[3];
   const Allocation* allocations;
   i64 allocation_count;
-  i64 mode, seed, slice;
+  i64 mode, seed, slice, favourite;
   i64 count, truncating, hopper;
+  i64 programmatic;  // whether it may start before the kernels before it have ended
   i64 first_block, block_count;
   Counters* counters;
   char* report;
