@@ -17,6 +17,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -26,7 +27,7 @@ from dataclasses import dataclass, replace
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -198,6 +199,8 @@ class Workers:
                 persistent_workers=self._count > 0,
                 pin_memory=self._pin_memory,
             )
+            with _script_hidden():
+                return iter(self._loader)
         return iter(self._loader)
 
     def _end(self) -> None:
@@ -348,6 +351,20 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+@contextmanager
+def _script_hidden() -> Generator[None, None, None]:
+    """Processes that are started in the block do not run the program's script again, of which they need nothing.
+
+    A script that is not guarded by `if __name__ == "__main__"` would start processes in turn, which Python refuses.
+    """
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 def _same(decoded: Decoded) -> Decoded:

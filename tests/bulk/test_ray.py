@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -189,6 +191,22 @@ def test_hostile_images_are_failures_and_the_next_batch_goes_on(
     assert got["error"][0] == "1001 bytes: an image in a batch may have 1000"
     assert got["error"][1] == "1200 bytes: an image in a batch may have 1000"
     assert got["status"].tolist() == ["failed", "failed", "ok"]
+
+
+def test_a_script_without_a_guard_may_call_it(tmp_path: Path) -> None:
+    """Decoding processes, which start anew, do not run it."""
+    (tmp_path / "a.png").write_bytes(encoded(picture(1)))
+    (tmp_path / "script.py").write_text(
+        "import sys, clip_fast.ray\n"
+        "print('once')\n"
+        "encoder = clip_fast.ray.ImageEncoder('tiny-digits', device='cpu', threads=2)\n"
+        "for _ in range(2):\n"
+        "    print(encoder({'image': [sys.argv[1], b'']})['status'].tolist())\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(clip_fast.__file__).parents[1])}
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "a.png")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout == "once\n['ok', 'failed']\n['ok', 'failed']\n"
 
 
 def test_batches_of_other_kinds_are_refused() -> None:
