@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from ..bulk.atomic import new_file
 from ..bulk.decoder import Decoder
 from ..bulk.manifest import weights_digest
+from ..bulk.workers import memory_limited
 from ..encoder import ImageEncoder
 from ..errors import printable
 from ..inputs.containers import IMAGE_COLUMN
@@ -79,7 +80,8 @@ def _query(arguments: argparse.Namespace, model: ImageEncoder, preprocess: Prepr
         if arguments.image is not None:
             decoder = Decoder(preprocess)
             pixels = decoder.black(1)
-            _, error = decoder.into(pixels[0], ImageFile(arguments.image, arguments.image))
+            with memory_limited():
+                _, error = decoder.into(pixels[0], ImageFile(arguments.image, arguments.image))
             if error is not None:
                 raise ValueError(f"{printable(arguments.image)}: {printable(error)}")
             return model.encode_image(pixels)[0].float().cpu().numpy()

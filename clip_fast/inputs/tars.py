@@ -6,6 +6,7 @@ import io
 import os
 import re
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,13 +21,17 @@ from .items import Item, Unreadable, image_bytes, may_pass, size_of_file
 _TAR_BLOCK = 512  # bytes; an archive ends in at least one block of zeros
 _TAR_END = 1 << 20  # bytes of zeros at the end, at most; tar pads to 10 KiB
 _TAR_HEADERS = 1 << 20  # bytes of one member's headers, at most; names are a few kilobytes
+_ADLER = 65521  # the modulus of Adler-32's sums (RFC 1950)
+_FOLDER = "a folder"
 
 
 def sample_key(member: str) -> str | None:
     """The webdataset key of a tar's member, given by its path in the tar; None where it is no image's."""
+    if member[member.rfind(".") :].lower() not in image_suffixes():  # first, since most members are no images
+        return None
     folder, name = os.path.split(member)
     sample = name.partition(".")[0]
-    if not sample or os.path.splitext(name)[1].lower() not in image_suffixes() or is_leftover(member):
+    if not sample or is_leftover(member):
         return None
     return os.path.join(folder, sample)
 
@@ -75,21 +80,18 @@ class Tar:
         seen: Counter[str] = Counter()
         try:
             size_of_file(self.path)
-            with _Headers(self.path) as file, tarfile.open(self.path, "r:", file) as tar:
-                for member in tar:
-                    file.left = _TAR_HEADERS
-                    tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # tarfile would keep them all
-                    key = sample_key(member.name)
-                    if key is None or member.isdir():
+            with _Headers(self.path) as file, tarfile.open(self.path, "r:", file, encoding="utf-8") as tar:
+                for name, offset, size, kind in _members(file, tar):
+                    key = sample_key(name)
+                    if key is None or kind == _FOLDER:
                         continue
-                    seen[member.name] += 1
-                    number = f"#{seen[member.name]}" if seen[member.name] > 1 else ""
-                    location = f"{self.path}/{member.name}{number}"
-                    kind = _unreadable_kind(member)
+                    seen[name] += 1
+                    number = f"#{seen[name]}" if seen[name] > 1 else ""
+                    location = f"{self.path}/{name}{number}"
                     if kind:
                         yield Unreadable(key, location, f"{kind} in the archive")
                     else:
-                        yield TarMember(key, location, self.path, member.offset_data, member.size)
+                        yield TarMember(key, location, self.path, offset, size)
                 self._check_end(tar.offset)
         except Exception as error:  # tarfile raises whatever its parsing stumbles on
             if may_pass(error):
@@ -120,8 +122,52 @@ class _Headers(io.FileIO):
         return super().read(size) or b""
 
 
-def _unreadable_kind(member: tarfile.TarInfo) -> str | None:
+def _members(file: _Headers, tar: tarfile.TarFile) -> Iterator[tuple[str, int, int, str | None]]:
+    """Name, offset, size and kind, None for an ordinary file, of each member.
+
+    `tarfile` takes five times as long for a header as reading it, so it is given only those that `_ordinary` leaves to
+    it, and all that follow a header for the whole archive.
+    """
+    at = 0
+    while True:
+        header = os.pread(file.fileno(), _TAR_BLOCK, at) if not tar.pax_headers else b""
+        if ordinary := _ordinary(header):
+            yield ordinary[0], at + _TAR_BLOCK, ordinary[1], None
+            at += _TAR_BLOCK + -(-ordinary[1] // _TAR_BLOCK) * _TAR_BLOCK
+            continue
+        file.left = _TAR_HEADERS
+        if at:  # it has read the first by itself
+            tar.firstmember, tar.offset = None, at
+        tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # tarfile would keep them all
+        member = tar.next()
+        if member is None:
+            return
+        yield member.name, member.offset_data, member.size, _kind(member)
+        at = tar.offset
+
+
+def _ordinary(header: bytes) -> tuple[str, int] | None:
+    """Name and size of a file whose header says no more than these (POSIX.1-1988, ustar); None for another header."""
+    if len(header) < _TAR_BLOCK or header[156] not in b"0\0" or header[257:262] != b"ustar" or header[345]:
+        return None
+    name, size, stored = header[:100].partition(b"\0")[0], header[124:135], header[148:154]
+    if not (size.isdigit() and stored.isdigit()) or header[135] not in b" \0" or name[-1:] in (b"", b"/"):
+        return None
+    try:
+        length, checksum = int(size, 8), int(stored, 8)
+    except ValueError:
+        return None
+    # The checksum is the sum of all bytes, with spaces in its own place. Adler-32 has that sum, and one more.
+    expected = checksum - 8 * ord(" ") + sum(header[148:156])
+    if ((zlib.adler32(header) & 0xFFFF) - 1 - expected) % _ADLER:
+        return None
+    return name.decode("utf-8", "surrogateescape"), length
+
+
+def _kind(member: tarfile.TarInfo) -> str | None:
     """The kind of a member whose bytes do not simply follow its header; None for an ordinary file."""
+    if member.isdir():
+        return _FOLDER
     if member.issparse():
         return "a sparse file"
     if member.islnk() or member.issym():

@@ -16,9 +16,11 @@ from mutations import mutated
 from PIL import Image
 
 from clip_fast.bulk.decoder import failure_reason
+from clip_fast.inputs import tars as tars_module
 from clip_fast.inputs.finder import read_list
 from clip_fast.inputs.inputs import find_inputs
 from clip_fast.inputs.items import Unreadable
+from clip_fast.inputs.tars import Tar
 
 MOST = 10_000  # items of a file whose seed has a few
 
@@ -89,6 +91,21 @@ def check(folder: Path, suffix: str, files: list[bytes], count: int) -> None:
         assert tracemalloc.get_traced_memory()[1] < 1 << 26
         tracemalloc.stop()
     assert refused > count / 10
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(4000, marks=pytest.mark.slow)])
+def test_headers_are_read_as_tarfile_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    files = tars()
+    damaged = tmp_path / "x.tar"
+    ordinary, known = tars_module._ordinary, 0
+    for i in range(count):
+        damaged.write_bytes(mutated(random.choice(files), files) if i >= len(files) else files[i])
+        monkeypatch.setattr(tars_module, "_ordinary", ordinary)
+        got = list(islice(Tar(str(damaged)), MOST))
+        known += any(ordinary(damaged.read_bytes()[at : at + 512]) for at in range(0, damaged.stat().st_size, 512))
+        monkeypatch.setattr(tars_module, "_ordinary", lambda header: None)
+        assert got == list(islice(Tar(str(damaged)), MOST))
+    assert known > count / 10
 
 
 @pytest.mark.parametrize("suffix", ["tar", "parquet"])
