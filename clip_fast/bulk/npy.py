@@ -69,6 +69,7 @@ def embed_files(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     items = [_item(each) for each in paths]
+    workers = min(workers, len(items))
     share = -(-batch_size // max(1, workers))
     batches = [
         WorkItem(items[start : start + batch_size], 0, start, len(items)).parts(share)

@@ -34,11 +34,10 @@ from ..loading import load
 from ..towers.config import Activation
 from .decoder import Decoder
 from .rows import encode_rows, settle
-from .workers import MEMORY_LIMIT, TIME_LIMIT, Decoded, Workers, WorkItem
+from .workers import FEW_WORKERS, MEMORY_LIMIT, TIME_LIMIT, Decoded, Workers, WorkItem
 
 BYTES = "bytes"  # the column of files' contents that `read_binary_files` makes
 CELL_LIMIT = MEMORY_LIMIT // 4  # bytes of an image in a batch: its decoding process holds it twice when it arrives
-MOST_THREADS = 8  # by default: each is a process, and several encoders may share a machine
 
 Batch = dict[str, NDArray[Any]]
 
@@ -112,7 +111,7 @@ class ImageEncoder:
         self.encoder, preprocess = load(model, device, dtype, activation=activation)
         self.column = column
         self.normalize = normalize
-        self.threads = threads or min(MOST_THREADS, os.cpu_count() or 1)
+        self.threads = threads or min(FEW_WORKERS, os.cpu_count() or 1)
         self.workers = Workers(Decoder(preprocess, fast_decode), self.threads, time_limit=time_limit)
 
     def __call__(self, batch: Any) -> Any:

@@ -42,6 +42,7 @@ BATCHES_AHEAD = 3  # per worker
 STRIKES = 2  # worker deaths that make an image a failure
 MAX_RESTARTS = 5  # in a row without a batch, for deaths without an image to blame
 
+FEW_WORKERS = 8  # by default at most, where a job may be small, or several encoders share a machine
 TIME_LIMIT = 60.0  # seconds for an image
 MEMORY_LIMIT = 2 * images.MEMORY_LIMIT  # bytes that decoding may take: an image is read, and decoded
 
@@ -111,7 +112,7 @@ class WorkItem:
 
 
 class Workers:
-    """Decoding processes. They start with the first batches, and stay until the end of the block.
+    """Decoding processes. They start with the first batches, and stay until the end of the block or of this object.
 
     Args:
         count: processes. With 0, batches are decoded here when asked for: the memory limit holds then too, as far as a

@@ -22,7 +22,7 @@ from ..bulk.processes import ProcessJob, run_on_devices
 from ..bulk.progress import Progress, check_errors
 from ..bulk.shards import OutputFolder
 from ..bulk.tables import ParquetWriter
-from ..bulk.workers import TIME_LIMIT, start_fork_server
+from ..bulk.workers import FEW_WORKERS, TIME_LIMIT, start_fork_server
 from ..encoder import ImageEncoder
 from ..errors import printable
 from ..inputs.finder import read_list
@@ -128,8 +128,9 @@ def _encode_on_ray(arguments: argparse.Namespace) -> int:
 def _encode_to_npy(arguments: argparse.Namespace) -> int:
     (device,) = _chosen_devices(arguments)
     options = _options(arguments, [device])
+    workers = options.workers if arguments.workers is not None else min(FEW_WORKERS, options.workers)
     with EmbeddingWriter(arguments.output) as writer:
-        if options.workers:
+        if workers:
             start_fork_server()
         items: list[Item] = []
         failures: list[Failure] = []
@@ -149,7 +150,7 @@ def _encode_to_npy(arguments: argparse.Namespace) -> int:
             preprocess,
             items,
             arguments.batch_size or 32,
-            workers=options.workers,
+            workers=workers,
             time_limit=options.time_limit,
         )
         with tqdm(total=len(items), unit=" images", disable=arguments.quiet) as progress, closing(embedding) as batches:

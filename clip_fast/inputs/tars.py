@@ -80,7 +80,7 @@ class Tar:
         seen: Counter[str] = Counter()
         try:
             size_of_file(self.path)
-            with _Headers(self.path) as file, tarfile.open(self.path, "r:", file, encoding="utf-8") as tar:
+            with _Headers(self.path) as file, tarfile.open(self.path, "r:", file) as tar:
                 for name, offset, size, kind in _members(file, tar):
                     key = sample_key(name)
                     if key is None or kind == _FOLDER:
@@ -132,12 +132,14 @@ def _members(file: _Headers, tar: tarfile.TarFile) -> Iterator[tuple[str, int, i
     while True:
         header = os.pread(file.fileno(), _TAR_BLOCK, at) if not tar.pax_headers else b""
         if ordinary := _ordinary(header):
-            yield ordinary[0], at + _TAR_BLOCK, ordinary[1], None
-            at += _TAR_BLOCK + -(-ordinary[1] // _TAR_BLOCK) * _TAR_BLOCK
+            name, size = ordinary
+            yield name.decode(tar.encoding or "utf-8", tar.errors or "surrogateescape"), at + _TAR_BLOCK, size, None
+            at += _TAR_BLOCK + -(-size // _TAR_BLOCK) * _TAR_BLOCK
             continue
         file.left = _TAR_HEADERS
         if at:  # it has read the first by itself
-            tar.firstmember, tar.offset = None, at
+            tar.firstmember = None  # pyright: ignore[reportAttributeAccessIssue]
+            tar.offset = at
         tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # tarfile would keep them all
         member = tar.next()
         if member is None:
@@ -146,7 +148,7 @@ def _members(file: _Headers, tar: tarfile.TarFile) -> Iterator[tuple[str, int, i
         at = tar.offset
 
 
-def _ordinary(header: bytes) -> tuple[str, int] | None:
+def _ordinary(header: bytes) -> tuple[bytes, int] | None:
     """Name and size of a file whose header says no more than these (POSIX.1-1988, ustar); None for another header."""
     if len(header) < _TAR_BLOCK or header[156] not in b"0\0" or header[257:262] != b"ustar" or header[345]:
         return None
@@ -161,7 +163,7 @@ def _ordinary(header: bytes) -> tuple[str, int] | None:
     expected = checksum - 8 * ord(" ") + sum(header[148:156])
     if ((zlib.adler32(header) & 0xFFFF) - 1 - expected) % _ADLER:
         return None
-    return name.decode("utf-8", "surrogateescape"), length
+    return name, length
 
 
 def _kind(member: tarfile.TarInfo) -> str | None:

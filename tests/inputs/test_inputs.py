@@ -23,7 +23,7 @@ import pytest
 from PIL import Image
 
 from clip_fast.errors import printable
-from clip_fast.inputs import parquet
+from clip_fast.inputs import parquet, tars
 from clip_fast.inputs.finder import read_list
 from clip_fast.inputs.inputs import Files, Inputs, find_inputs, item_at
 from clip_fast.inputs.items import Failure, ImageFile, Item, Unreadable
@@ -453,20 +453,25 @@ LASTING = [errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.EACCES]
 
 
 @pytest.mark.parametrize("number", PASSING)
+@pytest.mark.parametrize("by", ["os", "tarfile"])
 def test_a_tar_that_does_not_answer_for_a_moment_is_no_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, by: str
 ) -> None:
     inputs = find_inputs([write_tar(tmp_path / "t.tar", {f"{i}.png": png(i) for i in range(6)})])
     before = list(inputs)
-    read, reads = tarfile.TarInfo.fromtarfile, []
+    read, reads = (os.pread if by == "os" else tarfile.TarInfo.fromtarfile), []
 
-    def failing(tar: tarfile.TarFile) -> tarfile.TarInfo:
-        reads.append(tar)
+    def failing(*arguments: Any) -> Any:
+        reads.append(arguments)
         if len(reads) == 3:
             raise OSError(number, os.strerror(number))
-        return read(tar)
+        return read(*arguments)
 
-    monkeypatch.setattr(tarfile.TarInfo, "fromtarfile", staticmethod(failing))
+    if by == "os":
+        monkeypatch.setattr(os, "pread", failing)
+    else:
+        monkeypatch.setattr(tars, "_ordinary", lambda header: None)
+        monkeypatch.setattr(tarfile.TarInfo, "fromtarfile", staticmethod(failing))
     listing = iter(inputs)
     assert [next(listing), next(listing)] == before[:2]
     with pytest.raises(OSError, match=os.strerror(number)):
