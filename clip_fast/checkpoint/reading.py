@@ -17,30 +17,32 @@ from typing import Any, cast, get_args
 from torch import Tensor
 
 from ..errors import CheckpointError, summary
-from ..towers.config import Activation, Config, Rgb, TextConfig
+from ..towers.config import Activation, Config, Rgb
 from .layouts import HUGGING_FACE, layout_of
 from .settings import STRUCTURE_ERRORS, BesideWeights, description, read_settings
+from .stored_text import Text, read_text
 from .stored_tower import StoredTower
 from .weights_file import WeightsFile, read_json, read_weights
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An image tower as read from a file, and the text tower where the file has OpenAI's.
+    """An image tower as read from a file, and the text tower in it.
 
     `state_dict` has exactly the names and shapes of `reference.build(config).state_dict()`. Its tensors are contiguous,
     on the CPU, independent of the file, and of the dtype that they have in it (8 bits in float16). `mean` and `std`
-    normalise the RGB channels of pixels scaled to [0, 1]; `squash` and `on_white` are those of `Preprocess`. `text` has
-    the text tower's config, and the names and shapes of `text.TextEncoder(config).state_dict()`.
+    normalise the RGB channels of pixels scaled to [0, 1]; `squash` and `on_white` are those of `Preprocess`. `text` is
+    None where the file has no text tower that is served; `without_text` then says why.
     """
 
     config: Config
     state_dict: dict[str, Tensor]
     mean: Rgb
     std: Rgb
-    text: tuple[TextConfig, dict[str, Tensor]] | None = None
+    text: Text | None = None
     squash: bool = False
     on_white: bool = False
+    without_text: str = ""
 
 
 def read_checkpoint(path: str | os.PathLike[str], activation: Activation | None = None) -> Checkpoint:
@@ -80,8 +82,11 @@ def read_state_dict(state_dict: Mapping[str, Any]) -> Checkpoint:
 def _checkpoint(tower: StoredTower, settings: BesideWeights, activation: Callable[[], Activation]) -> Checkpoint:
     config = tower.config(settings, activation)
     state_dict = tower.state_dict(config)
-    text = tower.text(settings, activation)
-    return Checkpoint(config, state_dict, settings.mean, settings.std, text, settings.squash, settings.on_white)
+    text = read_text(tower.file, settings.text, activation)
+    served, reason = (None, text) if isinstance(text, str) else (text, "")
+    return Checkpoint(
+        config, state_dict, settings.mean, settings.std, served, settings.squash, settings.on_white, reason
+    )
 
 
 # --- Folders and the settings in them --------------------------------------------------------------------------------
