@@ -91,14 +91,16 @@ def _checkpoint(tower: StoredTower, settings: BesideWeights, activation: Callabl
 
 # --- Folders and the settings in them --------------------------------------------------------------------------------
 
+HUGGING_FACE_CONFIG, OPEN_CLIP_CONFIG = "config.json", "open_clip_config.json"
+
 # Weights by file name, the preferred first, and the config that belongs to them.
-_FOLDER_FILES = {
-    "model.safetensors": "config.json",
-    "model.safetensors.index.json": "config.json",
-    "open_clip_model.safetensors": "open_clip_config.json",
-    "pytorch_model.bin": "config.json",
-    "pytorch_model.bin.index.json": "config.json",
-    "open_clip_pytorch_model.bin": "open_clip_config.json",
+FOLDER_FILES = {
+    "model.safetensors": HUGGING_FACE_CONFIG,
+    "model.safetensors.index.json": HUGGING_FACE_CONFIG,
+    "open_clip_model.safetensors": OPEN_CLIP_CONFIG,
+    "pytorch_model.bin": HUGGING_FACE_CONFIG,
+    "pytorch_model.bin.index.json": HUGGING_FACE_CONFIG,
+    "open_clip_pytorch_model.bin": OPEN_CLIP_CONFIG,
 }
 
 
@@ -113,7 +115,7 @@ def _locate(path: Path) -> Path:
             raise CheckpointError(path, f"folder holds several models: choose one of its folders {names}")
         weights = _weights_in(below[0]) if below else None
         if weights is None:
-            raise CheckpointError(path, f"folder holds none of {', '.join(_FOLDER_FILES)}")
+            raise CheckpointError(path, f"folder holds none of {', '.join(FOLDER_FILES)}")
         return weights
     if not path.is_file():
         raise CheckpointError(path, "no such file")
@@ -121,7 +123,7 @@ def _locate(path: Path) -> Path:
 
 
 def _weights_in(folder: Path) -> Path | None:
-    return next((folder / name for name in _FOLDER_FILES if (folder / name).is_file()), None)
+    return next((folder / name for name in FOLDER_FILES if (folder / name).is_file()), None)
 
 
 def _settings_beside(tower: StoredTower) -> BesideWeights:
@@ -131,9 +133,9 @@ def _settings_beside(tower: StoredTower) -> BesideWeights:
     weights. Any other may lie there for another model, and is used only where it describes the tower in the file.
     """
     weights, hugging_face = tower.file.path, tower.layout is HUGGING_FACE
-    for name in sorted(set(_FOLDER_FILES.values()), reverse=not hugging_face):
+    for name in sorted(set(FOLDER_FILES.values()), reverse=not hugging_face):
         path = weights.with_name(name)
-        belongs = _FOLDER_FILES.get(weights.name) == name or (hugging_face and name == "config.json")
+        belongs = FOLDER_FILES.get(weights.name) == name or (hugging_face and name == HUGGING_FACE_CONFIG)
         if path.is_file() and (belongs or _describes(path, tower)):
             return read_settings(path, tower.described())
     if hugging_face:

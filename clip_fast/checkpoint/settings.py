@@ -18,7 +18,8 @@ from .text_settings import TextSettings, hugging_face_text, open_clip_text
 from .weights_file import read_json
 
 _LARGEST = float(torch.finfo(torch.float32).max)  # that a mean or a deviation may be
-_HUGGING_FACE_TYPES = ("clip", "clip_vision_model")
+_HUGGING_FACE_WHOLE = ("clip", "metaclip_2")  # configs with a section for each tower
+_HUGGING_FACE_TYPES = (*_HUGGING_FACE_WHOLE, "clip_vision_model", "metaclip_2_vision_model")
 STRUCTURE_ERRORS = (
     AttributeError,
     KeyError,
@@ -117,9 +118,8 @@ def _settings(path: Path, content: dict[str, Any]) -> BesideWeights:
 def _hugging_face_settings(path: Path, content: dict[str, Any]) -> BesideWeights:
     """Of a transformers config; what it leaves out has transformers' defaults."""
     if content.get("model_type") not in _HUGGING_FACE_TYPES:
-        raise CheckpointError(
-            path, f"model_type must be 'clip' or 'clip_vision_model', got {content.get('model_type')!r}"
-        )
+        known = " or ".join(map(repr, _HUGGING_FACE_TYPES))
+        raise CheckpointError(path, f"model_type must be {known}, got {content.get('model_type')!r}")
     vision = _hugging_face_vision(content)
     activation = vision.get("hidden_act", "quick_gelu")
     if activation not in get_args(Activation):
@@ -148,7 +148,9 @@ def _hugging_face_settings(path: Path, content: dict[str, Any]) -> BesideWeights
 
 
 def _hugging_face_vision(content: dict[str, Any]) -> dict[str, Any]:
-    if content["model_type"] == "clip":  # early versions of transformers let vision_config_dict overrule vision_config
+    if (
+        content["model_type"] in _HUGGING_FACE_WHOLE
+    ):  # early versions of transformers let vision_config_dict overrule vision_config
         return {**(content.get("vision_config") or {}), **(content.get("vision_config_dict") or {})}
     return content
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast, get_args
 from ..towers.config import EPS, Activation
 from .tokenizer import CLEANINGS, StoredTokenizer
 
-_LEGACY_END = 2  # of transformers' CLIP configs before release 4.31, which stands for the largest token
+_LEGACY_END = ("clip", 2)  # as transformers' CLIP configs before release 4.31 have it, for the largest token
 # Keys of open_clip's text_cfg that are read, or change nothing here, and what the others have by default.
 _OPEN_CLIP_KEYS = {
     *("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "pool_type", "eos_id", "pad_id"),
@@ -49,7 +49,7 @@ def hugging_face_text(path: Path, content: dict[str, Any]) -> TextSettings:
         layers=_number(text, "num_hidden_layers", 12),
         activation=activation,
         eps=_number(text, "layer_norm_eps", EPS),
-        end=None if end == _LEGACY_END else end,
+        end=None if (content["model_type"], end) == _LEGACY_END else end,
         tokenizer=StoredTokenizer.beside(path),
     )
 

@@ -89,7 +89,7 @@ SEARCH_DESCRIPTION = """\
 Finds the images whose embeddings have the highest cosine with a query's: exactly, all rows are compared.
 
 Each line is the cosine, a tab, and where the image lies, from the folder where encode ran if its paths were relative.
-Words need a model with OpenAI's text tower.
+Words need a model whose text tower is served; else the error says why it is not.
 """
 
 SEARCH_EPILOG = """\
@@ -173,7 +173,7 @@ def parser() -> argparse.ArgumentParser:
     )
     encode.add_argument("paths", nargs="*", metavar="PATH", help="file, folder, tar, parquet, pattern or braces")
     encode.add_argument(
-        "--model", required=True, metavar="NAME_OR_FILE", help="a name that `clip-fast models` lists, or a checkpoint"
+        "--model", required=True, metavar="NAME_OR_FILE", help="a name, see `clip-fast models`, or a checkpoint"
     )
     encode.add_argument(
         "--output", default="embeddings.npy", metavar="FILE|FOLDER/", help="what to write (default: %(default)s)"
@@ -269,7 +269,10 @@ def parser() -> argparse.ArgumentParser:
         "models",
         parents=[common],
         help="list the names that --model takes",
-        description="Lists the models known by name, one a line. `encode --model` takes a checkpoint's path as well.",
+        description="Lists the models known by name, a line each with where it comes from, below a line for each image "
+        "tower with its size and the sizes of images and embeddings. --model takes any CLIP on the Hugging Face hub as "
+        "well, as owner/name or hf-hub:owner/name, @revision behind it, and a checkpoint's path; a file or folder of "
+        "that name wins, unless hf-hub: stands before it.",
         epilog="example:\n  clip-fast models",
         formatter_class=layout,
     )

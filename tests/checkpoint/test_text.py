@@ -77,6 +77,20 @@ def test_hugging_face(activation: str, end: int, tmp_path: Path) -> None:
         assert close(ours(images, tokens)[0], output.logits_per_image)
 
 
+def test_metaclip_2(tmp_path: Path) -> None:
+    """Its end token is 2, and means it: 2 is not the largest token of its texts."""
+    if not hasattr(pytest.importorskip("transformers"), "MetaClip2Model"):
+        pytest.skip("this transformers has no MetaCLIP 2")
+    theirs = hugging_face_folder(tmp_path, "MetaClip2", vocab_size=100, eos_token_id=2)
+    tokenizer = whole_words(tmp_path)
+    ours = loaded(tmp_path)
+    tokens = tokenizer(TEXTS, padding="max_length", truncation=True, max_length=77, return_tensors="pt").input_ids
+    assert torch.equal(ours.tokenize(TEXTS, truncate=True), tokens)
+    with torch.no_grad():
+        output = theirs(input_ids=tokens, pixel_values=(images := torch.randn(2, 3, 64, 64)))
+        assert close(ours(images, tokens)[0], output.logits_per_image)
+
+
 def test_a_folder_without_tokenizer_has_clips(tmp_path: Path) -> None:
     hugging_face_folder(tmp_path)
     assert torch.equal(loaded(tmp_path).tokenize(TEXTS, truncate=True), clip_fast.tokenize(TEXTS, truncate=True))
