@@ -45,15 +45,17 @@ def open_clip_folder(
     return made
 
 
-def hugging_face_folder(folder: Path, kind: str = "CLIP", **text: Any) -> Any:
+def hugging_face_folder(
+    folder: Path, kind: str = "CLIP", vision: dict[str, Any] | None = None, embed_dim: int = 32, **text: Any
+) -> Any:
     """A `CLIPModel`, or a model of another kind that has its parts, as `save_pretrained` lays it down; itself."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     shape = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vision = {**shape, "image_size": 64, "patch_size": 16}
+    vision = {**shape, "image_size": 64, "patch_size": 16} if vision is None else vision
     config = getattr(transformers, f"{kind}Config")(
         text_config={**shape, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": VOCABULARY, **text},
         vision_config=vision,
-        projection_dim=32,
+        projection_dim=embed_dim,
     )
     made = getattr(transformers, f"{kind}Model")(config).eval()
     randomise(made)

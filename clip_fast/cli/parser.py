@@ -117,6 +117,16 @@ exit status: 0 if no damage was found, 1 if some was, 2 if the folder could not 
 """
 
 
+MODELS_DESCRIPTION = """\
+Lists the models known by name, each with where it comes from, below a line for each image tower: its size, and the sizes
+of images and embeddings.
+
+--model takes any other CLIP on the Hugging Face hub, too, as owner/name or hf-hub:owner/name, and a checkpoint's path.
+@revision behind a name of the hub is a branch, a tag or a commit. A file or folder of that name wins, unless hf-hub:
+stands before it.
+"""
+
+
 def _whole(least: int) -> Callable[[str], int]:
     def number(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
@@ -269,10 +279,7 @@ def parser() -> argparse.ArgumentParser:
         "models",
         parents=[common],
         help="list the names that --model takes",
-        description="Lists the models known by name, a line each with where it comes from, below a line for each image "
-        "tower with its size and the sizes of images and embeddings. --model takes any CLIP on the Hugging Face hub as "
-        "well, as owner/name or hf-hub:owner/name, @revision behind it, and a checkpoint's path; a file or folder of "
-        "that name wins, unless hf-hub: stands before it.",
+        description=MODELS_DESCRIPTION,
         epilog="example:\n  clip-fast models",
         formatter_class=layout,
     )
