@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -71,7 +71,7 @@ class StoredTokenizer:
         return torch.tensor([row.ids for row in rows], dtype=torch.int32).view(len(texts), context_length)
 
 
-@cache
+@lru_cache(maxsize=4)  # one may take a hundred megabytes
 def _tokenizer(stored: StoredTokenizer, context_length: int) -> Any:
     try:
         tokenizer = extras.tokenizers().Tokenizer.from_str(stored.content.decode())
