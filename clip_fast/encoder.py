@@ -77,6 +77,7 @@ class ImageEncoder(nn.Module):
         mean: Rgb = IMAGE_MEAN,
         std: Rgb = IMAGE_STD,
         cuda_graphs: bool = True,
+        without_text: str = "it has no text tower",
     ) -> None:
         super().__init__()
         if not dtype.is_floating_point:
@@ -84,6 +85,7 @@ class ImageEncoder(nn.Module):
         check_name(precision)
         self.config = config
         self.mean, self.std = mean, std
+        self._without_text = without_text
         self._precision: PrecisionName | None = precision
         self._cuda_graphs = cuda_graphs
         with torch.device("meta"):  # so that no random weights are drawn
@@ -193,6 +195,14 @@ class ImageEncoder(nn.Module):
         if not 0 <= index <= layers:
             raise ValueError(f"layer must be between {-layers - 1} and {layers}, got {layer}")
         return self._results(images, hidden_state(index))[0]
+
+    def tokenize(self, texts: str | list[str], truncate: bool = False) -> Tensor:
+        """Texts to tokens, in a `Clip`. Raises NotServed, with the reason, in an encoder that embeds images alone."""
+        raise NotServed(f"this model embeds no texts: {self._without_text}")
+
+    def encode_text(self, text: Tensor) -> Tensor:
+        """Embeds texts, in a `Clip`. Raises NotServed, with the reason, in an encoder that embeds images alone."""
+        raise NotServed(f"this model embeds no texts: {self._without_text}")
 
     def forward(self, images: Tensor) -> Tensor:
         return self.encode_image(images)

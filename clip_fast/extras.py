@@ -40,6 +40,13 @@ def ftfy() -> Any:
     return _extra("ftfy", "text", "tokenize")
 
 
+def huggingface_hub() -> Any:
+    """huggingface_hub, with its module of errors. Raises ModuleNotFoundError, see `_extra`."""
+    purpose = "a model of the Hugging Face hub"
+    _extra("huggingface_hub.errors", "hub", purpose)
+    return _extra("huggingface_hub", "hub", purpose)
+
+
 def torchvision_transforms() -> Any:
     """torchvision.transforms. Raises ModuleNotFoundError, see `_extra`."""
     return _extra("torchvision.transforms", "transforms", "preprocess.transforms")

@@ -94,13 +94,18 @@ def load(
     under `torch.no_grad()` or `torch.inference_mode()`; otherwise the plain tower does, which can be trained.
 
     Args:
-        name: a name from `available_models()`, or a checkpoint: OpenAI's `.pt`, open_clip's `.pt`, `.bin` or
-            `.safetensors`, a Hugging Face folder, or a file that a training loop saved such a model's state dict in.
+        name: a name from `available_models()`; a model on the Hugging Face hub, as "openai/clip-vit-base-patch32" or
+            "hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K"; or a checkpoint: OpenAI's `.pt`, open_clip's `.pt`, `.bin`
+            or `.safetensors`, a Hugging Face folder, or a file that a training loop saved such a model's state dict in.
+            "@revision" behind a hub's name asks for a branch, a tag or a commit. A file or folder of that name wins,
+            unless "hf-hub:" stands before it. Of a repository that has both, "hf-hub:" and open_clip's names take
+            open_clip's files, and a plain name takes transformers'.
         device: where to compute; by default a GPU where PyTorch can use one. One warning says so where a GPU is there
             and PyTorch cannot use it, and where Triton cannot: plain PyTorch then computes on it.
         jit: must be False, the value with which callers of `clip.load` ask for no TorchScript. A dtype in this place
             is taken for `dtype`.
-        download_root: folder for downloaded checkpoints; by default `~/.cache/clip`, which `clip` uses too.
+        download_root: folder for downloaded checkpoints; by default `~/.cache/clip`, which `clip` uses too, and
+            huggingface_hub's own cache for models on the hub.
         dtype: of the weights and embeddings; by default, as in `clip`, float16 on a GPU and float32 on a CPU.
         precision: to compute in, "fp32", "tf32", "fp16" or "bf16"; by default that of `dtype`.
         image_size: the size of the images to encode, where it is not the model's own. A ViT's positional embedding is
@@ -109,11 +114,14 @@ def load(
         cuda_graphs: replay batches on an NVIDIA GPU as CUDA graphs where launching takes longer; they keep some memory.
 
     Returns:
-        The encoder, which is a `Clip` where the checkpoint has OpenAI's text tower and embeds texts too; and a callable
+        The encoder, which is a `Clip` where the checkpoint has a text tower that is served, and embeds texts too
+            (otherwise `encode_text` raises `NotServed`, and says why); and a callable
         from a PIL image to the float32 tensor (3, H, W) that the encoder takes in batches.
 
     Raises:
-        CheckpointError: the checkpoint is missing or not sound; the message names the file and what is wrong.
+        CheckpointError: the checkpoint is missing or not sound; the message names the file and what is wrong. Or it
+            cannot be had from the hub; the message says why, and what to do.
+        ModuleNotFoundError: the extra `hub` is not installed: `pip install "clip_fast[hub]"`.
         ValueError: `image_size` is smaller than a patch, or not a ResNet's own; or `jit` is true.
     """
     if isinstance(jit, torch.dtype):

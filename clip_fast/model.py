@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import simple_tokenizer
 from .checkpoint.reading import Checkpoint, read_state_dict
+from .checkpoint.stored_text import Tokenizer
 from .encoder import ImageEncoder, with_weights
 from .errors import CLIPS_OWN, no_attribute
 from .towers import reference
@@ -36,6 +38,7 @@ class Clip(ImageEncoder):
     Args:
         config, state_dict, device, dtype, options: the image encoder's, see `ImageEncoder`.
         text_config, text_state_dict: the text encoder's, under the names of `TextEncoder`.
+        tokenizer: what `tokenize` calls; by default CLIP's own, `clip_fast.tokenize`.
     """
 
     def __init__(
@@ -46,9 +49,12 @@ class Clip(ImageEncoder):
         text_state_dict: dict[str, Tensor],
         device: torch.device,
         dtype: torch.dtype,
+        *,
+        tokenizer: Tokenizer = simple_tokenizer.tokenize,
         **options: Any,
     ) -> None:
         super().__init__(config, state_dict, device, dtype, **options)
+        self._tokenizer, self._end = tokenizer, text_config.end
         with torch.device("meta"):
             text = TextEncoder(text_config)
         text = with_weights(text, text_state_dict, device, dtype)
@@ -62,8 +68,22 @@ class Clip(ImageEncoder):
         self.logit_scale = text.logit_scale
         self.register_load_state_dict_pre_hook(_rename_old)  # pyright: ignore[reportUnknownMemberType]
 
+    def tokenize(self, texts: str | list[str], truncate: bool = False) -> Tensor:
+        """Texts to tokens (B, context_length) in int32, by the tokenizer that belongs to the model.
+
+        Args:
+            texts: one text or several.
+            truncate: cut texts that are too long.
+
+        Raises:
+            RuntimeError: a text is too long and `truncate` is false.
+            ModuleNotFoundError: the extra `text` is not installed: `pip install "clip_fast[text]"`.
+            CheckpointError: the tokenizer.json beside the weights holds no tokenizer.
+        """
+        return self._tokenizer(texts, self.context_length, truncate)
+
     def encode_text(self, text: Tensor) -> Tensor:
-        """Embeds texts as `clip_fast.tokenize` gives them: (B, L) integers -> (B, embed_dim), not normalised.
+        """Embeds texts as `tokenize` gives them: (B, L) integers -> (B, embed_dim), not normalised.
 
         The result has the encoder's dtype, under autocast too.
 
@@ -75,7 +95,7 @@ class Clip(ImageEncoder):
             raise TypeError(
                 f"text must be a tensor of tokens, got {type(text).__name__}: clip_fast.tokenize(texts) makes one"
             )
-        return encode_text(self, text.to(self.device)).to(self.dtype)
+        return encode_text(self, text.to(self.device), self._end).to(self.dtype)
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Cosines of images (B, …) and texts (T, L), times exp(logit_scale): (B, T), and the same transposed."""
@@ -90,12 +110,12 @@ class Clip(ImageEncoder):
 
     def initialize_parameters(self) -> None:
         """Draws new weights for the text side, and for a ResNet's pool and last batch norms, as `clip` does."""
-        width, layers = self.transformer.width, self.transformer.layers
+        width, layers, projection = self.transformer.width, self.transformer.layers, self.text_projection
         into_stream = width**-0.5 * (2 * layers) ** -0.5  # of what is added to the residual stream
         deviations = [
             (self.token_embedding.weight, 0.02),
             (self.positional_embedding, 0.01),
-            (self.text_projection, width**-0.5),
+            (projection.weight if isinstance(projection, nn.Linear) else projection, width**-0.5),
         ]
         for block in self.transformer.blocks():
             deviations += [
@@ -208,9 +228,12 @@ def from_checkpoint(checkpoint: Checkpoint, device: torch.device, dtype: torch.d
     """
     options |= {"mean": checkpoint.mean, "std": checkpoint.std}
     if checkpoint.text is None:
+        options |= {"without_text": checkpoint.without_text}
         model = ImageEncoder(checkpoint.config, checkpoint.state_dict, device, dtype, **options)
     else:
-        model = Clip(checkpoint.config, checkpoint.state_dict, *checkpoint.text, device, dtype, **options)
+        text_config, text_state_dict, tokenizer = checkpoint.text
+        options |= {"tokenizer": tokenizer}
+        model = Clip(checkpoint.config, checkpoint.state_dict, text_config, text_state_dict, device, dtype, **options)
     return model.requires_grad_(True)
 
 

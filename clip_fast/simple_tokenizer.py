@@ -24,7 +24,7 @@ from .towers.text import VOCABULARY
 _MERGES_FILE = Path(__file__).parent / "assets" / "vocabulary" / "bpe_simple_vocab_16e6.txt.gz"
 _MERGE_COUNT = VOCABULARY - 2 * 256 - 2
 _START, _END = "<|startoftext|>", "<|endoftext|>"
-_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"  # a long s counts as s there
 
 
 def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = False) -> Tensor:
@@ -49,13 +49,18 @@ def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = 
         tokens = [tokenizer.encoder[_START], *tokenizer.encode(text), tokenizer.encoder[_END]]
         if len(tokens) > context_length:
             if not truncate:
-                raise RuntimeError(
-                    f"a text may have {context_length} tokens, start and end included, and {text!r} has {len(tokens)}: "
-                    "shorten it, or pass truncate=True"
-                )
+                raise too_long(text, len(tokens), context_length)
             tokens = [*tokens[: context_length - 1], tokens[-1]]
         row[: len(tokens)] = torch.tensor(tokens)
     return result
+
+
+def too_long(text: str, tokens: int, context_length: int) -> RuntimeError:
+    """The error for a text that has too many tokens."""
+    return RuntimeError(
+        f"a text may have {context_length} tokens, start and end included, and {text!r} has {tokens}: "
+        "shorten it, or pass truncate=True"
+    )
 
 
 class SimpleTokenizer:
@@ -85,12 +90,17 @@ class SimpleTokenizer:
         return " ".join(each.value for each in self._byte_pairs.model.tokenize(token))
 
     def encode(self, text: str) -> list[int]:
-        return self._byte_pairs.encode(whitespace_clean(basic_clean(text)).lower()).ids
+        return self._byte_pairs.encode(clean(text).lower()).ids
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of tokens, lower-case, with a space behind each word."""
         symbols = "".join(self.decoder[int(token)] for token in tokens)
         return bytes(map(_byte_symbols().__getitem__, symbols)).decode("utf-8", errors="replace").replace("</w>", " ")
+
+
+def clean(text: str) -> str:
+    """Mended, unescaped and with single spaces, as CLIP was trained."""
+    return whitespace_clean(basic_clean(text))
 
 
 def basic_clean(text: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.published import available_models
+from ..checkpoint.published import local_path
 from ..extras import pyarrow, ray
 from ..inputs.containers import IMAGE_COLUMN, Container
 from ..inputs.finder import is_leftover
@@ -79,8 +79,8 @@ def encode(
     """
     cluster, data = ray()
     filesystem, folder = _place(output)
-    if model not in available_models():
-        model = _absolute(os.path.expanduser(model))
+    if path := local_path(model):
+        model = _absolute(str(path))
     joined = not cluster.is_initialized()
     if joined:
         cluster.init(address=address)

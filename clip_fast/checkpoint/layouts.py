@@ -1,4 +1,4 @@
-"""How files name the weights of a CLIP, and where in a file its image tower is."""
+"""How files name the weights of a CLIP, and where in a file its towers are."""
 
 from __future__ import annotations
 
@@ -34,17 +34,29 @@ _HUGGING_FACE_NAMES = {
     ".mlp.c_fc.": ".mlp.fc1.",
     ".mlp.c_proj.": ".mlp.fc2.",
     "ln_post.": "post_layernorm.",
+    "token_embedding.": "embeddings.token_embedding.",
+    "ln_final.": "final_layer_norm.",
 }
 
 
 def hugging_face_keys(name: str) -> list[str]:
     if name == "proj":
         return ["visual_projection.weight"]
+    return [f"vision_model.{key}" for key in _in_hugging_face(name)]
+
+
+def _hugging_face_text_keys(name: str) -> list[str]:
+    if name in ("text_projection", "logit_scale"):
+        return [name.replace("projection", "projection.weight")]
+    return [f"text_model.{key}" for key in _in_hugging_face(name)]
+
+
+def _in_hugging_face(name: str) -> list[str]:
+    """The keys inside a tower of transformers for a canonical name."""
     for ours, theirs in _HUGGING_FACE_NAMES.items():
         name = name.replace(ours, theirs)
     stacked = re.fullmatch(r"(.*)\.in_proj_(weight|bias)", name)
-    names = [f"{stacked[1]}.{part}_proj.{stacked[2]}" for part in "qkv"] if stacked else [name]
-    return [f"vision_model.{name}" for name in names]
+    return [f"{stacked[1]}.{part}_proj.{stacked[2]}" for part in "qkv"] if stacked else [name]
 
 
 _OPENAI_OTHER = (
@@ -53,7 +65,6 @@ _OPENAI_OTHER = (
     r"context_length|vocab_size|text_embeddings)$"
 )
 OPENAI = Layout("visual.", "transformer.resblocks.", re.compile(_OPENAI_OTHER), lambda name: [f"visual.{name}"])
-TEXT = Layout("", "transformer.resblocks.", re.compile(r".*"), lambda name: [name])
 TOWER_ALONE = Layout("", "transformer.resblocks.", re.compile(r"text_embeddings$"), lambda name: [name])
 HUGGING_FACE = Layout(
     "vision_model.",
@@ -61,6 +72,18 @@ HUGGING_FACE = Layout(
     re.compile(r"text_model\.|text_projection\.|(logit_scale|vision_model\.embeddings\.position_ids)$"),
     hugging_face_keys,
 )
+
+# Text towers, by a key that each of them has: of OpenAI and open_clip, of open_clip's CustomTextCLIP, of transformers.
+_ANY = re.compile(r".*")
+TEXTS = {
+    "token_embedding.weight": Layout("", "transformer.resblocks.", _ANY, lambda name: [name]),
+    "text.token_embedding.weight": Layout(
+        "text.", "transformer.resblocks.", _ANY, lambda name: [name if name == "logit_scale" else f"text.{name}"]
+    ),
+    "text_model.embeddings.token_embedding.weight": Layout(
+        "text_model.", "encoder.layers.", _ANY, _hugging_face_text_keys
+    ),
+}
 
 _UNSERVED = {  # parts of open_clip's models, by their keys
     r"visual\.trunk\.": "an image tower from timm",

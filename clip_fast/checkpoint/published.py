@@ -1,5 +1,7 @@
 """Published models by name: their shapes, where their checkpoints come from, and how a name becomes a file.
 
+A name is one of OpenAI's nine, of the bundled models, of open_clip's pairs, or of a repository on the Hugging Face hub.
+
 Sources: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021), tables 19 and
 20, for OpenAI's nine models.
 """
@@ -8,14 +10,21 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ..errors import CheckpointError
 from ..towers.config import Config, ResNetConfig, VitConfig
 from .download import Pretrained, download
+from .hub import HubModel
+from .pairs import ARCHITECTURES, IMAGES_ONLY, PAIRS, hub_model, tags_of
+from .reading import OPEN_CLIP_CONFIG
 
 _ASSETS = Path(__file__).parents[1] / "assets"
+_HUB_PREFIX = "hf-hub:"  # open_clip's, too
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".json")  # of files, which no repository ends in
 
 # The keys of OPENAI_MODELS, for type checkers: what `load` returns for one of them embeds texts too.
 OpenAiName = Literal[
@@ -57,27 +66,79 @@ OPENAI_CHECKPOINTS: dict[str, Pretrained] = {
 }
 
 
+class Published(NamedTuple):
+    """A published model: its name, its image tower, where it comes from, and whether its texts are not served."""
+
+    name: str
+    config: Config
+    source: str
+    images_only: bool = False
+
+
+def published_models() -> list[Published]:
+    """The models that are known by name: OpenAI's, those that come with the package, and open_clip's pairs."""
+    openai = [Published(name, config, OPENAI_CHECKPOINTS[name].url) for name, config in OPENAI_MODELS.items()]
+    bundled = [Published(name, config, "comes with clip_fast", True) for name, config in BUNDLED_MODELS.items()]
+    of_open_clip = [
+        Published(
+            f"{architecture}/{tag}", config, f"{_HUB_PREFIX}{PAIRS[architecture][tag]}", architecture in IMAGES_ONLY
+        )
+        for architecture, config in ARCHITECTURES.items()
+        for tag in PAIRS[architecture]
+    ]
+    return openai + bundled + of_open_clip
+
+
 def available_models() -> list[str]:
-    """The names that `load` takes: OpenAI's models, then those that come with the package."""
-    return [*OPENAI_MODELS, *BUNDLED_MODELS]
+    """The names that `load` knows: OpenAI's models, those that come with the package, and open_clip's pairs."""
+    return [model.name for model in published_models()]
+
+
+def local_path(name: str | os.PathLike[str]) -> Path | None:
+    """The file or folder that a name stands for; None where there is none, or the name is OpenAI's or a bundled one."""
+    path = Path(name).expanduser()
+    return path if path.exists() and name not in OPENAI_MODELS.keys() | BUNDLED_MODELS.keys() else None
 
 
 def resolve(name_or_path: str | os.PathLike[str], download_root: str | os.PathLike[str] | None = None) -> Path:
-    """Finds a checkpoint: a name from `available_models()`, downloaded where needed, or a path that exists.
+    """Finds a checkpoint: a name, downloaded where needed, or a path that exists.
 
-    Downloads are kept in `download_root`, by default `~/.cache/clip`, and checked by their SHA-256 each time.
+    The first of these counts: one of OpenAI's names, a bundled model's, a path that exists, one of open_clip's pairs,
+    the name of a repository on the Hugging Face hub. With `hf-hub:` before it, a name is that of a repository alone.
+
+    OpenAI's downloads are kept in `download_root`, by default `~/.cache/clip`, and checked by their SHA-256 each time;
+    those of the hub in `download_root`, by default its own cache.
 
     Raises:
         CheckpointError: for neither a name nor an existing path, and where a download fails.
+        ModuleNotFoundError: the extra `hub` is not installed: `pip install "clip_fast[hub]"`.
     """
     name = os.fspath(name_or_path)
     if name in OPENAI_CHECKPOINTS:
         return download(OPENAI_CHECKPOINTS[name], Path(download_root or "~/.cache/clip").expanduser())
-    path = _ASSETS / name / "model.safetensors" if name in BUNDLED_MODELS else Path(name).expanduser()
-    if path.exists():
+    if name in BUNDLED_MODELS:
+        return _ASSETS / name / "model.safetensors"
+    if path := local_path(name):
         return path
+    plain, _, revision = name.removeprefix(_HUB_PREFIX).partition("@")
+    if name.startswith(_HUB_PREFIX):
+        return HubModel(plain, revision or None, OPEN_CLIP_CONFIG, download_root).weights()
+    architecture, _, tag = plain.partition("/")
+    if tags := tags_of(architecture):
+        repository = hub_model(architecture, tag)
+        if repository is None:
+            raise CheckpointError(name, f"{architecture} has no weights of that name, only {', '.join(tags)}")
+        return HubModel(repository, revision or None, OPEN_CLIP_CONFIG, download_root).weights()
+    if _REPOSITORY.fullmatch(plain) and not plain.endswith(_SUFFIXES):
+        try:
+            return HubModel(plain, revision or None, cache=download_root).weights()
+        except ModuleNotFoundError as error:
+            raise CheckpointError(name, f"no such file or folder; and {error}") from error
     close = difflib.get_close_matches(name.lower(), {known.lower() for known in available_models()}, n=1, cutoff=0.5)
     hint = "".join(f"; did you mean {known!r}?" for known in available_models() if known.lower() in close)
+    names = ", ".join([*OPENAI_MODELS, *BUNDLED_MODELS])
     raise CheckpointError(
-        name, f"no such file, and no model of that name{hint} (names: {', '.join(available_models())})"
+        name,
+        f"no such file, and no model of that name{hint} (names: {names}, owner/name on the Hugging Face hub, and what "
+        "`clip-fast models` lists)",
     )

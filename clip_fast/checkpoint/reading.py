@@ -17,30 +17,32 @@ from typing import Any, cast, get_args
 from torch import Tensor
 
 from ..errors import CheckpointError, summary
-from ..towers.config import Activation, Config, Rgb, TextConfig
+from ..towers.config import Activation, Config, Rgb
 from .layouts import HUGGING_FACE, layout_of
 from .settings import STRUCTURE_ERRORS, BesideWeights, description, read_settings
+from .stored_text import Text, read_text
 from .stored_tower import StoredTower
 from .weights_file import WeightsFile, read_json, read_weights
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An image tower as read from a file, and the text tower where the file has OpenAI's.
+    """An image tower as read from a file, and the text tower in it.
 
     `state_dict` has exactly the names and shapes of `reference.build(config).state_dict()`. Its tensors are contiguous,
     on the CPU, independent of the file, and of the dtype that they have in it (8 bits in float16). `mean` and `std`
-    normalise the RGB channels of pixels scaled to [0, 1]; `squash` and `on_white` are those of `Preprocess`. `text` has
-    the text tower's config, and the names and shapes of `text.TextEncoder(config).state_dict()`.
+    normalise the RGB channels of pixels scaled to [0, 1]; `squash` and `on_white` are those of `Preprocess`. `text` is
+    None where the file has no text tower that is served; `without_text` then says why.
     """
 
     config: Config
     state_dict: dict[str, Tensor]
     mean: Rgb
     std: Rgb
-    text: tuple[TextConfig, dict[str, Tensor]] | None = None
+    text: Text | None = None
     squash: bool = False
     on_white: bool = False
+    without_text: str = ""
 
 
 def read_checkpoint(path: str | os.PathLike[str], activation: Activation | None = None) -> Checkpoint:
@@ -80,20 +82,25 @@ def read_state_dict(state_dict: Mapping[str, Any]) -> Checkpoint:
 def _checkpoint(tower: StoredTower, settings: BesideWeights, activation: Callable[[], Activation]) -> Checkpoint:
     config = tower.config(settings, activation)
     state_dict = tower.state_dict(config)
-    text = tower.text(settings, activation)
-    return Checkpoint(config, state_dict, settings.mean, settings.std, text, settings.squash, settings.on_white)
+    text = read_text(tower.file, settings.text, activation)
+    served, reason = (None, text) if isinstance(text, str) else (text, "")
+    return Checkpoint(
+        config, state_dict, settings.mean, settings.std, served, settings.squash, settings.on_white, reason
+    )
 
 
 # --- Folders and the settings in them --------------------------------------------------------------------------------
 
+HUGGING_FACE_CONFIG, OPEN_CLIP_CONFIG = "config.json", "open_clip_config.json"
+
 # Weights by file name, the preferred first, and the config that belongs to them.
-_FOLDER_FILES = {
-    "model.safetensors": "config.json",
-    "model.safetensors.index.json": "config.json",
-    "open_clip_model.safetensors": "open_clip_config.json",
-    "pytorch_model.bin": "config.json",
-    "pytorch_model.bin.index.json": "config.json",
-    "open_clip_pytorch_model.bin": "open_clip_config.json",
+FOLDER_FILES = {
+    "model.safetensors": HUGGING_FACE_CONFIG,
+    "model.safetensors.index.json": HUGGING_FACE_CONFIG,
+    "open_clip_model.safetensors": OPEN_CLIP_CONFIG,
+    "pytorch_model.bin": HUGGING_FACE_CONFIG,
+    "pytorch_model.bin.index.json": HUGGING_FACE_CONFIG,
+    "open_clip_pytorch_model.bin": OPEN_CLIP_CONFIG,
 }
 
 
@@ -108,7 +115,7 @@ def _locate(path: Path) -> Path:
             raise CheckpointError(path, f"folder holds several models: choose one of its folders {names}")
         weights = _weights_in(below[0]) if below else None
         if weights is None:
-            raise CheckpointError(path, f"folder holds none of {', '.join(_FOLDER_FILES)}")
+            raise CheckpointError(path, f"folder holds none of {', '.join(FOLDER_FILES)}")
         return weights
     if not path.is_file():
         raise CheckpointError(path, "no such file")
@@ -116,7 +123,7 @@ def _locate(path: Path) -> Path:
 
 
 def _weights_in(folder: Path) -> Path | None:
-    return next((folder / name for name in _FOLDER_FILES if (folder / name).is_file()), None)
+    return next((folder / name for name in FOLDER_FILES if (folder / name).is_file()), None)
 
 
 def _settings_beside(tower: StoredTower) -> BesideWeights:
@@ -126,9 +133,9 @@ def _settings_beside(tower: StoredTower) -> BesideWeights:
     weights. Any other may lie there for another model, and is used only where it describes the tower in the file.
     """
     weights, hugging_face = tower.file.path, tower.layout is HUGGING_FACE
-    for name in sorted(set(_FOLDER_FILES.values()), reverse=not hugging_face):
+    for name in sorted(set(FOLDER_FILES.values()), reverse=not hugging_face):
         path = weights.with_name(name)
-        belongs = _FOLDER_FILES.get(weights.name) == name or (hugging_face and name == "config.json")
+        belongs = FOLDER_FILES.get(weights.name) == name or (hugging_face and name == HUGGING_FACE_CONFIG)
         if path.is_file() and (belongs or _describes(path, tower)):
             return read_settings(path, tower.described())
     if hugging_face:

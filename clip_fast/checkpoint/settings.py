@@ -6,7 +6,7 @@ import math
 import reprlib
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -14,10 +14,12 @@ import torch
 
 from ..errors import CheckpointError
 from ..towers.config import EPS, HEAD_DIM, IMAGE_MEAN, IMAGE_STD, RESNET_STRIDE, Activation, Rgb
+from .text_settings import TextSettings, hugging_face_text, open_clip_text
 from .weights_file import read_json
 
 _LARGEST = float(torch.finfo(torch.float32).max)  # that a mean or a deviation may be
-_HUGGING_FACE_TYPES = ("clip", "clip_vision_model")
+_HUGGING_FACE_WHOLE = ("clip", "metaclip_2")  # configs with a section for each tower
+_HUGGING_FACE_TYPES = (*_HUGGING_FACE_WHOLE, "clip_vision_model", "metaclip_2_vision_model")
 STRUCTURE_ERRORS = (
     AttributeError,
     KeyError,
@@ -29,9 +31,6 @@ STRUCTURE_ERRORS = (
 _OPEN_CLIP_KEYS = {"image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio", "patch_dropout"}
 _OPEN_CLIP_UNUSED = {"output_tokens", "attn_pooler_queries", "attn_pooler_heads", "pos_embed_type"}
 _OPEN_CLIP_DEFAULTS = {"pool_type": "tok", "block_type": "default", "timm_pool": "avg", "timm_proj": "linear"}
-# The same of its text_cfg. What pool_type there has no use for, eos_id and pad_id, changes nothing either.
-_OPEN_CLIP_TEXT_KEYS = {"context_length", "vocab_size", "width", "heads", "layers", "eos_id", "pad_id"}
-_OPEN_CLIP_TEXT_DEFAULTS = {"mlp_ratio": 4.0, "pool_type": "argmax", "proj_type": "linear", "block_type": "default"}
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,7 @@ class BesideWeights:
     std: Rgb = IMAGE_STD
     squash: bool = False
     on_white: bool = False
-    text_heads: int | None = None
-    text_layers: int | None = None
-    text_as_openai: bool = True
+    text: TextSettings = field(default_factory=TextSettings)
 
 
 @dataclass(frozen=True)
@@ -121,9 +118,8 @@ def _settings(path: Path, content: dict[str, Any]) -> BesideWeights:
 def _hugging_face_settings(path: Path, content: dict[str, Any]) -> BesideWeights:
     """Of a transformers config; what it leaves out has transformers' defaults."""
     if content.get("model_type") not in _HUGGING_FACE_TYPES:
-        raise CheckpointError(
-            path, f"model_type must be 'clip' or 'clip_vision_model', got {content.get('model_type')!r}"
-        )
+        known = " or ".join(map(repr, _HUGGING_FACE_TYPES))
+        raise CheckpointError(path, f"model_type must be {known}, got {content.get('model_type')!r}")
     vision = _hugging_face_vision(content)
     activation = vision.get("hidden_act", "quick_gelu")
     if activation not in get_args(Activation):
@@ -147,11 +143,14 @@ def _hugging_face_settings(path: Path, content: dict[str, Any]) -> BesideWeights
         std=_triple(beside, processing, "image_std", IMAGE_STD, least=0),
         squash=squash,
         on_white=bool(processing) and processing.get("do_convert_rgb") is not False,  # transformers' default is True
+        text=hugging_face_text(path, content),
     )
 
 
 def _hugging_face_vision(content: dict[str, Any]) -> dict[str, Any]:
-    if content["model_type"] == "clip":  # early versions of transformers let vision_config_dict overrule vision_config
+    if (
+        content["model_type"] in _HUGGING_FACE_WHOLE
+    ):  # early versions of transformers let vision_config_dict overrule vision_config
         return {**(content.get("vision_config") or {}), **(content.get("vision_config_dict") or {})}
     return content
 
@@ -206,7 +205,6 @@ def _open_clip_settings(path: Path, content: dict[str, Any]) -> BesideWeights:
         if len(set(sizes)) != 1:
             raise CheckpointError(path, f"vision_cfg must have a square image_size, got {sizes}")
         size = sizes[0]
-    text: dict[str, Any] = model.get("text_cfg") or {}
     return BesideWeights(
         "quick_gelu" if model.get("quick_gelu") else "gelu",
         heads=width // _integer(path, "head_width", vision.get("head_width", HEAD_DIM)),
@@ -214,9 +212,7 @@ def _open_clip_settings(path: Path, content: dict[str, Any]) -> BesideWeights:
         mean=_triple(path, processing, "mean", IMAGE_MEAN),
         std=_triple(path, processing, "std", IMAGE_STD, least=0),
         squash=processing.get("resize_mode") == "squash",
-        text_heads=_integer(path, "heads", text.get("heads", 8)) if text else None,
-        text_layers=_integer(path, "layers", text.get("layers", 12)) if text else None,
-        text_as_openai=not _special(text, _OPEN_CLIP_TEXT_KEYS, _OPEN_CLIP_TEXT_DEFAULTS),
+        text=open_clip_text(path, model),
     )
 
 

@@ -1,4 +1,4 @@
-"""The towers in a weights file: their shapes, and their weights under canonical names."""
+"""The image tower in a weights file: its shape, and its weights under canonical names."""
 
 from __future__ import annotations
 
@@ -12,17 +12,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..towers import reference
-from ..towers.config import (
-    HEAD_DIM,
-    RESNET_STRIDE,
-    Activation,
-    Config,
-    ResNetConfig,
-    TextConfig,
-    VitConfig,
-)
-from ..towers.text import VOCABULARY, TextEncoder
-from .layouts import HUGGING_FACE, OPENAI, TEXT, Layout, listing
+from ..towers.config import HEAD_DIM, RESNET_STRIDE, Activation, Config, ResNetConfig, VitConfig
+from .layouts import HUGGING_FACE, Layout, listing
 from .settings import BesideWeights, Described
 from .weights_file import WeightsFile
 
@@ -86,38 +77,6 @@ class StoredTower:
         image_size = self._image_size("attnpool.positional_embedding", RESNET_STRIDE, settings)
         heads = self._heads(settings.heads, 32 * width)
         return ResNetConfig(layers, width, heads, image_size, embed_dim)
-
-    def text(
-        self, settings: BesideWeights, activation: Callable[[], Activation]
-    ) -> tuple[TextConfig, dict[str, Tensor]] | None:
-        """The text tower, where it is complete, is OpenAI's in its names, its vocabulary and what the config says of
-        it, and its activation can be told."""
-        names = ("token_embedding.weight", "positional_embedding", "text_projection", "logit_scale")
-        if self.layout is not OPENAI or not all(name in self.file.entries for name in names):
-            return None
-        tower = StoredTower(self.file, TEXT)
-        vocabulary, width = tower._shape("token_embedding.weight", 2)
-        if vocabulary != VOCABULARY or not settings.text_as_openai:  # it reads other tokens, or reads them otherwise
-            return None
-        context_length, embed_dim = tower._shape("positional_embedding", 2)[0], tower._shape("text_projection", 2)[1]
-        try:
-            told = activation()
-        except CheckpointError:  # a ResNet's own needs none
-            return None
-        layers = tower._count(TEXT.blocks)
-        if settings.text_layers not in (None, layers):
-            raise CheckpointError(
-                self.file.path,
-                f"its text tower has {layers} layers, the config beside it says {settings.text_layers}",
-            )
-        heads = tower._heads(settings.text_heads, width)
-        try:
-            config = TextConfig(context_length, vocabulary, width, layers, heads, embed_dim, told)
-        except ValueError as error:
-            raise CheckpointError(self.file.path, f"its text tower makes none: {error}") from error
-        with torch.device("meta"):
-            wanted = TextEncoder(config).state_dict()
-        return config, tower._load_all(wanted)
 
     def state_dict(self, config: Config) -> dict[str, Tensor]:
         """All tensors of the tower, checked: complete, nothing besides, right in shape and dtype, finite."""

@@ -54,7 +54,7 @@ def read_weights(path: Path) -> WeightsFile:
 
     The names begin where a CLIP's do: what a module that held the model, or a tool, put before them is cut off.
     """
-    contents = _read_shards(path) if path.name.endswith(_INDEX) else _read(path)
+    contents = _read_shards(path) if is_index(path) else _read(path)
     return _weights_file(path, contents)
 
 
@@ -103,12 +103,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return cast(dict[str, Any], content)
 
 
+def is_index(path: Path) -> bool:
+    """Whether a file lists shards of weights and holds none itself."""
+    return path.name.endswith(_INDEX)
+
+
+def listed_shards(index: Path) -> dict[str, str]:
+    """The name of each tensor's shard, as the index lists them."""
+    listed: Any = read_json(index).get("weight_map")
+    if not isinstance(listed, dict):
+        raise CheckpointError(index, "has no weight_map")
+    return {key: str(name) for key, name in cast(dict[str, Any], listed).items()}
+
+
 def _read_shards(path: Path) -> _Contents:
     """Reads the shards that an index lists, which must hold every tensor that it lists."""
-    listed: Any = read_json(path).get("weight_map")
-    if not isinstance(listed, dict):
-        raise CheckpointError(path, "has no weight_map")
-    tensors = {key: str(name) for key, name in cast(dict[str, Any], listed).items()}
+    tensors = listed_shards(path)
     entries: dict[str, Any] = {}
     for name in sorted(set(tensors.values())):
         if Path(name).name != name or name.endswith(_INDEX) or not os.path.isfile(path.parent / name):

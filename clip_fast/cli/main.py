@@ -7,22 +7,20 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from ..bulk.progress import TooManyErrors
-from ..checkpoint.published import available_models
 from ..errors import CheckpointError
 from .encode import encode
 from .interrupt import stop_watching
 from .messages import (
     EXIT_INTERRUPTED,
     EXIT_NOTHING_DONE,
-    EXIT_OK,
     EXIT_READER_GONE,
     EXIT_TOO_MANY_ERRORS,
     ReaderGoneError,
     flush,
     nobody_listens,
     say,
-    show,
 )
+from .models import models
 from .parser import DTYPES, parser
 from .verify import verify
 
@@ -45,18 +43,13 @@ def _warm(arguments: argparse.Namespace) -> int:
     return warm(arguments)
 
 
-def _models(arguments: argparse.Namespace) -> int:
-    show("\n".join(available_models()))
-    return EXIT_OK
-
-
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "encode": encode,
     "search": _search,
     "verify": verify,
     "demo": _demo,
     "warm": _warm,
-    "models": _models,
+    "models": models,
 }
 
 

@@ -89,7 +89,7 @@ SEARCH_DESCRIPTION = """\
 Finds the images whose embeddings have the highest cosine with a query's: exactly, all rows are compared.
 
 Each line is the cosine, a tab, and where the image lies, from the folder where encode ran if its paths were relative.
-Words need a model with OpenAI's text tower.
+Words need a model whose text tower is served; else the error says why it is not.
 """
 
 SEARCH_EPILOG = """\
@@ -114,6 +114,16 @@ example:
   clip-fast verify embeddings/
 
 exit status: 0 if no damage was found, 1 if some was, 2 if the folder could not be checked
+"""
+
+
+MODELS_DESCRIPTION = """\
+Lists the models known by name, each with where it comes from, below a line for each image tower, which has its size and
+the sizes of images and embeddings.
+
+--model takes any other CLIP on the Hugging Face hub, too, as owner/name or hf-hub:owner/name, and a checkpoint's path.
+@revision behind a name of the hub is a branch, a tag or a commit. A file or folder of that name wins, unless hf-hub:
+stands before it.
 """
 
 
@@ -173,7 +183,7 @@ def parser() -> argparse.ArgumentParser:
     )
     encode.add_argument("paths", nargs="*", metavar="PATH", help="file, folder, tar, parquet, pattern or braces")
     encode.add_argument(
-        "--model", required=True, metavar="NAME_OR_FILE", help="a name that `clip-fast models` lists, or a checkpoint"
+        "--model", required=True, metavar="NAME_OR_FILE", help="a name, see `clip-fast models`, or a checkpoint"
     )
     encode.add_argument(
         "--output", default="embeddings.npy", metavar="FILE|FOLDER/", help="what to write (default: %(default)s)"
@@ -273,7 +283,7 @@ def parser() -> argparse.ArgumentParser:
         "models",
         parents=[common],
         help="list the names that --model takes",
-        description="Lists the models known by name, one a line. `encode --model` takes a checkpoint's path as well.",
+        description=MODELS_DESCRIPTION,
         epilog="example:\n  clip-fast models",
         formatter_class=layout,
     )

@@ -17,15 +17,13 @@ from ..bulk.decoder import Decoder
 from ..bulk.manifest import weights_digest
 from ..bulk.workers import memory_limited
 from ..encoder import ImageEncoder
-from ..errors import printable
+from ..errors import NotServed, printable
 from ..inputs.containers import IMAGE_COLUMN
 from ..inputs.items import ImageFile
 from ..loading import load
-from ..model import Clip
 from ..preprocess import Preprocess
 from ..search.gallery import page
 from ..search.index import Index
-from ..simple_tokenizer import tokenize
 from ..towers.config import Activation
 from .messages import EXIT_OK, say, show
 from .parser import DTYPES
@@ -85,6 +83,8 @@ def _query(arguments: argparse.Namespace, model: ImageEncoder, preprocess: Prepr
             if error is not None:
                 raise ValueError(f"{printable(arguments.image)}: {printable(error)}")
             return model.encode_image(pixels)[0].float().cpu().numpy()
-        if not isinstance(model, Clip):
-            raise ValueError("this checkpoint has no text tower that clip_fast reads: look for an --image instead")
-        return model.encode_text(tokenize(arguments.text, truncate=True))[0].float().cpu().numpy()
+        try:
+            tokens = model.tokenize(arguments.text, truncate=True)
+        except NotServed as error:
+            raise ValueError(f"{error}: look for an --image instead") from error
+        return model.encode_text(tokens)[0].float().cpu().numpy()

@@ -28,9 +28,11 @@ _CLIP = {
     "open_clip.transformer.VisionTransformer",
     "open_clip.modified_resnet.ModifiedResNet",
 }
-_MODELING_CLIP = "transformers.models.clip.modeling_clip"
+_MODELS = "transformers.models"
+_MODELING = (f"{_MODELS}.clip.modeling_clip.CLIP", f"{_MODELS}.metaclip_2.modeling_metaclip_2.MetaClip2")
 # The tower is the first of these in transformers 4, and the second in 5, whose class has no tower inside.
-_TRANSFORMERS = {f"{_MODELING_CLIP}.CLIPVisionTransformer", f"{_MODELING_CLIP}.CLIPVisionModel"}
+_TRANSFORMERS = {f"{family}Vision{name}" for family in _MODELING for name in ("Transformer", "Model")}
+_PARTS = ("VisionEmbeddings", "Encoder", "EncoderLayer", "MLP", "Attention", "SdpaAttention", "FlashAttention2")
 
 _KNOWN = (
     _CLIP
@@ -40,9 +42,7 @@ _KNOWN = (
     | {"open_clip.transformer.LayerNormFp32"}
     | {f"clip.model.{name}" for name in ("Bottleneck", "AttentionPool2d")}
     | {f"open_clip.modified_resnet.{name}" for name in ("Bottleneck", "AttentionPool2d")}
-    | {f"{_MODELING_CLIP}.CLIP{name}" for name in ("VisionEmbeddings", "Encoder", "EncoderLayer", "MLP")}
-    | {f"{_MODELING_CLIP}.CLIP{name}Attention" for name in ("", "Sdpa")}
-    | {f"{_MODELING_CLIP}.CLIPFlashAttention2"}
+    | {f"{family}{name}" for family in _MODELING for name in _PARTS}
     | {f"torch.nn.modules.{name}" for name in ("linear.Linear", "linear.Identity", "conv.Conv2d", "sparse.Embedding")}
     | {"torch.nn.modules.linear.NonDynamicallyQuantizableLinear", "torch.nn.modules.activation.MultiheadAttention"}
     | {"torch.nn.modules.normalization.LayerNorm", "torch.nn.modules.batchnorm.BatchNorm2d"}

@@ -122,7 +122,11 @@ class VitConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """A text tower: a causal Transformer over `context_length` tokens, with `vocabulary` different tokens."""
+    """A text tower: a causal Transformer over `context_length` tokens, with `vocabulary` different tokens.
+
+    A text's embedding is read at its first token of the number `end`, or of the largest number in it where `end` is
+    None, as OpenAI's code has it. `projection_bias`: the projection into the space shared with images has a bias.
+    """
 
     context_length: int
     vocabulary: int
@@ -132,15 +136,18 @@ class TextConfig:
     embed_dim: int
     activation: Activation = "quick_gelu"
     eps: float = EPS
+    mlp_ratio: float = 4.0
+    end: int | None = None
+    projection_bias: bool = False
 
     def __post_init__(self) -> None:
-        _require_positive(self, "context_length", "vocabulary", "width", "layers", "heads", "embed_dim")
+        _require_positive(self, "context_length", "vocabulary", "width", "layers", "heads", "embed_dim", "mlp_ratio")
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads, got width {self.width} and heads {self.heads}")
 
     @property
     def mlp_width(self) -> int:
-        return 4 * self.width
+        return round(self.width * self.mlp_ratio)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """CLIP's text encoder in plain PyTorch.
 
-It is a causal Transformer over byte-pair tokens, read at the end-of-text token (Radford et al. 2021, section 2.4).
+It is a causal Transformer over tokens, read at the end-of-text token (Radford et al. 2021, section 2.4).
 
 Shapes: B texts, L context length, W width, E embed_dim.
 """
@@ -20,17 +20,17 @@ VOCABULARY = 49408  # tokens: 256 bytes and 256 bytes that end a word, the merge
 
 
 class TextTower(Protocol):
-    """The parts of a text tower, under OpenAI's names."""
+    """The parts of a text tower, under OpenAI's names. A projection that has a bias is a module, as in open_clip."""
 
     token_embedding: nn.Embedding
     positional_embedding: nn.Parameter
     transformer: Transformer
     ln_final: nn.LayerNorm
-    text_projection: nn.Parameter
+    text_projection: nn.Parameter | nn.Linear
 
 
-def encode_text(tower: TextTower, tokens: Tensor) -> Tensor:
-    """Tokens (B, L) of an integer dtype -> embeddings (B, E), not normalised."""
+def encode_text(tower: TextTower, tokens: Tensor, end: int | None = None) -> Tensor:
+    """Tokens (B, L) of an integer dtype -> embeddings (B, E), not normalised. `end` is that of `TextConfig`."""
     context_length = len(tower.positional_embedding)
     if tokens.ndim != 2 or not 0 < tokens.shape[1] <= context_length or tokens.is_floating_point():
         raise ValueError(
@@ -39,9 +39,10 @@ def encode_text(tower: TextTower, tokens: Tensor) -> Tensor:
         )
     x = tower.token_embedding(tokens) + tower.positional_embedding[: tokens.shape[1]]  # (B, L, W)
     x = tower.transformer(x.transpose(0, 1)).transpose(0, 1)
-    end = tokens.argmax(dim=-1)  # the end-of-text token has the largest number
-    x = tower.ln_final(x[torch.arange(len(x), device=x.device), end])  # (B, W)
-    return x @ tower.text_projection
+    position = (tokens if end is None else (tokens == end).int()).argmax(dim=-1)  # of equals the first
+    x = tower.ln_final(x[torch.arange(len(x), device=x.device), position])  # (B, W)
+    projection = tower.text_projection
+    return projection(x) if isinstance(projection, nn.Linear) else x @ projection
 
 
 def causal_mask(length: int) -> Tensor:
@@ -57,14 +58,19 @@ class TextEncoder(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
+        self.end = config.end
         self.token_embedding: nn.Embedding = nn.Embedding.from_pretrained(  # pyright: ignore[reportUnknownMemberType]
             random_parameter(config.vocabulary, config.width, std=1.0), freeze=False
         )
         self.positional_embedding = random_parameter(config.context_length, config.width, std=0.01)
         self.transformer = Transformer(config, causal_mask(config.context_length))
         self.ln_final = nn.LayerNorm(config.width, eps=config.eps)
-        self.text_projection = random_parameter(config.width, config.embed_dim, std=config.width**-0.5)
+        self.text_projection = (
+            nn.Linear(config.width, config.embed_dim)
+            if config.projection_bias
+            else random_parameter(config.width, config.embed_dim, std=config.width**-0.5)
+        )
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(0.07)))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return encode_text(self, tokens)
+        return encode_text(self, tokens, self.end)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from clip_fast.checkpoint import stored_tower
+from clip_fast.checkpoint import stored_text, stored_tower
 from clip_fast.checkpoint.published import resolve
 from clip_fast.checkpoint.reading import read_checkpoint
 from clip_fast.errors import CheckpointError
@@ -331,7 +331,7 @@ def test_text_towers_of_open_clip(
     width: int, heads: int, configured: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Text of ViT-bigG is as wide as images of ViT-H, but its heads are 64 wide as all texts' are by default."""
-    monkeypatch.setattr(stored_tower, "VOCABULARY", 64)
+    monkeypatch.setattr(stored_text, "VOCABULARY", 64)
     open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
     text = {"context_length": 8, "vocab_size": 64, "width": width, "heads": heads, "layers": 1}
     config = {"embed_dim": 32, "vision_cfg": OPEN_CLIP_VISION["vit"], "text_cfg": text}
@@ -357,7 +357,7 @@ def test_other_text_towers_are_not_read(
     changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Such as MetaCLIP's worldwide ones, with tensors of the same names: the image tower is read without them."""
-    monkeypatch.setattr(stored_tower, "VOCABULARY", 64)
+    monkeypatch.setattr(stored_text, "VOCABULARY", 64)
     open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
     text = {"context_length": 8, "vocab_size": 64, "width": 64, "heads": 1, "layers": 1} | changes
     config = {"embed_dim": 32, "vision_cfg": OPEN_CLIP_VISION["vit"], "text_cfg": text}
@@ -817,7 +817,7 @@ def without_layers(entries: dict[str, Tensor], last: str) -> dict[str, Tensor]:
 def test_open_clips_config_must_describe_its_weights(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stored_tower, "VOCABULARY", 64)
+    monkeypatch.setattr(stored_text, "VOCABULARY", 64)
     open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
     vision = OPEN_CLIP_VISION["vit" if kind == "text" else kind]
     text = {"context_length": 8, "vocab_size": 64, "width": 64, "heads": 1, "layers": 2}

@@ -541,7 +541,13 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_models_are_listed_one_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["models"]) == 0
-    assert capsys.readouterr().out.splitlines() == list(clip_fast.available_models())
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(line.split()[0] for line in lines if line.startswith("  ")) == sorted(clip_fast.available_models())
+    heading = lines.index("ViT-B/32: 87.8 million parameters, images of 224 pixels, embeddings of 512")
+    assert lines[heading + 1].split()[0] == "ViT-B/32"
+    assert "ViT-B-32/laion2b_s34b_b79k hf-hub:laion/CLIP-ViT-B-32-laion2B-s34B-b79K" in map(
+        " ".join, map(str.split, lines)
+    )
 
 
 @pytest.mark.parametrize(

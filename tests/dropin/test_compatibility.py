@@ -54,6 +54,12 @@ def open_clip(name: str, **options: Any) -> Callable[[], nn.Module]:
     return lambda: importlib.import_module("open_clip").create_model(name, pretrained=None, **options)
 
 
+def huge() -> nn.Module:
+    """DFN-5B's ViT-H at 378 pixels, cut to two layers."""
+    vision = {"image_size": 378, "layers": 2, "width": 1280, "head_width": 80, "patch_size": 14}
+    return open_clip("ViT-H-14-378-quickgelu", vision_cfg=vision, text_cfg={"layers": 1})()
+
+
 def llava() -> nn.Module:
     """With a vision tower of real shape and a small language model."""
     module: Any = importlib.import_module("transformers")
@@ -112,6 +118,7 @@ FAMILIES = [
         "open_clip_torch", "ViT-B-32 at 256 pixels", open_clip("ViT-B-32", force_image_size=256), size=256
     ),
     Family("open_clip_torch", "ViT-B-32 in a CustomTextCLIP", open_clip("ViT-B-32", force_custom_text=True)),
+    Family("open_clip_torch", "ViT-H-14-378-quickgelu, two layers", huge, size=378),
     Family("open_clip_torch", "RN50", open_clip("RN50")),
     Family("open_clip_torch", "coca_ViT-B-32", open_clip("coca_ViT-B-32"), refused="attn_pool is"),
     Family("open_clip_torch", "ViT-B-16-SigLIP", open_clip("ViT-B-16-SigLIP"), refused="its visual.trunk is a timm"),
@@ -122,6 +129,7 @@ FAMILIES = [
         "transformers", "CLIPVisionModelWithProjection",
         transformers("CLIPVisionModelWithProjection", "CLIPVisionConfig"),
     ),
+    Family("transformers", "MetaClip2Model", transformers("MetaClip2Model", "MetaClip2Config")),
     Family("transformers", "LlavaForConditionalGeneration", llava),
     Family("transformers", "SiglipModel", transformers("SiglipModel", "SiglipConfig"), "no image tower"),
     Family("transformers", "Dinov2Model", transformers("Dinov2Model", "Dinov2Config"), "no image tower"),
@@ -234,9 +242,14 @@ def _table(pytestconfig: pytest.Config) -> Iterator[None]:
 
 def read_table(path: Path) -> dict[tuple[str, str], dict[str, str]]:
     """What `write_table` has written: for each package with its version, and model, the outputs and how they came."""
-    lines = [line for line in path.read_text().splitlines() if line.startswith("| ") and "---" not in line]
+    lines = [line for line in _own(path).splitlines() if line.startswith("| ") and "---" not in line]
     header, *rows = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in lines)
     return {(row[0], row[1]): dict(zip(header[2:], row[2:], strict=True)) for row in rows}
+
+
+def _own(path: Path) -> str:
+    """What the page says of `accelerate`: all before its second heading."""
+    return path.read_text().partition("\n## ")[0]
 
 
 def no_longer_fast(package: str, version: str, family: str, cells: dict[str, str]) -> set[str]:
@@ -260,7 +273,9 @@ def write_table(path: Path, seen: dict[tuple[str, str], dict[str, str]]) -> None
     rules = "| " + " | ".join("---" for _ in header) + " |"
     body = [f"| {' | '.join([*key, *(rows[key].get(output, '') for output in OUTPUTS)])} |" for key in sorted(rows)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(["# Compatibility", "", title, "", f"| {' | '.join(header)} |", rules, *body]) + "\n")
+    rest = path.read_text().removeprefix(_own(path)).lstrip("\n") if path.exists() else ""
+    own = "\n".join(["# Compatibility", "", title, "", f"| {' | '.join(header)} |", rules, *body]) + "\n"
+    path.write_text(own + (f"\n{rest}" if rest else ""))
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: f"{family.package} {family.name}")

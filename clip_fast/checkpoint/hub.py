@@ -1,0 +1,134 @@
+"""Checkpoints on the Hugging Face hub, by huggingface_hub: in its cache, with its token and its settings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import extras
+from ..errors import CheckpointError, summary
+from ..version import __version__
+from .reading import FOLDER_FILES, HUGGING_FACE_CONFIG
+from .settings import STRUCTURE_ERRORS, description
+from .weights_file import is_index, listed_shards, read_json
+
+# What is read beside weights and configs: see `settings.py` and `tokenizer.py`.
+_BESIDE = (
+    *("preprocessor_config.json", "processor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+)
+_LIBRARY = {"library_name": "clip_fast", "library_version": __version__}
+
+
+@dataclass(frozen=True)
+class HubModel:
+    """A model on the hub.
+
+    `revision` is a branch, a tag or a commit; None is the main branch. `config` is the one that is preferred in a
+    repository that has transformers' and open_clip's. `cache` is a folder in place of huggingface_hub's own cache.
+    """
+
+    repository: str
+    revision: str | None = None
+    config: str = HUGGING_FACE_CONFIG
+    cache: str | os.PathLike[str] | None = None
+
+    def __str__(self) -> str:
+        return f"hf-hub:{self.repository}" + (f"@{self.revision}" if self.revision else "")
+
+    def weights(self) -> Path:
+        """The file of the weights, or the index of its shards; downloaded where needed, with all that belongs to it.
+
+        Where the hub cannot be reached, the model is looked for in the cache.
+
+        Raises:
+            CheckpointError: there is no such model or revision, access is not granted, it is no CLIP that is served, or
+                it is neither in the cache nor can be reached; the message says which, and what to do.
+            ModuleNotFoundError: the extra `hub` is not installed: `pip install "clip_fast[hub]"`.
+        """
+        hub = extras.huggingface_hub()
+        try:
+            info: Any = hub.HfApi(**_LIBRARY).model_info(self.repository, revision=self.revision)
+        except Exception as error:  # each release has its own kinds of errors of the network
+            if problem := self._refusal(error):
+                raise CheckpointError(self, problem) from error
+            return self._from_cache(error)
+        files = {file.rfilename for file in info.siblings or ()}
+        return self._choose(files.__contains__, lambda name: self._download(name, info.sha))
+
+    def _from_cache(self, error: Exception) -> Path:
+        """The weights in the cache. `error` kept the hub from being asked."""
+        hub = extras.huggingface_hub()
+
+        def cached(name: str) -> str | None:
+            found = hub.try_to_load_from_cache(self.repository, name, cache_dir=self.cache, revision=self.revision)
+            return found if isinstance(found, str) else None  # it may also say that the hub has no such file
+
+        if not any(map(cached, FOLDER_FILES)):
+            place = self.cache or hub.constants.HF_HUB_CACHE
+            if isinstance(error, hub.errors.OfflineModeIsEnabled):
+                problem = "HF_HUB_OFFLINE forbids asking the hub: unset it once"
+            else:
+                problem = f"{hub.constants.ENDPOINT} cannot be reached ({summary(error)}): try again"
+            raise CheckpointError(self, f"it is not in the cache, {place}, and {problem}") from error
+        return self._choose(lambda name: cached(name) is not None, lambda name: Path(str(cached(name))))
+
+    def _choose(self, has: Callable[[str], bool], get: Callable[[str], Path]) -> Path:
+        """The preferred weights, after all that belongs to them: where weights are, nothing is missing beside them."""
+        found = [(weights, config) for weights, config in FOLDER_FILES.items() if has(weights) and has(config)]
+        problems: dict[str, str | None] = {}
+        for weights, config in sorted(found, key=lambda pair: pair[1] != self.config):
+            if config not in problems:
+                problems[config] = _unserved(get(config))
+            if problems[config] is None:
+                for name in filter(has, _BESIDE):
+                    get(name)
+                path = get(weights)
+                for shard in filter(has, set(listed_shards(path).values()) if is_index(path) else ()):
+                    get(shard)
+                return path
+        reasons = ", ".join(filter(None, problems.values())) or f"it has none of {', '.join(FOLDER_FILES)}"
+        raise CheckpointError(self, f"is no CLIP that is served: {reasons}")
+
+    def _download(self, name: str, commit: str) -> Path:
+        hub = extras.huggingface_hub()
+        try:
+            # The config, which comes first, by the revision's name: so the cache knows which commit that was.
+            revision = self.revision if name in FOLDER_FILES.values() else commit
+            path = hub.hf_hub_download(self.repository, name, revision=revision, cache_dir=self.cache, **_LIBRARY)
+        except Exception as error:
+            reason = f"{name} cannot be downloaded from {hub.constants.ENDPOINT} ({summary(error)})"
+            raise CheckpointError(self, self._refusal(error) or reason) from error
+        return Path(path)
+
+    def _refusal(self, error: Exception) -> str | None:
+        """What the hub says against a download, and what to do; None where it has not been reached."""
+        hub = extras.huggingface_hub()
+        page = f"{hub.constants.ENDPOINT}/{self.repository}"
+        if isinstance(error, hub.errors.GatedRepoError):
+            return f"its owner grants access: ask for it at {page}, then log in with `hf auth login`, or set HF_TOKEN"
+        if isinstance(error, hub.errors.RevisionNotFoundError):
+            return f"the model has no revision {self.revision!r}: see {page}/commits/main"
+        if isinstance(error, hub.errors.RepositoryNotFoundError):
+            return (
+                f"no model of that name is at {hub.constants.ENDPOINT}, or it is private: check the spelling, or log "
+                "in with `hf auth login`, or set HF_TOKEN"
+            )
+        if isinstance(error, hub.errors.HFValidationError):
+            return f"is no name of a model on the hub: {summary(error)}"
+        return None
+
+
+def _unserved(config: Path) -> str | None:
+    """Why the model that a config describes is none that is served; None where it is one."""
+    content = read_json(config)
+    try:
+        if description(config, content) is not None:
+            return None
+        told = content.get("model_type") or content["model_cfg"]["vision_cfg"]["timm_model_name"]
+    except STRUCTURE_ERRORS:
+        return f"its {config.name} is not a CLIP's"
+    return f"its {config.name} is of a {told}"

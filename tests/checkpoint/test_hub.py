@@ -1,0 +1,298 @@
+"""Names of models on the Hugging Face hub, against a hub on the loopback device that serves what the packages wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loopback_hub import LoopbackHub, loopback_hub, visit
+from PIL import Image
+from saved_clips import clip_tokenizer, close, hugging_face_folder, open_clip_folder
+
+import clip_fast
+from clip_fast.checkpoint import pairs
+from clip_fast.checkpoint.published import published_models, resolve
+from clip_fast.errors import CheckpointError
+
+LAION = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
+IMAGES = torch.randn(2, 3, 64, 64)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
+    """A folder of transformers, and one that has open_clip's model too; with the model that each stands for."""
+    root = tmp_path_factory.mktemp("folders")
+    hugging_face, both, other = (root / name for name in ("hugging_face", "both", "other"))
+    made = hugging_face_folder(hugging_face, eos_token_id=2)
+    clip_tokenizer(hugging_face)
+    (hugging_face / "modeling_clip.py").write_text("raise SystemExit('code of a checkpoint was run')")
+    (hugging_face / "README.md").write_text("a card")
+    torch.save(made.state_dict(), hugging_face / "pytorch_model.bin")
+    shutil.copytree(hugging_face, both)
+    open_clip = open_clip_folder(both)
+    torch.save(open_clip.state_dict(), both / "open_clip_pytorch_model.bin")
+    return {"hugging_face": (hugging_face, made), "both": (both, open_clip), "other": (other, open_clip_folder(other))}
+
+
+@pytest.fixture
+def hub(folders: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """Empty is its cache."""
+    with loopback_hub() as served:
+        served.add("openai/clip-vit-base-patch32", folders["hugging_face"][0])
+        served.add(LAION, folders["both"][0])
+        served.add(LAION, folders["other"][0], revision="v2")
+        visit(served, tmp_path / "cache", monkeypatch)
+        monkeypatch.chdir(tmp_path)
+        yield served
+
+
+def embeddings(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found = model.encode_image(IMAGES) if hasattr(model, "encode_image") else model.get_image_features(IMAGES)
+        return getattr(found, "pooler_output", found)
+
+
+def loaded(name: str, **options: Any) -> Any:
+    return clip_fast.load(name, "cpu", **options)[0].requires_grad_(False)
+
+
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "files"),
+    [
+        ("openai/clip-vit-base-patch32", "hugging_face", {"config.json", "model.safetensors"} | TOKENIZER),
+        (f"hf-hub:{LAION}", "both", {"open_clip_config.json", "open_clip_model.safetensors"} | TOKENIZER),
+        ("ViT-B-32/laion2b_s34b_b79k", "both", {"open_clip_config.json", "open_clip_model.safetensors"} | TOKENIZER),
+        ("ViT-B-32/laion2B-s34B-b79K@v2", "other", {"open_clip_config.json", "open_clip_model.safetensors"}),
+        (f"{LAION}@v2", "other", {"open_clip_config.json", "open_clip_model.safetensors"}),
+    ],
+)
+def test_a_name_gives_the_packages_model(
+    name: str, model: str, files: set[str], folders: dict[str, Any], hub: LoopbackHub
+) -> None:
+    """Only what is needed is downloaded, safetensors where there are two, and once."""
+    ours = loaded(name)
+    assert close(embeddings(ours), embeddings(folders[model][1]))
+    assert ours.tokenize("a photo").shape == (1, 77)
+    assert set(hub.downloads()) == files
+    assert hub.downloads()[-1].endswith(".safetensors")  # so that weights in the cache have all beside them
+    hub.requests.clear()
+    assert close(embeddings(loaded(name)), embeddings(ours))
+    assert len(hub.requests) <= 2
+    assert not hub.downloads()
+
+
+def test_a_commit_is_a_revision(folders: dict[str, Any], hub: LoopbackHub) -> None:
+    commit = hub.add(LAION, folders["other"][0], revision="v2")
+    assert close(embeddings(loaded(f"{LAION}@{commit}")), embeddings(folders["other"][1]))
+
+
+def test_a_download_is_kept_where_it_is_asked_for(hub: LoopbackHub, tmp_path: Path) -> None:
+    loaded("openai/clip-vit-base-patch32", download_root=tmp_path / "elsewhere")
+    assert (tmp_path / "elsewhere" / "models--openai--clip-vit-base-patch32").is_dir()
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("how", ["HF_HUB_OFFLINE", "no network"])
+@pytest.mark.parametrize("name", [LAION, "ViT-B-32/laion2b_s34b_b79k@v2"])
+def test_without_a_network_the_cache_serves(
+    how: str, name: str, hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = embeddings(loaded(name))
+    hub.requests.clear()
+    gone = LoopbackHub()
+    gone.address = "http://127.0.0.1:9"
+    visit(hub if how == "HF_HUB_OFFLINE" else gone, tmp_path / "cache", monkeypatch, offline=how == "HF_HUB_OFFLINE")
+    assert torch.equal(embeddings(loaded(name)), wanted)
+    assert not hub.requests
+    with pytest.raises(
+        CheckpointError, match=r"hf-hub:openai/clip-vit-base-patch32: it is not in the cache, .*cache, "
+    ):
+        loaded("openai/clip-vit-base-patch32")
+
+
+def test_a_broken_download_goes_on_where_it_was(hub: LoopbackHub, folders: dict[str, Any]) -> None:
+    hub.cut_after = 11_000_000  # more than huggingface_hub writes at once
+    assert close(embeddings(loaded(f"hf-hub:{LAION}")), embeddings(folders["both"][1]))
+    assert len(hub.ranges) == 1
+    assert hub.ranges[0] != "bytes=0-"
+
+
+def test_shards(tmp_path: Path, hub: LoopbackHub) -> None:
+    folder = tmp_path / "sharded"
+    made = hugging_face_folder(folder)
+    (folder / "model.safetensors").unlink()
+    made.save_pretrained(folder, max_shard_size="2MB")
+    hub.add("someone/sharded", folder)
+    ours = loaded("someone/sharded")
+    assert close(embeddings(ours), embeddings(made))
+    assert len([name for name in hub.downloads() if name.startswith("model-")]) > 1
+
+
+def test_a_pickle_where_there_is_nothing_else(tmp_path: Path, hub: LoopbackHub) -> None:
+    made = open_clip_folder(tmp_path / "bin", weights="open_clip_pytorch_model.bin")
+    hub.add("someone/bin", tmp_path / "bin")
+    assert close(embeddings(loaded("someone/bin")), embeddings(made))
+
+
+def test_a_local_folder_wins(hub: LoopbackHub, folders: dict[str, Any], tmp_path: Path) -> None:
+    shutil.copytree(folders["other"][0], tmp_path / LAION)
+    assert close(embeddings(loaded(LAION)), embeddings(folders["other"][1]))
+    assert not hub.requests
+    assert close(embeddings(loaded(f"hf-hub:{LAION}")), embeddings(folders["both"][1]))
+
+
+def test_a_gated_model(hub: LoopbackHub, folders: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.add("someone/gated", folders["other"][0], token="hf_secret")
+    with pytest.raises(CheckpointError, match=rf"its owner grants access: ask for it at {hub.address}/someone/gated"):
+        loaded("someone/gated")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert close(embeddings(loaded("someone/gated")), embeddings(folders["other"][1]))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lion/CLIP-ViT-B-32", r"hf-hub:lion/CLIP-ViT-B-32: no model of that name is at http.*check the spelling"),
+        (f"{LAION}@v3", rf"hf-hub:{LAION}@v3: the model has no revision 'v3'"),
+        ("hf-hub:a/b/c", r"hf-hub:a/b/c: is no name of a model on the hub"),
+        (
+            "ViT-B-32/laion2b",
+            r"ViT-B-32/laion2b: ViT-B-32 has no weights of that name, only openai, .*laion2b_s34b_b79k",
+        ),
+        ("ViT-B-32-quickgelu/laion2b_s34b_b79k", r"ViT-B-32-quickgelu has no weights of that name, only openai"),
+        ("photos/clip.safetensors", r"photos/clip\.safetensors: no such file, and no model of that name"),
+    ],
+)
+def test_names_that_are_none(name: str, message: str, hub: LoopbackHub) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        loaded(name)
+
+
+CONFIGS = {
+    "of a bert": {"config.json": {"model_type": "bert"}},
+    "of a convnext_base": {
+        "open_clip_config.json": {"model_cfg": {"vision_cfg": {"timm_model_name": "convnext_base"}}}
+    },
+    "not a CLIP's": {"config.json": {"architectures": ["X"]}},
+    "it has none of model.safetensors": {},
+}
+
+
+@pytest.mark.parametrize("reason", CONFIGS)
+def test_what_is_no_clip_is_not_downloaded(reason: str, hub: LoopbackHub, tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    folder.mkdir()
+    for name, content in CONFIGS[reason].items():
+        (folder / name).write_text(json.dumps(content))
+    for weights in ("model.safetensors", "open_clip_model.safetensors"):
+        (folder / weights).write_bytes(b"never read")
+    hub.add("someone/other", folder)
+    with pytest.raises(CheckpointError, match=f"hf-hub:someone/other: is no CLIP that is served: .*{reason}"):
+        loaded("someone/other")
+    assert not any(name.endswith(".safetensors") for name in hub.downloads())
+
+
+@pytest.mark.parametrize(("name", "kind"), [(f"hf-hub:{LAION}", ModuleNotFoundError), (LAION, CheckpointError)])
+def test_the_extra_is_named(name: str, kind: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that might be a file's is said to be none, too."""
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    monkeypatch.setitem(sys.modules, "huggingface_hub.errors", None)
+    message = r'pip install "clip_fast\[hub\]"'
+    with pytest.raises(kind, match=message if kind is ModuleNotFoundError else f"no such file or folder.*{message}"):
+        resolve(name)
+
+
+# --- the table -------------------------------------------------------------------------------------------------------
+
+
+def test_pairs_are_open_clips() -> None:
+    """Of all architectures whose image towers are plain ViTs and ResNets, as open_clip itself resolves them."""
+    pytest.importorskip("open_clip")
+    from open_clip import factory, pretrained
+
+    found = 0
+    for architecture, tag in pretrained.list_pretrained():
+        config = factory.get_model_config(architecture)
+        if config is None or "timm_model_name" in config["vision_cfg"] or "multimodal_cfg" in config:
+            continue
+        if config["vision_cfg"].get("no_ln_pre"):
+            assert pairs.hub_model(architecture, tag) is None
+            continue
+        wanted = pretrained.get_pretrained_cfg(architecture, tag)["hf_hub"].rstrip("/")
+        assert pairs.hub_model(architecture, tag) == wanted, (architecture, tag)
+        found += 1
+    listed = sum(len(pairs.tags_of(name)) for plain in pairs.PAIRS for name in (plain, f"{plain}-quickgelu"))
+    assert found == listed > 100
+
+
+def test_architectures_are_open_clips() -> None:
+    pytest.importorskip("open_clip")
+    from open_clip import factory
+
+    assert pairs.ARCHITECTURES.keys() == pairs.PAIRS.keys()
+    for name, ours in pairs.ARCHITECTURES.items():
+        model = factory.get_model_config(name)
+        vision = model["vision_cfg"]
+        assert (ours.image_size, ours.embed_dim, ours.width) == (
+            vision["image_size"],
+            model["embed_dim"],
+            vision["width"],
+        )
+        attention = ours.width * (32 if isinstance(vision["layers"], list) else 1)
+        assert ours.heads == attention // vision.get("head_width", 64)
+        layers: Any = ours.layers
+        assert (list(layers) if isinstance(layers, tuple) else layers) == vision["layers"]
+        assert getattr(ours, "patch_size", None) == vision["patch_size"]
+        assert getattr(ours, "mlp_ratio", 4.0) == vision.get("mlp_ratio", 4.0)
+        assert (name in pairs.IMAGES_ONLY) == ("hf_model_name" in model["text_cfg"])
+
+
+def test_all_names_are_listed() -> None:
+    names = [model.name for model in published_models()]
+    assert names == clip_fast.available_models()
+    assert len(names) == len(set(names))
+    assert {"ViT-B/32", "tiny-digits", "ViT-H-14-378/dfn5b"} <= set(names)
+
+
+# --- as a new user ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_from_a_name_to_a_search_by_words(hub: LoopbackHub, tmp_path: Path) -> None:
+    """With an empty cache, in one line of the shell; then again without the hub."""
+    (tmp_path / "photos").mkdir()
+    for i in range(3):
+        Image.new("RGB", (40, 30), (80 * i, 0, 90)).save(tmp_path / "photos" / f"{i}.png")
+    root = Path(clip_fast.__file__).parent.parent
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.address,
+        "HF_HOME": str(tmp_path / "home"),
+        "PYTHONPATH": os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])]),
+    }
+    environment.pop("HF_HUB_OFFLINE", None)
+    command = f"{sys.executable} -m clip_fast"
+    line = (
+        f"{command} encode photos/ --model ViT-B-32/laion2b_s34b_b79k --output embeddings/ && "
+        f'{command} search "a dog on a beach" --index embeddings/'
+    )
+    for offline in ("0", "1"):
+        done = subprocess.run(
+            ["bash", "-c", line], env=environment | {"HF_HUB_OFFLINE": offline}, cwd=tmp_path, capture_output=True,
+            text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert sorted(row.split("\t")[1] for row in done.stdout.splitlines()) == [f"photos/{i}.png" for i in range(3)]
+        assert ("open_clip_model.safetensors" in hub.downloads()) == (offline == "0")
+        hub.requests.clear()
+        shutil.rmtree(tmp_path / "embeddings")

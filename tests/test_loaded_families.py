@@ -1,0 +1,151 @@
+"""Published families at their real widths, cut to one layer: loaded, images and words are the package's own.
+
+    pytest tests/test_loaded_families.py -m slow --compatibility docs/compatibility.md
+
+writes what it has seen as the page's second table.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from saved_clips import clip_tokenizer, close, hugging_face_folder, open_clip_folder, whole_words
+
+import clip_fast
+from clip_fast.errors import NotServed
+
+HEADING = "\n## Loaded checkpoints\n"
+INTRODUCTION = """
+What `clip_fast.load` gives, as `pytest tests/test_loaded_families.py -m slow --compatibility` saw it: models at their
+real widths, cut to one layer, saved by their package with random weights. **equal**: within 1e-5 of what the package
+computes in float32; of words, the tokens are the same, too.
+"""
+COLUMNS = ("package", "model", "images", "words")
+
+
+@dataclass(frozen=True)
+class Family:
+    """`make` lays a model down in a folder and gives it, and its own tokenizer."""
+
+    package: str
+    name: str
+    make: Callable[[Path], tuple[Any, Callable[[list[str]], Any]]]
+    refused: str = ""  # a part of the reason why its words are not served
+
+
+def of_open_clip(name: str, *, custom: bool = False, **text: Any) -> Callable[[Path], tuple[Any, Any]]:
+    def make(folder: Path) -> tuple[Any, Any]:
+        package = pytest.importorskip("open_clip")
+        config = copy.deepcopy(package.get_model_config(name))
+        config["vision_cfg"]["layers"] = [1] * 4 if isinstance(config["vision_cfg"]["layers"], list) else 1
+        config["text_cfg"] |= {"layers": 1, **text}
+        if "hf_model_name" in config["text_cfg"]:
+            transformers = pytest.importorskip("transformers")
+            small = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+            transformers.XLMRobertaConfig(**small, vocab_size=64).save_pretrained(folder / "text")
+            config["text_cfg"] |= {"hf_model_name": str(folder / "text"), "hf_model_pretrained": False}
+        model = open_clip_folder(folder, custom, **config)
+        if config["text_cfg"].get("vocab_size") == 100:
+            whole_words(folder)
+        return model, package.get_tokenizer(f"local-dir:{folder}") if "hf_model_name" not in config[
+            "text_cfg"
+        ] else None
+
+    return make
+
+
+def of_transformers(kind: str, words: Callable[[Path], Any], **text: Any) -> Callable[[Path], tuple[Any, Any]]:
+    def make(folder: Path) -> tuple[Any, Any]:
+        shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 1, "num_attention_heads": 8}
+        model = hugging_face_folder(folder, kind, {"num_hidden_layers": 1}, 512, **shape, **text)
+        tokenizer = words(folder)
+        full = {"padding": "max_length", "truncation": True, "max_length": 77, "return_tensors": "pt"}
+        return model, lambda texts: tokenizer(texts, **full).input_ids
+
+    return make
+
+
+FAMILIES = [
+    Family("open_clip_torch", "ViT-B-32 (LAION, DataComp)", of_open_clip("ViT-B-32")),
+    Family("open_clip_torch", "ViT-B-32-quickgelu (MetaCLIP)", of_open_clip("ViT-B-32-quickgelu")),
+    Family("open_clip_torch", "ViT-B-32 in a CustomTextCLIP", of_open_clip("ViT-B-32", custom=True)),
+    Family("open_clip_torch", "ViT-H-14-378-quickgelu (DFN-5B)", of_open_clip("ViT-H-14-378-quickgelu")),
+    Family("open_clip_torch", "ViT-bigG-14", of_open_clip("ViT-bigG-14")),
+    Family(
+        "open_clip_torch", "ViT-H-14-worldwide-quickgelu (MetaCLIP 2)",
+        of_open_clip("ViT-H-14-worldwide-quickgelu", vocab_size=100),
+    ),
+    Family("open_clip_torch", "RN50", of_open_clip("RN50")),
+    Family(
+        "open_clip_torch", "xlm-roberta-base-ViT-B-32", of_open_clip("xlm-roberta-base-ViT-B-32", custom=True),
+        refused="it is transformers'",
+    ),
+    Family("transformers", "CLIPModel", of_transformers("CLIP", clip_tokenizer, eos_token_id=2)),
+    Family("transformers", "MetaClip2Model", of_transformers("MetaClip2", whole_words, eos_token_id=2, vocab_size=100)),
+]  # fmt: skip
+
+_SEEN: dict[tuple[str, str], tuple[str, str]] = {}  # (package and version, model) -> images and words
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _table(pytestconfig: pytest.Config) -> Iterator[None]:
+    yield
+    if path := pytestconfig.getoption("--compatibility"):
+        write_table(Path(path), _SEEN)
+
+
+def write_table(path: Path, seen: dict[tuple[str, str], tuple[str, str]]) -> None:
+    """Writes the page's second section anew, and keeps the lines of other packages and versions."""
+    first, _, own = path.read_text().partition(HEADING)
+    lines = [line.strip("| ").split(" | ") for line in own.splitlines() if line.startswith("| ")][2:]
+    rows = {(package, name): (images, words) for package, name, images, words in lines} | seen
+    table = [
+        f"| {' | '.join(cells)} |" for cells in (COLUMNS, ("---",) * 4, *((*key, *rows[key]) for key in sorted(rows)))
+    ]
+    path.write_text(first + HEADING + INTRODUCTION + "\n" + "\n".join(table) + "\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: f"{family.package} {family.name}")
+def test_a_family(family: Family, tmp_path: Path) -> None:
+    if "MetaClip2" in family.name and not hasattr(pytest.importorskip("transformers"), "MetaClip2Model"):
+        pytest.skip("this transformers has no MetaCLIP 2")
+    model, tokenize = family.make(tmp_path)
+    ours: Any = clip_fast.load(tmp_path, "cpu")[0]
+    images = torch.randn(2, 3, ours.config.image_size, ours.config.image_size)
+    texts = ["a photo of a dog", "on the beach, at night", ""]
+    key = f"{family.package} {importlib.metadata.version(family.package)}", family.name
+    with torch.no_grad():
+        assert close(ours.encode_image(images), _embeddings(model, "image", images))
+        if family.refused:
+            with pytest.raises(NotServed, match=family.refused):
+                ours.tokenize(texts)
+            _SEEN[key] = ("equal", "not served")
+            return
+        tokens = tokenize(texts)
+        assert torch.equal(ours.tokenize(texts), tokens)
+        assert close(ours.encode_text(tokens), _embeddings(model, "text", tokens))
+    _SEEN[key] = ("equal", "equal")
+
+
+def _embeddings(model: Any, side: str, batch: torch.Tensor) -> torch.Tensor:
+    if hasattr(model, f"encode_{side}"):
+        return getattr(model, f"encode_{side}")(batch)
+    found = getattr(model, f"get_{side}_features")(batch)
+    return getattr(found, "pooler_output", found)
+
+
+def test_the_table_keeps_the_lines_of_other_versions_and_the_first_section(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# First\n\n| a | b |\n")
+    write_table(page, {("a 1.0", "x"): ("equal", "equal")})
+    write_table(page, {("a 2.0", "x"): ("equal", "not served")})
+    assert page.read_text().startswith("# First\n\n| a | b |\n")
+    assert page.read_text().splitlines()[-2:] == ["| a 1.0 | x | equal | equal |", "| a 2.0 | x | equal | not served |"]
