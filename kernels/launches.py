@@ -9,7 +9,7 @@ steps of 32, twice as much fits into sm_86's shared memory, too. On sm_90 loads 
 reads least of shared memory; only the flat tile for middling rows has two blocks.
 
 Several launches stand only where the emulator has shown that they have the same bits. It does not know AMD and sm_100.
-In TF32 on sm_90 it found that the row statistics that a tile of 64 × 64 leaves are not those of 128 × 128.
+In TF32 it found that the row statistics that a tile of 64 × 64 leaves are not those of 128 × 128.
 
 "half" stands for float16 and bfloat16, "tf32" for float32 on tensor cores; "flash_attention_64" is for head sizes up to
 64, "flash_attention_128" for those up to 128. Attention in TF32 has one stage where wgmma wants transposed values:
