@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
-import itertools
 import json
 import math
 import multiprocessing
@@ -302,7 +301,7 @@ class Row:
     seconds: float
     dependent: bool = False  # launched before the last kernel has ended
     resident: int = 0  # blocks that a multiprocessor holds at a time
-    early: int = 0  # instructions that touch memory, or branch, before the last kernel is waited for
+    early: int = 0  # instructions that touch global memory, or lead past, before the last kernel is waited for
     overwritten: int = 0  # instructions that write to registers that a matrix instruction may still be reading
     exempt: str = ""
     problems: list[str] = field(default_factory=list)
@@ -379,22 +378,30 @@ def _read_sass(row: Row, cubin: bytes) -> None:
             narrow = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
             width = next((narrow[suffix] for suffix in suffixes if suffix in narrow), 32)
             row.loads[width] = row.loads.get(width, 0) + 1
-    row.early = _early(name for _, name, _ in code)
+    row.early = _early(code)
     row.overwritten = _overwritten(code)
     row.resident, row.occupancy = _occupancy(row)
 
 
-_TOUCHES_OR_BRANCHES = re.compile(r"LDG|STG|LD\b|ST\b|RED|ATOM|UTMA(LDG|STG|REDG)|UBLKCP|BRA|BRX|JMP|CALL|EXIT")
+_GLOBAL = re.compile(r"(LDG|STG|LDGSTS|LD|ST|REDG?|ATOMG?|UTMA\w+|UBLKCP)\b")  # shared memory is a block's own
 
 
-def _early(names: Iterable[str]) -> int:
-    """The number of instructions that touch memory, or branch, before ACQBULK: PTX's `griddepcontrol.wait`.
+def _early(code: Sequence[tuple[int, str, str]]) -> int:
+    """The number of instructions before ACQBULK, PTX's `griddepcontrol.wait`, that touch global memory or lead past it.
 
-    The code is read in its own order, which up to the first branch is that of execution. Constants, which hold the
-    arguments, and shared memory are the kernel's own.
+    Constants, which hold the arguments, and shared and tensor memory are the kernel's own.
     """
-    before = itertools.takewhile(lambda name: name != "ACQBULK", names)
-    return sum(bool(_TOUCHES_OR_BRANCHES.match(name)) for name in before)
+    wait = next((address for address, name, _ in code if name == "ACQBULK"), math.inf)
+
+    def leads_past(name: str, operands: str) -> bool:
+        target = re.search(r"0x([0-9a-f]+)", operands)
+        return name.startswith("BRA") and (target is None or int(target[1], 16) > wait)
+
+    return sum(
+        bool(_GLOBAL.match(name)) or leads_past(name, operands) or name in ("EXIT", "BRX", "JMP", "CALL", "RET")
+        for address, name, operands in code
+        if address < wait
+    )
 
 
 def _overwritten(code: Sequence[tuple[int, str, str]]) -> int:
@@ -576,7 +583,7 @@ def _problems(row: Row, descriptors: bool) -> list[str]:
     if row.arch == "sm_90" and row.kernel == "_linear_kernel" and not exact_float and "HGMMA" not in row.matrix:
         problems.append("has no HGMMA")
     if row.dependent and row.early:
-        problems.append(f"{row.early} instructions touch memory, or branch, before the last kernel is waited for")
+        problems.append(f"{row.early} instructions touch memory before the last kernel is waited for")
     if row.overwritten:
         problems.append(f"{row.overwritten} instructions write to what HGMMA may still be reading")
     if descriptors and not {"UTMALDG", "UTMASTG"} <= row.copies.keys():

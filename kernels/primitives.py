@@ -57,8 +57,8 @@ def wait_for_the_last(DEPENDENT: tl.constexpr):
     then it lets the next kernel come.
     """
     if DEPENDENT:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()  # pyright: ignore
+        tl.extra.cuda.gdc_launch_dependents()  # pyright: ignore
 
 
 @triton.jit

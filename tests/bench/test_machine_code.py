@@ -154,7 +154,7 @@ SOUND = {"matrix": {"HGMMA": 4}, "copies": {"UTMALDG": 6, "UTMASTG": 4}, "loads"
         ({"loads": {64: 1}, "exempt": "a reason"}, False, "no wide load at all"),
         ({"dependent": True}, False, None),
         ({"early": 2}, False, None),  # launched when the last kernel has ended
-        ({"dependent": True, "early": 2}, False, "2 instructions touch memory, or branch"),
+        ({"dependent": True, "early": 2}, False, "2 instructions touch memory before"),
     ],
 )
 def test_each_rule_fires_where_it_must(changes: dict[str, object], descriptors: bool, problem: str | None) -> None:
@@ -166,16 +166,18 @@ def test_each_rule_fires_where_it_must(changes: dict[str, object], descriptors: 
 
 
 @pytest.mark.parametrize(
-    ("names", "early"),
+    ("lines", "early"),
     [
-        (["LDC", "S2R", "ACQBULK", "PREEXIT", "LDG.E", "BRA"], 0),
-        (["LDC", "LDG.E.128", "STG.E", "ACQBULK"], 2),
-        (["UTMALDG.2D", "BRA", "ACQBULK"], 2),
-        (["LDC", "LDG.E"], 1),  # never waits
+        (["LDC R1, c[0x0][0x28]", "ACQBULK", "PREEXIT", "LDG.E R1, [R2]", "BRA 0x10"], 0),
+        (["LDC R1, c[0x0][0x28]", "LDG.E.128 R4, [R2]", "STG.E [R2], R1", "ACQBULK"], 2),
+        (["UTMALDG.2D [UR8], [UR4]", "BRA 0x30", "ACQBULK", "EXIT"], 2),  # past the wait
+        (["BRA 0x20", "ATOMS.OR RZ, [UR6], R2", "STS [UR5], R0", "ACQBULK"], 0),  # tensor memory is allocated
+        (["LDC R1, c[0x0][0x28]", "LDG.E R1, [R2]"], 1),  # never waits
     ],
 )
-def test_what_comes_before_the_wait(names: list[str], early: int) -> None:
-    assert machine_code._early(names) == early
+def test_what_comes_before_the_wait(lines: list[str], early: int) -> None:
+    code = [(16 * i, *line.partition(" ")[::2]) for i, line in enumerate(lines)]
+    assert machine_code._early(code) == early
 
 
 def run(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:

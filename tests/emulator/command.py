@@ -24,6 +24,14 @@ from .problem import KINDS
 from .shapes import SHAPES
 from .subject import architecture, kernels_run
 
+_HEADING = """# The kernels in the emulator
+
+Every kernel's PTX, emulated on a CPU; none of it is run on a GPU. `python -m tests.emulator --json` makes the rows, and
+`python -m tests.emulator table` makes this page of them. Cases are shapes. Adversaries decide when asynchronous copies
+and products happen. The error ratio is the kernel's error over that of plain PyTorch in the same dtype, both against
+float64. A case has faults if the emulator finds any of those in `tests/emulator/README.md`, if bits differ between
+adversaries, or if the error is beyond the tests' bound."""
+
 
 def main(arguments: list[str]) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
@@ -114,10 +122,16 @@ def _group(row: Row) -> tuple[object, ...]:
 
 
 def _table(arguments: list[str]) -> int:
-    options = parser("The table of results that other runs have written with --json.")
+    options = parser("One page of what several runs have written with --json; of a case's rows, the last counts.")
     options.add_argument("results", nargs="+", type=Path)
     lines = [line for path in options.parse_args(arguments).results for line in path.read_text().splitlines()]
-    print(table([Row(**json.loads(line)) for line in lines]))
+    rows = {(row.triton, row.name): row for row in (Row(**json.loads(line)) for line in lines)}
+    print(f"{_HEADING}\n\n{table(list(rows.values()))}")
+    for triton in sorted({row.triton for row in rows.values()}):
+        run = {(row.op, row.arch, row.dtype) for row in rows.values() if row.triton == triton}
+        kinds = sorted({(case.op, dtype) for case in CASES for dtype in case.kinds})
+        left = [f"{op} {arch} {dtype}" for arch in ARCHITECTURES for op, dtype in kinds if (op, arch, dtype) not in run]
+        print(f"\nNot run with Triton {triton}: {', '.join(left) or 'nothing'}.")
     return 0
 
 
@@ -190,14 +204,14 @@ def _launches(arguments: list[str]) -> int:
     options.add_argument("--case", default="", help="only cases whose names contain this")
     options.add_argument("--json", action="store_true", help="a line of JSON for each launch of each case")
     chosen = options.parse_args(arguments)
-    driver = emulator(chosen.cache)
+    gate = Gate(emulator(chosen.cache), ADVERSARIES[:2])
     failed = False
     for arch in chosen.arch:
         for dtype in chosen.dtype:
             for case in PRODUCTS:
                 if chosen.case not in f"{case.op} {case.name}":
                     continue
-                for row in compare(driver, case, KINDS[dtype], arch):
+                for row in compare(gate, case, KINDS[dtype], arch):
                     failed |= bool(row.problems)
                     print(json.dumps(row.as_json()) if chosen.json else _line(row), flush=True)
     return failed

@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from .cases import EPILOGUES, linear, patch_embed
-from .gate import ADVERSARIES, Row, build, call, check
+from .gate import Gate, Row, build, call
 from .problem import Case, Kind
 from .subject import bits, launches_of, pinned
-
-if TYPE_CHECKING:
-    from .driver import EmulatorDriver
 
 # Epilogue, M, N, K. Statistics of x are merged from 2, 4, 8, 12, 20 and 26 tiles; M and N leave ragged tiles, and one
 # N a tile of statistics that is not whole.
@@ -35,13 +31,13 @@ PRODUCTS: tuple[Case, ...] = (
 )
 
 
-def compare(driver: EmulatorDriver, case: Case, kind: Kind, arch: str) -> Iterator[Row]:
+def compare(gate: Gate, case: Case, kind: Kind, arch: str) -> Iterator[Row]:
     """A row for each launch of the entry that the case takes; BITS is a problem where they are not the first's."""
     first: list[Tensor] = []
     for number, launch in enumerate(launches_of(case.op, kind.dtype, kind.precision, arch)):
         with pinned(number):
-            row = check(driver, case, kind, arch, ADVERSARIES[:2])
-            results, _ = call(driver, build(case, kind), arch, "random", 2)
+            row = gate.check(case, kind, arch)
+            results, _ = call(gate.driver, build(case, kind), arch, "random", 2)
         results = [result.clone() for result in results]
         first = first or results
         for one, other in zip(first, results, strict=True):

@@ -9,6 +9,7 @@ import pytest
 from .cases import CASES, OPS
 from .commands import json_of
 from .gate import Row
+from .problem import Case
 
 
 @dataclass(frozen=True)
@@ -16,14 +17,18 @@ class Part:
     arch: str
     dtype: str
     ops: tuple[str, ...] = OPS
+    quick: bool = False  # the first case of each op, two adversaries
 
     def parameters(self) -> list[object]:
-        cases = [case for case in CASES if case.op in self.ops and self.dtype in case.kinds]
+        cases: list[Case] = []
+        for op in self.ops:
+            cases += [case for case in CASES if case.op == op and self.dtype in case.kinds][: 1 if self.quick else None]
         names = [f"{self.arch}-{case.op}-{self.dtype}-{case.name}" for case in cases]
         return [pytest.param(self, case.op, case.name, id=name) for case, name in zip(cases, names, strict=True)]
 
     def row(self, op: str, case: str) -> Row:
-        rows = [Row(**row) for row in json_of("--arch", self.arch, "--dtype", self.dtype, "--op", *self.ops)]
+        options = ("--quick", "--each", "1") if self.quick else ()
+        rows = [Row(**row) for row in json_of("--arch", self.arch, "--dtype", self.dtype, "--op", *self.ops, *options)]
         (found,) = (row for row in rows if (row.op, row.case) == (op, case))
         return found
 
