@@ -21,13 +21,11 @@ if TYPE_CHECKING:
     from .driver import EmulatorDriver
     from .machine import Finding
 
+# What of a kind of break must be noticed. In each kind: one at least, and all together.
+#   order: every one by the checker, unless another instruction orders the same: no schedule of `_skewed` shows it then.
+#   value: one that changes results; another changes nothing.
+#   always: every one.
 Rule = Literal["order", "value", "always"]
-"""What of a break must be noticed.
-
-order: By the checker, unless another instruction orders the same: then no schedule shows a difference (`_skewed`).
-value: Whatever changes a result.
-always: Every one.
-"""
 
 _ADVERSARIES: tuple[tuple[Mode, int, int], ...] = (("earliest", 0, 0), ("latest", 0, 0), ("random", 5, 0))
 

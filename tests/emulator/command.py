@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from datetime import date
 from itertools import groupby, product
 from pathlib import Path
 
@@ -126,7 +127,7 @@ def _table(arguments: list[str]) -> int:
     options.add_argument("results", nargs="+", type=Path)
     lines = [line for path in options.parse_args(arguments).results for line in path.read_text().splitlines()]
     rows = {(row.triton, row.name): row for row in (Row(**json.loads(line)) for line in lines)}
-    print(f"{_HEADING}\n\n{table(list(rows.values()))}")
+    print(f"{_HEADING} Made on {date.today()}.\n\n{table(list(rows.values()))}")
     for triton in sorted({row.triton for row in rows.values()}):
         run = {(row.op, row.arch, row.dtype) for row in rows.values() if row.triton == triton}
         kinds = sorted({(case.op, dtype) for case in CASES for dtype in case.kinds})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import time
 import zlib
@@ -112,12 +113,13 @@ class Gate:
         self.driver.blocks = (0, 0)
         _, runs = call(self.driver, problem, arch, "earliest", 0)
         self.driver.blocks = None
-        return [(run.grid, run.shared, run.hopper, _instructions(run.ptx)) for run in runs]
+        return [(run.grid, run.shared, run.hopper, _digest(run.ptx)) for run in runs]
 
 
-def _instructions(ptx: str) -> str:
-    """PTX without what it says of its target and its source."""
-    return re.sub(r"^\s*\.(version|target|loc|file|section)\b.*$|//.*$", "", ptx, flags=re.MULTILINE)
+def _digest(ptx: str) -> bytes:
+    """Of PTX without what it says of its target and its source."""
+    instructions = re.sub(r"^\s*\.(version|target|loc|file|section)\b.*$|//.*$", "", ptx, flags=re.MULTILINE)
+    return hashlib.sha256(instructions.encode()).digest()
 
 
 def _check(

@@ -74,6 +74,14 @@ def test_lanes_missing_at_a_barrier() -> None:
     assert any("bar.sync with lanes 0x7f only" in finding.text for finding in found)
 
 
+@pytest.mark.parametrize(("favourite", "last"), [(1, 2), (2, 2), (3, 1), (-1, 0), (-2, 1), (-3, 2)])
+def test_a_warp_runs_ahead_or_falls_behind(favourite: int, last: int) -> None:
+    """Three warps write to one word, each after a barrier that lets all of them go."""
+    body = "bar.sync 0; shr.u32 %r1, %r63, 5; st.global.b32 [%d31], %r1;"
+    done = run(body, warps=3, settings=Settings(favourite=favourite))
+    assert done.memory[:4].view(np.uint32)[0] == last
+
+
 # --- asynchronous copies ---------------------------------------------------------------------------------------------
 
 
