@@ -28,8 +28,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .direct import launch_kernel
 from .launches import TABLE
 from .primitives import LOG2_E, add_product, online_softmax_update
+from .sizes import cdiv, next_power_of_2
 from .targets import target_of
 
 
@@ -104,7 +106,10 @@ def flash_attention(qkv: Tensor, scale: float, precision: str) -> Tensor:
 
     size = "flash_attention_64" if head_dim <= 64 else "flash_attention_128"
     launch = TABLE.launch_for(size, qkv.dtype, target_of(qkv.device), precision)
-    _flash_attention_kernel[(batch * heads * triton.cdiv(tokens, launch.block_m),)](
+    launch_kernel(
+        _flash_attention_kernel,
+        qkv.device,
+        (batch * heads * cdiv(tokens, launch.block_m),),
         qkv,
         out,
         tokens,
@@ -113,7 +118,7 @@ def flash_attention(qkv: Tensor, scale: float, precision: str) -> Tensor:
         D=head_dim,
         PRECISION=precision,
         EVEN=(tokens - 1) % launch.block_n == 0,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_D=max(16, next_power_of_2(head_dim)),
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
         **launch.options,

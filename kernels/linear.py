@@ -29,15 +29,16 @@ tile of y overlap the epilogue of the last. Elsewhere, and for exact float32, th
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .direct import launch_kernel
 from .launches import TABLE
 from .primitives import activate, add_product, by_name, load_row_statistics, tile_counts, tile_statistics
+from .sizes import cdiv, next_power_of_2
 from .statistics import STATISTICS_TILE, empty_statistics, statistics_tiles
 from .targets import Launch, Target, multiprocessors, target_of
 
@@ -240,7 +241,10 @@ def linear(
     x_arg, weight_arg, y_arg, *residual_arg = (_descriptor(*o) for o in operands) if descriptors else (
         tensor for tensor, _ in operands
     )  # fmt: skip
-    _linear_kernel[_grid(launch, m, n, x.device)](
+    launch_kernel(
+        _linear_kernel,
+        x.device,
+        _grid(launch, m, n, x.device),
         x_arg,
         weight_arg,
         y_arg,
@@ -267,7 +271,7 @@ def linear(
         DESCRIPTORS=descriptors,
         BY_NAME=by_name(target),
         PRECISION=precision,
-        X_TILES=triton.next_power_of_2(statistics_tiles(k)),
+        X_TILES=next_power_of_2(statistics_tiles(k)),
         TILE=STATISTICS_TILE,
         EVEN_K=k % block_k == 0,
         BLOCK_M=block_m,
@@ -291,7 +295,7 @@ def _parts(launch: Launch, target: Target, residual: Tensor | None) -> int:
 
 
 def _grid(launch: Launch, m: int, n: int, device: torch.device) -> tuple[int]:
-    tiles = triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n)
+    tiles = cdiv(m, launch.block_m) * cdiv(n, launch.block_n)
     return (min(tiles, multiprocessors(device) * launch.blocks),)
 
 
@@ -311,7 +315,12 @@ def _served_by_copy_engine(rows: Tensor) -> bool:
     return rows.data_ptr() % _ALIGNMENT == 0 and rows.stride(0) * rows.element_size() % _ALIGNMENT == 0
 
 
-def _descriptor(rows: Tensor, block: tuple[int, int]) -> Any:
-    from triton.tools.tensor_descriptor import TensorDescriptor
+class _Descriptor(TensorDescriptor):
+    """Not checked again: the launch table has the block, and `_served_by_copy_engine` has seen the rows."""
 
-    return TensorDescriptor.from_tensor(rows, list(block))
+    def __post_init__(self) -> None:
+        pass
+
+
+def _descriptor(rows: Tensor, block: tuple[int, int]) -> TensorDescriptor:
+    return _Descriptor(rows, rows.shape, rows.stride(), block)
