@@ -307,8 +307,8 @@ def _rows(x: Tensor) -> Tensor:
 
 def _pairs(row_statistics: Tensor) -> Tensor:
     """(…, T, 2) as (M, 2 · T), rows a whole number of pairs apart: a view wherever there is one."""
-    rows = _rows(row_statistics.flatten(-2))
-    return rows if rows.stride(0) % 2 == 0 else rows.contiguous()
+    rows = row_statistics.reshape(-1, 2 * row_statistics.shape[-2])
+    return rows if rows.stride(1) == 1 and rows.stride(0) % 2 == 0 else rows.contiguous()
 
 
 def _served_by_copy_engine(rows: Tensor) -> bool:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from clip_fast.kernels.sizes import cdiv, next_power_of_2
+
+ROOT = Path(__file__).parents[2]
 
 # A stand-in is in place of the driver of a GPU, and one in place of the compiler.
 PROGRAM = """
@@ -140,10 +143,13 @@ print("done")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a stand-in is in place of the driver")
-def test_the_kernel_is_the_one_that_triton_chooses() -> None:
+def test_the_kernel_is_the_one_that_triton_chooses(tmp_path: Path) -> None:
     pytest.importorskip("triton")
+    program = tmp_path / "program.py"  # Triton reads the source of its kernels
+    program.write_text(PROGRAM)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=environment)
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "done"
 
