@@ -35,8 +35,8 @@ LATENCY = 1000  # of a load from memory or second-level cache that nothing hides
 GAP = 1e-6  # seconds between two launches of a graph: estimated
 
 # Seconds of the host for a launch, and for one with tensor descriptors. Timed on an Intel Xeon that other work shared,
-# with a stand-in for the driver: the engine's calls, descriptors, Triton's own launcher (13 to 22 and 39 to 42 µs, where
-# Triton's binder would make it 84 to 88). The driver adds 8 µs.
+# with a stand-in for the driver: the engine's calls, descriptors, Triton's own launcher (13 to 22 and 39 to 42 µs, by
+# Triton's binder 84 to 88). The driver adds 8 µs.
 HOST_LAUNCH, HOST_DESCRIPTORS = 26e-6, 49e-6
 
 
