@@ -13,7 +13,7 @@ whether the fast path is right, the fast path is not taken.
 * oneDNN's and MKL's operators are fused products and convolutions for CPUs. Without them PyTorch's public operators
   compute.
 * `Tag.cudagraph_unsafe` keeps our operator out of the CUDA graphs of torch.compile, whose replays would see no change
-  of the weights. Without it, in PyTorch 2.7, a program that torch.compile makes for a GPU has the plain tower.
+  of the weights. Without it, as in PyTorch 2.7, a program that torch.compile makes for a GPU has the plain tower.
 * `_replicate_for_data_parallel` makes replicas of `DataParallel` run the original. Without it replicas are as PyTorch
   makes them.
 """

@@ -47,11 +47,7 @@ _REMEDIES: tuple[tuple[str, str], ...] = (
         r"PermissionError|Permission denied|[Rr]ead-only|home directory",
         "Set TRITON_CACHE_DIR to a folder that can be written to",
     ),
-    (r"is not installed", "Install the Triton that belongs to this PyTorch, which its GPU builds bring"),
-    (
-        r"older than",
-        "Install the Triton that belongs to this PyTorch, if it is newer; PyTorch 2.11 and later bring one that serves",
-    ),
+    (r"is not installed|older than", "Install the Triton that belongs to this PyTorch, which its GPU builds bring"),
 )
 
 
