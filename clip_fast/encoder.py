@@ -215,7 +215,7 @@ class ImageEncoder(nn.Module):
 
     def _results(self, images: Tensor, task: Task) -> Results:
         """A task's results: by the engine wherever it serves, else by the plain tower."""
-        if not isinstance(images, Tensor | torch.fx.Proxy):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(images, (Tensor, torch.fx.Proxy)):  # pyright: ignore[reportUnnecessaryIsInstance]
             size = self.config.image_size
             raise TypeError(
                 f"images must be a tensor [batch, 3, {size}, {size}], got {_kind(images)}: "

@@ -7,11 +7,13 @@ whether the fast path is right, the fast path is not taken.
   them the plain tower runs.
 * `FakeTensor`, `_get_dispatch_mode`, `_TorchDispatchModeKey` tell whether tensors have values. Without them the plain
   tower runs.
-* `_has_any_global_hook` tells whether there are hooks on all modules. Without it the plain tower runs.
+* Four dictionaries of hooks tell whether there are hooks on all modules. Without it the plain tower runs.
 * `_version`, `StorageWeakRef`, `_expired` and two registrations of hooks tell whether weights have changed. Without
   them weights are prepared anew at every call.
 * oneDNN's and MKL's operators are fused products and convolutions for CPUs. Without them PyTorch's public operators
   compute.
+* `Tag.cudagraph_unsafe` keeps our operator out of the CUDA graphs of torch.compile, whose replays would see no change
+  of the weights. Without it, as in PyTorch 2.7, a program that torch.compile makes for a GPU has the plain tower.
 * `_replicate_for_data_parallel` makes replicas of `DataParallel` run the original. Without it replicas are as PyTorch
   makes them.
 """
@@ -41,7 +43,10 @@ _maybe_current_level: Any = _found("torch", "_C._functorch.maybe_current_level")
 _FakeTensor: Any = _found("torch._subclasses.fake_tensor", "FakeTensor")
 _get_dispatch_mode: Any = _found("torch", "_C._get_dispatch_mode")
 _MODES: Any = [_found("torch", f"_C._TorchDispatchModeKey.{name}") for name in ("FAKE", "PROXY")]
-_has_any_global_hook: Any = _found("torch.nn.modules.module", "_has_any_global_hook")
+_GLOBAL_HOOKS: Any = [
+    _found("torch.nn.modules.module", f"_global_{kind}_hooks")
+    for kind in ("backward_pre", "backward", "forward", "forward_pre")
+]
 
 
 def transformed() -> bool:
@@ -63,7 +68,15 @@ def without_values(images: Tensor) -> bool:
 
 def has_global_hook() -> bool:
     """Whether hooks are registered that run at every module."""
-    return _has_any_global_hook is None or _has_any_global_hook()
+    return any(hooks is None or len(hooks) > 0 for hooks in _GLOBAL_HOOKS)
+
+
+CUDAGRAPH_UNSAFE: Any = _found("torch", "Tag.cudagraph_unsafe")
+
+
+def may_be_replayed(images: Tensor) -> bool:
+    """Whether torch.compile may put an operator on `images` into a CUDA graph of its own."""
+    return images.is_cuda and CUDAGRAPH_UNSAFE is None
 
 
 # --- changes of weights ----------------------------------------------------------------------------------------------

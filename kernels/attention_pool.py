@@ -46,6 +46,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .direct import launch_kernel
 from .primitives import (
     LOG2_E,
     TILE,
@@ -57,6 +58,7 @@ from .primitives import (
     stages_from_registers,
     wait_for_the_last,
 )
+from .sizes import cdiv, next_power_of_2
 from .statistics import statistics_tiles
 from .targets import Target, kind_of, target_of
 
@@ -354,8 +356,8 @@ def attention_pool(
     position = None if position is None else position.contiguous()
 
     side = _side(query.dtype)
-    block_h = max(_MIN_HEADS, min(side, triton.next_power_of_2(heads)))
-    head_tiles = triton.cdiv(heads, block_h)
+    block_h = max(_MIN_HEADS, min(side, next_power_of_2(heads)))
+    head_tiles = cdiv(heads, block_h)
     token_strides = (*first.stride(), *rest.stride())
     token_options = {
         "POSITION": position is not None,
@@ -370,7 +372,10 @@ def attention_pool(
     }
 
     _head_linear(query, key_weight.transpose(1, 2), None, u, precision)
-    _scores_kernel[(batch, 1 + triton.cdiv(positions, side), head_tiles)](
+    launch_kernel(
+        _scores_kernel,
+        query.device,
+        (batch, 1 + cdiv(positions, side), head_tiles),
         u,
         first,
         rest,
@@ -384,11 +389,14 @@ def attention_pool(
         *token_strides,
         scale,
         eps,
-        TILES=triton.next_power_of_2(statistics_tiles(width)),
+        TILES=next_power_of_2(statistics_tiles(width)),
         BLOCK_K=_step(query.dtype),
         **token_options,
     )
-    _weighted_sum_kernel[(batch, triton.cdiv(width, side), head_tiles)](
+    launch_kernel(
+        _weighted_sum_kernel,
+        query.device,
+        (batch, cdiv(width, side), head_tiles),
         scores,
         moments,
         first,
@@ -413,7 +421,10 @@ def _head_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, pr
     n = weight.shape[1]
     side = _side(weight.dtype)
     num_warps, num_stages = _linear_launch(weight, precision)
-    _head_linear_kernel[(triton.cdiv(batch, side), triton.cdiv(n, side), heads)](
+    launch_kernel(
+        _head_linear_kernel,
+        x.device,
+        (cdiv(batch, side), cdiv(n, side), heads),
         x,
         weight,
         bias,

@@ -38,7 +38,14 @@ _every_launch: ContextVar[bool] = ContextVar("every_launch", default=False)  # o
 def trusted() -> Generator[None]:
     """Within this context ops take their operands unchecked, and PyTorch's dispatcher is passed over.
 
-    For callers who know that the operands are sound, and that nothing is traced: it saves a quarter of the host's time.
+    For callers who know that the operands are sound, and that nothing is traced. The engine is one:
+
+    * `engine.checked` has seen the images: four dimensions, three channels, the tower's size, a dtype that is taken.
+      `Engine.checked` has put them on the device of the weights.
+    * Owners give weights in a tower's own shapes, on one device, or raise `NotServed` (`_canonical` and `_checked` in
+      `dropin/served.py`, `_difference` in `encoder.py`). `prepare` casts them all to one dtype.
+    * All other operands are results of ops, or views of these, in shapes that the tower's configuration gives.
+    * `route` takes traces and tensors without values elsewhere.
     """
     token = _trusted.set(True)
     try:
@@ -60,6 +67,7 @@ class Op:
     """
 
     name: str
+    check: Callable[..., None]
     lead: int
     widest: int | None
     wide: str
@@ -69,10 +77,11 @@ class Op:
 
         Raises:
             RuntimeError: `impl` is "triton", and the kernel does not serve these operands.
-            ValueError: `impl` is none of the three.
+            ValueError, TypeError: the operands are refused, or `impl` is none of the three.
         """
         if impl == "auto" and is_trusted():
             return self.dispatched(*tensors, *options)
+        self.check(*tensors, *options)
         if impl == "auto":
             return getattr(torch.ops.clip_fast, self.name).default(*tensors, *options)
         if impl == "reference":
@@ -109,7 +118,14 @@ class Op:
 
 
 def define(
-    name: str, schema: str, fake: Callable[..., Any], *, lead: int = 0, widest: int | None = None, wide: str = ""
+    name: str,
+    schema: str,
+    fake: Callable[..., Any],
+    check: Callable[..., None],
+    *,
+    lead: int = 0,
+    widest: int | None = None,
+    wide: str = "",
 ) -> Op:
     """Registers an op with PyTorch.
 
@@ -117,9 +133,10 @@ def define(
         name: of the op, of its oracle in `oracles.py`, and of the kernel's file and launcher.
         schema: arguments and results in PyTorch's language.
         fake: results without values for arguments without values.
+        check: raises ValueError or TypeError for arguments that the op does not take.
         lead, widest, wide: see `Op`.
     """
-    op = Op(name, lead, widest, wide)
+    op = Op(name, check, lead, widest, wide)
     _launching[name] = threading.RLock()
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):

@@ -28,8 +28,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .direct import launch_kernel
 from .launches import TABLE
 from .primitives import LOG2_E, add_product, dependent_launch, online_softmax_update, wait_for_the_last
+from .sizes import cdiv, next_power_of_2
 from .targets import target_of
 
 
@@ -106,7 +108,10 @@ def flash_attention(qkv: Tensor, scale: float, precision: str) -> Tensor:
 
     size = "flash_attention_64" if head_dim <= 64 else "flash_attention_128"
     (launch,) = TABLE.launches_for(size, qkv.dtype, target_of(qkv.device), precision)
-    _flash_attention_kernel[(batch * heads * triton.cdiv(tokens, launch.block_m),)](
+    launch_kernel(
+        _flash_attention_kernel,
+        qkv.device,
+        (batch * heads * cdiv(tokens, launch.block_m),),
         qkv,
         out,
         tokens,
@@ -115,7 +120,7 @@ def flash_attention(qkv: Tensor, scale: float, precision: str) -> Tensor:
         D=head_dim,
         PRECISION=precision,
         EVEN=(tokens - 1) % launch.block_n == 0,
-        BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_D=max(16, next_power_of_2(head_dim)),
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
         **launch.options,

@@ -17,7 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .direct import launch_kernel
 from .primitives import dependent_launch, rounded_product, tile_counts, tile_statistics, wait_for_the_last
+from .sizes import next_power_of_2
 from .statistics import STATISTICS_TILE, empty_statistics, statistics_tiles
 
 _NUM_WARPS = 4  # 1024 columns of 2 bytes are then one 16-byte load a thread
@@ -70,7 +72,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, statistics: 
     y = x.new_empty(x.shape)
     y_statistics = empty_statistics(y, statistics)
     if len(rows) > 0:
-        _layer_norm_kernel[(len(rows),)](
+        launch_kernel(
+            _layer_norm_kernel,
+            x.device,
+            (len(rows),),
             rows,
             weight.contiguous(),
             bias.contiguous(),
@@ -79,7 +84,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, statistics: 
             width,
             rows.stride(0),
             eps,
-            T=triton.next_power_of_2(statistics_tiles(width)),
+            T=next_power_of_2(statistics_tiles(width)),
             TILE=STATISTICS_TILE,
             STATISTICS=statistics,
             num_warps=_NUM_WARPS,

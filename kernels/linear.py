@@ -29,13 +29,13 @@ tile of y overlap the epilogue of the last. Elsewhere, and for exact float32, th
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .direct import launch_kernel
 from .launches import TABLE
 from .primitives import (
     activate,
@@ -47,6 +47,7 @@ from .primitives import (
     tile_statistics,
     wait_for_the_last,
 )
+from .sizes import cdiv, next_power_of_2
 from .statistics import STATISTICS_TILE, empty_statistics, statistics_tiles
 from .targets import Launch, Target, fitting, multiprocessors, target_of
 
@@ -252,7 +253,10 @@ def linear(
     x_arg, weight_arg, y_arg, *residual_arg = (_descriptor(*o) for o in operands) if descriptors else (
         tensor for tensor, _ in operands
     )  # fmt: skip
-    _linear_kernel[_grid(launch, m, n, x.device)](
+    launch_kernel(
+        _linear_kernel,
+        x.device,
+        _grid(launch, m, n, x.device),
         x_arg,
         weight_arg,
         y_arg,
@@ -279,7 +283,7 @@ def linear(
         DESCRIPTORS=descriptors,
         BY_NAME=by_name(target),
         PRECISION=precision,
-        X_TILES=1 if pairs is None else triton.next_power_of_2(statistics_tiles(k)),
+        X_TILES=1 if pairs is None else next_power_of_2(statistics_tiles(k)),
         TILE=STATISTICS_TILE,
         EVEN_K=k % block_k == 0,
         BLOCK_M=block_m,
@@ -304,7 +308,7 @@ def _parts(launch: Launch, target: Target, residual: Tensor | None) -> int:
 
 
 def _grid(launch: Launch, m: int, n: int, device: torch.device) -> tuple[int]:
-    tiles = triton.cdiv(m, launch.block_m) * triton.cdiv(n, launch.block_n)
+    tiles = cdiv(m, launch.block_m) * cdiv(n, launch.block_n)
     return (min(tiles, multiprocessors(device) * launch.blocks),)
 
 
@@ -316,15 +320,20 @@ def _rows(x: Tensor) -> Tensor:
 
 def _pairs(row_statistics: Tensor) -> Tensor:
     """(…, T, 2) as (M, 2 · T), rows a whole number of pairs apart: a view wherever there is one."""
-    rows = _rows(row_statistics.flatten(-2))
-    return rows if rows.stride(0) % 2 == 0 else rows.contiguous()
+    rows = row_statistics.reshape(-1, 2 * row_statistics.shape[-2])
+    return rows if rows.stride(1) == 1 and rows.stride(0) % 2 == 0 else rows.contiguous()
 
 
 def _served_by_copy_engine(rows: Tensor) -> bool:
     return rows.data_ptr() % _ALIGNMENT == 0 and rows.stride(0) * rows.element_size() % _ALIGNMENT == 0
 
 
-def _descriptor(rows: Tensor, block: tuple[int, int]) -> Any:
-    from triton.tools.tensor_descriptor import TensorDescriptor
+class _Descriptor(TensorDescriptor):
+    """Not checked again: the launch table has the block, and `_served_by_copy_engine` has seen the rows."""
 
-    return TensorDescriptor.from_tensor(rows, list(block))
+    def __post_init__(self) -> None:
+        pass
+
+
+def _descriptor(rows: Tensor, block: tuple[int, int]) -> TensorDescriptor:
+    return _Descriptor(rows, rows.shape, rows.stride(), block)

@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .direct import launch_kernel
 from .primitives import dependent_launch, wait_for_the_last
+from .sizes import cdiv
 
 
 @triton.jit
@@ -58,7 +60,10 @@ def mean_token(features: Tensor, position: Tensor) -> Tensor:
         return out
     half = features.dtype.itemsize == 2
     side = 64 if half else 32  # positions, and channels, of a tile
-    _mean_token_kernel[(batch, triton.cdiv(width, side))](
+    launch_kernel(
+        _mean_token_kernel,
+        features.device,
+        (batch, cdiv(width, side)),
         features,
         position.contiguous(),
         out,

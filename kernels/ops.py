@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .dispatch import Impl, define, is_trusted
+from .dispatch import Impl, define
 from .statistics import empty_statistics, statistics_tiles
 from .targets import InputPrecision
 
@@ -52,10 +52,27 @@ def _fake_patch_embed(images: Tensor, weight: Tensor, position: Tensor, patch_si
     return weight.new_empty(images.shape[0], position.shape[0], weight.shape[0])
 
 
+def _check_patch_embed(images: Tensor, weight: Tensor, position: Tensor, patch_size: int, *_: Any) -> None:
+    _require_float("weight", weight)
+    _require(images.ndim == 4 and images.shape[1] == 3, "images must be [batch, 3, height, width], got", images)
+    _require(
+        images.dtype == torch.uint8 or images.is_floating_point(),
+        f"images must be uint8 or of a floating-point dtype, got {images.dtype}",
+    )
+    features = -(-3 * patch_size**2 // PATCH_K_STEP) * PATCH_K_STEP
+    _require(weight.ndim == 2 and weight.shape[1] == features, f"weight must be [width, {features}], got", weight)
+    grid = (images.shape[2] // patch_size, images.shape[3] // patch_size)
+    tokens = 1 + grid[0] * grid[1]
+    _require(min(grid) > 0, f"images must be at least {patch_size} pixels a side, got", images)
+    _require(position.shape == (tokens, len(weight)), f"position must be [{tokens}, {len(weight)}], got", position)
+    _require_device(images=images, weight=weight, position=position)
+
+
 _patch_embed = define(
     "patch_embed",
     "(Tensor images, Tensor weight, Tensor position, int patch_size, str precision) -> Tensor",
     _fake_patch_embed,
+    _check_patch_embed,
     lead=1,
 )
 
@@ -87,19 +104,6 @@ def patch_embed(
     Returns:
         (B, 1 + G, W), contiguous.
     """
-    _require_float("weight", weight)
-    _require(images.ndim == 4 and images.shape[1] == 3, "images must be [batch, 3, height, width], got", images)
-    _require(
-        images.dtype == torch.uint8 or images.is_floating_point(),
-        f"images must be uint8 or of a floating-point dtype, got {images.dtype}",
-    )
-    features = -(-3 * patch_size**2 // PATCH_K_STEP) * PATCH_K_STEP
-    _require(weight.ndim == 2 and weight.shape[1] == features, f"weight must be [width, {features}], got", weight)
-    grid = (images.shape[2] // patch_size, images.shape[3] // patch_size)
-    tokens = 1 + grid[0] * grid[1]
-    _require(min(grid) > 0, f"images must be at least {patch_size} pixels a side, got", images)
-    _require(position.shape == (tokens, len(weight)), f"position must be [{tokens}, {len(weight)}], got", position)
-    _require_device(images=images, weight=weight, position=position)
     return _patch_embed(impl, (images, weight, position), patch_size, precision)
 
 
@@ -111,10 +115,19 @@ def _fake_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, statis
     return y, empty_statistics(y, statistics)
 
 
+def _check_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> None:
+    _require_float("x", x)
+    _require(x.ndim >= 1 and x.shape[-1] > 0, "x must be [..., width], got", x)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        _require(tensor.shape == x.shape[-1:], f"{name} must be [{x.shape[-1]}], got", tensor)
+    _require_device(x=x, weight=weight, bias=bias)
+
+
 _layer_norm = define(
     "layer_norm",
     "(Tensor x, Tensor weight, Tensor bias, float eps, bool statistics) -> (Tensor, Tensor)",
     _fake_layer_norm,
+    _check_layer_norm,
     widest=MAX_LAYER_NORM_WIDTH,
     wide="rows",
 )
@@ -134,11 +147,6 @@ def layer_norm(
         y like x, contiguous; and its row statistics (…, T, 2), float32, T = ⌈W / STATISTICS_TILE⌉: for each tile of
         columns the mean and the sum of squared deviations from it. An empty tensor where they are not wanted.
     """
-    _require_float("x", x)
-    _require(x.ndim >= 1 and x.shape[-1] > 0, "x must be [..., width], got", x)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        _require(tensor.shape == x.shape[-1:], f"{name} must be [{x.shape[-1]}], got", tensor)
-    _require_device(x=x, weight=weight, bias=bias)
     return _layer_norm(impl, (x, weight, bias), eps, statistics)
 
 
@@ -162,11 +170,40 @@ def _fake_linear(
     return y, empty_statistics(y, statistics)
 
 
+def _check_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    row_stats: Tensor | None,
+    colsum: Tensor | None,
+    scale: Tensor | None,
+    activation: str,
+    *_: Any,
+) -> None:
+    _require_float("x", x)
+    rows, k = x.shape[:-1], x.shape[-1]
+    _require(weight.ndim == 2 and weight.shape[1] == k, f"weight must be [N, {k}], got", weight)
+    _require(k > 0, "x must have features, got", x)
+    n = len(weight)
+    _require(weight.dtype == x.dtype, f"weight must have the dtype of x, {x.dtype}, got {weight.dtype}")
+    _require(bias is None or bias.shape == (n,), f"bias must be [{n}], got", bias)
+    _require(residual is None or residual.shape == (*rows, n), f"residual must be {[*rows, n]}, got", residual)
+    _require(activation in ACTIVATIONS, f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if row_stats is not None and colsum is not None:
+        wanted = (*rows, statistics_tiles(k), 2)
+        _require(row_stats.shape == wanted, f"row statistics must be {list(wanted)}, got", row_stats)
+        _require(colsum.shape == (n,), f"colsum must be [{n}], got", colsum)
+    _require(scale is None or scale.shape == (n,), f"scale must be [{n}], got", scale)
+    _require_device(x=x, weight=weight, bias=bias, residual=residual, statistics=row_stats, colsum=colsum, scale=scale)
+
+
 _linear = define(
     "linear",
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? row_statistics, Tensor? colsum, "
     "Tensor? scale, str activation, float eps, bool statistics, str precision) -> (Tensor, Tensor)",
     _fake_linear,
+    _check_linear,
 )
 
 
@@ -205,36 +242,7 @@ def linear(
     """
     row_stats, colsum = norm if norm is not None else (None, None)
     tensors = (x, weight, bias, residual, row_stats, colsum, scale)
-    if not is_trusted():
-        _check_linear(*tensors, activation)
     return _linear(impl, tensors, activation, eps, statistics, precision)
-
-
-def _check_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    row_stats: Tensor | None,
-    colsum: Tensor | None,
-    scale: Tensor | None,
-    activation: str,
-) -> None:
-    _require_float("x", x)
-    rows, k = x.shape[:-1], x.shape[-1]
-    _require(weight.ndim == 2 and weight.shape[1] == k, f"weight must be [N, {k}], got", weight)
-    _require(k > 0, "x must have features, got", x)
-    n = len(weight)
-    _require(weight.dtype == x.dtype, f"weight must have the dtype of x, {x.dtype}, got {weight.dtype}")
-    _require(bias is None or bias.shape == (n,), f"bias must be [{n}], got", bias)
-    _require(residual is None or residual.shape == (*rows, n), f"residual must be {[*rows, n]}, got", residual)
-    _require(activation in ACTIVATIONS, f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    if row_stats is not None and colsum is not None:
-        wanted = (*rows, statistics_tiles(k), 2)
-        _require(row_stats.shape == wanted, f"row statistics must be {list(wanted)}, got", row_stats)
-        _require(colsum.shape == (n,), f"colsum must be [{n}], got", colsum)
-    _require(scale is None or scale.shape == (n,), f"scale must be [{n}], got", scale)
-    _require_device(x=x, weight=weight, bias=bias, residual=residual, statistics=row_stats, colsum=colsum, scale=scale)
 
 
 # --- flash_attention --------------------------------------------------------------------------------------------------
@@ -245,10 +253,17 @@ def _fake_flash_attention(qkv: Tensor, scale: float, precision: str) -> Tensor:
     return qkv.new_empty(batch, tokens, heads * head_dim)
 
 
+def _check_flash_attention(qkv: Tensor, *_: Any) -> None:
+    _require_float("qkv", qkv)
+    _require(qkv.ndim == 5 and qkv.shape[2] == 3, "qkv must be [batch, tokens, 3, heads, head_dim], got", qkv)
+    _require(min(qkv.shape[1:]) > 0, "qkv must have tokens, heads and head_dim, got", qkv)
+
+
 _flash_attention = define(
     "flash_attention",
     "(Tensor qkv, float scale, str precision) -> Tensor",
     _fake_flash_attention,
+    _check_flash_attention,
     widest=MAX_HEAD_DIM,
     wide="heads",
 )
@@ -265,9 +280,6 @@ def flash_attention(qkv: Tensor, scale: float, *, precision: InputPrecision = "i
     Returns:
         (B, N, H · D), contiguous.
     """
-    _require_float("qkv", qkv)
-    _require(qkv.ndim == 5 and qkv.shape[2] == 3, "qkv must be [batch, tokens, 3, heads, head_dim], got", qkv)
-    _require(min(qkv.shape[1:]) > 0, "qkv must have tokens, heads and head_dim, got", qkv)
     return _flash_attention(impl, (qkv,), scale, precision)
 
 
@@ -278,10 +290,18 @@ def _fake_mean_token(features: Tensor, position: Tensor) -> Tensor:
     return features.new_empty(features.shape[0], features.shape[2])
 
 
+def _check_mean_token(features: Tensor, position: Tensor) -> None:
+    _require_float("features", features)
+    _require(features.ndim == 3 and features.shape[1] > 0, "features must be [batch, positions, width], got", features)
+    _require(position.shape == features.shape[2:], f"position must be [{features.shape[2]}], got", position)
+    _require_device(features=features, position=position)
+
+
 _mean_token = define(
     "mean_token",
     "(Tensor features, Tensor position) -> Tensor",
     _fake_mean_token,
+    _check_mean_token,
 )
 
 
@@ -295,10 +315,6 @@ def mean_token(features: Tensor, position: Tensor, *, impl: Impl = "auto") -> Te
     Returns:
         (B, W) of the features' dtype.
     """
-    _require_float("features", features)
-    _require(features.ndim == 3 and features.shape[1] > 0, "features must be [batch, positions, width], got", features)
-    _require(position.shape == features.shape[2:], f"position must be [{features.shape[2]}], got", position)
-    _require_device(features=features, position=position)
     return _mean_token(impl, (features, position))
 
 
@@ -309,11 +325,50 @@ def _fake_attention_pool(query: Tensor, first: Tensor, *rest: Any) -> Tensor:
     return first.new_empty(query.shape[0], query.shape[1] * query.shape[2])
 
 
+def _check_attention_pool(
+    query: Tensor,
+    first: Tensor,
+    rest: Tensor,
+    key_weight: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    statistics: Tensor | None,
+    position: Tensor | None,
+    *_: Any,
+) -> None:
+    _require_float("first", first)
+    _require(first.ndim == 2, "first must be [batch, width], got", first)
+    batch, width = first.shape
+    _require(
+        rest.ndim == 3 and rest.shape[0] == batch and rest.shape[2] == width,
+        f"rest must be [{batch}, positions, {width}], got",
+        rest,
+    )
+    _require(query.ndim == 3 and len(query) == batch, f"query must be [{batch}, heads, head_dim], got", query)
+    heads, head_dim = query.shape[1:]
+    for name, tensor in (("key_weight", key_weight), ("value_weight", value_weight)):
+        _require(tensor.shape == (heads, head_dim, width), f"{name} must be {[heads, head_dim, width]}, got", tensor)
+    for name, tensor in (("rest", rest), ("query", query), ("key_weight", key_weight), ("value_weight", value_weight)):
+        _require(tensor.dtype == first.dtype, f"{name} must have the dtype of first, {first.dtype}, got {tensor.dtype}")
+    _require(value_bias.shape == (heads * head_dim,), f"value_bias must be [{heads * head_dim}], got", value_bias)
+    if statistics is not None:
+        wanted = (batch, 1 + rest.shape[1], statistics_tiles(width), 2)
+        _require(statistics.shape == wanted, f"statistics must be {list(wanted)}, got", statistics)
+    _require(
+        position is None or position.shape == rest.shape[1:], f"position must be {list(rest.shape[1:])}, got", position
+    )
+    _require_device(
+        first=first, rest=rest, query=query, key_weight=key_weight, value_weight=value_weight, value_bias=value_bias,
+        statistics=statistics, position=position,
+    )  # fmt: skip
+
+
 _attention_pool = define(
     "attention_pool",
     "(Tensor query, Tensor first, Tensor rest, Tensor key_weight, Tensor value_weight, "
     "Tensor value_bias, Tensor? statistics, Tensor? position, float scale, float eps, str precision) -> Tensor",
     _fake_attention_pool,
+    _check_attention_pool,
     widest=MAX_HEAD_DIM,
     wide="heads",
 )
@@ -355,31 +410,6 @@ def attention_pool(
     Returns:
         (B, H · D), contiguous, the tokens' dtype: all heads' results side by side, before the output projection.
     """
-    _require_float("first", first)
-    _require(first.ndim == 2, "first must be [batch, width], got", first)
-    batch, width = first.shape
-    _require(
-        rest.ndim == 3 and rest.shape[0] == batch and rest.shape[2] == width,
-        f"rest must be [{batch}, positions, {width}], got",
-        rest,
-    )
-    _require(query.ndim == 3 and len(query) == batch, f"query must be [{batch}, heads, head_dim], got", query)
-    heads, head_dim = query.shape[1:]
-    for name, tensor in (("key_weight", key_weight), ("value_weight", value_weight)):
-        _require(tensor.shape == (heads, head_dim, width), f"{name} must be {[heads, head_dim, width]}, got", tensor)
-    for name, tensor in (("rest", rest), ("query", query), ("key_weight", key_weight), ("value_weight", value_weight)):
-        _require(tensor.dtype == first.dtype, f"{name} must have the dtype of first, {first.dtype}, got {tensor.dtype}")
-    _require(value_bias.shape == (heads * head_dim,), f"value_bias must be [{heads * head_dim}], got", value_bias)
-    if statistics is not None:
-        wanted = (batch, 1 + rest.shape[1], statistics_tiles(width), 2)
-        _require(statistics.shape == wanted, f"statistics must be {list(wanted)}, got", statistics)
-    _require(
-        position is None or position.shape == rest.shape[1:], f"position must be {list(rest.shape[1:])}, got", position
-    )
-    _require_device(
-        first=first, rest=rest, query=query, key_weight=key_weight, value_weight=value_weight, value_bias=value_bias,
-        statistics=statistics, position=position,
-    )  # fmt: skip
     tensors = (query, first, rest, key_weight, value_weight, value_bias, statistics, position)
     return _attention_pool(impl, tensors, scale, eps, precision)
 

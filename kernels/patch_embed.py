@@ -40,8 +40,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .direct import launch_kernel
 from .launches import TABLE
 from .primitives import add_product, dependent_launch, stages_from_registers, wait_for_the_last
+from .sizes import cdiv
 from .targets import fitting, kind_of, multiprocessors, target_of
 
 _IMAGE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
@@ -131,7 +133,10 @@ def patch_embed(images: Tensor, weight: Tensor, position: Tensor, patch_size: in
     if images.dtype != weight.dtype:
         kind = kind_of(weight.dtype, precision)
         launch = replace(launch, num_stages=stages_from_registers(launch.num_stages, kind, target))
-    _patch_embed_kernel[(triton.cdiv(m, launch.block_m) * triton.cdiv(width, launch.block_n),)](
+    launch_kernel(
+        _patch_embed_kernel,
+        images.device,
+        (cdiv(m, launch.block_m) * cdiv(width, launch.block_n),),
         images,
         weight.contiguous(),
         position.contiguous(),

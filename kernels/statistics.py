@@ -21,8 +21,9 @@ def statistics_tiles(width: int) -> int:
 
 def empty_statistics(x: Tensor, wanted: bool) -> Tensor:
     """Memory for the row statistics of `x` (…, W): (…, T, 2) float32 (float64 for float64); empty if not wanted."""
-    shape = (*x.shape[:-1], statistics_tiles(x.shape[-1]), 2) if wanted else 0
-    return x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32))
+    *rows, width = x.shape
+    shape = (*rows, statistics_tiles(width), 2) if wanted else 0
+    return x.new_empty(shape, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
 def row_statistics(x: Tensor) -> Tensor:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from .. import pytorch
 from ..towers.config import Task, TaskName
 from ..towers.fast import Results
 from . import graphs
@@ -56,7 +57,11 @@ def compiled(name: str, images: Tensor, task: Task, autocast: str = "") -> Resul
 
 
 # The tag keeps it out of torch.compile's own CUDA graphs, whose replays would see no change of the weights.
-@torch.library.custom_op("clip_fast::encode", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+_TAGS: dict[str, Any] = {} if pytorch.CUDAGRAPH_UNSAFE is None else {"tags": (pytorch.CUDAGRAPH_UNSAFE,)}
+_SCHEMA = "(Tensor images, str name, str task, int[] arguments, str autocast) -> Tensor[]"
+
+
+@torch.library.custom_op("clip_fast::encode", mutates_args=(), schema=_SCHEMA, **_TAGS)
 def _encode(images: Tensor, name: str, task: str, arguments: list[int], autocast: str) -> list[Tensor]:
     asked = Task(cast(TaskName, task), tuple(arguments))
     with graphs.launches_only():

@@ -23,7 +23,9 @@ from ..kernels.targets import total_memory
 from ..towers.config import Config, Task
 from ..towers.fast import Results
 
-_OPERATIONS_A_LAUNCH = 6e10  # that the fastest GPU does in the 0.1 ms in which its host launches a kernel
+# That the fastest GPU does in 0.1 ms. Its host launches a kernel in half of that, or less, while no other thread of
+# Python runs.
+_OPERATIONS_A_LAUNCH = 6e10
 _CHEAP = 7e11  # operations of a padded batch, for which any GPU takes no longer than its host to launch the kernels
 _MEMORY_SHARE = 1 / 32  # of a GPU's memory that the graphs of one set of weights may be counted with
 _FIRST_PAUSE, _LONGEST_PAUSE = 64, 4096  # calls

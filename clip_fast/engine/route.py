@@ -70,7 +70,8 @@ def route(owner: Owner, images: Tensor, task: Task, asked: str | None = None) ->
     if torch.compiler.is_exporting() or isinstance(images, torch.fx.Proxy):
         return PROGRAM
     if torch.compiler.is_compiling():
-        engine = None if asked or pytorch.transformed() else owner._traced_engine()
+        plain = asked or pytorch.transformed() or pytorch.may_be_replayed(images)
+        engine = None if plain else owner._traced_engine()
         if engine is None or _by_plain_tower(engine, images):
             return PROGRAM
         return compiled(owner._name, engine.checked(images), task, owner._autocast())
