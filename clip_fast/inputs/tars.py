@@ -7,8 +7,9 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import ClassVar
 
 from ..errors import reason_of
@@ -16,22 +17,26 @@ from .containers import Columns
 from .finder import is_leftover
 from .images import check_bytes, image_suffixes
 from .items import Item, Unreadable, image_bytes, may_pass, size_of_file
+from .tar_headers import BLOCK, Member, plain_files
 
-_TAR_BLOCK = 512  # bytes; an archive ends in at least one block of zeros
 _TAR_END = 1 << 20  # bytes of zeros at the end, at most; tar pads to 10 KiB
 _TAR_HEADERS = 1 << 20  # bytes of one member's headers, at most; names are a few kilobytes
 
 
 def sample_key(member: str) -> str | None:
     """The webdataset key of a tar's member, given by its path in the tar; None where it is no image's."""
-    folder, name = os.path.split(member)
-    sample = name.partition(".")[0]
-    if not sample or os.path.splitext(name)[1].lower() not in image_suffixes() or is_leftover(member):
+    if member[member.rfind(".") :].lower() not in image_suffixes():  # of most members this alone is asked
         return None
-    return os.path.join(folder, sample)
+    start = member.rfind("/") + 1
+    sample, dot, _ = member[start:].partition(".")
+    if not sample or not dot or (start and is_leftover(member)):
+        return None
+    if "//" in member:
+        return os.path.join(os.path.dirname(member), sample)
+    return member[:start] + sample
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TarMember(Item):
     """A member of an uncompressed tar: `size` bytes from `offset`; its key is the webdataset key."""
 
@@ -72,40 +77,78 @@ class Tar:
         """Unknown: only listing the whole tar tells."""
 
     def __iter__(self) -> Iterator[Item]:
-        seen: Counter[str] = Counter()
+        seen = _Seen(self._images)
         try:
-            size_of_file(self.path)
-            with _Headers(self.path) as file, tarfile.open(self.path, "r:", file) as tar:
-                for member in tar:
-                    file.left = _TAR_HEADERS
-                    tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # tarfile would keep them all
-                    key = sample_key(member.name)
-                    if key is None or member.isdir():
-                        continue
-                    seen[member.name] += 1
-                    number = f"#{seen[member.name]}" if seen[member.name] > 1 else ""
-                    location = f"{self.path}/{member.name}{number}"
-                    kind = _unreadable_kind(member)
-                    if kind:
-                        yield Unreadable(key, location, f"{kind} in the archive")
-                    else:
-                        yield TarMember(key, location, self.path, member.offset_data, member.size)
-                self._check_end(tar.offset)
+            for key, member in self._images():
+                number = seen.again(member.name)
+                location = f"{self.path}/{member.name}#{number}" if number > 1 else f"{self.path}/{member.name}"
+                if member.problem:
+                    yield Unreadable(key, location, f"{member.problem} in the archive")
+                else:
+                    yield TarMember(key, location, self.path, member.offset, member.size)
         except Exception as error:  # tarfile raises whatever its parsing stumbles on
             if may_pass(error):
                 raise
             yield Unreadable(self.path, self.path, f"not a readable, uncompressed tar: {reason_of(error)}")
 
+    def _images(self) -> Iterator[tuple[str, Member]]:
+        """The members that are images by their names, with their keys."""
+        for member in self._members():
+            key = sample_key(member.name)
+            if key is not None:
+                yield key, member
+
+    def _members(self) -> Iterator[Member]:
+        """What may be images: from our own scanner up to the first header that is not plain, then from `tarfile`."""
+        size_of_file(self.path)
+        with _Headers(self.path) as file:
+            last = yield from plain_files(file.fileno(), image_suffixes())
+            file.seek(last or 0)
+            with tarfile.open(self.path, "r:", file) as tar:
+                known = last is not None
+                for member in tar:
+                    file.left = _TAR_HEADERS
+                    tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # tarfile would keep them all
+                    if not known and not member.isdir():
+                        yield Member(member.name, member.offset_data, member.size, _unreadable_kind(member))
+                    known = False
+                self._check_end(tar.offset)
+
     def _check_end(self, offset: int) -> None:
         """Refuses an archive that does not end at `offset`, where `tarfile` stopped.
 
-        `tarfile` stops without a word at a cut or a damaged header, and loses the members behind it.
+        It ends in at least one block of zeros. `tarfile` stops without a word at a cut or a damaged header, and loses
+        the members behind it.
         """
         with open(self.path, "rb") as file:
             file.seek(offset)
             end = file.read(_TAR_END + 1)
-        if not _TAR_BLOCK <= len(end) <= _TAR_END or end.strip(b"\0"):
+        if not BLOCK <= len(end) <= _TAR_END or end.strip(b"\0"):
             raise tarfile.ReadError(f"cut or damaged at byte {offset}, and what may follow is lost")
+
+
+class _Seen:
+    """Counts how often a name came.
+
+    While names ascend, as in most webdatasets, none is kept. At the first that does not, `images` tells them again.
+    """
+
+    def __init__(self, images: Callable[[], Iterable[tuple[str, Member]]]) -> None:
+        self._images = images
+        self._ascended = 0
+        self._last = ""
+        self._counts: Counter[str] | None = None
+
+    def again(self, name: str) -> int:
+        """How often `name` has come, with this time."""
+        if self._counts is None:
+            if name > self._last:
+                self._last = name
+                self._ascended += 1
+                return 1
+            self._counts = Counter(member.name for _, member in islice(self._images(), self._ascended))
+        self._counts[name] += 1
+        return self._counts[name]
 
 
 class _Headers(io.FileIO):
