@@ -4,6 +4,7 @@
     OUTPUT/metadata/metadata_0000.parquet       key, image_path, width, height, status, error
     OUTPUT/errors.jsonl                         {"key", "image_path", "reason"} of every failure, where there are any
     OUTPUT/manifest.json                        the settings, and the totals once all is done
+    OUTPUT/listings/                            what is in the tars among the inputs, see `listings.py`
 
 This is the layout that clip-retrieval and autofaiss read. Every input has its row, in order; the embedding of a failed
 one is zero. The metadata holds the size and the checksum of the embeddings' file and is renamed into place after it: a
@@ -32,6 +33,7 @@ from ..errors import summary
 from ..extras import pyarrow
 from ..inputs.items import Item
 from .atomic import TEMPORARY_SUFFIX, locked, naming, new_file
+from .listings import LISTINGS_FOLDER
 from .manifest import MANIFEST_NAME, compare, read_manifest, write_manifest
 from .tables import Record, Shard, Totals, as_text, columns_of
 
@@ -166,7 +168,8 @@ class OutputFolder(ShardFolder):
         self._settings = json.loads(json.dumps(settings))
         if self._manifest.exists():
             compare(read_manifest(self._manifest).settings, self._settings, self.folder)
-        for folder in (self.folder, self.folder / EMBEDDINGS_FOLDER, self.folder / METADATA_FOLDER):
+        names = (EMBEDDINGS_FOLDER, METADATA_FOLDER, LISTINGS_FOLDER)
+        for folder in (self.folder, *(self.folder / name for name in names)):
             for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
                 leftover.unlink()
         write_manifest(self._manifest, {"settings": self._settings})  # without totals, until the run is complete

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from ..bulk.decoder import UNREMARKED, Decoder
+from ..bulk.listings import with_listings
 from ..bulk.manifest import computer, weights_digest
 from ..bulk.npy import EmbeddingWriter, embed_files
 from ..bulk.pipeline import Options, run
@@ -165,6 +166,7 @@ def _encode_to_folder(arguments: argparse.Namespace) -> int:
         dtype = DTYPES.get(arguments.dtype) or default_dtype(devices[0])
         model, preprocess = load(arguments.model, one or "cpu", dtype, activation=arguments.activation)
         folder.begin(_settings(arguments, options, model, preprocess, devices))
+        inputs = with_listings(inputs, folder.folder)
         with _progress(arguments, inputs) as progress:
             if one:
                 run(model, Decoder(preprocess, arguments.fast_decode), inputs, folder, options, progress)

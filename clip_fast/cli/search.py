@@ -55,7 +55,8 @@ def search(arguments: argparse.Namespace) -> int:
     if arguments.html:
         title = arguments.text if arguments.text is not None else os.path.basename(arguments.image)
         with new_file(Path(arguments.html)) as file:
-            file.write(page(title, hits, query=arguments.image, image_column=column).encode("utf-8", "replace"))
+            html = page(title, hits, query=arguments.image, image_column=column, index=Path(arguments.index))
+            file.write(html.encode("utf-8", "replace"))
     return EXIT_OK
 
 

@@ -73,8 +73,8 @@ class Tar:
         found = re.search(rf"{re.escape(cls.suffix)}(?=/)", location, re.IGNORECASE)
         return cls(location[: found.end()]) if found else None
 
-    def count(self) -> None:
-        """Unknown: only listing the whole tar tells."""
+    def count(self) -> int | None:
+        """None: only listing the whole tar tells."""
 
     def __iter__(self) -> Iterator[Item]:
         seen = _Seen(self._images)
