@@ -41,7 +41,7 @@ BYTES = "bytes"  # the column of files' contents that `read_binary_files` makes
 Batch = dict[str, NDArray[Any]]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Bytes(Item):
     data: bytes
 
@@ -50,7 +50,7 @@ class _Bytes(Item):
         return image_bytes(data, len(data))
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Pixels(Item):
     """An image that Ray has decoded, (H, W) or (H, W, C), in the dtypes and channels that Pillow's arrays have."""
 

@@ -1,7 +1,7 @@
 """Embeddings on disk in shards, so that a job can stop anywhere and go on.
 
     OUTPUT/img_emb/img_emb_0000.npy             (rows, embed_dim), row i belonging to row i of
-    OUTPUT/metadata/metadata_0000.parquet       key, image_path, width, height, status, error
+    OUTPUT/metadata/metadata_0000.parquet       key, image_path, width, height, status, error, norm
     OUTPUT/errors.jsonl                         {"key", "image_path", "reason"} of every failure, where there are any
     OUTPUT/manifest.json                        the settings, and the totals once all is done
     OUTPUT/listings/                            what is in the tars among the inputs, see `listings.py`
@@ -41,6 +41,8 @@ ERRORS_NAME = "errors.jsonl"
 LOCK_NAME = ".lock"
 EMBEDDINGS_FOLDER = "img_emb"
 METADATA_FOLDER = "metadata"
+
+NORM = "norm"  # column of the metadata
 
 _FOOTER = b"clip_fast"  # key in the parquet footer, under which a shard's `Footer` stands
 _log = logging.getLogger(__name__)
@@ -98,7 +100,7 @@ class ShardFolder:
             file.writelines(data)
         _, parquet = pyarrow()
         with new_file(self.metadata_path(shard.index)) as file:
-            parquet.write_table(_metadata(shard.records, data), file, write_page_checksum=True)
+            parquet.write_table(_metadata(shard, data), file, write_page_checksum=True)
         for folder in (EMBEDDINGS_FOLDER, METADATA_FOLDER):
             _sync_folder(self.folder / folder)
         errors = _error_lines(shard.records)
@@ -241,7 +243,8 @@ def read_records(path: Path) -> list[Record]:
     _, parquet = pyarrow()
     with _naming_damage(path):
         table = parquet.read_table(path, page_checksum_verification=True)
-        if not table.schema.equals(columns_of([]).schema):
+        schema = columns_of([]).schema
+        if not any(table.schema.equals(each) for each in (schema, schema.append(_norm_field()))):
             raise ValueError(f"it has other columns: {table.schema}")
         columns, names = table.to_pydict(), ("key", "image_path", "width", "height", "error")
         return [Record(*values) for values in zip(*(columns[name] for name in names), strict=True)]
@@ -327,12 +330,28 @@ def _digest(named: Sequence[Item | Record]) -> str:
     return digest.hexdigest()
 
 
-def _metadata(records: list[Record], embeddings: tuple[bytes, memoryview]) -> Any:
+def row_lengths(rows: NDArray[Any]) -> NDArray[np.float32]:
+    """The Euclidean lengths of rows (n, embed_dim), (n,)."""
+    rows = np.asarray(rows, np.float32)
+    with np.errstate(over="ignore"):  # such a row has no length, and search passes it over
+        return np.sqrt(np.einsum("ij,ij->i", rows, rows))
+
+
+def _norm_field() -> Any:
+    """The column of the rows' lengths, which search reads instead of the rows. Earlier releases did not write it."""
+    arrow, _ = pyarrow()
+    return arrow.field(NORM, arrow.float32())
+
+
+def _metadata(shard: Shard, embeddings: tuple[bytes, memoryview]) -> Any:
+    arrow, _ = pyarrow()
+    records = shard.records
     checksum = sha256()
     for part in embeddings:
         checksum.update(part)
     footer = Footer(_digest(records), len(records), _failures(records), sum(map(len, embeddings)), checksum.hexdigest())
-    return columns_of(records).replace_schema_metadata({_FOOTER: json.dumps(asdict(footer))})
+    table = columns_of(records).append_column(_norm_field(), arrow.array(row_lengths(shard.rows)))
+    return table.replace_schema_metadata({_FOOTER: json.dumps(asdict(footer))})
 
 
 def _failures(records: list[Record]) -> int:

@@ -89,6 +89,7 @@ SEARCH_DESCRIPTION = """\
 Finds the images whose embeddings have the highest cosine with a query's: exactly, all rows are compared.
 
 Each line is the cosine, a tab, and where the image lies, from the folder where encode ran if its paths were relative.
+With --queries the query and a tab stand before them.
 Words need a model with OpenAI's text tower.
 """
 
@@ -96,6 +97,7 @@ SEARCH_EPILOG = """\
 examples:
   clip-fast search "a dog on a beach" --index embeddings/
   clip-fast search --image query.jpg --index embeddings/ -k 100 --html found.html
+  clip-fast search --queries queries.txt --index embeddings/ --json
 
 exit status: 0 if the search was done, 2 if not
 """
@@ -224,6 +226,7 @@ def parser() -> argparse.ArgumentParser:
     )
     search.add_argument("text", nargs="?", metavar="TEXT", help="what to look for, in words")
     search.add_argument("--image", metavar="FILE", help="what to look for, as an image")
+    search.add_argument("--queries", metavar="FILE", help="a TEXT on each line, all looked for in one pass; - is stdin")
     search.add_argument("--index", required=True, metavar="FOLDER", help="that clip-fast encode wrote")
     search.add_argument("--model", metavar="NAME_OR_FILE", help="which made the index (default: as it was named then)")
     search.add_argument("--activation", choices=_ACTIVATIONS, help="as for encode (default: as it was then)")

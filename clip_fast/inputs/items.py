@@ -32,7 +32,7 @@ _LASTING = {
 }
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """One image: `key` names its row, `location` tells people where it lies."""
 
@@ -55,7 +55,7 @@ class Item:
         """Does the part of `source` whose time is not the image's own; raises what `source` raises. Optional."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class ImageFile(Item):
     """A file; key and location are its path unless a table gives it another key."""
 
@@ -68,7 +68,7 @@ class ImageFile(Item):
         return path
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Unreadable(Item):
     """An input that cannot be read, and the reason."""
 

@@ -33,7 +33,7 @@ _BINARY = {"binary", "large_binary", "binary_view", "null"}
 _TEXT = {"string", "large_string", "string_view"}
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class ParquetCell(Item):
     """Bytes, base64, or Hugging Face's {bytes, path}, in a column of a parquet file."""
 

@@ -36,7 +36,7 @@ def sample_key(member: str) -> str | None:
     return member[:start] + sample
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class TarMember(Item):
     """A member of an uncompressed tar: `size` bytes from `offset`; its key is the webdataset key."""
 
