@@ -13,6 +13,14 @@ class CheckpointError(ValueError, RuntimeError):
         super().__init__(f"{path}: {problem}")
 
 
+CLIPS_OWN = "clip_fast.accelerate(clip.load(…)[0]) has all of openai-clip's own model, made fast"
+
+
+def no_attribute(owner: str, name: str) -> AttributeError:
+    """The error for a name that a module or an object does not have, though openai-clip's may."""
+    return AttributeError(f"{owner} has no attribute {name!r}: {CLIPS_OWN}")
+
+
 class NotServed(ValueError):
     """The fast path does not serve a model; the message names the part that keeps it from that."""
 

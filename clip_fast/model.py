@@ -1,11 +1,12 @@
 """CLIP whole: the fast image encoder with its text side, for zero-shot classification and retrieval by text.
 
-The names are those of openai-clip's `clip.model`, for code that imports it.
+The names are those of openai-clip's `clip.model`, for code that imports it. `CLIP` is made as there; the other classes
+are there for `isinstance`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 
 from .checkpoint.reading import Checkpoint, read_state_dict
 from .encoder import ImageEncoder, with_weights
-from .towers.config import Config, TextConfig
-from .towers.reference import ModifiedResNet as ModifiedResNet
-from .towers.reference import VisionTransformer as VisionTransformer
+from .errors import CLIPS_OWN, no_attribute
+from .towers import reference
+from .towers.config import HEAD_DIM, Config, ResNetConfig, TextConfig, VitConfig
+from .towers.reference import QuickGELU as QuickGELU
 from .towers.text import TextEncoder, causal_mask, encode_text
 
 _OLD_PREFIX = "text."  # of the text side's names in the state dicts of clip_fast's first versions
@@ -102,7 +104,7 @@ class Clip(ImageEncoder):
                 (block.mlp.c_fc.weight, (2 * width) ** -0.5),
                 (block.mlp.c_proj.weight, into_stream),
             ]
-        if isinstance(self.visual, ModifiedResNet):
+        if isinstance(self.visual, reference.ModifiedResNet):
             pool = self.visual.attnpool
             for part in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj):
                 deviations.append((part.weight, pool.c_proj.in_features**-0.5))
@@ -120,7 +122,83 @@ def _rename_old(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: 
         state_dict[prefix + name.removeprefix(old)] = state_dict.pop(name)
 
 
-CLIP = Clip  # for `isinstance`
+class _Clips(type):
+    """A class under its name in `clip.model`. What is made of its base is an instance of it too."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return super().__instancecheck__(instance) or (
+            cls.__module__ == __name__ and isinstance(instance, cls.__bases__)  # and not a user's subclass
+        )
+
+
+class CLIP(Clip, metaclass=_Clips):
+    """A model with new weights, in float32 on the CPU and in training mode, of `clip.model.CLIP`'s arguments."""
+
+    def __init__(
+        self,
+        embed_dim: int,
+        image_resolution: int,
+        vision_layers: int | Sequence[int],
+        vision_width: int,
+        vision_patch_size: int | None,
+        context_length: int,
+        vocab_size: int,
+        transformer_width: int,
+        transformer_heads: int,
+        transformer_layers: int,
+    ) -> None:
+        text_config = TextConfig(
+            context_length, vocab_size, transformer_width, transformer_layers, transformer_heads, embed_dim
+        )
+        if isinstance(vision_layers, int):
+            assert vision_patch_size is not None
+            heads = vision_width // HEAD_DIM
+            config = VitConfig(image_resolution, vision_patch_size, vision_width, vision_layers, heads, embed_dim)
+        else:
+            a, b, c, d = vision_layers
+            heads = 32 * vision_width // HEAD_DIM
+            config = ResNetConfig((a, b, c, d), vision_width, heads, image_resolution, embed_dim)
+        visual, text = reference.build(config), TextEncoder(text_config)
+        super().__init__(
+            config, visual.state_dict(), text_config, text.state_dict(), torch.device("cpu"), torch.float32
+        )
+        self.initialize_parameters()
+        self.requires_grad_(True).train()
+
+
+def _not_made_here(self: object, *_: object, **__: object) -> None:
+    raise TypeError(f"{type(self).__name__} is here for isinstance only: {CLIPS_OWN}")
+
+
+class VisionTransformer(reference.VisionTransformer, metaclass=_Clips):
+    __init__ = _not_made_here
+
+
+class ModifiedResNet(reference.ModifiedResNet, metaclass=_Clips):
+    __init__ = _not_made_here
+
+
+class Bottleneck(reference.Bottleneck, metaclass=_Clips):
+    __init__ = _not_made_here
+
+
+class AttentionPool2d(reference.AttentionPool, metaclass=_Clips):
+    __init__ = _not_made_here
+
+
+class Transformer(reference.Transformer, metaclass=_Clips):
+    __init__ = _not_made_here
+
+
+class ResidualAttentionBlock(reference.ResidualBlock, metaclass=_Clips):
+    __init__ = _not_made_here
+
+
+LayerNorm = nn.LayerNorm
+
+
+def __getattr__(name: str) -> Any:
+    raise no_attribute(f"module {__name__!r}", name)
 
 
 def from_checkpoint(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, **options: Any) -> ImageEncoder:

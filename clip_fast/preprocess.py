@@ -50,7 +50,10 @@ class Preprocess:
 
     def __call__(self, image: Image.Image) -> Tensor:
         """The normalised image, float32 (3, image_size, image_size), contiguous; raises what `uint8` raises."""
-        pixels = self.uint8(image)
+        return self.normalised(self.uint8(image))
+
+    def normalised(self, pixels: Tensor) -> Tensor:
+        """Pixels as `uint8` gives them, (..., 3, H, W), as `__call__` gives them: float32, of the same shape."""
         mean = torch.tensor(self.mean, dtype=torch.float32, device="cpu").view(3, 1, 1)
         std = torch.tensor(self.std, dtype=torch.float32, device="cpu").view(3, 1, 1)
         # Three roundings, as in clip: folded into one multiply and one add, the last bit would differ.

@@ -1,14 +1,16 @@
 """Texts to tokens, as CLIP reads them: byte pairs of lower-case text (Radford et al. 2021, section 2.4).
 
-The names are those of openai-clip's `clip.simple_tokenizer`, for code that imports it.
+The names are those of openai-clip's `clip.simple_tokenizer`, for code that imports it. The error for a name that is not
+here says what has it.
 """
 
 from __future__ import annotations
 
 import gzip
 import html
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from . import extras
+from .errors import no_attribute
 from .towers.text import VOCABULARY
 
 _MERGES_FILE = Path(__file__).parent / "assets" / "vocabulary" / "bpe_simple_vocab_16e6.txt.gz"
@@ -58,7 +61,8 @@ def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = 
 class SimpleTokenizer:
     """A text to the numbers of its tokens and back, without start and end, as `clip`'s tokenizer of this name.
 
-    `encoder` has the number of each token, and `decoder` the token of each number.
+    `encoder` has the number of each token, and `decoder` the token of each number; `byte_encoder` the character of each
+    byte, and `byte_decoder` the byte of each character; `bpe_ranks` the place of each merge.
 
     Raises:
         ModuleNotFoundError: the extra `text` is not installed: `pip install "clip_fast[text]"`.
@@ -68,9 +72,20 @@ class SimpleTokenizer:
         self._byte_pairs = _tokenizer()
         self.encoder = _vocabulary()
         self.decoder = _tokens()
+        self.byte_encoder, self.byte_decoder = bytes_to_unicode(), _byte_symbols()
+        self.bpe_ranks = _ranks()
+
+    def __getattr__(self, name: str) -> Any:
+        raise no_attribute(f"{type(self).__name__!r} object", name)
+
+    def bpe(self, token: str) -> str:
+        """A word, given in the characters of its bytes, as the symbols that its byte pairs are merged to."""
+        if token in (_START, _END):
+            return token
+        return " ".join(each.value for each in self._byte_pairs.model.tokenize(token))
 
     def encode(self, text: str) -> list[int]:
-        return self._byte_pairs.encode(_clean(text)).ids
+        return self._byte_pairs.encode(whitespace_clean(basic_clean(text)).lower()).ids
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of tokens, lower-case, with a space behind each word."""
@@ -78,17 +93,45 @@ class SimpleTokenizer:
         return bytes(map(_byte_symbols().__getitem__, symbols)).decode("utf-8", errors="replace").replace("</w>", " ")
 
 
-def _clean(text: str) -> str:
-    """Mended, unescaped, with single spaces and in lower case, as CLIP was trained."""
-    ftfy = extras.ftfy()
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
+def basic_clean(text: str) -> str:
+    """Mended, and unescaped twice."""
+    return html.unescape(html.unescape(extras.ftfy().fix_text(text))).strip()
+
+
+def whitespace_clean(text: str) -> str:
+    """With single spaces."""
+    return " ".join(text.split())
+
+
+def default_bpe() -> str:
+    """The path of the vocabulary's file."""
+    return str(_MERGES_FILE)
+
+
+def get_pairs(word: Sequence[str]) -> set[tuple[str, str]]:
+    """The pairs of neighbouring symbols."""
+    return set(pairwise(word))
+
+
+@cache
+def bytes_to_unicode() -> dict[int, str]:
+    """The printable character of each byte."""
+    return {byte: symbol for symbol, byte in _byte_symbols().items()}
+
+
+def __getattr__(name: str) -> Any:
+    raise no_attribute(f"module {__name__!r}", name)
 
 
 @cache
 def _merges() -> list[tuple[str, str]]:
     lines = gzip.decompress(_MERGES_FILE.read_bytes()).decode().split("\n")
     return [(first, second) for first, second in (line.split() for line in lines[1 : 1 + _MERGE_COUNT])]
+
+
+@cache
+def _ranks() -> dict[tuple[str, str], int]:
+    return {pair: rank for rank, pair in enumerate(_merges())}
 
 
 @cache

@@ -53,3 +53,11 @@ class Peak(Item):
 
     def source(self) -> Path:
         raise ValueError(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+
+
+@dataclass(frozen=True, slots=True)
+class ThisProcess(Item):
+    """Fails with the number of its decoder's process."""
+
+    def source(self) -> Path:
+        raise ValueError(str(os.getpid()))

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
+import inspect
 from pathlib import Path
 
 import pytest
 import torch
 
 import clip_fast
-from clip_fast import clip
+from clip_fast import clip, model
 from clip_fast.checkpoint import published
 from clip_fast.checkpoint.download import Pretrained
 
 theirs = pytest.importorskip("clip.clip")
+OWN = r"clip_fast\.accelerate\(clip\.load\(…\)\[0\]\) has all of openai-clip's own model, made fast"
 
 
 def test_load_takes_clips_arguments_in_clips_order(tmp_path: Path) -> None:
@@ -57,6 +60,28 @@ def test_the_names_that_other_code_imports(tmp_path: Path) -> None:
         assert getattr(clip, name) is getattr(clip_fast, name)
     with pytest.raises(AttributeError, match=r"has no attribute .nothing."):
         clip.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["", ".clip", ".model", ".simple_tokenizer"])
+def test_every_name_of_clips_is_here_or_its_error_says_what_has_it(name: str) -> None:
+    module = importlib.import_module(f"clip{name}")
+    ours = importlib.import_module(f"clip_fast{name}")
+    for each in dir(module):
+        value = getattr(module, each)
+        own = not inspect.ismodule(value) and getattr(value, "__module__", module.__name__) == module.__name__
+        if own and not each.startswith("__"):
+            assert hasattr(ours, each), each
+        elif not hasattr(ours, each) and name:
+            with pytest.raises(AttributeError, match=OWN):
+                getattr(ours, each)
+
+
+@pytest.mark.parametrize("kind", ["VisionTransformer", "ModifiedResNet", "Bottleneck", "AttentionPool2d", "Transformer",
+                                  "ResidualAttentionBlock"])  # fmt: skip
+def test_classes_that_are_not_made_here_say_what_has_them(kind: str) -> None:
+    for arguments in ((), (64, 16, 128, 2, 2, 48)):
+        with pytest.raises(TypeError, match=f"{kind} is here for isinstance only: {OWN}"):
+            getattr(model, kind)(*arguments)
 
 
 def test_a_download_by_address_is_checked(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -109,6 +110,16 @@ def test_patch_tokens_and_hidden_states(images: Tensor) -> None:
             assert relative_error(model.hidden_state(images, layer), wanted) < 1e-5
             assert torch.equal(model.hidden_state(images, same), model.hidden_state(images, layer))
     assert [x.shape for x in model.encode_image(images[:0], return_patch_tokens=True)] == [(0, 32), (0, 16, 128)]
+
+
+@pytest.mark.parametrize("kind", ["PIL.Image.Image", "numpy.ndarray", "list", "str", "NoneType"])
+def test_what_is_no_tensor_is_named_and_how_to_make_one(kind: str) -> None:
+    image = Image.new("RGB", (64, 64))
+    values = {"PIL.Image.Image": image, "numpy.ndarray": np.asarray(image), "list": [image], "str": "photo.jpg"}
+    for config in (VIT, RESNET):
+        model = make(config)
+        with pytest.raises(TypeError, match=rf"a tensor \[batch, 3, 64, 64\], got {kind}: preprocess\(picture\)"):
+            model.encode_image(values.get(kind))
 
 
 def test_what_makes_no_sense_is_named(images: Tensor) -> None:

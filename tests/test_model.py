@@ -315,6 +315,51 @@ def test_attributes_are_clips(pair: tuple[Any, Any]) -> None:
     ]
 
 
+@pytest.mark.parametrize("part", ["model", "module"])
+def test_every_public_attribute_of_clips_model_is_there(part: str, pair: tuple[Any, Any]) -> None:
+    theirs, ours = pair
+    if part == "model":
+        modules = {"": theirs}
+    else:
+        modules = {name: module for name, module in theirs.named_modules() if name}
+        assert modules.keys() <= dict(ours.named_modules()).keys()
+    for name, module in modules.items():
+        twin = ours.get_submodule(name)
+        assert isinstance(twin, getattr(model_module, type(module).__name__, type(module)))
+        missing = [each for each in dir(module) if not each.startswith("_") and not hasattr(twin, each)]
+        assert missing == [], name
+
+
+@pytest.mark.parametrize("vision_layers", [2, (1, 1, 1, 1), [1, 1, 1, 1]], ids=["vit", "resnet", "list"])
+def test_a_model_is_made_by_clips_constructor(vision_layers: Any) -> None:
+    patch = 16 if vision_layers == 2 else None
+    arguments = (48, 64, vision_layers, 128 if patch else 32, patch, 77, 49408, 64, 1, 2)
+    theirs, ours = clip_model.CLIP(*arguments), model_module.CLIP(*arguments)
+    assert isinstance(ours, clip_fast.Clip)
+    assert ours.training
+    wanted = dict(theirs.named_parameters())
+    assert dict(ours.named_parameters()).keys() == wanted.keys()
+    for name, parameter in ours.named_parameters():
+        deviation = float(wanted[name].std()) if wanted[name].numel() > 1 else 0.0
+        assert parameter.requires_grad
+        assert parameter.dtype == wanted[name].dtype
+        slack = 0.2 if parameter.numel() > 1000 else 0.9  # more than four deviations of either estimate
+        assert float(parameter.mean()) == pytest.approx(float(wanted[name].mean()), abs=slack * deviation + 1e-6), name
+        assert float(parameter.std() if deviation else 0) == pytest.approx(deviation, rel=slack), name
+    theirs.load_state_dict(ours.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # in training the plain tower is meant
+        images = torch.randn(4, 3, 64, 64)
+        assert relative_error(ours.encode_image(images), theirs.encode_image(images)) < 1e-5
+    assert_same(ours.eval(), theirs.eval())
+
+    class Mine(model_module.CLIP):
+        pass
+
+    assert isinstance(Mine(*arguments), model_module.CLIP)
+    assert not isinstance(ours, Mine)
+
+
 def test_parameters_are_initialised_as_clips(pair: tuple[Any, Any]) -> None:
     theirs, ours = pair
     for model in pair:
@@ -400,6 +445,20 @@ def by_a_hook_that_changes(model: Any, images: Tensor) -> Tensor:
     return model.encode_image(images)
 
 
+def by_a_hook_on_the_activation(model: Any, images: Tensor) -> Tensor:
+    seen: list[Tensor] = []
+    model.visual.transformer.resblocks[1].mlp.gelu.register_forward_hook(lambda module, inputs, out: seen.append(out))
+    model.encode_image(images)
+    return seen[0]
+
+
+def by_the_layers_of_an_mlp(model: Any, images: Tensor) -> Tensor:
+    x = embedded(model.visual, images)
+    for layer in model.visual.transformer.resblocks[0].mlp:
+        x = layer(x)
+    return x
+
+
 def by_attention_maps(model: Any, images: Tensor) -> Tensor:
     x = embedded(model.visual, images)
     return model.visual.transformer.resblocks[0].attn(x, x, x, need_weights=True)[1]
@@ -427,6 +486,7 @@ def of_a_text_block(model: Any, images: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "walk",
     [by_blocks, by_the_parts_of_blocks, by_the_transformer, by_some_blocks, by_a_hook, by_a_hook_that_changes,
+     by_a_hook_on_the_activation, by_the_layers_of_an_mlp,
      by_attention_maps, by_a_mask, without_the_projection, of_a_text_block],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:the plain tower runs")

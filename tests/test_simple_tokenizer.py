@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,3 +107,23 @@ def test_the_tokenizer_is_clips() -> None:
     ragged = torch.randint(49408, (200,)).tolist()  # bytes that are no UTF-8 among them
     assert ours.decode(ragged) == theirs.decode(ragged)
     assert ours.decode(torch.tensor(ragged)) == theirs.decode(ragged)
+
+
+def test_the_parts_of_the_tokenizer_are_clips() -> None:
+    from clip import simple_tokenizer as theirs
+
+    ours, wanted = SimpleTokenizer(), theirs.SimpleTokenizer()
+    for name in ("byte_encoder", "byte_decoder", "bpe_ranks"):
+        assert getattr(ours, name) == getattr(wanted, name)
+    assert text.bytes_to_unicode() == theirs.bytes_to_unicode()
+    files = [gzip.decompress(Path(module.default_bpe()).read_bytes()) for module in (text, theirs)]
+    assert files[0] == files[1]
+    for words in TEXTS:
+        assert text.basic_clean(words) == theirs.basic_clean(words)
+        assert text.whitespace_clean(words) == theirs.whitespace_clean(words)
+        for word in words.lower().split():
+            symbols = "".join(ours.byte_encoder[byte] for byte in word.encode())
+            assert text.get_pairs(symbols) == theirs.get_pairs(symbols)
+            assert ours.bpe(symbols) == wanted.bpe(symbols)
+    with pytest.raises(AttributeError, match=r"'SimpleTokenizer' object has no attribute 'pat': clip_fast\.accelerate"):
+        ours.pat  # noqa: B018

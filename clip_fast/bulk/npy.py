@@ -1,4 +1,4 @@
-"""Small jobs: images to one `.npy` file, in this process. `pipeline.py` is for the large ones.
+"""Small jobs: images to one `.npy` file. `pipeline.py` is for the large ones.
 
     with EmbeddingWriter("embeddings.npy") as writer:
         for batch in embed_files(model, preprocess, paths):
@@ -17,28 +17,26 @@ from __future__ import annotations
 
 import io
 import os
-from collections import deque
 from collections.abc import Generator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from ..errors import printable
-from ..inputs.items import Failure, ImageFile, Item
+from ..inputs.items import Failure, ImageFile, Item, Unreadable
 from ..preprocess import Preprocess
 from .atomic import NewFile, claimed_file
 from .decoder import Decoder, failure_reason
 from .rows import Encoder, encode_rows, settle
+from .workers import TIME_LIMIT, Decoded, Workers, WorkItem
 
 PATHS_NAME = "paths.txt"
 ERRORS_NAME = "errors.txt"
-DECODERS = 8  # threads; each takes at most `images.MEMORY_LIMIT` or so, twice
 
 
 @dataclass(frozen=True)
@@ -54,57 +52,61 @@ class EmbeddedBatch:
 
 
 def embed_files(
-    model: Encoder, preprocess: Preprocess, paths: Sequence[Path | Item], batch_size: int = 32
+    model: Encoder,
+    preprocess: Preprocess,
+    paths: Sequence[Path | Item],
+    batch_size: int = 32,
+    *,
+    workers: int = 0,
+    time_limit: float = TIME_LIMIT,
 ) -> Generator[EmbeddedBatch, None, None]:
     """Embeds the images in `paths`, files or other items, in order, `batch_size` at a time.
 
-    Threads decode the next batch at the same time. Of an animation or a multi-page file, the first frame counts. An
-    EXIF orientation is not applied, as `clip` does not. Nothing stops an image that takes very long to decode.
+    `workers` and `time_limit` are those of `Workers`: processes decode the next batches at the same time, and share
+    each of them. Of an animation or a multi-page file, the first frame counts. An EXIF orientation is not applied, as
+    `clip` does not.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    pool = ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1), thread_name_prefix="decode")
-    upcoming: deque[tuple[list[Item], list[Future[Tensor | Failure]]]] = deque()
-    try:
-        for start in range(0, len(paths), batch_size):
-            items = [
-                each if isinstance(each, Item) else ImageFile(str(each), str(each))
-                for each in paths[start : start + batch_size]
-            ]
-            upcoming.append((items, [pool.submit(_decode, item, preprocess) for item in items]))
-            if len(upcoming) > 1:
-                yield _embed(model, *upcoming.popleft())
-        while upcoming:
-            yield _embed(model, *upcoming.popleft())
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _embed(model: Encoder, items: list[Item], futures: list[Future[Tensor | Failure]]) -> EmbeddedBatch:
-    results = [future.result() for future in futures]
-    failures = [result for result in results if isinstance(result, Failure)]
-    decoded = [
-        (Path(item.location), result) for item, result in zip(items, results, strict=True) if isinstance(result, Tensor)
+    items = [_item(each) for each in paths]
+    workers = min(workers, len(items))
+    share = -(-batch_size // max(1, workers))
+    batches = [
+        WorkItem(items[start : start + batch_size], 0, start, len(items)).parts(share)
+        for start in range(0, len(items), batch_size)
     ]
-    if not decoded:
-        return EmbeddedBatch([], np.empty((0, 0), np.float32), failures)
-    rows = encode_rows(model, torch.stack([image for _, image in decoded])).cpu().numpy()
-    failed = settle(rows, {})
-    failures += [Failure(str(decoded[i][0]), reason) for i, reason in failed.items()]
-    good = [i for i in range(len(decoded)) if i not in failed]
-    return EmbeddedBatch([decoded[i][0] for i in good], rows[good], failures)
+    with (
+        Workers(Decoder(preprocess), workers, time_limit=time_limit) as processes,
+        closing(processes.decode(chain.from_iterable(batches))) as decoding,
+    ):
+        for parts in batches:
+            decoded = Decoded.joined(pixels for _, pixels in islice(decoding, len(parts)))
+            yield _embed(model, preprocess, [item for part in parts for item in part.items], decoded)
 
 
-def _decode(item: Item, preprocess: Preprocess) -> Tensor | Failure:
+def _item(path: Path | Item) -> Item:
+    item = path if isinstance(path, Item) else ImageFile(str(path), str(path))
     try:
-        item.location.encode()  # raises UnicodeEncodeError for a name that is no text
-        if item.location.splitlines() != [item.location]:
-            raise ValueError(f"a line break in the name, which {PATHS_NAME} cannot hold")
-        with item.open() as image:
-            Decoder(preprocess).check(image.size)
-            return preprocess(image)
-    except Exception as error:  # decoders fed with broken files raise whatever their parsing stumbles on
-        return Failure(item.location, failure_reason(error))
+        item.location.encode()
+    except UnicodeEncodeError as error:
+        return Unreadable(item.key, item.location, failure_reason(error))
+    if item.location.splitlines() != [item.location]:
+        return Unreadable(item.key, item.location, f"a line break in the name, which {PATHS_NAME} cannot hold")
+    return item
+
+
+def _embed(model: Encoder, preprocess: Preprocess, items: Sequence[Item], decoded: Decoded) -> EmbeddedBatch:
+    errors = decoded.errors
+    failures = [Failure(items[i].location, reason) for i, reason in errors.items()]
+    good = [i for i in range(len(items)) if i not in errors]
+    if not good:
+        return EmbeddedBatch([], np.empty((0, 0), np.float32), failures)
+    rows = encode_rows(model, preprocess.normalised(decoded.pixels[good])).cpu().numpy()
+    failed = settle(rows, {})
+    places = [items[i].location for i in good]
+    failures += [Failure(places[i], reason) for i, reason in failed.items()]
+    finite = [i for i in range(len(good)) if i not in failed]
+    return EmbeddedBatch([Path(places[i]) for i in finite], rows[finite], failures)
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------------

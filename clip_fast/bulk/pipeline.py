@@ -30,7 +30,7 @@ from ..inputs.items import Item
 from .decoder import Decoder
 from .rows import encode_rows, settle
 from .tables import Record, Shard, Totals
-from .workers import WorkItem, decode_batches
+from .workers import TIME_LIMIT, Workers, WorkItem
 
 WRITES_AHEAD = 8  # batches
 
@@ -52,7 +52,7 @@ class Options:
     batch_size: int = 256
     shard_size: int = 10_000
     workers: int = 8
-    time_limit: float = 60.0
+    time_limit: float = TIME_LIMIT
     dtype: EmbeddingDtype = "float32"
     normalize: bool = False
 
@@ -101,11 +101,11 @@ def run_shards(
     work = _batches(shards, sink, options, report)
     encode = _encoder(model, options)
     writer = ThreadPoolExecutor(1, thread_name_prefix="write")
-    decoding = decode_batches(decoder, work, workers=options.workers, time_limit=options.time_limit, pin_memory=on_gpu)
+    workers = Workers(decoder, options.workers, time_limit=options.time_limit, pin_memory=on_gpu)
     # The DataLoader's pinning thread opens the current device. Without this it would open the first one.
     current = torch.cuda.device(model.device) if on_gpu else nullcontext()
     try:
-        with current, closing(work), closing(decoding):
+        with current, closing(work), workers, closing(workers.decode(work)) as decoding:
             before = time.perf_counter()
             for batch, decoded in decoding:
                 arrived = time.perf_counter()

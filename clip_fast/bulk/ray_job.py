@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -26,6 +26,7 @@ from ..towers.config import Activation
 from .manifest import RAY_MANIFEST_NAME, manifest_bytes, weights_digest
 from .ray_stage import BYTES, Batch, ImageEncoder, item_of
 from .tables import Record, as_text, table_of
+from .workers import TIME_LIMIT
 
 _PATH = "path"
 _KEY = "__key__"  # of webdatasets
@@ -51,6 +52,8 @@ def encode(
     activation: Activation | None = None,
     normalize: bool = False,
     fast_decode: bool = False,
+    time_limit: float = TIME_LIMIT,
+    find: Callable[..., Inputs] = find_inputs,
 ) -> dict[str, int]:
     """Embeds images on a Ray cluster and writes parquet files with the columns that `tables.ParquetWriter` writes.
 
@@ -63,7 +66,8 @@ def encode(
         address: the cluster's, as in `ray.init`. None joins the cluster that this process is in, or starts one here.
         workers: the number of encoding actors, by default one for every GPU of the cluster, or one for every two CPUs.
         key_column: the column of keys in parquet files; those at URLs must have one.
-        dtype, activation, normalize, fast_decode: as in `ImageEncoder`.
+        dtype, activation, normalize, fast_decode, time_limit: as in `ImageEncoder`.
+        find: `find_inputs`, or a function that tells of what it finds, for paths that are no URLs.
 
     Returns:
         The number of "images", and how many of these "failed".
@@ -82,14 +86,16 @@ def encode(
         cluster.init(address=address)
     try:
         resources = cluster.cluster_resources()
-        gpus = int(resources.get("GPU", 0))
+        cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
+        actors = workers or gpus or max(1, cpus // 2)
         device = "cuda" if gpus else "cpu"
         dtype = dtype or default_dtype(torch.device(device))
         loaded, _ = load(model, "cpu", dtype, activation=activation)  # fails here rather than on workers
-        rows = _read_urls if any("://" in path for path in paths) else _read_places
-        rows(data, paths, image_column, key_column).repartition(
-            target_num_rows_per_block=_BATCHES_A_BLOCK * batch_size
-        ).map_batches(
+        if any("://" in path for path in paths):
+            rows = _read_urls(data, paths, image_column, key_column)
+        else:
+            rows = _read_places(data, find(paths, image_column=image_column, key_column=key_column))
+        rows.repartition(target_num_rows_per_block=_BATCHES_A_BLOCK * batch_size).map_batches(
             _TableEncoder,
             fn_constructor_kwargs={
                 "model": model,
@@ -98,9 +104,11 @@ def encode(
                 "activation": activation,
                 "normalize": normalize,
                 "fast_decode": fast_decode,
+                "threads": max(1, cpus // actors),
+                "time_limit": time_limit,
             },
             batch_size=batch_size,
-            compute=data.ActorPoolStrategy(size=workers or gpus or max(1, int(resources.get("CPU", 1)) // 2)),
+            compute=data.ActorPoolStrategy(size=actors),
             num_gpus=1 if gpus else 0,
             num_cpus=1,
         ).write_parquet(folder, filesystem=filesystem)
@@ -167,9 +175,8 @@ def _last_line(error: Exception) -> str:
 # --- Reading: images are read as bytes and decoded beside the encoder, not by Ray, where a broken one ends the job ---
 
 
-def _read_places(data: Any, paths: Sequence[str], image_column: str, key_column: str | None) -> Any:
+def _read_places(data: Any, inputs: Inputs) -> Any:
     """A dataset with a column `item`, pickled. Tasks list tars and tables; images are read where they are decoded."""
-    inputs = find_inputs(paths, image_column=image_column, key_column=key_column)
     if all(isinstance(item, Unreadable) for item in inputs):
         raise ValueError("no image found")
     parts = [{"part": pickle.dumps(part)} for part in _parts(inputs)]

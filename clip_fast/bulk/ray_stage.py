@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
 from typing import Any, cast
@@ -35,8 +34,10 @@ from ..loading import load
 from ..towers.config import Activation
 from .decoder import Decoder
 from .rows import encode_rows, settle
+from .workers import FEW_WORKERS, MEMORY_LIMIT, TIME_LIMIT, Decoded, Workers, WorkItem
 
 BYTES = "bytes"  # the column of files' contents that `read_binary_files` makes
+CELL_LIMIT = MEMORY_LIMIT // 4  # bytes of an image in a batch: its decoding process holds it twice when it arrives
 
 Batch = dict[str, NDArray[Any]]
 
@@ -80,11 +81,14 @@ class ImageEncoder:
             By default "bytes", "image", or a column named like a webdataset's file, "jpg".
         normalize: give embeddings of length 1.
         fast_decode: let JPEGs decode at a reduced scale.
-        threads: the number of decoding threads, by default one for every CPU.
+        threads: the number of images that are decoded at a time, each in a process of its own; by default one for every
+            CPU, and at most 8.
+        time_limit: seconds for an image.
 
     A batch of any of Ray's formats, numpy, pyarrow or pandas, comes back in the same. It has its other columns,
     `embedding` float32 (B, embed_dim), `width`, `height`, `status` ("ok" or "failed") and `error`. An image that cannot
-    be read has an embedding of zeros, and the reason in `error`.
+    be read has an embedding of zeros, and the reason in `error`. So has one that takes longer than the time limit, or
+    more than 2 GiB of memory (on Linux), or that kills its decoder.
 
     Arrays are those of `ray.data.read_images`: (H, W) or (H, W, 1) is grey in 8 or 16 bits, (H, W, 2) grey with alpha,
     (H, W, 3) RGB and (H, W, 4) RGBA. No array tells a palette's indices from grey, nor CMYK from RGBA: read such files
@@ -102,12 +106,13 @@ class ImageEncoder:
         normalize: bool = False,
         fast_decode: bool = False,
         threads: int | None = None,
+        time_limit: float = TIME_LIMIT,
     ) -> None:
         self.encoder, preprocess = load(model, device, dtype, activation=activation)
-        self.decoder = Decoder(preprocess, fast_decode)
         self.column = column
         self.normalize = normalize
-        self.threads = ThreadPoolExecutor(threads or os.cpu_count() or 1)
+        self.threads = threads or min(FEW_WORKERS, os.cpu_count() or 1)
+        self.workers = Workers(Decoder(preprocess, fast_decode), self.threads, time_limit=time_limit)
 
     def __call__(self, batch: Any) -> Any:
         """A batch of columns with the embeddings added.
@@ -133,11 +138,14 @@ class ImageEncoder:
 
     def embed(self, items: Sequence[Item]) -> Batch:
         """The columns that a batch of `items` gets."""
-        pixels = self.decoder.black(len(items))
-        found = list(self.threads.map(self.decoder.into, pixels, items))
-        rows = encode_rows(self.encoder, pixels, self.normalize).cpu().numpy()
-        failed = settle(rows, {i: error for i, (_, error) in enumerate(found) if error is not None})
-        sizes = np.array([size for size, _ in found], np.int32).reshape(-1, 2)
+        # Images go one by one, since what a process is sent counts against its memory. Places go in rows, since a table
+        # is read in groups of rows.
+        size = 1 if any(isinstance(item, _Bytes | _Pixels) for item in items) else -(-len(items) // self.threads)
+        parts = WorkItem(list(items), 0, 0, len(items)).parts(max(1, size))
+        decoded = Decoded.joined(pixels for _, pixels in self.workers.decode(iter(parts)))
+        rows = encode_rows(self.encoder, decoded.pixels, self.normalize).cpu().numpy()
+        failed = settle(rows, decoded.errors)
+        sizes = decoded.sizes.numpy()
         return {
             "width": sizes[:, 0],
             "height": sizes[:, 1],
@@ -194,9 +202,16 @@ def item_of(value: Any, key: str = "", location: str = "") -> Item:
         return item_of(cell.get("path") if cell.get("bytes") is None else cell["bytes"], key, location)
     if isinstance(value, str):
         data = os.fsencode(value)
-        return _Bytes(key, location, data) if is_base64(data) else ImageFile(key or value, value)
+        return item_of(data, key, location) if is_base64(data) else ImageFile(key or value, value)
     if isinstance(value, np.ndarray):
-        return _Pixels(key, location, cast(NDArray[Any], value))
+        array = cast(NDArray[Any], value)
+        return _cell(_Pixels(key, location, array), array.nbytes)
     if value is None or isinstance(value, bytes):
-        return _Bytes(key, location, value or b"")
+        return _cell(_Bytes(key, location, value or b""), len(value or b""))
     return Unreadable(key, location, f"a {type(value).__name__} is no image")
+
+
+def _cell(item: Item, size: int) -> Item:
+    if size <= CELL_LIMIT:
+        return item
+    return Unreadable(item.key, item.location, f"{size} bytes: an image in a batch may have {CELL_LIMIT}")

@@ -1,12 +1,13 @@
 """Items to raw pixels, in worker processes that may die or hang without taking the job along.
 
-    with closing(decode_batches(decoder, batches, workers=8)) as decoded:
-        for batch, pixels in decoded: ...
+    with Workers(decoder, 8) as workers:
+        for batch, decoded in workers.decode(batches): ...
 
-PyTorch's DataLoader has the processes, the shared memory and the pinning. This module adds what it lacks. A worker that
-spends more than `time_limit` on an image is killed by its own alarm clock. When one worker is dead, all are replaced.
-The image that it died of is tried once more; the second death makes it a failure. A worker has a memory limit, and an
-image that needs more is a failure.
+Everything that embeds many images decodes here: shards, one `.npy`, and Ray's stage. PyTorch's DataLoader has the
+processes, the shared memory and the pinning. This module adds what it lacks. A worker that spends more than
+`time_limit` on an image is killed by its own alarm clock. When one worker is dead, all are replaced. The image that it
+died of is tried once more; the second death makes it a failure. Decoding has a memory limit, and an image that needs
+more is a failure.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ import multiprocessing
 import os
 import resource
 import signal
+import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -39,7 +42,9 @@ BATCHES_AHEAD = 3  # per worker
 STRIKES = 2  # worker deaths that make an image a failure
 MAX_RESTARTS = 5  # in a row without a batch, for deaths without an image to blame
 
-MEMORY_LIMIT = 2 * images.MEMORY_LIMIT  # bytes that a worker may take: an image is read, and decoded
+FEW_WORKERS = 8  # by default at most, where a job may be small, or several encoders share a machine
+TIME_LIMIT = 60.0  # seconds for an image
+MEMORY_LIMIT = 2 * images.MEMORY_LIMIT  # bytes that decoding may take: an image is read, and decoded
 
 DEATH_SECONDS = 2.0  # from a broken connection to the end of the process that broke it
 
@@ -65,6 +70,18 @@ class Decoded(NamedTuple):
         notes = json.dumps([sizes, list(errors.items())])  # in ASCII, since a reason may have bytes that are no text
         return cls(pixels, torch.frombuffer(bytearray(notes, "ascii"), dtype=torch.uint8))
 
+    @classmethod
+    def joined(cls, parts: Iterable[Decoded]) -> Decoded:
+        """The parts of a batch, one or more, as one. Each part's shared memory is given back when it is read."""
+        pixels: list[Tensor] = []
+        sizes: list[tuple[int, int]] = []
+        errors: dict[int, str] = {}
+        for part in parts:
+            pixels.append(part.pixels.clone())
+            errors |= {len(sizes) + i: reason for i, reason in part.errors.items()}
+            sizes += [(int(width), int(height)) for width, height in part.sizes.numpy()]
+        return cls.of(torch.cat(pixels), sizes, errors)
+
     @property
     def sizes(self) -> Tensor:
         """Width and height of the original images, int32 (B, 2)."""
@@ -88,71 +105,107 @@ class WorkItem:
     start: int
     length: int
 
+    def parts(self, size: int) -> list[WorkItem]:
+        """The batch in parts of `size` items, in order, one or more."""
+        starts = range(0, max(1, len(self.items)), size)
+        return [replace(self, items=self.items[i : i + size], start=self.start + i) for i in starts]
 
-def decode_batches(
-    decoder: Decoder,
-    batches: Iterator[WorkItem],
-    *,
-    workers: int,
-    time_limit: float,
-    pin_memory: bool = False,
-) -> Generator[tuple[WorkItem, Decoded], None, None]:
-    """Decodes batches, in order, ahead of need.
+
+class Workers:
+    """Decoding processes. They start with the first batches, and stay until the end of the block or of this object.
 
     Args:
-        workers: processes. With 0, batches are decoded here when asked for, and nothing stops an image that hangs.
+        count: processes. With 0, batches are decoded here when asked for: the memory limit holds then too, as far as a
+            decoder survives it, and nothing stops an image that hangs.
         time_limit: seconds for an image.
         pin_memory: page-locks the pixels, for copies to a GPU.
-
-    Raises:
-        RuntimeError: workers keep dying without an image to blame, or shared memory is too small for batches.
-        Exception: whatever `batches` raises.
     """
-    waiting: deque[WorkItem] = deque()  # handed to workers and not yet decoded
-    strikes: Counter[tuple[int, int]] = Counter()
-    restarts = 0
-    while True:
-        board = torch.full((workers, 2), _IDLE, dtype=torch.int64)
-        board.share_memory_()
-        sampler = _Sampler(batches, waiting)
-        loader = iter(
-            DataLoader(
-                _Decoding(decoder, board, time_limit),
-                batch_sampler=sampler,  # pyright: ignore[reportArgumentType]
-                num_workers=workers,
+
+    def __init__(
+        self, decoder: Decoder, count: int, *, time_limit: float = TIME_LIMIT, pin_memory: bool = False
+    ) -> None:
+        self._decoder = decoder
+        self._count = count
+        self._time_limit = time_limit
+        self._pin_memory = pin_memory
+        self._sampler = _Sampler()
+        self._board = torch.empty(0)
+        self._loader: DataLoader[Decoded] | None = None
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def decode(self, batches: Iterator[WorkItem]) -> Generator[tuple[WorkItem, Decoded], None, None]:
+        """Decodes batches, in order, ahead of need. One call at a time.
+
+        Raises:
+            RuntimeError: workers keep dying without an image to blame, or shared memory is too small for batches.
+            Exception: whatever `batches` raises.
+        """
+        waiting: deque[WorkItem] = deque()  # handed to workers and not yet decoded
+        strikes: Counter[tuple[int, int]] = Counter()
+        restarts = 0
+        complete = False
+        while True:
+            self._sampler.begin(batches, waiting)
+            try:
+                results = self._results()
+                while (decoded := next(results, None)) is not None:
+                    restarts = 0
+                    yield waiting.popleft(), decoded
+                complete = True
+                return
+            except SharedMemoryError as error:  # its text is the worker's trace
+                raise RuntimeError(
+                    f"shared memory is full: {self._count} workers keep {BATCHES_AHEAD} batches each in /dev/shm; let "
+                    "it be larger (docker run --shm-size), or have fewer workers or smaller batches"
+                ) from error
+            except (RuntimeError, OSError, EOFError):
+                if self._sampler.broken:  # the error came from `batches`, not from a worker: do not retry
+                    raise
+                deadline = time.monotonic() + DEATH_SECONDS
+                while not (dead := _deaths(self._board)) and time.monotonic() < deadline:
+                    time.sleep(0.01)
+                if not dead:
+                    raise
+            finally:
+                results = None  # it holds on to the processes
+                if not complete:
+                    self._end()
+            suspects = [divmod(work, _SPAN) for work in dead if work != _IDLE]
+            strikes.update(suspects)
+            restarts += not suspects
+            if restarts > MAX_RESTARTS:
+                raise RuntimeError(f"decoder processes died {restarts} times in a row, without an image to blame")
+            _give_up(waiting, {suspect for suspect in suspects if strikes[suspect] >= STRIKES}, self._time_limit)
+
+    def _results(self) -> Iterator[Decoded]:
+        """What the workers make of the sampler's batches. They are started where there are none."""
+        if self._loader is None:
+            self._board = torch.full((self._count, 2), _IDLE, dtype=torch.int64)
+            self._board.share_memory_()
+            self._loader = DataLoader(
+                _Decoding(self._decoder, self._board, self._time_limit),
+                batch_sampler=self._sampler,  # pyright: ignore[reportArgumentType]
+                num_workers=self._count,
                 worker_init_fn=_start_worker,
                 collate_fn=_same,  # pyright: ignore[reportArgumentType]
-                multiprocessing_context=_context() if workers else None,
-                prefetch_factor=BATCHES_AHEAD if workers else None,
-                pin_memory=pin_memory,
+                multiprocessing_context=_context() if self._count else None,
+                prefetch_factor=BATCHES_AHEAD if self._count else None,
+                persistent_workers=self._count > 0,
+                pin_memory=self._pin_memory,
             )
-        )
-        try:
-            while (decoded := next(loader, None)) is not None:
-                restarts = 0
-                yield waiting.popleft(), decoded
-            return
-        except SharedMemoryError as error:  # its text is the worker's trace
-            raise RuntimeError(
-                f"shared memory is full: {workers} workers keep {BATCHES_AHEAD} batches each in /dev/shm; let it be "
-                "larger (docker run --shm-size), or have fewer workers or smaller batches"
-            ) from error
-        except (RuntimeError, OSError, EOFError):
-            if sampler.broken:  # the error came from `batches`, not from a worker: do not retry
-                raise
-            deadline = time.monotonic() + DEATH_SECONDS
-            while not (dead := _deaths(board)) and time.monotonic() < deadline:
-                time.sleep(0.01)
-            if not dead:
-                raise
-        finally:
-            del loader  # ends its workers
-        suspects = [divmod(work, _SPAN) for work in dead if work != _IDLE]
-        strikes.update(suspects)
-        restarts += not suspects
-        if restarts > MAX_RESTARTS:
-            raise RuntimeError(f"decoder processes died {restarts} times in a row, without an image to blame")
-        _give_up(waiting, {suspect for suspect in suspects if strikes[suspect] >= STRIKES}, time_limit)
+            with _script_hidden():
+                return iter(self._loader)
+        return iter(self._loader)
+
+    def _end(self) -> None:
+        self._loader = None  # ends its processes
 
 
 def _deaths(board: Tensor) -> list[int]:
@@ -179,7 +232,7 @@ _SPAN = 1 << 32  # rows in a shard, at most: (shard, row) is written as one numb
 class _Sampler:
     """For the DataLoader: the batches that still wait, then new ones, which wait from then on."""
 
-    def __init__(self, batches: Iterator[WorkItem], waiting: deque[WorkItem]) -> None:
+    def begin(self, batches: Iterator[WorkItem], waiting: deque[WorkItem]) -> None:
         self._batches = batches
         self._waiting = waiting
         self.broken = False  # whether `batches` raised an exception
@@ -207,23 +260,27 @@ class _Decoding(Dataset[Decoded]):
         self._time_limit = time_limit
 
     def __getitems__(self, batch: WorkItem) -> Decoded:
-        pixels = self._decoder.black(len(batch.items))
         worker = get_worker_info()
+        with memory_limited() if worker is None else nullcontext():  # a worker has its limit from its start
+            return self._decoded(batch, None if worker is None else worker.id)
+
+    def _decoded(self, batch: WorkItem, worker: int | None) -> Decoded:
+        pixels = self._decoder.black(len(batch.items))
         if worker is not None:
-            self._board[worker.id, 0] = os.getpid()
+            self._board[worker, 0] = os.getpid()
             _share(pixels)
         sizes: list[tuple[int, int]] = []
         errors: dict[int, str] = {}
         for i, item in enumerate(batch.items):
             if worker is not None:
-                self._board[worker.id, 1] = batch.shard * _SPAN + batch.start + i
+                self._board[worker, 1] = batch.shard * _SPAN + batch.start + i
             size, error = self._decode(pixels[i], item, limited=worker is not None)
             sizes.append(size)
             if error is not None:
                 errors[i] = error
         decoded = Decoded.of(pixels, sizes, errors)
         if worker is not None:
-            self._board[worker.id, 1] = _IDLE
+            self._board[worker, 1] = _IDLE
             _share(decoded.notes)
         return decoded
 
@@ -266,9 +323,20 @@ def limit_memory() -> None:
     if not pages.exists():
         return  # not Linux
     taken = int(pages.read_text().split()[5]) * resource.getpagesize()
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limit = taken + MEMORY_LIMIT
-    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
+    limits = [taken + MEMORY_LIMIT, *resource.getrlimit(resource.RLIMIT_DATA)]
+    limit = min(each for each in limits if each != resource.RLIM_INFINITY)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limits[-1]))
+
+
+@contextmanager
+def memory_limited() -> Generator[None, None, None]:
+    """`limit_memory` for a block that decodes in a process which goes on afterwards."""
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    limit_memory()
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 def end_with_parent() -> None:
@@ -284,6 +352,20 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
+
+
+@contextmanager
+def _script_hidden() -> Generator[None, None, None]:
+    """Processes that are started in the block do not run the program's script again, of which they need nothing.
+
+    A script that is not guarded by `if __name__ == "__main__"` would start processes in turn, which Python refuses.
+    """
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 def _same(decoded: Decoded) -> Decoded:
@@ -332,6 +414,6 @@ def interrupts_blocked() -> Generator[None, None, None]:
 def start_fork_server() -> None:
     """Starts the process that workers are forked from; it imports PyTorch while the caller does something else.
 
-    Without this call `decode_batches` starts it, and waits for it.
+    Without this call the first batches start it, and wait for it.
     """
     _context()

@@ -8,12 +8,13 @@ import os
 import sys
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from ..bulk.decoder import UNREMARKED, Decoder
+from ..bulk.decoder import Decoder
 from ..bulk.listings import with_listings
 from ..bulk.manifest import computer, weights_digest
 from ..bulk.npy import EmbeddingWriter, embed_files
@@ -22,7 +23,7 @@ from ..bulk.processes import ProcessJob, run_on_devices
 from ..bulk.progress import Progress, check_errors
 from ..bulk.shards import OutputFolder
 from ..bulk.tables import ParquetWriter
-from ..bulk.workers import start_fork_server
+from ..bulk.workers import FEW_WORKERS, TIME_LIMIT, start_fork_server
 from ..encoder import ImageEncoder
 from ..errors import printable
 from ..inputs.finder import read_list
@@ -38,13 +39,11 @@ _LARGE = (  # options for a folder or a parquet file, and not for a single .npy
     "resume",
     "devices",
     "shard_size",
-    "workers",
     "embedding_dtype",
     "normalize",
     "fast_decode",
-    "time_limit",
 )
-_NOT_ON_RAY = ("resume", "device", "devices", "shard_size", "embedding_dtype", "time_limit", "max_errors")
+_NOT_ON_RAY = ("resume", "device", "devices", "shard_size", "embedding_dtype", "max_errors")
 
 
 def _refuse(arguments: argparse.Namespace, names: Iterable[str], why: str) -> None:
@@ -75,11 +74,20 @@ def _paths(arguments: argparse.Namespace) -> list[str]:
         return arguments.paths + read_list(file)
 
 
-def _find(arguments: argparse.Namespace) -> Inputs:
-    if not arguments.quiet:
+def _inputs(arguments: argparse.Namespace) -> Inputs:
+    return _find(
+        _paths(arguments),
+        image_column=arguments.image_column,
+        key_column=arguments.key_column,
+        quiet=arguments.quiet,
+    )
+
+
+def _find(paths: Sequence[str], *, image_column: str, key_column: str | None, quiet: bool) -> Inputs:
+    if not quiet:
         say("listing the inputs")  # takes a minute or more for millions of files
-    inputs = find_inputs(_paths(arguments), image_column=arguments.image_column, key_column=arguments.key_column)
-    if inputs.passed_over and not arguments.quiet:
+    inputs = find_inputs(paths, image_column=image_column, key_column=key_column)
+    if inputs.passed_over and not quiet:
         counts = sorted(inputs.passed_over.items(), key=lambda each: (-each[1], each[0]))
         kinds = ", ".join(f"{count} {printable(suffix) or 'without a suffix'}" for suffix, count in counts)
         say(f"passed over in folders, by suffix: {kinds}")
@@ -108,6 +116,8 @@ def _encode_on_ray(arguments: argparse.Namespace) -> int:
         activation=arguments.activation,
         normalize=arguments.normalize,
         fast_decode=arguments.fast_decode,
+        time_limit=arguments.time_limit or TIME_LIMIT,
+        find=partial(_find, quiet=arguments.quiet),
     )
     if not arguments.quiet:
         say(f"{printable(arguments.output)}: complete, {totals['images']} images, {totals['failed']} failed")
@@ -117,10 +127,15 @@ def _encode_on_ray(arguments: argparse.Namespace) -> int:
 
 
 def _encode_to_npy(arguments: argparse.Namespace) -> int:
-    with EmbeddingWriter(arguments.output) as writer, UNREMARKED:  # larger photographs are failures
+    (device,) = _chosen_devices(arguments)
+    options = _options(arguments, [device])
+    workers = options.workers if arguments.workers is not None else min(FEW_WORKERS, options.workers)
+    with EmbeddingWriter(arguments.output) as writer:
+        if workers:
+            start_fork_server()
         items: list[Item] = []
         failures: list[Failure] = []
-        for item in _find(arguments):
+        for item in _inputs(arguments):
             if isinstance(item, Unreadable):
                 failures.append(Failure(item.location, item.reason))
             else:
@@ -130,11 +145,16 @@ def _encode_to_npy(arguments: argparse.Namespace) -> int:
         check_errors(writer.failed, arguments.max_errors)
 
         dtype = DTYPES.get(arguments.dtype)
-        model, preprocess = load(arguments.model, arguments.device, dtype, activation=arguments.activation)
-        with (
-            tqdm(total=len(items), unit=" images", disable=arguments.quiet) as progress,
-            closing(embed_files(model, preprocess, items, arguments.batch_size or 32)) as batches,
-        ):
+        model, preprocess = load(arguments.model, device, dtype, activation=arguments.activation)
+        embedding = embed_files(
+            model,
+            preprocess,
+            items,
+            arguments.batch_size or 32,
+            workers=workers,
+            time_limit=options.time_limit,
+        )
+        with tqdm(total=len(items), unit=" images", disable=arguments.quiet) as progress, closing(embedding) as batches:
             for batch in batches:
                 writer.add(batch)
                 report(batch.failures)
@@ -162,7 +182,7 @@ def _encode_to_folder(arguments: argparse.Namespace) -> int:
     with OutputFolder(arguments.output, arguments.resume) as folder:
         if one and options.workers:
             start_fork_server()
-        inputs = _find(arguments)
+        inputs = _inputs(arguments)
         dtype = DTYPES.get(arguments.dtype) or default_dtype(devices[0])
         model, preprocess = load(arguments.model, one or "cpu", dtype, activation=arguments.activation)
         folder.begin(_settings(arguments, options, model, preprocess, devices))
@@ -193,7 +213,7 @@ def _encode_to_parquet(arguments: argparse.Namespace) -> int:
     with ParquetWriter(arguments.output) as file:
         if options.workers:
             start_fork_server()
-        inputs = _find(arguments)
+        inputs = _inputs(arguments)
         dtype = DTYPES.get(arguments.dtype)
         model, preprocess = load(arguments.model, devices[0], dtype, activation=arguments.activation)
         with _progress(arguments, inputs) as progress:

@@ -195,6 +195,14 @@ def parser() -> argparse.ArgumentParser:
         choices=_ACTIVATIONS,
         help="of the MLPs, for a checkpoint that does not say: quick_gelu for OpenAI's, gelu for most others",
     )
+    encode.add_argument(
+        "--workers",
+        type=_whole(0),
+        metavar="N",
+        help="decoding processes per device, with --ray encoding ones; 0: images are decoded in the encoding process, "
+        "where nothing ends one that hangs or kills it",
+    )
+    encode.add_argument("--time-limit", type=_seconds, metavar="SECONDS", help="for an image (default: 60)")
     encode.add_argument("--max-errors", type=_whole(0), metavar="N", help="stop when more images fail")
     encode.add_argument("--quiet", action="store_true", help="print failures and errors only")
     encode.add_argument("--json", action="store_true", help="print a summary to stdout, as one line of JSON")
@@ -203,15 +211,11 @@ def parser() -> argparse.ArgumentParser:
     large.add_argument("--resume", action="store_true", help="go on with what is in FOLDER/, if anything")
     large.add_argument("--devices", type=_devices, metavar="0,1,...", help="a process each, shards divided (FOLDER/)")
     large.add_argument("--shard-size", type=_whole(1), metavar="N", help="images per shard (default: 10000)")
-    large.add_argument(
-        "--workers", type=_whole(0), metavar="N", help="decoding processes per device; 0: none, and no --time-limit"
-    )
     large.add_argument("--embedding-dtype", choices=("float32", "float16"), help="as written (default: float32)")
     large.add_argument("--normalize", action="store_true", help="write embeddings of length 1")
     large.add_argument(
         "--fast-decode", action="store_true", help="decode JPEGs at reduced scale: faster, pixels differ a little"
     )
-    large.add_argument("--time-limit", type=_seconds, metavar="SECONDS", help="for an image (default: 60)")
     large.add_argument(
         "--ray", metavar="ADDRESS", help="of a Ray cluster, whose workers encode; FOLDER/ then holds parquet files"
     )

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ..bulk.atomic import new_file
 from ..bulk.decoder import Decoder
 from ..bulk.manifest import weights_digest
+from ..bulk.workers import memory_limited
 from ..encoder import ImageEncoder
 from ..errors import printable
 from ..inputs.containers import IMAGE_COLUMN
@@ -116,7 +117,8 @@ def _queries(texts: list[str], image: str | None, model: ImageEncoder, preproces
         if image is not None:
             decoder = Decoder(preprocess)
             pixels = decoder.black(1)
-            _, error = decoder.into(pixels[0], ImageFile(image, image))
+            with memory_limited():
+                _, error = decoder.into(pixels[0], ImageFile(image, image))
             if error is not None:
                 raise ValueError(f"{printable(image)}: {printable(error)}")
             return model.encode_image(pixels).float().cpu().numpy()

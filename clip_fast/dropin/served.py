@@ -242,8 +242,6 @@ def _check_wiring(tower: nn.Module, plain: nn.Module) -> None:
         if isinstance(module, nn.Sequential):
             children = [child for child, _ in module.named_children()]
             expected = [child for child, _ in twin.named_children()] if twin is not None else []
-            if isinstance(twin, reference.Mlp):
-                expected.insert(1, "gelu")
             _require(children == expected, f"{name} runs {children}, expected {expected}")
         if leaf.startswith(("relu", "act")):
             _require(type(module) is nn.ReLU, f"{name} is a {_class(module)}")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL.TiffImagePlugin import TiffImageFile
 
 MEMORY_LIMIT = 1 << 30  # bytes that one image may take to be read, and again to be decoded
 
@@ -15,9 +18,11 @@ MEMORY_LIMIT = 1 << 30  # bytes that one image may take to be read, and again to
 _NOT_SERVED = {"BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF"}
 
 # Bytes that a decoder takes for each pixel at its peak, as measured, where that is more than 6: with 6, the largest
-# image that Pillow opens is just within the limit. JPEG 2000's are for each band.
-_PEAK_BYTES = {"WEBP": 16, "AVIF": 12, "DDS": 10}
+# image that Pillow opens is just within the limit. A TIFF's are for each pixel of a tile, which may be larger than the
+# image. JPEG 2000's are for each band.
+_PEAK_BYTES = {"WEBP": 16, "AVIF": 12, "DDS": 10, "TIFF": 6}
 _PEAK_BYTES_OF_BAND = {"JPEG2000": 6}
+_TILE_WIDTH, _TILE_LENGTH = 322, 323  # TIFF 6.0, section 15
 
 # Files that people take for images or for tars: where their mark stands, the mark, and what they are.
 _OTHERS = (
@@ -92,10 +97,12 @@ def check_bytes(size: int) -> None:
 def _check_memory(image: ImageFile.ImageFile) -> None:
     bands = len(image.getbands())
     pixel = _PEAK_BYTES.get(image.format or "") or _PEAK_BYTES_OF_BAND.get(image.format or "", 0) * bands
-    needed = image.width * image.height * pixel
+    tags: Mapping[int, Any] = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+    width, height = max(image.width, tags.get(_TILE_WIDTH, 0)), max(image.height, tags.get(_TILE_LENGTH, 0))
+    needed = width * height * pixel
     if needed > MEMORY_LIMIT:
         raise ValueError(
-            f"{image.width}x{image.height} pixels of {image.format} take about {needed >> 20} MiB to decode: an image "
+            f"{width}x{height} pixels of {image.format} take about {needed >> 20} MiB to decode: an image "
             f"may take {MEMORY_LIMIT >> 20}"
         )
     if any(tile[0] == "fits_gzip" for tile in image.tile):  # Pillow unpacks it whole, whatever its size

@@ -13,6 +13,7 @@ from PIL import ImageOps
 
 from ..bulk.decoder import UNREMARKED
 from ..bulk.listings import listed
+from ..bulk.workers import memory_limited
 from ..inputs.inputs import items_at
 from ..inputs.items import Item
 from ..inputs.parquet import IMAGE_COLUMN
@@ -76,7 +77,7 @@ def _thumbnail(location: str, item: Item | None) -> str:
     try:
         if item is None:
             raise FileNotFoundError(location)
-        with UNREMARKED, item.open() as image:
+        with UNREMARKED, memory_limited(), item.open() as image:
             image.draft("RGB", (_SIDE, _SIDE))
             small = ImageOps.exif_transpose(image).convert("RGB")
             small.thumbnail((_SIDE, _SIDE))

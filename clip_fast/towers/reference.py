@@ -53,17 +53,24 @@ def random_parameter(*shape: int, std: float) -> nn.Parameter:
 # --- Vision Transformer ----------------------------------------------------------------------------------------------
 
 
-class Mlp(nn.Module):
+class QuickGELU(nn.Module):
+    """`quick_gelu` as a module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return quick_gelu(x)
+
+
+class Mlp(nn.Sequential):
     """Two linear layers with the activation between. (N, B, W) -> (N, B, W)."""
+
+    c_fc: nn.Linear
+    c_proj: nn.Linear
 
     def __init__(self, config: VitConfig | TextConfig) -> None:
         super().__init__()
         self.c_fc = nn.Linear(config.width, config.mlp_width)
-        self.activation = ACTIVATIONS[config.activation]
+        self.gelu = QuickGELU() if config.activation == "quick_gelu" else nn.GELU()
         self.c_proj = nn.Linear(config.mlp_width, config.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(self.activation(self.c_fc(x)))
 
 
 class ResidualBlock(nn.Module):
@@ -173,10 +180,11 @@ class Bottleneck(nn.Module):
     def __init__(self, in_channels: int, channels: int, stride: int, eps: float) -> None:
         super().__init__()
         out_channels = self.expansion * channels
-        self.conv1, self.bn1 = _conv(in_channels, channels, 1), _norm(channels, eps)
-        self.conv2, self.bn2 = _conv(channels, channels, 3), _norm(channels, eps)
+        self.stride = stride
+        self.conv1, self.bn1, self.relu1 = _conv(in_channels, channels, 1), _norm(channels, eps), nn.ReLU()
+        self.conv2, self.bn2, self.relu2 = _conv(channels, channels, 3), _norm(channels, eps), nn.ReLU()
         self.avgpool = nn.AvgPool2d(stride) if stride > 1 else nn.Identity()
-        self.conv3, self.bn3 = _conv(channels, out_channels, 1), _norm(out_channels, eps)
+        self.conv3, self.bn3, self.relu3 = _conv(channels, out_channels, 1), _norm(out_channels, eps), nn.ReLU()
         self.downsample: nn.Module = nn.Identity()
         if stride > 1 or in_channels != out_channels:
             self.downsample = nn.Sequential()
@@ -185,10 +193,10 @@ class Bottleneck(nn.Module):
             self.downsample.add_module("1", _norm(out_channels, eps))
 
     def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = F.relu(self.bn2(self.conv2(out)))
+        out = self.relu1(self.bn1(self.conv1(x)))
+        out = self.relu2(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(self.avgpool(out)))
-        return F.relu(out + self.downsample(x))
+        return self.relu3(out + self.downsample(x))
 
 
 class AttentionPool(nn.Module):
@@ -221,9 +229,9 @@ class ModifiedResNet(nn.Module):
         super().__init__()
         self.input_resolution, self.output_dim = config.image_size, config.embed_dim
         width = config.width
-        self.conv1, self.bn1 = _conv(3, width // 2, 3, stride=2), _norm(width // 2, config.eps)
-        self.conv2, self.bn2 = _conv(width // 2, width // 2, 3), _norm(width // 2, config.eps)
-        self.conv3, self.bn3 = _conv(width // 2, width, 3), _norm(width, config.eps)
+        self.conv1, self.bn1, self.relu1 = _conv(3, width // 2, 3, 2), _norm(width // 2, config.eps), nn.ReLU()
+        self.conv2, self.bn2, self.relu2 = _conv(width // 2, width // 2, 3), _norm(width // 2, config.eps), nn.ReLU()
+        self.conv3, self.bn3, self.relu3 = _conv(width // 2, width, 3), _norm(width, config.eps), nn.ReLU()
         self.avgpool = nn.AvgPool2d(2)
         in_channels = width
         for stage, blocks in enumerate(config.layers):
@@ -236,9 +244,9 @@ class ModifiedResNet(nn.Module):
         self.attnpool = AttentionPool(config)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(images)))
-        x = F.relu(self.bn2(self.conv2(x)))
-        x = F.relu(self.bn3(self.conv3(x)))
+        x = self.relu1(self.bn1(self.conv1(images)))
+        x = self.relu2(self.bn2(self.conv2(x)))
+        x = self.relu3(self.bn3(self.conv3(x)))
         x = self.avgpool(x)
         for stage in ("layer1", "layer2", "layer3", "layer4"):
             x = cast(nn.Module, getattr(self, stage))(x)

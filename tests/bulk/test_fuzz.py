@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import random
-from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from mutations import mutated
 from PIL import Image, features
 
 from clip_fast.bulk.decoder import Decoder
-from clip_fast.bulk.workers import WorkItem, decode_batches
+from clip_fast.bulk.workers import Workers, WorkItem
 from clip_fast.inputs.items import ImageFile, Item
 from clip_fast.preprocess import Preprocess
 
@@ -62,8 +61,8 @@ def check(folder: Path, count: int) -> None:
     items += [ImageFile("good", str(good)), Peak("peak", "peak")]
     batches = [WorkItem(items[i : i + 32], 0, i, len(items)) for i in range(0, len(items), 32)]
     rows: list[tuple[int, str | None]] = []
-    with closing(decode_batches(Decoder(Preprocess(32)), iter(batches), workers=1, time_limit=20)) as decoded:
-        for batch, result in decoded:
+    with Workers(Decoder(Preprocess(32)), 1, time_limit=20) as workers:
+        for batch, result in workers.decode(iter(batches)):
             assert len(batch.items) == len(result.pixels) == len(result.sizes)
             rows += [(int(width), result.errors.get(i)) for i, (width, _) in enumerate(result.sizes)]
     assert len(rows) == count + 3

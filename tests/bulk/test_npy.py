@@ -41,8 +41,8 @@ class PixelModel:
 class AsItIs(Preprocess):
     """The pixels themselves."""
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        return self.uint8(image).float()
+    def normalised(self, pixels: Tensor) -> Tensor:
+        return pixels.float()
 
 
 preprocess = AsItIs(32)
@@ -126,9 +126,9 @@ def test_few_images_are_decoded_ahead(tmp_path: Path) -> None:
     decoded: list[int] = []
 
     class Counting(AsItIs):
-        def __call__(self, image: Image.Image) -> Tensor:
+        def uint8(self, image: Image.Image) -> Tensor:
             decoded.append(1)
-            return super().__call__(image)
+            return super().uint8(image)
 
     batches = embed_files(PixelModel(), Counting(32), [save(tmp_path / f"{i}.png") for i in range(20)], 2)
     next(batches)
@@ -171,7 +171,7 @@ def test_a_file_without_permission_is_a_failure(tmp_path: Path, monkeypatch: pyt
 
 def test_an_error_of_a_decoder_is_a_failure_whatever_its_type(tmp_path: Path) -> None:
     class Clumsy(Preprocess):
-        def __call__(self, image: Image.Image) -> Tensor:
+        def uint8(self, image: Image.Image) -> Tensor:
             raise MemoryError
 
     (batch,) = embed_files(PixelModel(), Clumsy(32), [save(tmp_path / "a.png")])

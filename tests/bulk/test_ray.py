@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -20,10 +22,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bad_files import of_gigabytes
+from hostile import Greedy, Hanging, Killing
 from PIL import Image
 
 import clip_fast
-from clip_fast.bulk import ray_job
+from clip_fast.bulk import ray_job, ray_stage
 from clip_fast.bulk.ray_stage import ImageEncoder
 from clip_fast.cli import main as cli
 
@@ -161,6 +165,48 @@ def test_batches_of_every_format_of_ray(tmp_path: Path, form: str, column: str) 
     for i in range(3):
         torch.testing.assert_close(rows[i], expected(picture(i)), rtol=1e-4, atol=1e-5)
     assert not rows[3].any()
+
+
+@pytest.mark.timeout(120)
+def test_hostile_images_are_failures_and_the_next_batch_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reasons = of_gigabytes(tmp_path)
+    data = [Path(tmp_path, name).read_bytes() for name in reasons]
+    encoder = ImageEncoder(MODEL, device="cpu", threads=2, time_limit=2)
+    good = encoded(picture(7))
+    for cells in ([good, *data], [str(tmp_path / name) for name in reasons], [*data, good]):
+        got = encoder({"image": objects(*cells)})
+        errors = [error for error in got["error"] if error]
+        assert len(errors) == len(reasons)
+        assert all(reason in error for reason, error in zip(reasons.values(), errors, strict=True))
+        assert [status == "ok" for status in got["status"]] == [cell == good for cell in cells]
+    harmful = [Greedy("g", "g"), Hanging("h", "h"), Killing("k", "k"), ray_stage.item_of(good)]
+    columns = encoder.embed(harmful)
+    assert columns["error"][0] == "MemoryError"
+    assert all("a decoder died of it, or took longer than 2 s" in error for error in columns["error"][1:3])
+    assert columns["status"].tolist() == ["failed", "failed", "failed", "ok"]
+    monkeypatch.setattr(ray_stage, "CELL_LIMIT", 1000)
+    got = encoder({"image": objects(bytes(1001), np.zeros((30, 40), np.uint8), good)})
+    assert got["error"][0] == "1001 bytes: an image in a batch may have 1000"
+    assert got["error"][1] == "1200 bytes: an image in a batch may have 1000"
+    assert got["status"].tolist() == ["failed", "failed", "ok"]
+
+
+def test_a_script_without_a_guard_may_call_it(tmp_path: Path) -> None:
+    """Decoding processes, which start anew, do not run it."""
+    (tmp_path / "a.png").write_bytes(encoded(picture(1)))
+    (tmp_path / "script.py").write_text(
+        "import sys, clip_fast.ray\n"
+        "print('once')\n"
+        "encoder = clip_fast.ray.ImageEncoder('tiny-digits', device='cpu', threads=2)\n"
+        "for _ in range(2):\n"
+        "    print(encoder({'image': [sys.argv[1], b'']})['status'].tolist())\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(clip_fast.__file__).parents[1])}
+    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "a.png")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    assert done.stdout == "once\n['ok', 'failed']\n['ok', 'failed']\n"
 
 
 def test_batches_of_other_kinds_are_refused() -> None:
@@ -341,6 +387,8 @@ def test_the_command_writes_the_rows_of_a_run_without_ray(
     for i in range(3):
         Path("photos/below", f"{i}.png").write_bytes(encoded(picture(i)))
     Path("photos/notes.txt").write_text("no image, and not taken for one")
+    Path("photos/below/0.HEIC").write_text("no image that is read")
+    reasons = of_gigabytes(Path("photos"))
     Path("odd").write_bytes(encoded(Image.radial_gradient("L")))  # like none of the others
     for number in range(2):
         images = {f"{number}0.png": encoded(picture(number)), f"{number}1.jpg": encoded(picture(10 + number))}
@@ -353,18 +401,23 @@ def test_the_command_writes_the_rows_of_a_run_without_ray(
     cells = {"name": ["k4"], "photo": [{"bytes": None, "path": "photos/below/2.png"}]}
     parquet.write_table(pyarrow.table(cells), "cells.parquet")
     inputs = ["photos/**/*.png", "photos", "odd", "nowhere.png", "{00..01}.tar", "cut.tar", "bytes.parquet"]
-    common = [*inputs, "paths.parquet", "cells.parquet", "--image-column", "photo", "--key-column", "name", "--quiet"]
+    common = [*inputs, "paths.parquet", "cells.parquet", "--image-column", "photo", "--key-column", "name"]
     common += ["--model", "./model.safetensors"]
+    here = ["--output", "here.parquet", "--workers", "0", "--device", "cpu", "--quiet"]
 
-    assert cli.main(["encode", *common, "--output", "here.parquet", "--workers", "0", "--device", "cpu"]) == 1
+    assert cli.main(["encode", *common, *here]) == 1
     wanted = {row["key"]: row for row in parquet.read_table("here.parquet").to_pylist()}
     assert {wanted[key]["status"] for key in ("00", "01", "10", "11", "odd", "whole", "k0", "k3", "k4")} == {"ok"}
     tar = str(tmp_path / "cut.tar")
     wanted[tar] = {**wanted.pop("cut.tar"), "key": tar}  # the place that the end of the archive is known by
+    for name, reason in reasons.items():
+        assert reason in wanted[f"photos/{name}"]["error"]
     capsys.readouterr()
-    on_ray = [*common, "--ray", cluster.address, "--workers", "1", "--output", "out/"]
+    on_ray = [*common, "--ray", cluster.address, "--workers", "1", "--output", "out/", "--time-limit", "90"]
     assert cli.main(["encode", *on_ray, "--json"]) == 1
-    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    said = capsys.readouterr()
+    assert "passed over in folders, by suffix: 1 .heic, 1 .txt\n" in said.err
+    summary = json.loads(said.out.splitlines()[-1])
     failed = sum(row["status"] == "failed" for row in wanted.values())
     assert summary == {"output": "out/", "complete": True, "images": len(wanted), "failed": failed}
     assert_same(table(tmp_path / "out"), wanted, tmp_path)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import errno
 import os
+import resource
 import select
 import signal
 import threading
@@ -20,19 +20,26 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from bad_files import BAD_FILES
-from hostile import Greedy, Killing, Peak
+from bad_files import BAD_FILES, WEBP_OF_34_BYTES
+from hostile import Greedy, Killing, Peak, ThisProcess
 from numpy.testing import assert_array_equal
 from PIL import Image
 
 from clip_fast.bulk import workers as decode
 from clip_fast.bulk.decoder import Decoder
-from clip_fast.bulk.workers import Decoded, WorkItem, _Decoding, decode_batches
+from clip_fast.bulk.workers import Decoded, Workers, WorkItem, _Decoding
 from clip_fast.inputs.items import ImageFile, Item, Unreadable
 from clip_fast.preprocess import Preprocess
 
 DECODER = Decoder(Preprocess(32))
 PHOTOGRAPHS = sorted((Path(__file__).parents[1] / "data").glob("*.jpg"))
+
+
+def decode_batches(
+    decoder: Decoder, batches: Iterator[WorkItem], *, workers: int, time_limit: float
+) -> Iterator[tuple[WorkItem, Decoded]]:
+    with Workers(decoder, workers, time_limit=time_limit) as processes:
+        yield from processes.decode(batches)
 
 
 def item(path: Path) -> Item:
@@ -128,16 +135,60 @@ def test_a_worker_that_dies_while_a_long_result_waits_to_be_read_is_replaced(tmp
 
 
 @pytest.mark.timeout(120)
-def test_an_image_that_takes_too_much_memory_is_a_failure_and_its_worker_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_takes_too_much_memory_is_a_failure_and_the_others_go_on(tmp_path: Path, workers: int) -> None:
     Image.new("RGB", (5, 4)).save(tmp_path / "x.png")
-    (tmp_path / "w.webp").write_bytes(base64.b64decode("UklGRhoAAABXRUJQVlA4TA4AAAAvOXQODQcQEf0PRET/Aw=="))
+    (tmp_path / "w.webp").write_bytes(WEBP_OF_34_BYTES)
     good = item(tmp_path / "x.png")
     items = [good, Greedy("g", "g"), good, item(tmp_path / "w.webp"), Greedy("g", "g"), good, Peak("p", "p")]
-    ((_, decoded),) = decode_batches(DECODER, iter([WorkItem(items, 0, 0, 7)]), workers=1, time_limit=60)
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    ((_, decoded),) = decode_batches(DECODER, iter([WorkItem(items, 0, 0, 7)]), workers=workers, time_limit=60)
     assert list(decoded.errors) == [1, 3, 4, 6]
     assert decoded.errors[1] == decoded.errors[4] == "MemoryError"
     assert "take about" in decoded.errors[3]
-    assert int(decoded.errors[6]) < 1 << 30
+    if workers:
+        assert int(decoded.errors[6]) < 1 << 30
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before  # this process is limited while it decodes
+
+
+def test_workers_stay_for_the_next_batches_and_are_replaced_between_them(tmp_path: Path) -> None:
+    Image.new("RGB", (5, 4)).save(tmp_path / "x.png")
+    good, there = WorkItem([item(tmp_path / "x.png")], 0, 0, 1), WorkItem([ThisProcess("p", "p")], 0, 0, 1)
+    with Workers(DECODER, 1, time_limit=9) as workers:
+
+        def process() -> str:
+            ((_, decoded),) = workers.decode(iter([there]))
+            return decoded.errors[0]
+
+        first = process()
+        assert process() == first != str(os.getpid())
+        begun = workers.decode(iter([good] * 9))
+        next(begun)
+        begun.close()
+        second = process()
+        assert second != first
+        os.kill(int(second), signal.SIGKILL)
+        assert [decoded.errors for _, decoded in workers.decode(iter([good] * 3))] == [{}] * 3
+        last = int(process())
+    while decode._alive(last):  # within the test's time
+        time.sleep(0.01)
+
+
+def test_the_parts_of_a_batch_are_one_again(tmp_path: Path) -> None:
+    for i in range(7):
+        Image.new("RGB", (5 + i, 4), (i, 1, 2)).save(tmp_path / f"{i}.png")
+    (tmp_path / "5.png").write_bytes(b"")
+    batch = WorkItem([item(tmp_path / f"{i}.png") for i in range(7)], 3, 20, 100)
+    parts = batch.parts(3)
+    assert [(part.shard, part.start, part.length, len(part.items)) for part in parts] == [
+        (3, 20, 100, 3), (3, 23, 100, 3), (3, 26, 100, 1)
+    ]  # fmt: skip
+    ((_, whole),) = decode_batches(DECODER, iter([batch]), workers=0, time_limit=1)
+    joined = Decoded.joined(pixels for _, pixels in decode_batches(DECODER, iter(parts), workers=0, time_limit=1))
+    assert torch.equal(joined.pixels, whole.pixels)
+    assert torch.equal(joined.sizes, whole.sizes)
+    assert joined.errors == whole.errors == {5: "not an image: zero bytes"}
+    assert [part.items for part in WorkItem([], 0, 0, 0).parts(4)] == [[]]
 
 
 def test_the_largest_photograph_fits_into_a_worker(tmp_path: Path) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import gzip
 import io
+import json
 import tarfile
 from pathlib import Path
 
 import pytest
+from bad_files import of_gigabytes
 from PIL import Image
 
 from clip_fast.cli import main as cli
@@ -60,6 +62,27 @@ def test_bad_inputs_of_many_images_are_rows_and_the_rest_goes_on(folder: Path, o
         "gzip",
         "names",
     ]
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize("output", ["e.npy", "e.parquet", "out/"])
+def test_a_few_bytes_that_stand_for_gigabytes_are_rows(folder: Path, output: str, workers: str) -> None:
+    reasons = of_gigabytes(folder)
+    Path("good.jpg").write_bytes(jpeg())
+    assert encode(*reasons, "good.jpg", "--output", output, "--workers", workers, "--quiet") == 1
+    if output == "e.npy":
+        failures = dict(line.split("\t") for line in Path("errors.txt").read_text().splitlines())
+        assert Path("paths.txt").read_text() == "good.jpg\n"
+    elif output == "out/":
+        lines = map(json.loads, Path("out/errors.jsonl").read_text().splitlines())
+        failures = {line["image_path"]: line["reason"] for line in lines}
+    else:
+        rows = pytest.importorskip("pyarrow.parquet").read_table(output).to_pylist()
+        failures = {row["image_path"]: row["error"] for row in rows if row["status"] == "failed"}
+        assert len(rows) == len(reasons) + 1
+    assert failures.keys() == reasons.keys()
+    for name, reason in reasons.items():
+        assert reason in failures[name]
 
 
 def test_a_column_of_base64_is_embedded(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from bad_files import BAD_FILES
 from earlier import as_earlier
+from hostile import Greedy
 from numpy.testing import assert_allclose, assert_array_equal
 from numpy.typing import NDArray
 from PIL import Image
@@ -551,6 +552,13 @@ def test_a_page_lists_a_tar_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     reds = [Image.open(io.BytesIO(base64.b64decode(data))).getpixel((4, 4))[0] for _, data in shown]  # type: ignore[index]
     assert reds[0] > 200 > 50 > reds[1]
     assert text.count("FileNotFoundError") == 2
+
+
+def test_an_image_that_takes_too_much_memory_is_missing_in_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gallery, "items_at", lambda places, column: {place: Greedy(place, place) for place in places})
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    assert '<div class="missing">MemoryError</div>' in gallery.page("x", [Hit(1.0, 0, "k", "a.png")])
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
 
 def test_names_are_text_in_a_page() -> None:
