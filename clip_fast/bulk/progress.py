@@ -8,12 +8,9 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from ..errors import TooManyErrors
 from .pipeline import Step
 from .tables import Totals
-
-
-class TooManyErrors(Exception):
-    """More inputs failed than `--max-errors` allows."""
 
 
 def check_errors(failed: int, limit: int | None) -> None:

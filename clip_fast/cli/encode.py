@@ -33,7 +33,7 @@ from ..inputs.parquet import Parquet
 from ..loading import default_device, default_dtype, load
 from ..preprocess import Preprocess
 from .messages import EXIT_OK, EXIT_SOME_FAILED, report, say, show
-from .parser import DTYPES
+from .parser import dtype_of
 
 _LARGE = (  # options for a folder or a parquet file, and not for a single .npy
     "resume",
@@ -112,7 +112,7 @@ def _encode_on_ray(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size or 256,
         image_column=arguments.image_column,
         key_column=arguments.key_column,
-        dtype=DTYPES.get(arguments.dtype),
+        dtype=dtype_of(arguments.dtype),
         activation=arguments.activation,
         normalize=arguments.normalize,
         fast_decode=arguments.fast_decode,
@@ -144,7 +144,7 @@ def _encode_to_npy(arguments: argparse.Namespace) -> int:
         writer.fail(failures)
         check_errors(writer.failed, arguments.max_errors)
 
-        dtype = DTYPES.get(arguments.dtype)
+        dtype = dtype_of(arguments.dtype)
         model, preprocess = load(arguments.model, device, dtype, activation=arguments.activation)
         embedding = embed_files(
             model,
@@ -183,7 +183,7 @@ def _encode_to_folder(arguments: argparse.Namespace) -> int:
         if one and options.workers:
             start_fork_server()
         inputs = _inputs(arguments)
-        dtype = DTYPES.get(arguments.dtype) or default_dtype(devices[0])
+        dtype = dtype_of(arguments.dtype) or default_dtype(devices[0])
         model, preprocess = load(arguments.model, one or "cpu", dtype, activation=arguments.activation)
         folder.begin(_settings(arguments, options, model, preprocess, devices))
         inputs = with_listings(inputs, folder.folder)
@@ -214,7 +214,7 @@ def _encode_to_parquet(arguments: argparse.Namespace) -> int:
         if options.workers:
             start_fork_server()
         inputs = _inputs(arguments)
-        dtype = DTYPES.get(arguments.dtype)
+        dtype = dtype_of(arguments.dtype)
         model, preprocess = load(arguments.model, devices[0], dtype, activation=arguments.activation)
         with _progress(arguments, inputs) as progress:
             run(model, Decoder(preprocess, arguments.fast_decode), inputs, file, options, progress)

@@ -6,10 +6,7 @@ import argparse
 import traceback
 from collections.abc import Callable, Sequence
 
-from ..bulk.progress import TooManyErrors
-from ..checkpoint.published import available_models
-from ..errors import CheckpointError
-from .encode import encode
+from ..errors import CheckpointError, TooManyErrors
 from .interrupt import stop_watching
 from .messages import (
     EXIT_INTERRUPTED,
@@ -23,37 +20,52 @@ from .messages import (
     say,
     show,
 )
-from .parser import DTYPES, parser
-from .verify import verify
+from .parser import dtype_of, parser
+
+# Each command imports what it needs. --help, and a command line that does not parse, do not wait for PyTorch.
+
+
+def _encode(arguments: argparse.Namespace) -> int:
+    from .encode import encode
+
+    return encode(arguments)
 
 
 def _search(arguments: argparse.Namespace) -> int:
-    from .search import search  # imported here, since the other commands do not need it
+    from .search import search
 
     return search(arguments)
 
 
-def _demo(arguments: argparse.Namespace) -> int:
-    from . import demo  # imported here, since the other commands do not need it
+def _verify(arguments: argparse.Namespace) -> int:
+    from .verify import verify
 
-    return demo.run(arguments.device, DTYPES.get(arguments.dtype))
+    return verify(arguments)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from . import demo
+
+    return demo.run(arguments.device, dtype_of(arguments.dtype))
 
 
 def _warm(arguments: argparse.Namespace) -> int:
-    from .warm import warm  # imported here, since the other commands do not need it
+    from .warm import warm
 
     return warm(arguments)
 
 
 def _models(arguments: argparse.Namespace) -> int:
+    from ..checkpoint.published import available_models
+
     show("\n".join(available_models()))
     return EXIT_OK
 
 
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "encode": encode,
+    "encode": _encode,
     "search": _search,
-    "verify": verify,
+    "verify": _verify,
     "demo": _demo,
     "warm": _warm,
     "models": _models,

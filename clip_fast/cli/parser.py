@@ -1,19 +1,20 @@
-"""The command line's options and help texts."""
+"""The command line's options and help texts. PyTorch is imported for a device or a dtype that is given, not before."""
 
 from __future__ import annotations
 
 import argparse
 import math
 from collections.abc import Callable
-from typing import get_args
-
-import torch
+from typing import TYPE_CHECKING, get_args
 
 from ..inputs.containers import IMAGE_COLUMN
 from ..towers.config import Activation
 from ..version import __version__
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "float16", "bfloat16")
 _ACTIVATIONS = get_args(Activation)
 
 DESCRIPTION = "Embeds images with CLIP, fast."
@@ -138,7 +139,16 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The dtype that one of `DTYPES` names; None where none is named."""
+    import torch
+
+    return None if name is None else getattr(torch, name)
+
+
 def _device(text: str) -> torch.device:
+    import torch
+
     try:
         device = torch.device(text)
         torch.empty(0, device=device).cpu()

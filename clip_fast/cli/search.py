@@ -31,7 +31,7 @@ from ..search.index import Hit, Index
 from ..simple_tokenizer import tokenize
 from ..towers.config import Activation
 from .messages import EXIT_OK, say, show
-from .parser import DTYPES
+from .parser import DTYPES, dtype_of
 
 _TEXTS = 256  # that are embedded at once
 
@@ -46,15 +46,15 @@ def search(arguments: argparse.Namespace) -> int:
     index = Index(arguments.index)
     if not index.complete:
         say(f"{printable(arguments.index)}: encode has not finished it; searching the {len(index)} images in it")
-    name, dtype = arguments.model or _setting(index, "model"), _setting(index, "dtype", tuple(DTYPES))
+    name, dtype = arguments.model or _setting(index, "model"), _setting(index, "dtype", DTYPES)
     weights = _setting(index, "weights")
     activation = arguments.activation or _setting(index, "activation", (None, *get_args(Activation)))
     column = _setting(index, "image_column", optional=True) or IMAGE_COLUMN
-    model, preprocess = load(name, arguments.device, DTYPES[dtype], activation=activation)
+    model, preprocess = load(name, arguments.device, dtype_of(dtype), activation=activation)
     if weights_digest(model) != weights:
         raise ValueError(f"{arguments.index} was made with other weights than those of {name}: name its --model")
     if arguments.dtype not in (None, dtype):  # after the comparison, which needs the index's dtype
-        model, _ = load(name, arguments.device, DTYPES[arguments.dtype], activation=activation)
+        model, _ = load(name, arguments.device, dtype_of(arguments.dtype), activation=activation)
     found = index.search_many(_queries(texts, arguments.image, model, preprocess), arguments.k)
     for text, hits in zip(texts or [None], found, strict=True):
         for hit in hits:
