@@ -69,7 +69,7 @@ class ShardFolder:
         self.folder = Path(folder)
 
     def finished(self, index: int, items: Sequence[Item]) -> Totals | None:
-        """The counts of shard `index`; None where it is not there, or damaged, which is logged.
+        """The counts of shard `index`; None where it is not there, lacks new inputs, or is damaged, which is logged.
 
         Raises:
             ValueError: the shard was made from other inputs than `items`.
@@ -82,6 +82,8 @@ class ShardFolder:
         except ValueError as error:
             _log.warning("%s: the shard is made again", error)
             return None
+        if footer.images < len(items) and footer.inputs == _digest(items[: footer.images]):
+            return None  # it was the last one, and more inputs follow
         if footer.inputs != _digest(items):
             raise ValueError(
                 f"cannot resume {self.folder}: the inputs have changed, {path.name} was made from others than "

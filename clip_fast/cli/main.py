@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 
@@ -85,11 +87,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_READER_GONE
 
 
+def _parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line; where it does not parse, --json has its line all the same."""
+    try:
+        return parser().parse_args(argv)
+    except SystemExit as end:
+        if end.code and argv[:1] == ["encode"] and "--json" in argv:
+            show(json.dumps({"output": None, "complete": False, "error": "the command line does not parse"}))
+        raise
+
+
 def _run(argv: Sequence[str] | None) -> int:
     debug = False
     try:
         try:
-            arguments = parser().parse_args(argv)
+            arguments = _parsed(sys.argv[1:] if argv is None else argv)
             debug = arguments.debug
             return _COMMANDS[arguments.command](arguments)
         finally:

@@ -81,6 +81,7 @@ exit status:
   2    the run did not finish: wrong usage, no image found, output folder missing, model not loadable, disk full, ...
   3    more than --max-errors failed
   130  stopped by Ctrl-C
+  143  stopped by SIGTERM
   141  the program that read the output has gone, as head does
 A FOLDER/ keeps its finished shards in any case.
 """
