@@ -10,21 +10,23 @@ Code that was written for openai-clip runs with `import clip_fast as clip`.
 """
 
 # First, since the other imports take seconds.
-from .cli import interrupt as _interrupt  # noqa: F401  # pyright: ignore[reportUnusedImport]
+from .cli import interrupt as _interrupt
 
 # isort: split
 
-from . import clip as clip  # as openai-clip's package has it
-from .checkpoint.published import available_models
-from .dropin.accelerate import accelerate, restore
-from .encoder import ImageEncoder
-from .errors import CheckpointError, NotServed
-from .loading import load
-from .model import Clip
-from .preprocess import Preprocess
-from .simple_tokenizer import tokenize
-from .verification import Verdict, verify
 from .version import __version__ as __version__
+
+if not _interrupt.is_command():  # which imports what it needs, when it needs it
+    from . import clip as clip  # as openai-clip's package has it
+    from .checkpoint.published import available_models
+    from .dropin.accelerate import accelerate, restore
+    from .encoder import ImageEncoder
+    from .errors import CheckpointError, NotServed
+    from .loading import load
+    from .model import Clip
+    from .preprocess import Preprocess
+    from .simple_tokenizer import tokenize
+    from .verification import Verdict, verify
 
 __all__ = [
     "CheckpointError",

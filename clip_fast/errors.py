@@ -25,6 +25,10 @@ class NotServed(ValueError):
     """The fast path does not serve a model; the message names the part that keeps it from that."""
 
 
+class TooManyErrors(Exception):
+    """More inputs failed than `--max-errors` allows."""
+
+
 def summary(error: Exception) -> str:
     """An exception in one line, with its type."""
     return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

@@ -50,11 +50,3 @@ def huggingface_hub() -> Any:
 def torchvision_transforms() -> Any:
     """torchvision.transforms. Raises ModuleNotFoundError, see `_extra`."""
     return _extra("torchvision.transforms", "transforms", "preprocess.transforms")
-
-
-def faiss() -> Any:
-    """FAISS, or None where it is not installed: it only makes search faster."""
-    try:
-        return importlib.import_module("faiss")
-    except ImportError:
-        return None

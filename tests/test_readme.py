@@ -147,11 +147,11 @@ def working_folder(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def search_as_written(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
-    """Both commands, in an index of all tars whose paths begin with `folder`."""
+    """The commands, in an index of all tars whose paths begin with `folder`."""
     pytest.importorskip("tokenizers")
     assert len(Index("embeddings/")) == TARS
     capsys.readouterr()
-    words, image = SEARCHING
+    words, image, queries = SEARCHING
     assert run(words) == 0
     assert len(capsys.readouterr().out.splitlines()) == 10
     assert run(image) == 0
@@ -159,6 +159,9 @@ def search_as_written(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     assert len(lines) == 100
     assert lines[0] == f"1.0000\t{folder / 'data'}/{WANTED:04}.tar/picture.png"
     assert Path("found.html").read_text().count("<img ") == 101
+    Path("queries.txt").write_text("a dog on a beach\na cat\n")
+    assert run(queries) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 20
 
 
 def test_these_are_the_recipes() -> None:
@@ -175,6 +178,7 @@ def test_these_are_the_recipes() -> None:
         ["ray", "stop"],
         ["clip-fast", "search", "a dog on a beach", *index],
         ["clip-fast", "search", "--image", "query.jpg", *index, "-k", "100", "--html", "found.html"],
+        ["clip-fast", "search", "--queries", "queries.txt", *index, "--json"],
     ]
     assert commands(README, "Millions of images") == [ENCODING[0], ENCODING[1], SEARCHING[0]]
 

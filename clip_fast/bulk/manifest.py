@@ -59,15 +59,19 @@ def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
 
 
 def compare(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    """Refuses to resume a run that had other settings.
+    """Refuses to resume a run that had other settings. More inputs may follow those that it had.
 
     Raises:
         ValueError: names each setting that differs, with both values.
     """
     names = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    earlier, inputs = before.get("inputs"), now.get("inputs")
+    if earlier and inputs and inputs[: len(earlier)] == earlier:
+        names = [name for name in names if name != "inputs"]
     if names:
         differences = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names)
-        raise ValueError(f"cannot resume {folder} with other settings: {differences}")
+        advice = ". A run is extended by inputs that are named behind those that it had" if "inputs" in names else ""
+        raise ValueError(f"cannot resume {folder} with other settings: {differences}{advice}")
 
 
 def weights_digest(model: ImageEncoder) -> str:

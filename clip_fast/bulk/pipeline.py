@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -74,19 +74,31 @@ def run(
     sink: Sink,
     options: Options,
     report: Callable[[Step], None],
-    part: int = 0,
-    parts: int = 1,
 ) -> None:
-    """Embeds `inputs` into `sink`: every `parts`-th shard from `part` on that is not finished.
+    """Embeds `inputs` into `sink`: the shards that are not finished.
 
     `report` is called after every batch, and an exception of it ends the run. An OSError of `inputs`, which cannot be
     listed at the moment, ends it too, since the borders of shards depend on all items before them. Shards that were
     written stay.
     """
+    items = iter(inputs)
+    shards = enumerate(iter(lambda: list(islice(items, options.shard_size)), []))
+    run_shards(model, decoder, shards, sink, options, report)
+
+
+def run_shards(
+    model: ImageEncoder,
+    decoder: Decoder,
+    shards: Iterator[tuple[int, list[Item]]],
+    sink: Sink,
+    options: Options,
+    report: Callable[[Step], None],
+) -> None:
+    """As `run`, for shards that are given by their numbers and items."""
     on_gpu = model.device.type == "cuda"
     writes: deque[Future[Totals]] = deque()
-    shards = _Gatherer(sink)
-    work = _batches(inputs, sink, options, report, part, parts)
+    gatherer = _Gatherer(sink)
+    work = _batches(shards, sink, options, report)
     encode = _encoder(model, options)
     writer = ThreadPoolExecutor(1, thread_name_prefix="write")
     workers = Workers(decoder, options.workers, time_limit=options.time_limit, pin_memory=on_gpu)
@@ -98,7 +110,7 @@ def run(
             for batch, decoded in decoding:
                 arrived = time.perf_counter()
                 rows = encode(decoded.pixels)
-                writes.append(writer.submit(shards.add, batch, decoded.sizes, decoded.errors, rows))
+                writes.append(writer.submit(gatherer.add, batch, decoded.sizes, decoded.errors, rows))
                 done = Totals()
                 while writes and (len(writes) > WRITES_AHEAD or writes[0].done()):
                     done += writes.popleft().result()
@@ -112,26 +124,20 @@ def run(
 
 
 def _batches(
-    inputs: Inputs, sink: Sink, options: Options, report: Callable[[Step], None], part: int, parts: int
+    shards: Iterator[tuple[int, list[Item]]], sink: Sink, options: Options, report: Callable[[Step], None]
 ) -> Generator[WorkItem, None, None]:
     """The batches of the unfinished shards. The next shard's items are listed at the same time."""
-    items = iter(inputs)
     with ThreadPoolExecutor(1, thread_name_prefix="list") as lister:
-
-        def following() -> Future[list[Item]]:
-            return lister.submit(lambda: list(islice(items, options.shard_size)))
-
-        index, upcoming = 0, following()
-        while chunk := upcoming.result():
-            upcoming = following()
-            if index % parts == part:
-                finished = sink.finished(index, chunk)
-                if finished:
-                    report(Step(finished, resumed=True))
-                else:
-                    for start in range(0, len(chunk), options.batch_size):
-                        yield WorkItem(chunk[start : start + options.batch_size], index, start, len(chunk))
-            index += 1
+        upcoming = lister.submit(next, shards, None)
+        while (shard := upcoming.result()) is not None:
+            upcoming = lister.submit(next, shards, None)
+            index, items = shard
+            finished = sink.finished(index, items)
+            if finished:
+                report(Step(finished, resumed=True))
+                continue
+            for start in range(0, len(items), options.batch_size):
+                yield WorkItem(items[start : start + options.batch_size], index, start, len(items))
 
 
 class _Gatherer:

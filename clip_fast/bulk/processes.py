@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 
 import torch
 
-from ..inputs.inputs import Inputs
+from ..inputs.inputs import Inputs, SpanReader, spans_of
+from ..inputs.items import Item
 from ..loading import load
 from ..towers.config import Activation
 from .decoder import Decoder
-from .pipeline import Options, Step, run
+from .pipeline import Options, Step, run_shards
 from .shards import ShardFolder
 from .workers import end_with_parent, interrupts_blocked
 
@@ -45,20 +47,27 @@ def run_on_devices(devices: Sequence[torch.device], job: ProcessJob, report: Cal
         RuntimeError: a process failed or died; the message names the device, and the type of the error there, whose
             traceback is the cause. The shards that were written stay.
     """
-    context = multiprocessing.get_context(
-        "spawn"
-    )  # CUDA needs new processes, and they must not inherit the folder's lock
+    # CUDA needs new processes, and they must not inherit the folder's lock.
+    context = multiprocessing.get_context("spawn")
     names: dict[Connection, str] = {}
     processes: list[SpawnProcess] = []
+    hands: list[Connection] = []
+    stopped = threading.Event()
     try:
-        for part, device in enumerate(devices):
+        for device in devices:
             receiving, sending = context.Pipe(duplex=False)
-            process = context.Process(target=_serve, args=(job, device, part, len(devices), sending))
+            taking, dealing = context.Pipe(duplex=False)
+            process = context.Process(target=_serve, args=(job, device, taking, sending))
             with interrupts_blocked():
                 process.start()
                 processes.append(process)
             sending.close()
+            taking.close()
             names[receiving] = str(device)
+            hands.append(dealing)
+        receiving, sending = context.Pipe(duplex=False)
+        names[receiving] = "the listing of the inputs"
+        threading.Thread(target=_deal, args=(job, hands, sending, stopped), name="deal", daemon=True).start()
         while names:
             for connection in wait(list(names)):
                 assert isinstance(connection, Connection)
@@ -74,19 +83,47 @@ def run_on_devices(devices: Sequence[torch.device], job: ProcessJob, report: Cal
                     problem, trace = message
                     raise RuntimeError(f"{names[connection]}: {problem}") from _ErrorThere(trace)
     finally:
+        stopped.set()
         for process in processes:
             process.terminate()
         for process in processes:
             process.join()
 
 
-def _serve(job: ProcessJob, device: torch.device, part: int, parts: int, channel: Connection) -> None:
+def _deal(job: ProcessJob, hands: Sequence[Connection], channel: Connection, stopped: threading.Event) -> None:
+    """Deals the shards, as spans of the inputs, to the processes in turn. Tars are listed here, once for all."""
+    try:
+        for index, spans in enumerate(spans_of(job.inputs, job.options.shard_size)):
+            if stopped.is_set():
+                return
+            hands[index % len(hands)].send((index, spans))
+        for hand in hands:
+            hand.send(None)
+        channel.send(None)
+    except Exception as error:
+        if not stopped.is_set():  # otherwise the processes are gone
+            channel.send(_told(error))
+
+
+def _dealt(job: ProcessJob, hand: Connection) -> Iterator[tuple[int, list[Item]]]:
+    reader = SpanReader(job.inputs)
+    while (shard := hand.recv()) is not None:
+        index, spans = shard
+        yield index, [item for span in spans for item in reader.read(span)]
+
+
+def _told(error: Exception) -> tuple[str, str]:
+    """An exception for another process: its type and text, and its traceback."""
+    return f"{type(error).__name__}: {error}", "".join(traceback.format_exception(error))
+
+
+def _serve(job: ProcessJob, device: torch.device, hand: Connection, channel: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends this process
     end_with_parent()  # otherwise it would write to a folder that is no longer locked
     try:
         model, preprocess = load(job.model, device, job.dtype, activation=job.activation)
         decoder = Decoder(preprocess, job.fast_decode)
-        run(model, decoder, job.inputs, ShardFolder(job.folder), job.options, channel.send, part, parts)
+        run_shards(model, decoder, _dealt(job, hand), ShardFolder(job.folder), job.options, channel.send)
         channel.send(None)
     except Exception as error:
-        channel.send((f"{type(error).__name__}: {error}", traceback.format_exc()))
+        channel.send(_told(error))

@@ -1,9 +1,10 @@
 """Embeddings on disk in shards, so that a job can stop anywhere and go on.
 
     OUTPUT/img_emb/img_emb_0000.npy             (rows, embed_dim), row i belonging to row i of
-    OUTPUT/metadata/metadata_0000.parquet       key, image_path, width, height, status, error
+    OUTPUT/metadata/metadata_0000.parquet       key, image_path, width, height, status, error, norm
     OUTPUT/errors.jsonl                         {"key", "image_path", "reason"} of every failure, where there are any
     OUTPUT/manifest.json                        the settings, and the totals once all is done
+    OUTPUT/listings/                            what is in the tars among the inputs, see `listings.py`
 
 This is the layout that clip-retrieval and autofaiss read. Every input has its row, in order; the embedding of a failed
 one is zero. The metadata holds the size and the checksum of the embeddings' file and is renamed into place after it: a
@@ -32,6 +33,7 @@ from ..errors import summary
 from ..extras import pyarrow
 from ..inputs.items import Item
 from .atomic import TEMPORARY_SUFFIX, locked, naming, new_file
+from .listings import LISTINGS_FOLDER
 from .manifest import MANIFEST_NAME, compare, read_manifest, write_manifest
 from .tables import Record, Shard, Totals, as_text, columns_of
 
@@ -39,6 +41,8 @@ ERRORS_NAME = "errors.jsonl"
 LOCK_NAME = ".lock"
 EMBEDDINGS_FOLDER = "img_emb"
 METADATA_FOLDER = "metadata"
+
+NORM = "norm"  # column of the metadata
 
 _FOOTER = b"clip_fast"  # key in the parquet footer, under which a shard's `Footer` stands
 _log = logging.getLogger(__name__)
@@ -65,7 +69,7 @@ class ShardFolder:
         self.folder = Path(folder)
 
     def finished(self, index: int, items: Sequence[Item]) -> Totals | None:
-        """The counts of shard `index`; None where it is not there, or damaged, which is logged.
+        """The counts of shard `index`; None where it is not there, lacks new inputs, or is damaged, which is logged.
 
         Raises:
             ValueError: the shard was made from other inputs than `items`.
@@ -78,6 +82,8 @@ class ShardFolder:
         except ValueError as error:
             _log.warning("%s: the shard is made again", error)
             return None
+        if footer.images < len(items) and footer.inputs == _digest(items[: footer.images]):
+            return None  # it was the last one, and more inputs follow
         if footer.inputs != _digest(items):
             raise ValueError(
                 f"cannot resume {self.folder}: the inputs have changed, {path.name} was made from others than "
@@ -96,7 +102,7 @@ class ShardFolder:
             file.writelines(data)
         _, parquet = pyarrow()
         with new_file(self.metadata_path(shard.index)) as file:
-            parquet.write_table(_metadata(shard.records, data), file, write_page_checksum=True)
+            parquet.write_table(_metadata(shard, data), file, write_page_checksum=True)
         for folder in (EMBEDDINGS_FOLDER, METADATA_FOLDER):
             _sync_folder(self.folder / folder)
         errors = _error_lines(shard.records)
@@ -166,7 +172,8 @@ class OutputFolder(ShardFolder):
         self._settings = json.loads(json.dumps(settings))
         if self._manifest.exists():
             compare(read_manifest(self._manifest).settings, self._settings, self.folder)
-        for folder in (self.folder, self.folder / EMBEDDINGS_FOLDER, self.folder / METADATA_FOLDER):
+        names = (EMBEDDINGS_FOLDER, METADATA_FOLDER, LISTINGS_FOLDER)
+        for folder in (self.folder, *(self.folder / name for name in names)):
             for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
                 leftover.unlink()
         write_manifest(self._manifest, {"settings": self._settings})  # without totals, until the run is complete
@@ -238,7 +245,8 @@ def read_records(path: Path) -> list[Record]:
     _, parquet = pyarrow()
     with _naming_damage(path):
         table = parquet.read_table(path, page_checksum_verification=True)
-        if not table.schema.equals(columns_of([]).schema):
+        schema = columns_of([]).schema
+        if not any(table.schema.equals(each) for each in (schema, schema.append(_norm_field()))):
             raise ValueError(f"it has other columns: {table.schema}")
         columns, names = table.to_pydict(), ("key", "image_path", "width", "height", "error")
         return [Record(*values) for values in zip(*(columns[name] for name in names), strict=True)]
@@ -324,12 +332,28 @@ def _digest(named: Sequence[Item | Record]) -> str:
     return digest.hexdigest()
 
 
-def _metadata(records: list[Record], embeddings: tuple[bytes, memoryview]) -> Any:
+def row_lengths(rows: NDArray[Any]) -> NDArray[np.float32]:
+    """The Euclidean lengths of rows (n, embed_dim), (n,)."""
+    rows = np.asarray(rows, np.float32)
+    with np.errstate(over="ignore"):  # such a row has no length, and search passes it over
+        return np.sqrt(np.einsum("ij,ij->i", rows, rows))
+
+
+def _norm_field() -> Any:
+    """The column of the rows' lengths, which search reads instead of the rows. Earlier releases did not write it."""
+    arrow, _ = pyarrow()
+    return arrow.field(NORM, arrow.float32())
+
+
+def _metadata(shard: Shard, embeddings: tuple[bytes, memoryview]) -> Any:
+    arrow, _ = pyarrow()
+    records = shard.records
     checksum = sha256()
     for part in embeddings:
         checksum.update(part)
     footer = Footer(_digest(records), len(records), _failures(records), sum(map(len, embeddings)), checksum.hexdigest())
-    return columns_of(records).replace_schema_metadata({_FOOTER: json.dumps(asdict(footer))})
+    table = columns_of(records).append_column(_norm_field(), arrow.array(row_lengths(shard.rows)))
+    return table.replace_schema_metadata({_FOOTER: json.dumps(asdict(footer))})
 
 
 def _failures(records: list[Record]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from ..errors import summary
 from ..extras import pyarrow
 from ..inputs.parquet import Parquet
 from .manifest import MANIFEST_NAME, RAY_MANIFEST_NAME, read_manifest
-from .shards import ShardFolder, check_embeddings, check_shard, read_footer
+from .shards import NORM, ShardFolder, check_embeddings, check_shard, read_footer
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,18 @@ class StoredShard:
             for batch in file.iter_batches(rows, columns=["embedding"]):
                 yield batch.column(0).flatten().to_numpy().reshape(len(batch), -1)
 
-    def names(self) -> tuple[list[str], list[str]]:
-        """Keys and locations of the rows."""
+    def lengths(self) -> NDArray[np.float32] | None:
+        """The rows' Euclidean lengths, (rows,), where they were written."""
         with _table(self.records) as file:
-            columns = file.read(columns=["key", "image_path"]).to_pydict()
-            return columns["key"], columns["image_path"]
+            if NORM not in file.schema_arrow.names:
+                return None
+            return file.read(columns=[NORM]).column(0).to_numpy().astype(np.float32)
+
+    def names(self, rows: Sequence[int]) -> list[tuple[str, str]]:
+        """Key and location of each of `rows`."""
+        with _table(self.records) as file:
+            columns = file.read(columns=["key", "image_path"]).take(rows)
+            return list(zip(*(column.to_pylist() for column in columns.columns), strict=True))
 
     def check(self) -> tuple[int, bool]:
         """Reads all of it: its rows, and whether there was a checksum to compare the embeddings with."""

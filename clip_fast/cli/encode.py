@@ -5,21 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
+import threading
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ..bulk.decoder import Decoder
+from ..bulk.listings import with_listings
 from ..bulk.manifest import computer, weights_digest
 from ..bulk.npy import EmbeddingWriter, embed_files
 from ..bulk.pipeline import Options, run
 from ..bulk.processes import ProcessJob, run_on_devices
-from ..bulk.progress import Progress, check_errors
+from ..bulk.progress import Bar, Progress, check_errors
 from ..bulk.shards import OutputFolder
 from ..bulk.tables import ParquetWriter
 from ..bulk.workers import FEW_WORKERS, TIME_LIMIT, start_fork_server
@@ -31,8 +33,8 @@ from ..inputs.items import Failure, Item, Unreadable
 from ..inputs.parquet import Parquet
 from ..loading import default_device, default_dtype, load
 from ..preprocess import Preprocess
-from .messages import EXIT_OK, EXIT_SOME_FAILED, report, say, show
-from .parser import DTYPES
+from .messages import EXIT_OK, EXIT_SOME_FAILED, EXIT_TERMINATED, report, say, show
+from .parser import dtype_of
 
 _LARGE = (  # options for a folder or a parquet file, and not for a single .npy
     "resume",
@@ -53,16 +55,47 @@ def _refuse(arguments: argparse.Namespace, names: Iterable[str], why: str) -> No
 
 
 def encode(arguments: argparse.Namespace) -> int:
-    """Runs `clip-fast encode` and returns its exit status."""
+    """Runs `clip-fast encode` and returns its exit status. With --json the summary is shown however the run ends."""
+    summary: dict[str, Any] = {"output": arguments.output, "complete": False}
+    try:
+        with _sigterm_raised():
+            return _encode(arguments, summary)
+    except BaseException as error:
+        summary["error"] = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        if arguments.json:
+            show(json.dumps(summary))
+
+
+@contextmanager
+def _sigterm_raised() -> Generator[None, None, None]:
+    """SIGTERM, which schedulers send before they kill, ends the block by an exception, as Ctrl-C does."""
+
+    def end(*_: object) -> None:
+        raise SystemExit(EXIT_TERMINATED)
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may ask for signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _encode(arguments: argparse.Namespace, summary: dict[str, Any]) -> int:
+    """Runs the way to encode that the output asks for, and puts what it did into `summary`."""
     output: str = arguments.output
     if arguments.ray:
-        return _encode_on_ray(arguments)
+        return _encode_on_ray(arguments, summary)
     if output.endswith((os.sep, "/")) or os.path.isdir(output):
-        return _encode_to_folder(arguments)
+        return _encode_to_folder(arguments, summary)
     if output.endswith(Parquet.suffix):
-        return _encode_to_parquet(arguments)
+        return _encode_to_parquet(arguments, summary)
     _refuse(arguments, _LARGE, "for an --output that is a folder (ending in /) or .parquet")
-    return _encode_to_npy(arguments)
+    return _encode_to_npy(arguments, summary)
 
 
 def _paths(arguments: argparse.Namespace) -> list[str]:
@@ -96,7 +129,7 @@ def _find(paths: Sequence[str], *, image_column: str, key_column: str | None, qu
     return inputs
 
 
-def _encode_on_ray(arguments: argparse.Namespace) -> int:
+def _encode_on_ray(arguments: argparse.Namespace, summary: dict[str, Any]) -> int:
     from ..bulk import ray_job  # imported here, since Ray takes seconds to import
 
     _refuse(arguments, _NOT_ON_RAY, "not with --ray, whose workers read, divide and repeat by themselves")
@@ -111,7 +144,7 @@ def _encode_on_ray(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size or 256,
         image_column=arguments.image_column,
         key_column=arguments.key_column,
-        dtype=DTYPES.get(arguments.dtype),
+        dtype=dtype_of(arguments.dtype),
         activation=arguments.activation,
         normalize=arguments.normalize,
         fast_decode=arguments.fast_decode,
@@ -120,12 +153,11 @@ def _encode_on_ray(arguments: argparse.Namespace) -> int:
     )
     if not arguments.quiet:
         say(f"{printable(arguments.output)}: complete, {totals['images']} images, {totals['failed']} failed")
-    if arguments.json:
-        show(json.dumps({"output": arguments.output, "complete": True, **totals}))
+    summary.update(complete=True, **totals)
     return EXIT_SOME_FAILED if totals["failed"] else EXIT_OK
 
 
-def _encode_to_npy(arguments: argparse.Namespace) -> int:
+def _encode_to_npy(arguments: argparse.Namespace, summary: dict[str, Any]) -> int:
     (device,) = _chosen_devices(arguments)
     options = _options(arguments, [device])
     workers = options.workers if arguments.workers is not None else min(FEW_WORKERS, options.workers)
@@ -143,7 +175,7 @@ def _encode_to_npy(arguments: argparse.Namespace) -> int:
         writer.fail(failures)
         check_errors(writer.failed, arguments.max_errors)
 
-        dtype = DTYPES.get(arguments.dtype)
+        dtype = dtype_of(arguments.dtype)
         model, preprocess = load(arguments.model, device, dtype, activation=arguments.activation)
         embedding = embed_files(
             model,
@@ -153,7 +185,7 @@ def _encode_to_npy(arguments: argparse.Namespace) -> int:
             workers=workers,
             time_limit=options.time_limit,
         )
-        with tqdm(total=len(items), unit=" images", disable=arguments.quiet) as progress, closing(embedding) as batches:
+        with Bar(len(items), quiet=arguments.quiet) as progress, closing(embedding) as batches:
             for batch in batches:
                 writer.add(batch)
                 report(batch.failures)
@@ -168,13 +200,11 @@ def _encode_to_npy(arguments: argparse.Namespace) -> int:
         say("no image could be read, so no embeddings are written")
     elif not arguments.quiet:
         say(f"{printable(arguments.output)}: float32 [{rows}, {columns}]")
-    if arguments.json:
-        counts = {"images": rows + writer.failed, "failed": writer.failed}
-        show(json.dumps({"output": arguments.output, "complete": True, **counts}))
+    summary.update(complete=True, images=rows + writer.failed, failed=writer.failed)
     return EXIT_SOME_FAILED if writer.failed else EXIT_OK
 
 
-def _encode_to_folder(arguments: argparse.Namespace) -> int:
+def _encode_to_folder(arguments: argparse.Namespace, summary: dict[str, Any]) -> int:
     devices = _chosen_devices(arguments)
     options = _options(arguments, devices)
     one = devices[0] if len(devices) == 1 else None  # with several devices, each process loads its own weights
@@ -182,10 +212,11 @@ def _encode_to_folder(arguments: argparse.Namespace) -> int:
         if one and options.workers:
             start_fork_server()
         inputs = _inputs(arguments)
-        dtype = DTYPES.get(arguments.dtype) or default_dtype(devices[0])
+        dtype = dtype_of(arguments.dtype) or default_dtype(devices[0])
         model, preprocess = load(arguments.model, one or "cpu", dtype, activation=arguments.activation)
         folder.begin(_settings(arguments, options, model, preprocess, devices))
-        with _progress(arguments, inputs) as progress:
+        inputs = with_listings(inputs, folder.folder)
+        with _progress(arguments, inputs, summary) as progress:
             if one:
                 run(model, Decoder(preprocess, arguments.fast_decode), inputs, folder, options, progress)
             else:
@@ -203,7 +234,7 @@ def _encode_to_folder(arguments: argparse.Namespace) -> int:
     return EXIT_SOME_FAILED if progress.done.failed else EXIT_OK
 
 
-def _encode_to_parquet(arguments: argparse.Namespace) -> int:
+def _encode_to_parquet(arguments: argparse.Namespace, summary: dict[str, Any]) -> int:
     if arguments.resume or arguments.devices:
         raise ValueError("--resume and --devices are for an --output that is a folder (ending in /)")
     devices = _chosen_devices(arguments)
@@ -212,9 +243,9 @@ def _encode_to_parquet(arguments: argparse.Namespace) -> int:
         if options.workers:
             start_fork_server()
         inputs = _inputs(arguments)
-        dtype = DTYPES.get(arguments.dtype)
+        dtype = dtype_of(arguments.dtype)
         model, preprocess = load(arguments.model, devices[0], dtype, activation=arguments.activation)
-        with _progress(arguments, inputs) as progress:
+        with _progress(arguments, inputs, summary) as progress:
             run(model, Decoder(preprocess, arguments.fast_decode), inputs, file, options, progress)
             file.commit()
     return EXIT_SOME_FAILED if progress.done.failed else EXIT_OK
@@ -272,21 +303,20 @@ def _settings(
 
 
 @contextmanager
-def _progress(arguments: argparse.Namespace, inputs: Inputs) -> Generator[Progress, None, None]:
-    """A progress bar, and a summary however the run ends."""
-    complete = False
+def _progress(
+    arguments: argparse.Namespace, inputs: Inputs, summary: dict[str, Any]
+) -> Generator[Progress, None, None]:
+    """A progress bar, and what was done in `summary` and in words, however the run ends."""
     progress = Progress(inputs.expected(), quiet=arguments.quiet, max_errors=arguments.max_errors)
     try:
         with progress:
             yield progress
-        complete = True
+        summary["complete"] = True
     finally:
-        summary = progress.summary()
+        summary |= progress.summary()
         if not arguments.quiet:
             say(
-                f"{printable(arguments.output)}: {'complete' if complete else 'incomplete'}, "
+                f"{printable(arguments.output)}: {'complete' if summary['complete'] else 'incomplete'}, "
                 f"{summary['images']} images, {summary['failed']} failed, {summary['resumed']} by earlier runs; "
                 f"{summary['images_per_second']} images/s, {summary['bound']}-bound"
             )
-        if arguments.json:
-            show(json.dumps({"output": arguments.output, "complete": complete, **summary}))

@@ -14,7 +14,7 @@ import sys
 INTERRUPTED = 130  # exit status: 128 + SIGINT, as shells have it
 
 
-def _is_command() -> bool:
+def is_command() -> bool:
     """Whether this process was started as `clip-fast` or `python -m clip_fast`."""
     if multiprocessing.parent_process() is not None:
         return False
@@ -33,5 +33,5 @@ def stop_watching() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-if _is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+if is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
     signal.signal(signal.SIGINT, _end)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from ..bulk.progress import TooManyErrors
-from ..errors import CheckpointError
-from .encode import encode
+from ..errors import CheckpointError, TooManyErrors
 from .interrupt import stop_watching
 from .messages import (
     EXIT_INTERRUPTED,
@@ -19,37 +19,56 @@ from .messages import (
     flush,
     nobody_listens,
     say,
+    show,
 )
-from .models import models
-from .parser import DTYPES, parser
-from .verify import verify
+from .parser import dtype_of, parser
+
+# Each command imports what it needs. --help, and a command line that does not parse, do not wait for PyTorch.
+
+
+def _encode(arguments: argparse.Namespace) -> int:
+    from .encode import encode
+
+    return encode(arguments)
 
 
 def _search(arguments: argparse.Namespace) -> int:
-    from .search import search  # imported here, since the other commands do not need it
+    from .search import search
 
     return search(arguments)
 
 
-def _demo(arguments: argparse.Namespace) -> int:
-    from . import demo  # imported here, since the other commands do not need it
+def _verify(arguments: argparse.Namespace) -> int:
+    from .verify import verify
 
-    return demo.run(arguments.device, DTYPES.get(arguments.dtype))
+    return verify(arguments)
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from . import demo
+
+    return demo.run(arguments.device, dtype_of(arguments.dtype))
 
 
 def _warm(arguments: argparse.Namespace) -> int:
-    from .warm import warm  # imported here, since the other commands do not need it
+    from .warm import warm
 
     return warm(arguments)
 
 
+def _models(arguments: argparse.Namespace) -> int:
+    from .models import models
+
+    return models(arguments)
+
+
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
-    "encode": encode,
+    "encode": _encode,
     "search": _search,
-    "verify": verify,
+    "verify": _verify,
     "demo": _demo,
     "warm": _warm,
-    "models": models,
+    "models": _models,
 }
 
 
@@ -66,11 +85,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_READER_GONE
 
 
+def _parsed(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line; where it does not parse, --json has its line all the same."""
+    try:
+        return parser().parse_args(argv)
+    except SystemExit as end:
+        if end.code and argv[:1] == ["encode"] and "--json" in argv:
+            show(json.dumps({"output": None, "complete": False, "error": "the command line does not parse"}))
+        raise
+
+
 def _run(argv: Sequence[str] | None) -> int:
     debug = False
     try:
         try:
-            arguments = parser().parse_args(argv)
+            arguments = _parsed(sys.argv[1:] if argv is None else argv)
             debug = arguments.debug
             return _COMMANDS[arguments.command](arguments)
         finally:

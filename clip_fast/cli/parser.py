@@ -1,19 +1,20 @@
-"""The command line's options and help texts."""
+"""The command line's options and help texts. PyTorch is imported for a device or a dtype that is given, not before."""
 
 from __future__ import annotations
 
 import argparse
 import math
 from collections.abc import Callable
-from typing import get_args
-
-import torch
+from typing import TYPE_CHECKING, get_args
 
 from ..inputs.containers import IMAGE_COLUMN
 from ..towers.config import Activation
 from ..version import __version__
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+if TYPE_CHECKING:
+    import torch
+
+DTYPES = ("float32", "float16", "bfloat16")
 _ACTIVATIONS = get_args(Activation)
 
 DESCRIPTION = "Embeds images with CLIP, fast."
@@ -80,6 +81,7 @@ exit status:
   2    the run did not finish: wrong usage, no image found, output folder missing, model not loadable, disk full, ...
   3    more than --max-errors failed
   130  stopped by Ctrl-C
+  143  stopped by SIGTERM
   141  the program that read the output has gone, as head does
 A FOLDER/ keeps its finished shards in any case.
 """
@@ -89,6 +91,7 @@ SEARCH_DESCRIPTION = """\
 Finds the images whose embeddings have the highest cosine with a query's: exactly, all rows are compared.
 
 Each line is the cosine, a tab, and where the image lies, from the folder where encode ran if its paths were relative.
+With --queries the query and a tab stand before them.
 Words need a model whose text tower is served; else the error says why it is not.
 """
 
@@ -96,6 +99,7 @@ SEARCH_EPILOG = """\
 examples:
   clip-fast search "a dog on a beach" --index embeddings/
   clip-fast search --image query.jpg --index embeddings/ -k 100 --html found.html
+  clip-fast search --queries queries.txt --index embeddings/ --json
 
 exit status: 0 if the search was done, 2 if not
 """
@@ -146,7 +150,16 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def dtype_of(name: str | None) -> torch.dtype | None:
+    """The dtype that one of `DTYPES` names; None where none is named."""
+    import torch
+
+    return None if name is None else getattr(torch, name)
+
+
 def _device(text: str) -> torch.device:
+    import torch
+
     try:
         device = torch.device(text)
         torch.empty(0, device=device).cpu()
@@ -238,6 +251,7 @@ def parser() -> argparse.ArgumentParser:
     )
     search.add_argument("text", nargs="?", metavar="TEXT", help="what to look for, in words")
     search.add_argument("--image", metavar="FILE", help="what to look for, as an image")
+    search.add_argument("--queries", metavar="FILE", help="a TEXT on each line, all looked for in one pass; - is stdin")
     search.add_argument("--index", required=True, metavar="FOLDER", help="that clip-fast encode wrote")
     search.add_argument("--model", metavar="NAME_OR_FILE", help="which made the index (default: as it was named then)")
     search.add_argument("--activation", choices=_ACTIVATIONS, help="as for encode (default: as it was then)")

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -23,38 +26,43 @@ from ..inputs.items import ImageFile
 from ..loading import load
 from ..preprocess import Preprocess
 from ..search.gallery import page
-from ..search.index import Index
+from ..search.index import Hit, Index
 from ..towers.config import Activation
 from .messages import EXIT_OK, say, show
-from .parser import DTYPES
+from .parser import DTYPES, dtype_of
+
+_TEXTS = 256  # that are embedded at once
 
 
 def search(arguments: argparse.Namespace) -> int:
     """Runs `clip-fast search` and returns its exit status."""
-    if (arguments.text is None) == (arguments.image is None):
-        raise ValueError("give either a TEXT or an --image to look for")
+    if [arguments.text, arguments.image, arguments.queries].count(None) != 2:
+        raise ValueError("give either a TEXT, an --image or --queries to look for")
+    if arguments.queries is not None and arguments.html:
+        raise ValueError("--html shows what one query finds, not those of --queries")
+    texts = _texts(arguments)
     index = Index(arguments.index)
     if not index.complete:
         say(f"{printable(arguments.index)}: encode has not finished it; searching the {len(index)} images in it")
-    name, dtype = arguments.model or _setting(index, "model"), _setting(index, "dtype", tuple(DTYPES))
+    name, dtype = arguments.model or _setting(index, "model"), _setting(index, "dtype", DTYPES)
     weights = _setting(index, "weights")
     activation = arguments.activation or _setting(index, "activation", (None, *get_args(Activation)))
     column = _setting(index, "image_column", optional=True) or IMAGE_COLUMN
-    model, preprocess = load(name, arguments.device, DTYPES[dtype], activation=activation)
+    model, preprocess = load(name, arguments.device, dtype_of(dtype), activation=activation)
     if weights_digest(model) != weights:
         raise ValueError(f"{arguments.index} was made with other weights than those of {name}: name its --model")
     if arguments.dtype not in (None, dtype):  # after the comparison, which needs the index's dtype
-        model, _ = load(name, arguments.device, DTYPES[arguments.dtype], activation=activation)
-    hits = index.search(_query(arguments, model, preprocess), arguments.k)
-    for hit in hits:
-        if arguments.json:
-            show(json.dumps({"score": hit.score, "row": hit.row, "key": hit.key, "image_path": hit.location}))
-        else:
-            show(f"{hit.score:.4f}\t{printable(hit.location)}")
+        model, _ = load(name, arguments.device, dtype_of(arguments.dtype), activation=activation)
+    found = index.search_many(_queries(texts, arguments.image, model, preprocess), arguments.k)
+    for text, hits in zip(texts or [None], found, strict=True):
+        for hit in hits:
+            _show(hit, arguments, text if arguments.queries is not None else None)
     if arguments.html:
+        hits = found[0]
         title = arguments.text if arguments.text is not None else os.path.basename(arguments.image)
         with new_file(Path(arguments.html)) as file:
-            file.write(page(title, hits, query=arguments.image, image_column=column).encode("utf-8", "replace"))
+            html = page(title, hits, query=arguments.image, image_column=column, index=Path(arguments.index))
+            file.write(html.encode("utf-8", "replace"))
     return EXIT_OK
 
 
@@ -72,19 +80,49 @@ def _setting(index: Index, name: str, choices: Sequence[str | None] | None = Non
     return value
 
 
-def _query(arguments: argparse.Namespace, model: ImageEncoder, preprocess: Preprocess) -> NDArray[Any]:
-    """The embedding of the words or the image to look for."""
+def _show(hit: Hit, arguments: argparse.Namespace, query: str | None) -> None:
+    """Prints a hit, behind the `query` that it is one of, if there are several."""
+    if arguments.json:
+        named = {} if query is None else {"query": query}
+        show(json.dumps({**named, "score": hit.score, "row": hit.row, "key": hit.key, "image_path": hit.location}))
+    else:
+        named = "" if query is None else f"{printable(query)}\t"
+        show(f"{named}{hit.score:.4f}\t{printable(hit.location)}")
+
+
+def _texts(arguments: argparse.Namespace) -> list[str]:
+    """The words to look for: none where an image is looked for.
+
+    Raises:
+        ValueError: --queries names a file without a line, or one that is no UTF-8.
+    """
+    if arguments.queries is None:
+        return [] if arguments.text is None else [arguments.text]
+    with nullcontext(sys.stdin.buffer) if arguments.queries == "-" else open(arguments.queries, "rb") as file:
+        data = file.read()
+    try:
+        texts = [line for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{printable(arguments.queries)}: not in UTF-8: {error}") from error
+    if not texts:
+        raise ValueError(f"{printable(arguments.queries)}: no line to look for")
+    return texts
+
+
+def _queries(texts: list[str], image: str | None, model: ImageEncoder, preprocess: Preprocess) -> NDArray[Any]:
+    """The embeddings (Q, embed_dim) of the words, or of the image, to look for."""
     with torch.no_grad():
-        if arguments.image is not None:
+        if image is not None:
             decoder = Decoder(preprocess)
             pixels = decoder.black(1)
             with memory_limited():
-                _, error = decoder.into(pixels[0], ImageFile(arguments.image, arguments.image))
+                _, error = decoder.into(pixels[0], ImageFile(image, image))
             if error is not None:
-                raise ValueError(f"{printable(arguments.image)}: {printable(error)}")
-            return model.encode_image(pixels)[0].float().cpu().numpy()
+                raise ValueError(f"{printable(image)}: {printable(error)}")
+            return model.encode_image(pixels).float().cpu().numpy()
+        parts = [texts[start : start + _TEXTS] for start in range(0, len(texts), _TEXTS)]
         try:
-            tokens = model.tokenize(arguments.text, truncate=True)
+            rows = [model.encode_text(model.tokenize(part, truncate=True)).float().cpu().numpy() for part in parts]
         except NotServed as error:
             raise ValueError(f"{error}: look for an --image instead") from error
-        return model.encode_text(tokens)[0].float().cpu().numpy()
+        return np.concatenate(rows)

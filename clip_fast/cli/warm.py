@@ -10,13 +10,13 @@ import torch
 from ..kernels.dispatch import triton_can_run
 from ..loading import default_device, load
 from .messages import EXIT_OK, say
-from .parser import DTYPES
+from .parser import dtype_of
 
 
 def warm(arguments: argparse.Namespace) -> int:
     """Runs `clip-fast warm` and returns its exit status. Triton keeps on disk what it compiles."""
     device = arguments.device or default_device()
-    model, _ = load(arguments.model, device, DTYPES.get(arguments.dtype), activation=arguments.activation)
+    model, _ = load(arguments.model, device, dtype_of(arguments.dtype), activation=arguments.activation)
     if not triton_can_run(model.device):
         say(f"nothing to compile: on {model.device} plain PyTorch computes")
         return EXIT_OK

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 
 from .containers import IMAGE_COLUMN, Columns, Container
 from .finder import Finder, without_braces
@@ -72,6 +73,50 @@ class Inputs:
         return total + round(sum(1 for _ in uncounted[0]) * sum(sizes) / max(sizes[0], 1))
 
 
+@dataclass(frozen=True)
+class Span:
+    """Items `start` to `stop` of one of the parts of `Inputs`."""
+
+    part: int
+    start: int
+    stop: int
+
+
+def spans_of(inputs: Inputs, size: int) -> Iterator[list[Span]]:
+    """The spans of each `size` items that follow each other; of the last, fewer may be left."""
+    spans: list[Span] = []
+    room = size
+    for number, part in enumerate(inputs.parts):
+        count = part.count()
+        start, stop = 0, sum(1 for _ in part) if count is None else count
+        while start < stop:
+            spans.append(Span(number, start, min(stop, start + room)))
+            room -= spans[-1].stop - start
+            start = spans[-1].stop
+            if not room:
+                yield spans
+                spans, room = [], size
+    if spans:
+        yield spans
+
+
+class SpanReader:
+    """Gives the items of spans in their order. Of the items between, only those in the same part are gone through."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self._inputs = inputs
+        self._part = -1
+        self._at = 0
+        self._items: Iterator[Item] = iter(())
+
+    def read(self, span: Span) -> list[Item]:
+        if span.part != self._part:
+            self._part, self._at, self._items = span.part, 0, iter(self._inputs.parts[span.part])
+        items = list(islice(self._items, span.start - self._at, span.stop - self._at))
+        self._at = span.stop
+        return items
+
+
 def find_inputs(
     arguments: Iterable[str | os.PathLike[str]],
     *,
@@ -123,10 +168,14 @@ def item_at(location: str, image_column: str = IMAGE_COLUMN) -> Item:
     return found[location]
 
 
-def items_at(locations: Iterable[str], image_column: str = IMAGE_COLUMN) -> dict[str, Item]:
+def items_at(
+    locations: Iterable[str],
+    image_column: str = IMAGE_COLUMN,
+    reading: Callable[[Container], Iterable[Item]] = iter,
+) -> dict[str, Item]:
     """The items that lie at `locations`, as in `item_at`, without those that are gone. A container is listed once.
 
-    A container that cannot be read has no items.
+    A container that cannot be read has no items. `reading` gives a container's items.
     """
     columns = Columns(image_column)
     found: dict[str, Item] = {}
@@ -138,7 +187,7 @@ def items_at(locations: Iterable[str], image_column: str = IMAGE_COLUMN) -> dict
             inside.setdefault(container, set()).add(location)
     for container, wanted in inside.items():
         with suppress(OSError):
-            for item in container:
+            for item in reading(container):
                 if item.location in wanted:
                     found[item.location] = item
                     wanted.discard(item.location)

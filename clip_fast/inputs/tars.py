@@ -6,10 +6,10 @@ import io
 import os
 import re
 import tarfile
-import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import ClassVar
 
 from ..errors import reason_of
@@ -17,23 +17,23 @@ from .containers import Columns
 from .finder import is_leftover
 from .images import check_bytes, image_suffixes
 from .items import Item, Unreadable, image_bytes, may_pass, size_of_file
+from .tar_headers import BLOCK, Member, plain_files
 
-_TAR_BLOCK = 512  # bytes; an archive ends in at least one block of zeros
 _TAR_END = 1 << 20  # bytes of zeros at the end, at most; tar pads to 10 KiB
 _TAR_HEADERS = 1 << 20  # bytes of one member's headers, at most; names are a few kilobytes
-_ADLER = 65521  # the modulus of Adler-32's sums (RFC 1950)
-_FOLDER = "a folder"
 
 
 def sample_key(member: str) -> str | None:
     """The webdataset key of a tar's member, given by its path in the tar; None where it is no image's."""
-    if member[member.rfind(".") :].lower() not in image_suffixes():  # first, since most members are no images
+    if member[member.rfind(".") :].lower() not in image_suffixes():  # of most members this alone is asked
         return None
-    folder, name = os.path.split(member)
-    sample = name.partition(".")[0]
-    if not sample or is_leftover(member):
+    start = member.rfind("/") + 1
+    sample, dot, _ = member[start:].partition(".")
+    if not sample or not dot or (start and is_leftover(member)):
         return None
-    return os.path.join(folder, sample)
+    if "//" in member:
+        return os.path.join(os.path.dirname(member), sample)
+    return member[:start] + sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,41 +73,82 @@ class Tar:
         found = re.search(rf"{re.escape(cls.suffix)}(?=/)", location, re.IGNORECASE)
         return cls(location[: found.end()]) if found else None
 
-    def count(self) -> None:
-        """Unknown: only listing the whole tar tells."""
+    def count(self) -> int | None:
+        """None: only listing the whole tar tells."""
 
     def __iter__(self) -> Iterator[Item]:
-        seen: Counter[str] = Counter()
+        seen = _Seen(self._images)
         try:
-            size_of_file(self.path)
-            with _Headers(self.path) as file, tarfile.open(self.path, "r:", file) as tar:
-                for name, offset, size, kind in _members(file, tar):
-                    key = sample_key(name)
-                    if key is None or kind == _FOLDER:
-                        continue
-                    seen[name] += 1
-                    number = f"#{seen[name]}" if seen[name] > 1 else ""
-                    location = f"{self.path}/{name}{number}"
-                    if kind:
-                        yield Unreadable(key, location, f"{kind} in the archive")
-                    else:
-                        yield TarMember(key, location, self.path, offset, size)
-                self._check_end(tar.offset)
+            for key, member in self._images():
+                number = seen.again(member.name)
+                location = f"{self.path}/{member.name}#{number}" if number > 1 else f"{self.path}/{member.name}"
+                if member.problem:
+                    yield Unreadable(key, location, f"{member.problem} in the archive")
+                else:
+                    yield TarMember(key, location, self.path, member.offset, member.size)
         except Exception as error:  # tarfile raises whatever its parsing stumbles on
             if may_pass(error):
                 raise
             yield Unreadable(self.path, self.path, f"not a readable, uncompressed tar: {reason_of(error)}")
 
+    def _images(self) -> Iterator[tuple[str, Member]]:
+        """The members that are images by their names, with their keys."""
+        for member in self._members():
+            key = sample_key(member.name)
+            if key is not None:
+                yield key, member
+
+    def _members(self) -> Iterator[Member]:
+        """What may be images: from our own scanner up to the first header that is not plain, then from `tarfile`."""
+        size_of_file(self.path)
+        with _Headers(self.path) as file:
+            last = yield from plain_files(file.fileno(), image_suffixes())
+            file.seek(last or 0)
+            with tarfile.open(self.path, "r:", file) as tar:
+                known = last is not None
+                for member in tar:
+                    file.left = _TAR_HEADERS
+                    tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # tarfile would keep them all
+                    if not known and not member.isdir():
+                        yield Member(member.name, member.offset_data, member.size, _unreadable_kind(member))
+                    known = False
+                self._check_end(tar.offset)
+
     def _check_end(self, offset: int) -> None:
         """Refuses an archive that does not end at `offset`, where `tarfile` stopped.
 
-        `tarfile` stops without a word at a cut or a damaged header, and loses the members behind it.
+        It ends in at least one block of zeros. `tarfile` stops without a word at a cut or a damaged header, and loses
+        the members behind it.
         """
         with open(self.path, "rb") as file:
             file.seek(offset)
             end = file.read(_TAR_END + 1)
-        if not _TAR_BLOCK <= len(end) <= _TAR_END or end.strip(b"\0"):
+        if not BLOCK <= len(end) <= _TAR_END or end.strip(b"\0"):
             raise tarfile.ReadError(f"cut or damaged at byte {offset}, and what may follow is lost")
+
+
+class _Seen:
+    """Counts how often a name came.
+
+    While names ascend, as in most webdatasets, none is kept. At the first that does not, `images` tells them again.
+    """
+
+    def __init__(self, images: Callable[[], Iterable[tuple[str, Member]]]) -> None:
+        self._images = images
+        self._ascended = 0
+        self._last = ""
+        self._counts: Counter[str] | None = None
+
+    def again(self, name: str) -> int:
+        """How often `name` has come, with this time."""
+        if self._counts is None:
+            if name > self._last:
+                self._last = name
+                self._ascended += 1
+                return 1
+            self._counts = Counter(member.name for _, member in islice(self._images(), self._ascended))
+        self._counts[name] += 1
+        return self._counts[name]
 
 
 class _Headers(io.FileIO):
@@ -122,54 +163,8 @@ class _Headers(io.FileIO):
         return super().read(size) or b""
 
 
-def _members(file: _Headers, tar: tarfile.TarFile) -> Iterator[tuple[str, int, int, str | None]]:
-    """Name, offset, size and kind, None for an ordinary file, of each member.
-
-    `tarfile` takes five times as long for a header as reading it, so it is given only those that `_ordinary` leaves to
-    it, and all that follow a header for the whole archive.
-    """
-    at = 0
-    while True:
-        header = os.pread(file.fileno(), _TAR_BLOCK, at) if not tar.pax_headers else b""
-        if ordinary := _ordinary(header):
-            name, size = ordinary
-            yield name.decode(tar.encoding or "utf-8", tar.errors or "surrogateescape"), at + _TAR_BLOCK, size, None
-            at += _TAR_BLOCK + -(-size // _TAR_BLOCK) * _TAR_BLOCK
-            continue
-        file.left = _TAR_HEADERS
-        if at:  # it has read the first by itself
-            tar.firstmember = None  # pyright: ignore[reportAttributeAccessIssue]
-            tar.offset = at
-        tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # tarfile would keep them all
-        member = tar.next()
-        if member is None:
-            return
-        yield member.name, member.offset_data, member.size, _kind(member)
-        at = tar.offset
-
-
-def _ordinary(header: bytes) -> tuple[bytes, int] | None:
-    """Name and size of a file whose header says no more than these (POSIX.1-1988, ustar); None for another header."""
-    if len(header) < _TAR_BLOCK or header[156] not in b"0\0" or header[257:262] != b"ustar" or header[345]:
-        return None
-    name, size, stored = header[:100].partition(b"\0")[0], header[124:135], header[148:154]
-    if not (size.isdigit() and stored.isdigit()) or header[135] not in b" \0" or name[-1:] in (b"", b"/"):
-        return None
-    try:
-        length, checksum = int(size, 8), int(stored, 8)
-    except ValueError:
-        return None
-    # The checksum is the sum of all bytes, with spaces in its own place. Adler-32 has that sum, and one more.
-    expected = checksum - 8 * ord(" ") + sum(header[148:156])
-    if ((zlib.adler32(header) & 0xFFFF) - 1 - expected) % _ADLER:
-        return None
-    return name, length
-
-
-def _kind(member: tarfile.TarInfo) -> str | None:
+def _unreadable_kind(member: tarfile.TarInfo) -> str | None:
     """The kind of a member whose bytes do not simply follow its header; None for an ordinary file."""
-    if member.isdir():
-        return _FOLDER
     if member.issparse():
         return "a sparse file"
     if member.islnk() or member.issym():

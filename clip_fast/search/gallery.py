@@ -6,10 +6,13 @@ import base64
 import html
 import io
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
 from PIL import ImageOps
 
 from ..bulk.decoder import UNREMARKED
+from ..bulk.listings import listed
 from ..bulk.workers import memory_limited
 from ..inputs.inputs import items_at
 from ..inputs.items import Item
@@ -42,15 +45,24 @@ _PAGE = """<!DOCTYPE html>
 """
 
 
-def page(title: str, hits: Sequence[Hit], *, query: str | None = None, image_column: str = IMAGE_COLUMN) -> str:
+def page(
+    title: str,
+    hits: Sequence[Hit],
+    *,
+    query: str | None = None,
+    image_column: str = IMAGE_COLUMN,
+    index: Path | None = None,
+) -> str:
     """The page.
 
     Args:
         title: what was looked for.
         query: path of the image that was looked for, to be shown beside the title.
         image_column: of parquet files among the places.
+        index: the folder that was searched, which has listings of tars.
     """
-    items = items_at([*(hit.location for hit in hits), *([query] if query else [])], image_column)
+    locations = [*(hit.location for hit in hits), *([query] if query else [])]
+    items = items_at(locations, image_column, partial(listed, folder=index) if index else iter)
     shown = _thumbnail(query, items.get(query)) if query else ""
     figures = "\n".join(
         f"<figure>{_thumbnail(hit.location, items.get(hit.location))}"

@@ -3,8 +3,11 @@
     index = Index("embeddings/")
     for hit in index.search(query, k=10): print(hit.score, hit.location)
 
-Scores are cosines. Shards are gone through one after the other, memory-mapped, so an index may be larger than memory
-and of any number of files; nothing is built beforehand. Rows of images that failed are never found.
+Scores are cosines. Shards are gone through one after the other, memory-mapped and not copied, so an index may be larger
+than memory and of any number of files; nothing is built beforehand. Rows of images that failed are never found.
+
+The rows are multiplied in float32. Those that are among the best, or might be but for rounding, are compared again in
+float64, each by itself. So a result depends neither on the other queries nor on the place of a row in its shard.
 """
 
 from __future__ import annotations
@@ -17,11 +20,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import extras
+from ..bulk.shards import row_lengths
 from ..bulk.stored import StoredFolder
 
-_BLOCK_ROWS = 1 << 16
-_LARGE = 1_000_000  # rows from which FAISS, where it is installed, multiplies faster than NumPy
+_BLOCK_ROWS = 1 << 14
+_ALONE = 1 << 18  # numbers in rows that one query is multiplied by at once: more go to threads, which wait for memory
+_QUERIES = 256  # that are multiplied at once
+_PAIRS = 1 << 12  # of a query and a row that are compared in float64 at once
 _FLOAT_32 = np.float32
 
 
@@ -57,21 +62,28 @@ class Index:
             raise ValueError(f"the shards of {stored.folder} differ in their width: {dims}")
         (self.embed_dim,) = dims
         self._starts = np.cumsum([0, *(rows for rows, _ in shapes)])
+        self._lengths: list[NDArray[np.float32] | None] = [None] * len(self._shards)  # known from the first search on
         stored.check_images(len(self))
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def search(self, query: NDArray[Any], k: int = 10) -> list[Hit]:
-        """The `k` images with the highest cosine to `query` (embed_dim,), best first.
-
-        Of equals the earlier row is first; where FAISS multiplies, the last of them may be any.
+        """The `k` images with the highest cosine to `query` (embed_dim,), best first. Of equals the earlier is first.
 
         Raises:
             ValueError: for a query of another width, or one that has no direction.
         """
-        scores, rows = self.nearest(query[None] if query.ndim == 1 else query, k)
-        return self._hits(scores[0], rows[0])
+        return self.search_many(query[None] if query.ndim == 1 else query, k)[0]
+
+    def search_many(self, queries: NDArray[Any], k: int = 10) -> list[list[Hit]]:
+        """As `search`, for each of `queries` (Q, embed_dim), in one pass over the rows."""
+        scores, rows = self.nearest(queries, k)
+        names = self._names(np.unique(rows))
+        return [
+            [Hit(float(score), row, *names[row]) for score, row in zip(line, map(int, places), strict=True)]
+            for line, places in zip(scores, rows, strict=True)
+        ]
 
     def nearest(self, queries: NDArray[Any], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Cosines and rows of the `k` best images for each of `queries` (Q, embed_dim): (Q, k) both, best first.
@@ -80,61 +92,104 @@ class Index:
         """
         if queries.ndim != 2 or queries.shape[1] != self.embed_dim:
             raise ValueError(f"queries must be [Q, {self.embed_dim}], got {list(queries.shape)}")
-        lengths = np.linalg.norm(queries.astype(_FLOAT_32), axis=1, keepdims=True)
+        exact = queries.astype(np.float64)
+        lengths = np.linalg.norm(exact, axis=1, keepdims=True)
         if not np.isfinite(lengths).all() or not lengths.all():
             raise ValueError("a query has no direction: it is zero, or not finite")
-        unit = queries.astype(_FLOAT_32) / lengths
-        best_scores = np.empty((len(unit), 0), _FLOAT_32)
-        best_rows = np.empty((len(unit), 0), np.int64)
-        faiss = extras.faiss() if len(self) >= _LARGE else None
-        for start, block in self._blocks():
-            norms = np.sqrt(np.einsum("ij,ij->i", block, block))
-            there = np.flatnonzero((norms > 0) & np.isfinite(norms))
-            if not len(there):
-                continue
-            if len(there) < len(block):
-                block, norms = block[there], norms[there]
-            if faiss is not None:
-                rows = block / norms[:, None]
-                scores, found = faiss.knn(unit, rows, min(k, len(rows)), metric=faiss.METRIC_INNER_PRODUCT)
-                found = there[found] + start
-            else:
-                scores = unit @ block.T / norms
-                found = np.broadcast_to(there + start, scores.shape)
-            best_scores, best_rows = _best(
-                np.concatenate([best_scores, scores], axis=1), np.concatenate([best_rows, found], axis=1), k
-            )
-        return best_scores, best_rows
+        exact /= lengths
+        parts = [_Best(exact[start : start + _QUERIES], k) for start in range(0, max(len(exact), 1), _QUERIES)]
+        for start, block, norms in self._blocks():
+            for part in parts:
+                part.add(start, block, norms)
+        scores, rows = (np.concatenate(each) for each in zip(*((p.scores, p.rows) for p in parts), strict=True))
+        return scores.astype(_FLOAT_32), rows
 
-    def _blocks(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        """Rows in float32, with the number of the first."""
-        for start, shard in zip(self._starts, self._shards, strict=False):
+    def _blocks(self) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.float32]]]:
+        """The number of the first of some rows, the rows in float32, and their lengths."""
+        for place, shard in enumerate(self._shards):
+            known = self._lengths[place]
+            if known is None:
+                known = shard.lengths()
+            start = 0
+            lengths: list[NDArray[np.float32]] = []
             for block in shard.blocks(_BLOCK_ROWS):
-                yield int(start), block
-                start += len(block)
+                stop = start + len(block)
+                lengths.append(row_lengths(block) if known is None else known[start:stop])
+                yield int(self._starts[place]) + start, block, lengths[-1]
+                start = stop
+            self._lengths[place] = np.concatenate(lengths) if known is None else known
 
-    def _hits(self, scores: NDArray[np.float32], rows: NDArray[np.int64]) -> list[Hit]:
-        hits: list[Hit] = []
-        names: dict[int, tuple[list[str], list[str]]] = {}
-        for score, row in zip(scores, map(int, rows), strict=True):
-            place = int(np.searchsorted(self._starts, row, side="right")) - 1
-            if place not in names:
-                names[place] = self._shards[place].names()
-            keys, locations = names[place]
-            i = row - int(self._starts[place])
-            hits.append(Hit(float(score), row, keys[i], locations[i]))
-        return hits
+    def _names(self, rows: NDArray[np.int64]) -> dict[int, tuple[str, str]]:
+        """Keys and locations of sorted rows."""
+        names: dict[int, tuple[str, str]] = {}
+        for place, shard in enumerate(self._shards):
+            first, last = int(self._starts[place]), int(self._starts[place + 1])
+            inside = rows[np.searchsorted(rows, first) : np.searchsorted(rows, last)]
+            if len(inside):
+                names |= zip(inside.tolist(), shard.names((inside - first).tolist()), strict=True)
+        return names
 
 
-def _best(
-    scores: NDArray[np.float32], rows: NDArray[np.int64], k: int
-) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """The k best of each line, best first; of equals the lower row."""
-    k = min(k, scores.shape[1])
-    chosen_scores, chosen_rows = np.empty((len(scores), k), _FLOAT_32), np.empty((len(scores), k), np.int64)
-    for i, (line, names) in enumerate(zip(scores, rows, strict=True)):
-        least = np.partition(line, len(line) - k)[len(line) - k] if k else np.inf
-        candidates = np.flatnonzero(line >= least)
-        order = candidates[np.lexsort((names[candidates], -line[candidates]))][:k]
-        chosen_scores[i], chosen_rows[i] = line[order], names[order]
-    return chosen_scores, chosen_rows
+class _Best:
+    """The k best rows of those that were added, for each of some queries (Q, embed_dim) of length 1 in float64.
+
+    `scores` (Q, ≤ k) are cosines in float64, best first, and `rows` their rows.
+    """
+
+    def __init__(self, queries: NDArray[np.float64], k: int) -> None:
+        self.scores = np.empty((len(queries), 0))
+        self.rows = np.empty((len(queries), 0), np.int64)
+        self._queries = queries
+        self._rounded = queries.astype(_FLOAT_32)
+        self._k = k
+        # Twice the bound of an error in float32 of a product and of a length (Higham, "Accuracy and Stability of
+        # Numerical Algorithms", 2002, section 3.1), and more: eps is two units of rounding.
+        self._margin = 2 * (queries.shape[1] + 8) * float(np.finfo(_FLOAT_32).eps)
+
+    def add(self, start: int, block: NDArray[np.float32], lengths: NDArray[np.float32]) -> None:
+        """Adds rows (n, embed_dim) of which the first has the number `start`."""
+        there = (lengths > 0) & np.isfinite(lengths)  # not the rows of images that failed
+        step = len(block) if len(self._rounded) > 1 else max(1, _ALONE // block.shape[1])
+        cosines = np.empty((len(self._rounded), len(block)), _FLOAT_32)
+        with np.errstate(all="ignore"):
+            for i in range(0, len(block), step):
+                cosines[:, i : i + step] = self._rounded @ block[i : i + step].T
+            cosines /= lengths
+        cosines[:, ~there] = -np.inf
+        known = self.rows.shape[1]
+        k = min(self._k, known + int(there.sum()))
+        least = np.full(len(cosines), -2.0)  # less than any cosine
+        if known == self._k:
+            least = self.scores[:, -1] - self._margin
+        elif self._k <= cosines.shape[1]:
+            least = np.maximum(least, np.partition(cosines, -self._k, axis=1)[:, -self._k] - self._margin)
+        wanted = cosines >= least.astype(_FLOAT_32)[:, None]
+        queries, places = np.nonzero(wanted)
+        if not len(queries):
+            return
+        found = self._cosines(queries, block, places)
+        scores, rows = self.scores, self.rows
+        if k > known:
+            scores, rows = np.empty((len(wanted), k)), np.empty((len(wanted), k), np.int64)
+        begin = 0
+        for query, count in enumerate(np.bincount(queries, minlength=len(wanted)).tolist()):
+            if not count:
+                continue
+            end = begin + count
+            all_scores = np.concatenate([self.scores[query], found[begin:end]])
+            all_rows = np.concatenate([self.rows[query], places[begin:end] + start])
+            order = np.lexsort((all_rows, -all_scores))[:k]
+            scores[query], rows[query] = all_scores[order], all_rows[order]
+            begin = end
+        self.scores, self.rows = scores, rows
+
+    def _cosines(
+        self, queries: NDArray[np.int64], block: NDArray[np.float32], places: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """The cosine of each of `queries` with the row at its place in the block: each by itself, in float64."""
+        found = np.empty(len(queries))
+        for i in range(0, len(queries), _PAIRS):
+            rows = block[places[i : i + _PAIRS]].astype(np.float64)
+            products = (rows * self._queries[queries[i : i + _PAIRS]]).sum(axis=1)
+            found[i : i + _PAIRS] = products / np.sqrt((rows * rows).sum(axis=1))
+        return found

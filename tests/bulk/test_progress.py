@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from clip_fast.bulk import progress as progress_module
 from clip_fast.bulk.pipeline import Step
 from clip_fast.bulk.progress import Progress, TooManyErrors
 from clip_fast.bulk.tables import Totals
@@ -43,3 +44,20 @@ def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with Progress(3, quiet=True) as progress:
         progress(Step(Totals(3, 0, 1), resumed=True))
     assert capsys.readouterr() == ("", "")
+
+
+def test_without_a_terminal_there_is_a_line_a_minute(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: clock[0])
+    with Progress(1000) as counted:
+        counted(Step(Totals(400, 0, 1), resumed=True))
+        for _ in range(9):
+            clock[0] += 25
+            counted(Step(Totals(50, 1, 0), encoding=1.0))
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(" images")[0] for line in lines] == [f"clip-fast: {n}/1000" for n in (550, 700, 850, 850)]
+    assert "01:15" in lines[0]
+    assert "2.00 images/s" in lines[0]  # without those of the earlier run
+    assert "encode-bound, 3 errors" in lines[0]

@@ -71,6 +71,7 @@ def test_the_layout(tmp_path: Path) -> None:
         "height": [4, 4],
         "status": ["ok", "failed"],
         "error": [None, "broken"],
+        "norm": [0, 0],
     }
     assert read_records(folder / "metadata" / "metadata_0000.parquet") == shard(0, None, "broken")[0].records
     error = {"key": "0-1", "image_path": "0-1.png", "reason": "broken"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import random
-import tarfile
 import tracemalloc
 import uuid
 from contextlib import suppress
@@ -13,41 +12,14 @@ from pathlib import Path
 
 import pytest
 from mutations import mutated
-from PIL import Image
+from tar_seeds import png, tars
 
 from clip_fast.bulk.decoder import failure_reason
-from clip_fast.inputs import tars as tars_module
 from clip_fast.inputs.finder import read_list
 from clip_fast.inputs.inputs import find_inputs
 from clip_fast.inputs.items import Unreadable
-from clip_fast.inputs.tars import Tar
 
 MOST = 10_000  # items of a file whose seed has a few
-
-
-def png(value: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (5, 4), (value, 1, 2)).save(file, "PNG")
-    return file.getvalue()
-
-
-def tars() -> list[bytes]:
-    found = []
-    for form in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
-        file = io.BytesIO()
-        with tarfile.open(fileobj=file, mode="w", format=form) as tar:
-            for i, kind in enumerate([tarfile.REGTYPE] * 4 + [tarfile.SYMTYPE, tarfile.FIFOTYPE]):
-                name = f"{i}.png" if form == tarfile.USTAR_FORMAT or i % 2 else f"{'long é/' * 30}{i}.png"
-                member = tarfile.TarInfo(name)
-                member.type = kind
-                member.size = len(png(i)) if kind == tarfile.REGTYPE else 0
-                tar.addfile(member, io.BytesIO(png(i)))
-        found.append(file.getvalue())
-    sparse = tarfile.TarInfo("sparse.png")
-    sparse.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "2000"}
-    sparse.size = 1024
-    found.append(sparse.tobuf(tarfile.PAX_FORMAT) + b"1\n0\n512\n".ljust(1024, b"\0") + found[0])
-    return found
 
 
 def tables() -> list[bytes]:
@@ -91,21 +63,6 @@ def check(folder: Path, suffix: str, files: list[bytes], count: int) -> None:
         assert tracemalloc.get_traced_memory()[1] < 1 << 26
         tracemalloc.stop()
     assert refused > count / 10
-
-
-@pytest.mark.parametrize("count", [100, pytest.param(4000, marks=pytest.mark.slow)])
-def test_headers_are_read_as_tarfile_reads_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    files = tars()
-    damaged = tmp_path / "x.tar"
-    ordinary, known = tars_module._ordinary, 0
-    for i in range(count):
-        damaged.write_bytes(mutated(random.choice(files), files) if i >= len(files) else files[i])
-        monkeypatch.setattr(tars_module, "_ordinary", ordinary)
-        got = list(islice(Tar(str(damaged)), MOST))
-        known += any(ordinary(damaged.read_bytes()[at : at + 512]) for at in range(0, damaged.stat().st_size, 512))
-        monkeypatch.setattr(tars_module, "_ordinary", lambda header: None)
-        assert got == list(islice(Tar(str(damaged)), MOST))
-    assert known > count / 10
 
 
 @pytest.mark.parametrize("suffix", ["tar", "parquet"])

@@ -26,7 +26,7 @@ from PIL import Image
 import clip_fast
 from clip_fast import Clip
 from clip_fast.bulk.manifest import RAY_MANIFEST_NAME
-from clip_fast.bulk.shards import OutputFolder
+from clip_fast.bulk.shards import OutputFolder, row_lengths
 from clip_fast.bulk.tables import ParquetWriter, Record, Shard
 from clip_fast.cli import main as cli
 from clip_fast.inputs.tars import Tar
@@ -37,7 +37,8 @@ from clip_fast.towers import reference
 from clip_fast.towers.config import TextConfig, VitConfig
 from clip_fast.towers.text import TextEncoder
 
-pytest.importorskip("pyarrow")
+pyarrow = pytest.importorskip("pyarrow")
+pytest.importorskip("pyarrow.parquet")
 
 PHOTOGRAPHS = sorted((Path(__file__).parents[1] / "data").glob("*.jpg"))
 CONFIG = VitConfig(image_size=32, patch_size=16, width=64, layers=2, heads=1, embed_dim=24)
@@ -137,30 +138,65 @@ def test_more_shards_than_files_may_be_open(tmp_path: Path, write: Callable[...,
     assert [hit.key for hit in hits] == ["k70", "k5"]
 
 
-def test_with_faiss_it_finds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_queries_find_what_each_finds_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last bit, also where the order among hundreds of near rows is decided in float64."""
+    random = np.random.default_rng()
+    base = random.standard_normal(24)
+    rows = (base + 1e-4 * random.standard_normal((400, 24))).astype(np.float32)
+    rows[200:300] = rows[:100]
+    queries = np.concatenate([random.standard_normal((4, 24)), rows[:2]]).astype(np.float32)
+    index = write_index(tmp_path / "index", rows, 90)
+    together = index.search_many(queries, 25)
+    assert together == [index.search(query, 25) for query in queries]
+    monkeypatch.setattr(search, "_BLOCK_ROWS", 7)
+    monkeypatch.setattr(search, "_QUERIES", 2)
+    monkeypatch.setattr(search, "_PAIRS", 3)
+    monkeypatch.setattr(search, "_ALONE", 50)
+    assert Index(tmp_path / "index").search_many(queries, 25) == together
+    wanted = cosines(queries, rows)
+    for hits, line in zip(together, wanted, strict=True):
+        assert [hit.row for hit in hits] == np.lexsort((np.arange(400), -line))[:25].tolist()
+    assert [len(hits) for hits in index.search_many(queries[:0], 3)] == []
+
+
+def test_lengths_are_written_and_not_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folders of earlier releases have none; they are then measured once."""
+    rows = np.random.default_rng().standard_normal((50, 24)).astype(np.float32)
+    rows[7] = 0
+    index = write_index(tmp_path / "index", rows, 20, failed=(7,))
+    measured: list[int] = []
+    monkeypatch.setattr(search, "row_lengths", lambda rows: measured.append(len(rows)) or row_lengths(rows))
+    wanted = index.search(rows[3], 50)
+    assert (len(wanted), measured) == (49, [])
+    for path in (tmp_path / "index" / "metadata").iterdir():
+        table = pyarrow.parquet.read_table(path)
+        assert_allclose(
+            table["norm"].to_numpy(), np.linalg.norm(rows[20 * int(path.stem[-4:]) :][:20], axis=1), rtol=1e-6
+        )
+        pyarrow.parquet.write_table(table.drop_columns(["norm"]), path)
+    index = Index(tmp_path / "index")
+    assert index.search(rows[3], 50) == index.search(rows[3], 50) == wanted
+    assert measured == [20, 20, 10]
+
+
+def test_an_approximate_index_of_faiss_reads_the_folder(tmp_path: Path) -> None:
+    """The recipe of docs/bulk.md."""
     pytest.importorskip("faiss")
-    rows = np.random.default_rng().standard_normal((300, 24)).astype(np.float32)
-    rows[5] = 0
-    queries = np.random.default_rng().standard_normal((3, 24)).astype(np.float32)
-    index = write_index(tmp_path / "index", rows, 70, failed=(5,))
-    scores, found = index.nearest(queries, 20)
-    monkeypatch.setattr(search, "_LARGE", 1)
-    monkeypatch.setattr(search, "_best", _counting(search._best))
-    faiss_scores, faiss_found = index.nearest(queries, 20)
-    assert_array_equal(faiss_found, found)
-    assert_allclose(faiss_scores, scores, atol=1e-6)
-    assert max(_WIDTHS) <= 40  # of each block only the best came back
-
-
-_WIDTHS: list[int] = []
-
-
-def _counting(best: object) -> object:
-    def counted(scores: NDArray[np.float32], rows: NDArray[np.int64], k: int) -> object:
-        _WIDTHS.append(scores.shape[1])
-        return best(scores, rows, k)  # type: ignore[operator]
-
-    return counted
+    random = np.random.default_rng(0)
+    rows = random.standard_normal((2000, 16)).astype(np.float32)
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    index = write_index(tmp_path / "embeddings", rows, 500)
+    page = (Path(__file__).parents[2] / "docs" / "bulk.md").read_text("utf-8")
+    (recipe,) = re.findall(r"^```python\n(.*?faiss.*?)^```$", page, flags=re.M | re.S)
+    code = recipe.replace("embeddings/", f"{tmp_path}/embeddings/").replace('"IVF4096,Flat"', '"IVF8,Flat"')
+    assert code.count("IVF8") == 1
+    names: dict[str, object] = {"query": rows[77]}
+    exec(code, names)
+    found = names["rows"]
+    assert isinstance(found, np.ndarray)
+    wanted = [hit.row for hit in index.search(rows[77], 10)]
+    assert found[0, 0] == wanted[0] == 77
+    assert len(set(found[0]) & set(wanted)) > 4
 
 
 def test_autofaiss_and_its_reader_take_the_folder(tmp_path: Path) -> None:
@@ -341,11 +377,41 @@ def test_words_find_what_the_model_says(index: Path, checkpoint: Path, capsys: p
     assert [each["score"] for each in found if each["image_path"] in names] == pytest.approx(scores, abs=1e-5)
 
 
+def test_a_file_of_queries_is_one_pass(
+    index: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tokenizers")
+    texts = ["a dog on a beach", "写真", "two\ttabs"]
+    Path("queries.txt").write_text("\ufeff" + "\r\n".join([texts[0], "", *texts[1:]]) + "\n", "utf-8")
+    alone = []
+    for text in texts:
+        assert cli.main(["search", text, "--index", str(index), "-k", "2", "--json"]) == 0
+        alone += [{"query": text, **json.loads(line)} for line in capsys.readouterr().out.splitlines()]
+    passes: list[int] = []
+    blocks = Index._blocks
+    monkeypatch.setattr(Index, "_blocks", lambda index: passes.append(1) or blocks(index))
+    arguments = ["search", "--queries", "queries.txt", "--index", str(index), "-k", "2"]
+    assert cli.main([*arguments, "--json"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [{**each, "score": pytest.approx(each["score"], abs=1e-5)} for each in found] == alone
+    assert len(passes) == 1
+    assert cli.main(arguments) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [(line[0], line[2]) for line in lines] == [
+        (each["query"].replace("\t", "\\t"), each["image_path"]) for each in alone
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give either a TEXT or an --image"),
-        (["words", "--image", "noise.png"], "give either a TEXT or an --image"),
+        ([], "give either a TEXT, an --image or --queries"),
+        (["words", "--image", "noise.png"], "give either a TEXT, an --image or --queries"),
+        (["words", "--queries", "noise.png"], "give either a TEXT, an --image or --queries"),
+        (["--queries", "noise.png", "--html", "x.html"], "--html shows what one query finds"),
+        (["--queries", "noise.png"], "noise.png: not in UTF-8"),
+        (["--queries", "/dev/null"], "/dev/null: no line to look for"),
+        (["--queries", "gone.txt"], "No such file or directory: 'gone.txt'"),
     ],
 )
 def test_errors(index: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
@@ -398,7 +464,7 @@ def test_a_query_that_is_no_image(index: Path, capsys: pytest.CaptureFixture[str
 def test_what_nobody_foresaw_is_not_some_failed(
     index: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Index, "search", lambda *_: 1 / 0)
+    monkeypatch.setattr(Index, "search_many", lambda *_: 1 / 0)
     assert cli.main(["search", "--image", "noise.png", "--index", str(index)]) == 2
     assert "ZeroDivisionError" in capsys.readouterr().err
 
