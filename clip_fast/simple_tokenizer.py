@@ -24,7 +24,9 @@ from .towers.text import VOCABULARY
 _MERGES_FILE = Path(__file__).parent / "assets" / "vocabulary" / "bpe_simple_vocab_16e6.txt.gz"
 _MERGE_COUNT = VOCABULARY - 2 * 256 - 2
 _START, _END = "<|startoftext|>", "<|endoftext|>"
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+"  # a long s counts as s there
+# As clip's pattern finds words, regardless of case: a long s counts as an s behind an apostrophe, and U+0345, an accent
+# whose capital is a letter, belongs to no word.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
 
 
 def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = False) -> Tensor:

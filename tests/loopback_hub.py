@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 from urllib.parse import unquote, urlsplit
 
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 
 LARGE = (".safetensors", ".bin", ".pt")  # files that the real hub has on another host, to which it redirects
 
@@ -70,7 +70,9 @@ def loopback_hub() -> Iterator[LoopbackHub]:
 def visit(hub: LoopbackHub, cache: Path, patch: Any, *, offline: bool = False) -> None:
     """Points huggingface_hub of this process, which has read its environment already, at a hub and a cache."""
     patch.setattr(constants, "ENDPOINT", hub.address)
-    patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + "/{repo_id}/resolve/{revision}/{filename}")
+    template = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
+    for module in (constants, file_download):  # releases before 1.0 have it in both
+        patch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     patch.setattr(constants, "HF_HUB_CACHE", str(cache))
     patch.setattr(constants, "HF_HUB_OFFLINE", offline)
     patch.delenv("HF_TOKEN", raising=False)

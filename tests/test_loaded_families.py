@@ -24,8 +24,8 @@ from clip_fast.errors import NotServed
 HEADING = "\n## Loaded checkpoints\n"
 INTRODUCTION = """
 What `clip_fast.load` gives, as `pytest tests/test_loaded_families.py -m slow --compatibility` saw it: models at their
-real widths, cut to one layer, saved by their package with random weights. **equal**: within 1e-5 of what the package
-computes in float32; of words, the tokens are the same, too.
+real widths, cut to one layer and MetaCLIP 2 to 100 tokens, saved by their package with random weights. **equal**:
+within 1e-5 of what the package computes in float32; of words, the tokens are the same, too.
 """
 COLUMNS = ("package", "model", "images", "words")
 

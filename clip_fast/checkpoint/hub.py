@@ -100,7 +100,7 @@ class HubModel:
             revision = self.revision if name in FOLDER_FILES.values() else commit
             path = hub.hf_hub_download(self.repository, name, revision=revision, cache_dir=self.cache, **_LIBRARY)
         except Exception as error:
-            reason = f"{name} cannot be downloaded from {hub.constants.ENDPOINT} ({summary(error)})"
+            reason = f"{name} cannot be downloaded from {hub.constants.ENDPOINT} ({summary(error)}): try again"
             raise CheckpointError(self, self._refusal(error) or reason) from error
         return Path(path)
 

@@ -101,7 +101,7 @@ def test_a_folder_without_tokenizer_has_clips(tmp_path: Path) -> None:
 
 def test_tokens_of_every_script(tmp_path: Path) -> None:
     """By openai-clip, by open_clip, and by transformers from a tokenizer.json, each bit for bit."""
-    texts = texts_of_every_script(2000)
+    texts = [*texts_of_every_script(2000), "α\u0345β \u0345! 1\u0345", "it'ſ"]
     clip, open_clip = pytest.importorskip("clip"), pytest.importorskip("open_clip")
     ours = clip_fast.tokenize(texts, truncate=True)
     for package in (clip.tokenize(texts, truncate=True), open_clip.get_tokenizer("ViT-B-32")(texts)):
