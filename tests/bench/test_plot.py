@@ -40,12 +40,14 @@ def texts(svg: str) -> str:
 
 def test_throughput_and_latency() -> None:
     drawn = plot.pictures(document([*ROWS, FAILED]))
-    assert set(drawn) == {"throughput-fp32.svg", "latency-fp32.svg"}
+    assert set(drawn) == {"throughput-fp32.svg", "curve-fp32.svg", "latency-fp32.svg"}
     throughput = texts(drawn["throughput-fp32.svg"])
     for wanted in ("clip_fast", "openai-clip", "200", "80", "roofline 400", "ViT-B/32, batch 8", "torch"):
         assert wanted in throughput, wanted
     assert "OpenVINO" not in throughput
-    assert "openai-clip" in texts(drawn["latency-fp32.svg"])
+    for name, unit in (("latency", "ms"), ("curve", "images per second")):
+        assert "openai-clip" in texts(drawn[f"{name}-fp32.svg"])
+        assert f" {unit} " in texts(drawn[f"{name}-fp32.svg"])
     assert plot.pictures(document([*ROWS, FAILED])) == drawn  # the same picture is the same file
 
 
