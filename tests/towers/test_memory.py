@@ -39,7 +39,7 @@ def taken():
     with torch.device("meta"):
         shapes = {{name: tensor.shape for name, tensor in reference.build(CONFIG).state_dict().items()}}
     weights = {{name: torch.rand(shape, dtype=dtype) / 50 for name, shape in shapes.items()}}
-    model = ImageEncoder(VIT_B_32, weights, torch.device("cpu"), dtype)
+    model = ImageEncoder(CONFIG, weights, torch.device("cpu"), dtype)
     del weights
     images = torch.rand(max({BATCHES}), 3, 224, 224)
     own = sum(tensor.nbytes for tensor in model.state_dict().values())
@@ -65,7 +65,7 @@ print(json.dumps([of_first, of_second]))
 def test_a_model_takes_its_weights_once_more(model: str, dtype: str) -> None:
     if not can_fuse(getattr(torch, dtype)):
         pytest.skip(f"no library packs weights of {dtype} here")
-    child = subprocess.run([sys.executable, "-c", CHILD, model, dtype], capture_output=True, text=True, check=True)
+    child = subprocess.run([sys.executable, "-c", CHILD, model, dtype], stdout=subprocess.PIPE, text=True, check=True)
     first, second = json.loads(child.stdout)
     print(f"beside the weights, by batch: {first} of the first model, {second} of the second")
     assert max(second) <= MOST
