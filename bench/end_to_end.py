@@ -187,8 +187,8 @@ def _contests(rows: Sequence[Row]) -> list[list[Row]]:
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
-def markdown(rows: Sequence[Row], where: Environment) -> str:
-    """A table for every model, batch and precision: the fastest system first, failures below.
+def markdown(rows: Sequence[Row], where: Environment, limits: Ceilings) -> str:
+    """A table for every model, batch and precision: the fastest system first, failures below; then the ceilings.
 
     One column is the time per call when calls are issued one after the other. Where it was measured, another is the
     time of one call whose result is waited for. Columns in which nothing was measured are left out.
@@ -205,7 +205,7 @@ def markdown(rows: Sequence[Row], where: Environment) -> str:
             parts.append(table(header, [[line[name] for name in header] for line in lines]))
         if failed:
             parts.append("Not measured:\n\n" + "\n".join(failed))
-    return "\n\n".join([*parts, f"{where.line()}."]) + "\n"
+    return "\n\n".join([*parts, f"{limits.line()}. {where.line()}."]) + "\n"
 
 
 def _cells(row: Row) -> dict[str, str]:
@@ -279,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 _keep(options.json, rows, where, limits)  # after each heat, for a run that is cut short
     limits = higher(limits, ceilings(device, precisions))  # the machine may have been busy at the beginning
     _keep(options.json, rows, where, limits)
-    print(markdown(rows, where))
+    print(markdown(rows, where, limits))
 
 
 def _keep(file: Path | None, rows: Sequence[Row], where: Environment, limits: Ceilings) -> None:
@@ -287,7 +287,7 @@ def _keep(file: Path | None, rows: Sequence[Row], where: Environment, limits: Ce
     add_ratios(rows, limits)
     if file:
         save(file, document("end_to_end", where, limits, rows))
-        save(file.with_suffix(".md"), markdown(rows, where))
+        save(file.with_suffix(".md"), markdown(rows, where, limits))
 
 
 def _line(row: Row) -> str:

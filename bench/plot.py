@@ -1,9 +1,9 @@
-"""Pictures of measured results: throughput by model, and latency by batch.
+"""Pictures of measured results: throughput by model, and throughput and latency by batch.
 
     python -m bench.plot bench/results/DEVICE-DATE/end_to_end.json
 
-writes `throughput-PRECISION.svg` and `latency-PRECISION.svg` beside each file, or into `--output`. A system that was
-not measured has no bar and no point.
+writes `throughput-PRECISION.svg`, `curve-PRECISION.svg` and `latency-PRECISION.svg` beside each file, or into
+`--output`. A system that was not measured has no bar and no point.
 """
 
 from __future__ import annotations
@@ -49,15 +49,22 @@ def pictures(document: dict[str, Any]) -> dict[str, str]:
     def bars(axes: Any, of_model: Sequence[Row]) -> None:
         _bars(axes, of_model, colours)
 
-    def curves(axes: Any, of_model: Sequence[Row]) -> None:
-        _curves(axes, of_model, colours)
+    def speeds(axes: Any, of_model: Sequence[Row]) -> None:
+        _curves(axes, of_model, colours, "images per second", lambda row: row["images_per_second"])
+
+    def latencies(axes: Any, of_model: Sequence[Row]) -> None:
+        _curves(axes, of_model, colours, "ms", lambda row: row["seconds"] * 1e3)
 
     drawn: dict[str, str] = {}
     for precision in dict.fromkeys(row["precision"] for row in rows):
         these = [row for row in rows if row["precision"] == precision]
         throughput = f"Images per second, {precision}, at the batch that most systems were measured at"
         drawn[f"throughput-{precision}.svg"] = _figure(throughput, caption, these, bars)
-        drawn[f"latency-{precision}.svg"] = _figure(f"Milliseconds by batch size, {precision}", caption, these, curves)
+        for name, title, draw in (
+            ("curve", "Images per second by batch size", speeds),
+            ("latency", "Milliseconds by batch size", latencies),
+        ):
+            drawn[f"{name}-{precision}.svg"] = _figure(f"{title}, {precision}", caption, these, draw)
     return drawn
 
 
@@ -115,10 +122,10 @@ def _bars(axes: Any, rows: Sequence[Row], colours: dict[str, str]) -> None:
     axes.set_title(f"{rows[0]['model']}, batch {batch}", loc="left", fontsize=9, pad=12)
 
 
-def _curves(axes: Any, rows: Sequence[Row], colours: dict[str, str]) -> None:
-    """A batch's median time against its size, on logarithmic axes."""
+def _curves(axes: Any, rows: Sequence[Row], colours: dict[str, str], unit: str, value: Callable[[Row], float]) -> None:
+    """What a batch reaches against its size, on logarithmic axes."""
     for name in dict.fromkeys(row["system"] for row in rows):
-        points = sorted((row["batch"], row["seconds"] * 1e3) for row in rows if row["system"] == name)
+        points = sorted((row["batch"], value(row)) for row in rows if row["system"] == name)
         ours = name == OURS
         axes.plot(
             *zip(*points, strict=True),
@@ -133,7 +140,7 @@ def _curves(axes: Any, rows: Sequence[Row], colours: dict[str, str]) -> None:
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.tick_params(axis="y", which="minor", labelsize=5)
     axes.set_xlabel("batch")
-    axes.set_ylabel("ms")
+    axes.set_ylabel(unit)
     axes.set_title(rows[0]["model"], loc="left", fontsize=9)
 
 

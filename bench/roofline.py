@@ -111,14 +111,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def markdown(rows: Sequence[Mapping[str, Any]], where: Environment, limits: Ceilings) -> str:
     """The ceilings, and the images per second that they allow."""
-    reached = [[name, f"{flops / 1e12:.4g}"] for name, flops in limits.flops.items()]
     lines = []
     for model, batch in dict.fromkeys((row["model"], row["batch"]) for row in rows):
         these = [row for row in rows if (row["model"], row["batch"]) == (model, batch)]
         lines.append([f"{model}, batch {batch}", *(f"{row['images_per_second']:,.0f}" for row in these)])
     parts = [
-        f"A large copy: {limits.bytes / 1e9:.4g} GB/s, reads and writes together. Large products:",
-        table(["precision", "TFLOP/s"], reached),
+        f"{limits.line()}.",
         "Images per second that these allow:",
         table(["model", *limits.flops], lines),
         f"{where.line()}.",

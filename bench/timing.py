@@ -275,6 +275,11 @@ class Ceilings:
     flops: Mapping[str, float]  # precision -> operations per second of a large square matrix product
     bytes: float  # per second of a large copy, reads and writes together
 
+    def line(self) -> str:
+        """The rates in one line, without a full stop."""
+        reached = ", ".join(f"{flops / 1e12:.4g} TFLOP/s in {name}" for name, flops in self.flops.items())
+        return f"Ceilings of this run: {reached}, {self.bytes / 1e9:.4g} GB/s"
+
 
 def ceilings(device: torch.device, precisions: Sequence[str], rounds: int = 7) -> Ceilings:
     """Measures the ceilings with PyTorch's own products and copy, on random data.

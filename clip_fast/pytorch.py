@@ -14,6 +14,7 @@ whether the fast path is right, the fast path is not taken.
   compute.
 * `Tag.cudagraph_unsafe` keeps our operator out of the CUDA graphs of torch.compile, whose replays would see no change
   of the weights. Without it, as in PyTorch 2.7, a program that torch.compile makes for a GPU has the plain tower.
+* `_get_mkldnn_serialized_md` tells whether two packed weights are laid out alike. Without it a convolution keeps two.
 * `_replicate_for_data_parallel` makes replicas of `DataParallel` run the original. Without it replicas are as PyTorch
   makes them.
 """
@@ -99,6 +100,7 @@ reorder_linear_weight: Any = _found("torch", "ops.mkldnn._reorder_linear_weight"
 convolution_pointwise: Any = _found("torch", "ops.mkldnn._convolution_pointwise")
 convolution_pointwise_: Any = _found("torch", "ops.mkldnn._convolution_pointwise_")
 reorder_convolution_weight: Any = _found("torch", "ops.mkldnn._reorder_convolution_weight")
+_layout_of: Any = _found("torch", "ops.mkldnn._get_mkldnn_serialized_md")
 mkl_linear: Any = _found("torch", "ops.mkl._mkl_linear")
 mkl_reorder_linear_weight: Any = _found("torch", "ops.mkl._mkl_reorder_linear_weight")
 _ONEDNN = (
@@ -118,6 +120,11 @@ _INSTRUCTIONS: dict[torch.dtype, Any] = {
 def has_onednn() -> bool:
     """Whether this build has oneDNN's fused operators."""
     return torch.backends.mkldnn.is_available() and all(op is not None for op in _ONEDNN)
+
+
+def same_layout(packed: Tensor, other: Tensor) -> bool:
+    """Whether oneDNN has laid two packed weights out alike; False in a release that does not tell."""
+    return _layout_of is not None and torch.equal(_layout_of(packed), _layout_of(other))
 
 
 def has_mkl() -> bool:

@@ -58,6 +58,7 @@ NAMES = {
     "ops.mkldnn._reorder_linear_weight": "",
     "ops.mkldnn._convolution_pointwise": "",
     "ops.mkldnn._is_mkldnn_bf16_supported": "",
+    "ops.mkldnn._get_mkldnn_serialized_md": "",
     "ops.mkl._mkl_linear": "",
 }
 

@@ -50,8 +50,7 @@ def markdown(rows: Sequence[Row], where: Environment, limits: Ceilings) -> str:
         parts.append(f"**{op}, {precision}**\n\n{table(header, lines)}")
         if failed:
             parts.append("Not measured:\n\n" + "\n".join(failed))
-    reached = ", ".join(f"{flops / 1e12:.4g} TFLOP/s in {name}" for name, flops in limits.flops.items())
-    parts.append(f"Ceilings of this run: {reached}, {limits.bytes / 1e9:.4g} GB/s. {where.line()}.")
+    parts.append(f"{limits.line()}. {where.line()}.")
     return "\n\n".join(parts) + "\n"
 
 

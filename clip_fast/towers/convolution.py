@@ -35,7 +35,8 @@ class Convolution:
     """relu(scale · conv(x, weight) + bias + residual).
 
     Args:
-        weight: (O, C, k, k), on the device to compute on.
+        weight: (O, C, k, k), of any float dtype, on the device to compute on. For oneDNN it is kept as it is, and
+            folded whenever a layout is made of it.
         scale, bias: (O,), float64. The scale goes into the weight. Only our own GEMM multiplies the product by it, so
             that no weight is rounded another time.
         precision: the precision to compute in.
@@ -56,21 +57,22 @@ class Convolution:
         relu: bool = True,
     ) -> None:
         size, dtype = weight.shape[-1], precision.weights
-        folded = (weight * scale[:, None, None, None]).to(dtype)
-        self.weight = folded.contiguous(memory_format=torch.channels_last)
         self.bias = bias.to(dtype)
         self.stride, self.relu = stride, relu
         self.products: InputPrecision = precision.products
         self.padding = size // 2 if padding is None else padding
         self._run = Convolution._plain  # the function, not a bound method: the instance would hold on to itself
-        if size == stride == 1 and by_kernels(folded) and not _is_cudnns(precision):
+        if size == stride == 1 and by_kernels(self.bias) and not _is_cudnns(precision):
             self._run, self.weight = Convolution._by_product, ops.operand(weight.flatten(1), dtype, self.products)
             self.scale, self.bias = scale.to(precision.wide), bias.to(precision.wide)
-        elif weight.is_cuda and torch.version.cuda is not None and dtype != torch.float64:
-            self._run = Convolution._by_cudnn
         elif weight.device.type == "cpu" and can_fuse(dtype):
             self._run = Convolution._by_onednn
+            self.weight, self.scale = weight, scale
             self._packed: dict[bool, Tensor] = {}  # True: for one image; False: for several
+        else:
+            self.weight = _folded(weight, scale, dtype)
+            if weight.is_cuda and torch.version.cuda is not None and dtype != torch.float64:
+                self._run = Convolution._by_cudnn
 
     @property
     def _geometry(self) -> tuple[list[int], list[int], list[int]]:
@@ -106,17 +108,26 @@ class Convolution:
         return self._finish(y.add_(self.bias[:, None, None]), residual)
 
     def _by_onednn(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        # oneDNN wants one layout for one image and another for several; the wrong one is up to 50 times slower.
         alone = len(x) == 1
-        if alone not in self._packed:
-            self._packed[alone] = pytorch.reorder_convolution_weight(self.weight, *self._geometry, 1, list(x.shape))
-        operands = (x, self._packed[alone], self.bias, *self._geometry, 1)
+        packed = self._packed.get(alone)
+        if packed is None:
+            packed = self._packed[alone] = self._layout(x)
+        operands = (x, packed, self.bias, *self._geometry, 1)
         activation = "relu" if self.relu else "none"
         if residual is None:
             return pytorch.convolution_pointwise(*operands, activation, [], "")
         return pytorch.convolution_pointwise_.binary(
             residual, *operands, "add", 1.0, activation if self.relu else None, [], None
         )
+
+    def _layout(self, x: Tensor) -> Tensor:
+        """The weight as oneDNN wants it for as many images as `x` has: another layout for one image than for several.
+
+        The wrong layout is up to 50 times slower. Where both are the same, which is most often, there is one.
+        """
+        folded = _folded(self.weight, self.scale, self.bias.dtype)
+        packed = pytorch.reorder_convolution_weight(folded, *self._geometry, 1, list(x.shape))
+        return next((other for other in self._packed.values() if pytorch.same_layout(other, packed)), packed)
 
     def _plain(self, x: Tensor, residual: Tensor | None) -> Tensor:
         return self._finish(F.conv2d(x, self.weight, self.bias, self.stride, self.padding), residual)
@@ -125,3 +136,9 @@ class Convolution:
         if residual is not None:
             y.add_(residual)
         return y.relu_() if self.relu else y
+
+
+def _folded(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight (O, C, k, k) times the scale (O,), in float64, then cast."""
+    folded = (weight.double() * scale[:, None, None, None]).to(dtype)
+    return folded.contiguous(memory_format=torch.channels_last)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from functools import cache, cached_property
 from typing import Any
@@ -13,7 +12,10 @@ from torch import Tensor
 from .. import pytorch
 from .reference import QUICK_GELU_SLOPE
 
-_FEW_ROWS = 128  # up to this many, oneDNN's packed products are faster in float32 than a BLAS that knows the CPU
+# The number of rows that weights are packed for. MKL takes its blocks from it: weights that are packed for 50 rows
+# multiply 100 to 400 rows up to a quarter more slowly, those for 320 and more multiply any number of rows as fast as
+# weights that are packed for that number, to 4 %.
+_PACKED_FOR = 1024
 # activation -> oneDNN's name for it, and for the algorithm where oneDNN has several
 _FUSED = {"none": ("none", ""), "swish": ("swish", ""), "gelu": ("gelu", "none")}
 
@@ -64,97 +66,75 @@ def can_pack_for_mkl() -> bool:
     return pytorch.has_mkl() and _is_intel()
 
 
-def blas_leaves_avx512() -> bool:
-    """Whether BLAS is MKL on a non-Intel CPU with AVX-512: MKL uses AVX2 there, at half the speed."""
-    return torch.backends.mkl.is_available() and bool(_capabilities().get("avx512_f")) and not _is_intel()
-
-
 class Product:
-    """activation(x Wᵀ + b), or residual + α (x Wᵀ + b), by the library that is faster for the rows at hand.
+    """activation(x Wᵀ + b), or residual + α (x Wᵀ + b), by the library that is fastest for the dtype on this CPU.
 
-    | dtype | rows | library | why |
-    |---|---|---|---|
-    | bfloat16 | any | oneDNN, packed weights | bias, residual and activation are fused |
-    | float32 | `usual_rows`, on Intel | MKL, weights packed for that many rows | the fastest there |
-    | float32 | up to 128 | oneDNN, packed weights | bias and residual are fused, the activation is a pass in place |
-    | float32 | more | BLAS | faster than oneDNN, with the residual as initial value |
-    | float32 | any, on a CPU whose AVX-512 MKL leaves unused | oneDNN | twice as fast |
-    | others | any | BLAS | |
+    | dtype | library | why |
+    |---|---|---|
+    | float32 on Intel's CPUs | MKL, packed weights | 6 to 11 % faster than oneDNN, from 50 rows to 800 |
+    | float32 and bfloat16 elsewhere | oneDNN, packed weights | bias and residual are fused, and bfloat16's activation |
+    | others | BLAS, weights as they are | |
 
-    oneDNN's fused activation costs a quarter of a float32 product, PyTorch's pass in place a twentieth. MKL multiplies
-    with as many threads as packed the weight, so there is a packing for each number of threads. Each library has its
-    own layout of W, which is made when it is first needed.
+    There is one layout of W for all numbers of rows and of threads, made when it is first needed. oneDNN's fused
+    activation costs a quarter of a float32 product, PyTorch's pass in place a twentieth.
 
     Args:
         weight: (N, K), of any float dtype; multiplied by `scale`, then cast to the bias's dtype.
         bias: (N,), of the dtype to compute in.
         alpha: the factor of the product in a sum with a residual.
-        usual_rows: the numbers of rows that most calls have.
     """
 
     def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor,
-        activation: str = "none",
-        scale: float = 1.0,
-        alpha: float = 1.0,
-        usual_rows: tuple[int, ...] = (),
+        self, weight: Tensor, bias: Tensor, activation: str = "none", scale: float = 1.0, alpha: float = 1.0
     ) -> None:
         self.bias = bias
         self.activation = activation
         self.alpha = alpha
         self._given, self._scale = weight, scale
-        on_cpu = bias.device.type == "cpu"
-        self._fuses = on_cpu and can_fuse(bias.dtype)
-        all_rows = bias.dtype != torch.float32 or blas_leaves_avx512()
-        self._onednn_rows = math.inf if all_rows else _FEW_ROWS  # the most rows that oneDNN multiplies
-        by_mkl = on_cpu and bias.dtype == torch.float32 and can_pack_for_mkl()
-        self._usual_rows = frozenset(usual_rows if by_mkl else ())
-        self._packed_for: dict[tuple[int, int], Tensor] = {}  # (rows, threads) -> W as MKL multiplies by it
-        # MKL would multiply other numbers of rows by this operand. Here it reads the operand's shape alone.
-        self._unpacked = bias.new_full((), torch.nan).expand(weight.shape)
+        self._multiply = Product._by_blas  # the function, not a bound method: the instance would hold on to itself
+        if bias.device.type == "cpu" and bias.dtype == torch.float32 and can_pack_for_mkl():
+            self._multiply = Product._by_mkl
+            # MKL would multiply by this operand where no packed one is given. Here it reads the operand's shape alone.
+            self._unpacked = bias.new_full((), torch.nan).expand(weight.shape)
+        elif bias.device.type == "cpu" and can_fuse(bias.dtype):
+            self._multiply = Product._by_onednn
 
     @property
     def weight(self) -> Tensor:
-        """W, (N, K), scaled and cast."""
+        """W, (N, K), scaled and cast; the given tensor itself where nothing is to be done."""
         wide = torch.promote_types(self._given.dtype, torch.float32)
         weight = self._given if self._scale == 1 else self._given.to(wide) * self._scale
         return weight.to(self.bias.dtype).contiguous()
 
     @cached_property
-    def _packed(self) -> Tensor:
-        return pytorch.reorder_linear_weight(self.weight, _FEW_ROWS)
-
-    @cached_property
-    def _transposed(self) -> Tensor:
-        return self.weight.T.contiguous()
+    def _operand(self) -> Tensor:
+        """W in the layout of the library."""
+        if self._multiply is Product._by_mkl:
+            return pytorch.mkl_reorder_linear_weight(self.weight, _PACKED_FOR)
+        if self._multiply is Product._by_onednn:
+            return pytorch.reorder_linear_weight(self.weight, _PACKED_FOR)
+        return self.weight.T
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(M, K) -> (M, N). The result may be written over the residual (M, N)."""
-        rows = x.shape[0]  # len(x) is four times as slow, and this runs fifty times an image
-        if rows in self._usual_rows:
-            return self._by_mkl(x, residual, rows)
-        if self._fuses and rows <= self._onednn_rows:
-            return self._by_onednn(x, residual)
-        if residual is not None and x.dtype.itemsize >= 4:  # in half precision the sum would be rounded twice
-            return residual.add_(self.bias, alpha=self.alpha).addmm_(x, self._transposed, alpha=self.alpha)
-        return self._finish(torch.addmm(self.bias, x, self._transposed), residual)
+        return self._multiply(self, x, residual)
 
-    def _by_mkl(self, x: Tensor, residual: Tensor | None, rows: int) -> Tensor:
-        key = rows, torch.get_num_threads()
-        if (packed := self._packed_for.get(key)) is None:
-            packed = self._packed_for[key] = pytorch.mkl_reorder_linear_weight(self.weight, rows)
-        y = pytorch.mkl_linear(x, packed, self._unpacked, self.bias, rows)
+    def _by_mkl(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        y = pytorch.mkl_linear(x, self._operand, self._unpacked, self.bias, x.shape[0])
         return self._finish(y, residual)
 
     def _by_onednn(self, x: Tensor, residual: Tensor | None) -> Tensor:
         if residual is not None and self.alpha == 1:
-            return pytorch.linear_pointwise.binary(x, residual, self._packed, self.bias, "add")
+            return pytorch.linear_pointwise.binary(x, residual, self._operand, self.bias, "add")
         fused = residual is None and self.activation in _FUSED and x.dtype != torch.float32
         name, algorithm = _FUSED[self.activation if fused else "none"]
-        y = pytorch.linear_pointwise(x, self._packed, self.bias, name, [], algorithm)
+        y = pytorch.linear_pointwise(x, self._operand, self.bias, name, [], algorithm)
         return y if fused else self._finish(y, residual)
+
+    def _by_blas(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if residual is not None and x.dtype.itemsize >= 4:  # in half precision the sum would be rounded twice
+            return residual.add_(self.bias, alpha=self.alpha).addmm_(x, self._operand, alpha=self.alpha)
+        return self._finish(torch.addmm(self.bias, x, self._operand), residual)
 
     def _finish(self, y: Tensor, residual: Tensor | None) -> Tensor:
         return _IN_PLACE[self.activation](y) if residual is None else residual.add_(y, alpha=self.alpha)

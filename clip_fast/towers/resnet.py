@@ -89,14 +89,17 @@ class FastResNet(FastTower):
     def prepare(
         cls, state_dict: Mapping[str, Tensor], config: ResNetConfig, precision: Precision, mean: Rgb, std: Rgb
     ) -> FastResNet:
-        """Folds the weights of `reference.ModifiedResNet` in float64 and casts them at the end."""
+        """Folds the weights of `reference.ModifiedResNet` in float64 and casts them at the end.
+
+        On a CPU a convolution folds its weight when it is first needed, and the pool's float32 weights are shared.
+        """
         dtype = precision.weights
-        source = {name: t.detach().double() for name, t in state_dict.items() if t.is_floating_point()}
+        source = {name: t.detach() for name, t in state_dict.items() if t.is_floating_point()}
 
         def folded(conv: str, norm: str) -> tuple[Tensor, Tensor, Tensor]:
-            """Weight, scale and bias of a convolution and the batch norm after it, in float64."""
+            """Weight as it is, and in float64 scale and bias, of a convolution and the batch norm after it."""
             gain, shift, average, variance = (
-                source[f"{norm}.{name}"] for name in ("weight", "bias", "running_mean", "running_var")
+                source[f"{norm}.{name}"].double() for name in ("weight", "bias", "running_mean", "running_var")
             )
             scale = gain * torch.rsqrt(variance + config.eps)
             return source[f"{conv}.weight"], scale, shift - average * scale
@@ -113,7 +116,7 @@ class FastResNet(FastTower):
         weight, scale, bias = folded("conv1", "bn1")
         mu, sigma = (torch.tensor(x, dtype=torch.float64, device=weight.device)[:, None, None] for x in (mean, std))
         raw = (
-            (weight * scale[:, None, None, None] / (255 * sigma)).to(dtype).double()
+            (weight.double() * scale[:, None, None, None] / (255 * sigma)).to(dtype).double()
         )  # normalise(u) = (u − 255 μ) / 255 σ
         raw_bias = bias + (raw * (_PIXEL_OFFSET - 255 * mu)).sum(dim=(1, 2, 3))
         return cls(
@@ -192,10 +195,11 @@ def _prepare_pool(source: dict[str, Tensor], config: ResNetConfig, precision: Pr
         return ops.operand(matrix, precision.weights, precision.products) if kernels else matrix.to(wide)
 
     def product(name: str) -> Callable[[Tensor], Tensor]:
-        matrix, bias = weight(name), source[f"attnpool.{name}.bias"].to(wide)
-        if kernels:
-            return lambda x: ops.linear(x, matrix, bias, precision=precision.products)[0]
-        return Product(matrix, bias)
+        bias = source[f"attnpool.{name}.bias"].to(wide)
+        if not kernels:
+            return Product(source[f"attnpool.{name}.weight"], bias)
+        matrix = weight(name)
+        return lambda x: ops.linear(x, matrix, bias, precision=precision.products)[0]
 
     def per_head(name: str) -> Tensor:
         return weight(name).view(heads, features // heads, features)

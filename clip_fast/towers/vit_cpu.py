@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import Rgb, VitConfig
-from .cpu import Product, images_at_a_time, one_query_attention
+from .cpu import Product, one_query_attention
 from .fast import normalised
 from .precision import Precision
 from .reference import QUICK_GELU_SLOPE
@@ -67,7 +67,7 @@ class CpuVit(Vit):
     def prepare(
         cls, state_dict: Mapping[str, Tensor], config: VitConfig, precision: Precision, mean: Rgb, std: Rgb
     ) -> CpuVit:
-        """Casts the weights of `reference.VisionTransformer`. A product casts its weight when it is first needed."""
+        """Casts the weights of `reference.VisionTransformer`. A product lays its weight out when it is first needed."""
         source = {name: tensor.detach() for name, tensor in state_dict.items()}
 
         dtype, wide = precision.weights, precision.wide
@@ -82,34 +82,30 @@ class CpuVit(Vit):
             gain, shift = (source[f"{name}.{part}"].to(wide) * scale for part in ("weight", "bias"))
             return gain.to(dtype), shift.to(dtype)
 
-        def product(name: str, rows: tuple[int, ...], bias_scale: float = 1.0, **options: Any) -> Product:
+        def product(name: str, bias_scale: float = 1.0, **options: Any) -> Product:
             bias = source[f"{name}bias"].to(wide) * bias_scale
-            return Product(source[f"{name}weight"], bias.to(dtype), usual_rows=rows, **options)
-
-        images = images_at_a_time(cls.rows_on_cpu, config.tokens)
+            return Product(source[f"{name}weight"], bias.to(dtype), **options)
 
         def block(i: int) -> Block:
             prefix = f"transformer.resblocks.{i}"
-            tokens = 1 if i == config.layers - 1 else config.tokens  # the tokens of an image that the block computes
-            rows = (tokens, images * tokens)
             return Block(
                 ln_1=pair(f"{prefix}.ln_1"),
                 ln_2=pair(f"{prefix}.ln_2", dtype if beside == 1 else wide, beside),
-                qkv=product(f"{prefix}.attn.in_proj_", rows),
-                out=product(f"{prefix}.attn.out_proj.", rows),
-                fc1=product(f"{prefix}.mlp.c_fc.", rows, slope, activation=activation, scale=in_weights),
-                fc2=product(f"{prefix}.mlp.c_proj.", rows, beside, scale=1 / in_weights, alpha=1 / beside),
+                qkv=product(f"{prefix}.attn.in_proj_"),
+                out=product(f"{prefix}.attn.out_proj."),
+                fc1=product(f"{prefix}.mlp.c_fc.", slope, activation=activation, scale=in_weights),
+                fc2=product(f"{prefix}.mlp.c_proj.", beside, scale=1 / in_weights, alpha=1 / beside),
             )
 
         position = source["positional_embedding"].to(wide, copy=True)
         position[0] += source["class_embedding"]
-        patch, patches = source["conv1.weight"].flatten(1), config.grid**2
+        patch = source["conv1.weight"].flatten(1)
         last = f"transformer.resblocks.{config.layers - 1}.attn.in_proj"
         return cls(
             config=config,
             precision=precision,
             normalisation=(mean, std),
-            patch=Product(patch, patch.new_zeros(config.width, dtype=dtype), usual_rows=(patches, images * patches)),
+            patch=Product(patch, patch.new_zeros(config.width, dtype=dtype)),
             position=position.to(dtype),
             ln_pre=pair("ln_pre"),
             blocks=tuple(map(block, range(config.layers))),
@@ -153,12 +149,10 @@ class CpuVit(Vit):
         """Class token and patches, with their positions: (B, N, W)."""
         config = self.config
         b, g, p = len(images), config.grid, config.patch_size
-        pixels = images.unfold(2, p, p).unfold(3, p, p)  # (B, 3, g, g, P, P)
-        patches = self.patch(pixels.permute(0, 2, 3, 1, 4, 5).reshape(b * g * g, 3 * p * p))
-        x = images.new_empty(b, config.tokens, config.width)
-        x[:, 0] = self.position[0]
-        torch.add(patches.view(b, g * g, config.width), self.position[1:], out=x[:, 1:])
-        return x
+        rows = images.new_zeros(b, config.tokens, 3 * p * p)  # a class token's row stays zero
+        patches = images.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5)  # (B, g, g, 3, P, P)
+        rows[:, 1:].view(b, g, g, 3, p, p).copy_(patches)
+        return self.patch(rows.flatten(0, 1)).view(b, config.tokens, config.width).add_(self.position)
 
     def _last_block(self, x: Tensor) -> Tensor:
         """The last block for the class token alone, with its sums re-associated as in `kernels/attention_pool.py`.

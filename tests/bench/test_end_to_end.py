@@ -94,9 +94,10 @@ def test_what_fails_is_listed() -> None:
         "missing": "a-package-that-is-not is not installed",
         "narrow": "is measured in bf16 only",
     }
-    text = end_to_end.markdown(rows, environment(CPU))
+    text = end_to_end.markdown(rows, environment(CPU), LIMITS)
     assert "- late: RuntimeError: first call" in text
     assert "| **clip_fast** |" in text
+    assert "1 TFLOP/s in fp32, 100 GB/s" in text
 
 
 def test_rows_of_different_heats_are_compared_by_our_time_in_each(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +121,7 @@ def test_on_a_cpu_float32_stands_beside_half_precision() -> None:
     ours, halves, wide = rows
     assert wide["error"] < min(ours["error"], halves["error"])
     assert ours["to_float32"] == pytest.approx(wide["seconds"] / ours["seconds"])
-    text = end_to_end.markdown(rows, environment(CPU))
+    text = end_to_end.markdown(rows, environment(CPU), LIMITS)
     assert f"× {BASELINE} | × {FLOAT32} |" in text
     assert "memory" not in text  # a CPU's libraries do not report it
 

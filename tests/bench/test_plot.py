@@ -41,12 +41,14 @@ def texts(svg: str) -> str:
 def test_throughput_and_latency() -> None:
     measured = document([*ROWS, FAILED])  # once: it has the minute in it
     drawn = plot.pictures(measured)
-    assert set(drawn) == {"throughput-fp32.svg", "latency-fp32.svg"}
+    assert set(drawn) == {"throughput-fp32.svg", "curve-fp32.svg", "latency-fp32.svg"}
     throughput = texts(drawn["throughput-fp32.svg"])
     for wanted in ("clip_fast", "openai-clip", "200", "80", "roofline 400", "ViT-B/32, batch 8", "torch"):
         assert wanted in throughput, wanted
     assert "OpenVINO" not in throughput
-    assert "openai-clip" in texts(drawn["latency-fp32.svg"])
+    for name, unit in (("latency", "ms"), ("curve", "images per second")):
+        assert "openai-clip" in texts(drawn[f"{name}-fp32.svg"])
+        assert f" {unit} " in texts(drawn[f"{name}-fp32.svg"])
     assert plot.pictures(measured) == drawn  # the same picture is the same file
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from random_towers import relative_error
 
+from clip_fast import pytorch
 from clip_fast.kernels import ops, targets
 from clip_fast.towers import convolution
 from clip_fast.towers.convolution import Convolution
@@ -75,3 +76,21 @@ def test_the_table_says_whose_a_pointwise_convolution_is(dtype: torch.dtype, mon
     monkeypatch.setitem(targets.POINTWISE, targets.kind_of(dtype, "ieee"), "cudnn")
     assert relative_error(Convolution(*operands)(x), wanted) < 2 * torch.finfo(dtype).eps
     assert len(products) == 1
+
+
+@pytest.mark.skipif(not can_fuse(torch.float32), reason="no oneDNN")
+@pytest.mark.parametrize("alike", [True, False])
+def test_layouts_that_are_alike_are_kept_once(alike: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(convolution, "by_kernels", lambda weight: False)
+    operands = torch.randn(40, 24, 3, 3), torch.randn(40).double(), torch.randn(40).double()
+    packed = [
+        pytorch.reorder_convolution_weight(torch.randn(40, 24, k, k), [0, 0], [1, 1], [1, 1], 1, [2, 24, 9, 9])
+        for k in (1, 3)
+    ]
+    assert pytorch.same_layout(packed[0], packed[0])
+    assert not pytorch.same_layout(*packed)
+    monkeypatch.setattr(pytorch, "same_layout", lambda one, other: alike)
+    one = Convolution(*operands, BY_DTYPE[torch.float32])
+    for batch in (1, 2, 1, 3):
+        one(torch.randn(batch, 24, 9, 9).contiguous(memory_format=torch.channels_last))
+    assert len({id(layout) for layout in one._packed.values()}) == (1 if alike else 2)

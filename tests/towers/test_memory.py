@@ -1,0 +1,73 @@
+"""What a model takes beside its weights on a CPU, as the system counts it: resident memory of a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from clip_fast.towers.cpu import can_fuse
+
+MOST = 1.1  # times the weights
+BATCHES = (1, 2, 8, 32)  # 32 images go in parts
+
+# Two models of one shape, one after the other. The first also takes what the process keeps for all models: the kernels
+# that oneDNN compiles for each number of rows and of threads, some 0.6 MiB each.
+CHILD = f"""
+import ctypes, gc, json, sys
+import torch
+from clip_fast.encoder import ImageEncoder
+from clip_fast.towers import reference
+from clip_fast.towers.config import ResNetConfig, VitConfig
+
+CONFIG = {{
+    "ViT-B/32": VitConfig(image_size=224, patch_size=32, width=768, layers=12, heads=12, embed_dim=512),
+    "RN50": ResNetConfig(layers=(3, 4, 6, 3), width=64, heads=32, image_size=224, embed_dim=1024),
+}}[sys.argv[1]]
+dtype = getattr(torch, sys.argv[2])
+
+def resident():
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # gives back what was freed, which the C library would keep for the process
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+
+def taken():
+    with torch.device("meta"):
+        shapes = {{name: tensor.shape for name, tensor in reference.build(CONFIG).state_dict().items()}}
+    weights = {{name: torch.rand(shape, dtype=dtype) / 50 for name, shape in shapes.items()}}
+    model = ImageEncoder(CONFIG, weights, torch.device("cpu"), dtype)
+    del weights
+    images = torch.rand(max({BATCHES}), 3, 224, 224)
+    own = sum(tensor.nbytes for tensor in model.state_dict().values())
+    before = resident()
+    shares = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for batch in {BATCHES}:
+            with torch.no_grad():
+                model.encode_image(images[:batch])
+            shares.append((resident() - before) / own)
+    return model, shares
+
+first, of_first = taken()
+second, of_second = taken()
+print(json.dumps([of_first, of_second]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+@pytest.mark.parametrize(("model", "dtype"), [("ViT-B/32", "float32"), ("ViT-B/32", "bfloat16"), ("RN50", "float32")])
+def test_a_model_takes_its_weights_once_more(model: str, dtype: str) -> None:
+    if not can_fuse(getattr(torch, dtype)):
+        pytest.skip(f"no library packs weights of {dtype} here")
+    child = subprocess.run([sys.executable, "-c", CHILD, model, dtype], stdout=subprocess.PIPE, text=True, check=True)
+    first, second = json.loads(child.stdout)
+    print(f"beside the weights, by batch: {first} of the first model, {second} of the second")
+    assert max(second) <= MOST
+    if (model, dtype) == ("ViT-B/32", "float32"):
+        assert max(first) <= MOST
