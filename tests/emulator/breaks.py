@@ -91,6 +91,7 @@ BREAKS = (
     Break("wgmma.wait_group removed", *_OUT, r"wgmma\.wait_group", "order"),
     Break("wgmma.fence removed", *_OUT, r"wgmma\.fence", "order"),
     Break("fence.proxy.async removed", *_OUT, r"fence\.proxy\.async", "order"),
+    Break("griddepcontrol.wait removed", *_OUT, r"griddepcontrol\.wait", "always"),
     Break("cp.async.bulk.wait_group removed", *_OUT, r"cp\.async\.bulk\.wait_group", "order"),
     Break("no wait for an mbarrier", *_OUT, r"@!complete bra", "order"),
     Break("expect_tx of 128 bytes less", *_OUT, r"expect_tx", "always", _number_more(-128)),
