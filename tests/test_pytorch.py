@@ -50,6 +50,7 @@ NAMES = {
     "_C._TorchDispatchModeKey.FAKE": "",
     "nn.modules.module._has_any_global_hook": "hooks are registered",
     "multiprocessing.reductions.StorageWeakRef": "prepares the weights at every call",
+    "UntypedStorage._new_shared": "",
     "UntypedStorage._expired": "prepares the weights at every call",
     "optim.optimizer.register_optimizer_step_post_hook": "prepares the weights at every call",
     "nn.modules.module.register_module_module_registration_hook": "prepares the weights at every call",

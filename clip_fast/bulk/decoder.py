@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..errors import reason_of
 from ..inputs.items import Item
 from ..preprocess import Preprocess
+from ..pytorch import shared_zeros
 
 
 class _Unremarked:
@@ -56,14 +58,17 @@ class Decoder:
     preprocess: Preprocess
     fast: bool = False
 
-    def __call__(self, item: Item) -> tuple[Tensor, tuple[int, int]]:
-        """The item's pixels, uint8 (3, image_size, image_size), and its size. Raises whatever decoders raise."""
+    def __call__(self, item: Item, out: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
+        """The item's pixels, uint8 (3, image_size, image_size), and its size. Raises whatever decoders raise.
+
+        They are written to `out` where it is given.
+        """
         with UNREMARKED, item.open() as image:
             size = image.size
             self.check(size)
             if self.fast:
                 image.draft(None, (2 * self.preprocess.image_size,) * 2)  # pyright: ignore[reportArgumentType]
-            return self.preprocess.uint8(image), size
+            return self.preprocess.uint8(image, out), size
 
     def check(self, size: tuple[int, int]) -> None:
         """Refuses an image that resizing would make larger than Pillow opens.
@@ -83,15 +88,19 @@ class Decoder:
     def into(self, pixels: Tensor, item: Item) -> tuple[tuple[int, int], str | None]:
         """Writes the item's pixels and returns its size and None, or (0, 0) and the reason. Never raises."""
         try:
-            decoded, size = self(item)
-            pixels.copy_(decoded)
+            _, size = self(item, pixels)
         except Exception as error:  # decoders fed with broken files raise whatever their parsing stumbles on
             return (0, 0), failure_reason(error)
         return size, None
 
-    def black(self, count: int) -> Tensor:
-        """Black pixels of a batch, uint8 (count, 3, image_size, image_size), for `into` to write to."""
-        return torch.zeros(count, 3, self.preprocess.image_size, self.preprocess.image_size, dtype=torch.uint8)
+    def black(self, count: int, *, shared: bool = False) -> Tensor:
+        """Black pixels of a batch, uint8 (count, 3, image_size, image_size), for `into` to write to.
+
+        Raises:
+            RuntimeError: shared memory has no room for them.
+        """
+        shape = (count, 3, self.preprocess.image_size, self.preprocess.image_size)
+        return shared_zeros(math.prod(shape)).view(shape) if shared else torch.zeros(shape, dtype=torch.uint8)
 
 
 def failure_reason(error: Exception) -> str:
