@@ -73,12 +73,11 @@ class Preprocess:
         geometry = [_rgb_on_white, resize, crop] if self.on_white else [resize, crop, _rgb]
         return [*geometry, transforms.ToTensor(), transforms.Normalize(self.mean, self.std)]
 
-    def uint8(self, image: Image.Image, out: Tensor | None = None) -> Tensor:
+    def uint8(self, image: Image.Image) -> Tensor:
         """The resized square in RGB, before scaling and normalising: a quarter of the bytes to move.
 
         Args:
             image: not changed, apart from being loaded where it was opened lazily.
-            out: uint8 (3, image_size, image_size), written to and returned, if it is given.
 
         Returns:
             uint8 (3, image_size, image_size), contiguous, with memory of its own.
@@ -98,8 +97,7 @@ class Preprocess:
             raise ValueError(
                 f"cannot make RGB pixels of an image of mode {image.mode!r}, {image.width}x{image.height}: {error}"
             ) from error
-        pixels = torch.as_tensor(np.array(rgb), device="cpu").permute(2, 0, 1)
-        return pixels.contiguous() if out is None else out.copy_(pixels)
+        return torch.as_tensor(np.array(rgb), device="cpu").permute(2, 0, 1).contiguous()
 
     def _square(self, image: Image.Image) -> Image.Image:
         """The middle of `image` in its own mode, after its shorter side was resized to image_size; or all, squashed.

@@ -58,17 +58,14 @@ class Decoder:
     preprocess: Preprocess
     fast: bool = False
 
-    def __call__(self, item: Item, out: Tensor | None = None) -> tuple[Tensor, tuple[int, int]]:
-        """The item's pixels, uint8 (3, image_size, image_size), and its size. Raises whatever decoders raise.
-
-        They are written to `out` where it is given.
-        """
+    def __call__(self, item: Item) -> tuple[Tensor, tuple[int, int]]:
+        """The item's pixels, uint8 (3, image_size, image_size), and its size. Raises whatever decoders raise."""
         with UNREMARKED, item.open() as image:
             size = image.size
             self.check(size)
             if self.fast:
                 image.draft(None, (2 * self.preprocess.image_size,) * 2)  # pyright: ignore[reportArgumentType]
-            return self.preprocess.uint8(image, out), size
+            return self.preprocess.uint8(image), size
 
     def check(self, size: tuple[int, int]) -> None:
         """Refuses an image that resizing would make larger than Pillow opens.
@@ -88,7 +85,8 @@ class Decoder:
     def into(self, pixels: Tensor, item: Item) -> tuple[tuple[int, int], str | None]:
         """Writes the item's pixels and returns its size and None, or (0, 0) and the reason. Never raises."""
         try:
-            _, size = self(item, pixels)
+            decoded, size = self(item)
+            pixels.copy_(decoded)
         except Exception as error:  # decoders fed with broken files raise whatever their parsing stumbles on
             return (0, 0), failure_reason(error)
         return size, None
