@@ -15,6 +15,7 @@ whether the fast path is right, the fast path is not taken.
 * `Tag.cudagraph_unsafe` keeps our operator out of the CUDA graphs of torch.compile, whose replays would see no change
   of the weights. Without it, as in PyTorch 2.7, a program that torch.compile makes for a GPU has the plain tower.
 * `_get_mkldnn_serialized_md` tells whether two packed weights are laid out alike. Without it a convolution keeps two.
+* `_new_shared` makes a tensor in shared memory. Without it one is made elsewhere, and moved there.
 * `_replicate_for_data_parallel` makes replicas of `DataParallel` run the original. Without it replicas are as PyTorch
   makes them.
 """
@@ -35,6 +36,22 @@ def _found(module: str, path: str = "") -> Any:
         return attrgetter(path)(importlib.import_module(module)) if path else importlib.import_module(module)
     except (ImportError, AttributeError, RuntimeError):
         return None
+
+
+# --- shared memory ---------------------------------------------------------------------------------------------------
+
+_new_shared: Any = _found("torch", "UntypedStorage._new_shared")
+
+
+def shared_zeros(count: int) -> Tensor:
+    """`count` zeros, one or more, uint8 (count,), in shared memory, which the operating system has cleared.
+
+    Raises:
+        RuntimeError: there is no room.
+    """
+    zeros = torch.zeros(count if _new_shared is None else 0, dtype=torch.uint8, device="cpu")
+    zeros.share_memory_() if _new_shared is None else zeros.set_(_new_shared(count))
+    return zeros
 
 
 # --- what is at work around a call -----------------------------------------------------------------------------------

@@ -51,6 +51,7 @@ NAMES = {
     "Tag.cudagraph_unsafe": "",
     "nn.modules.module._global_forward_hooks": "hooks are registered",
     "multiprocessing.reductions.StorageWeakRef": "prepares the weights at every call",
+    "UntypedStorage._new_shared": "",
     "UntypedStorage._expired": "prepares the weights at every call",
     "optim.optimizer.register_optimizer_step_post_hook": "prepares the weights at every call",
     "nn.modules.module.register_module_module_registration_hook": "prepares the weights at every call",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..errors import reason_of
 from ..inputs.items import Item
 from ..preprocess import Preprocess
+from ..pytorch import shared_zeros
 
 
 class _Unremarked:
@@ -89,9 +91,14 @@ class Decoder:
             return (0, 0), failure_reason(error)
         return size, None
 
-    def black(self, count: int) -> Tensor:
-        """Black pixels of a batch, uint8 (count, 3, image_size, image_size), for `into` to write to."""
-        return torch.zeros(count, 3, self.preprocess.image_size, self.preprocess.image_size, dtype=torch.uint8)
+    def black(self, count: int, *, shared: bool = False) -> Tensor:
+        """Black pixels of a batch, uint8 (count, 3, image_size, image_size), for `into` to write to.
+
+        Raises:
+            RuntimeError: shared memory has no room for them.
+        """
+        shape = (count, 3, self.preprocess.image_size, self.preprocess.image_size)
+        return shared_zeros(math.prod(shape)).view(shape) if shared else torch.zeros(shape, dtype=torch.uint8)
 
 
 def failure_reason(error: Exception) -> str:

@@ -265,10 +265,10 @@ class _Decoding(Dataset[Decoded]):
             return self._decoded(batch, None if worker is None else worker.id)
 
     def _decoded(self, batch: WorkItem, worker: int | None) -> Decoded:
-        pixels = self._decoder.black(len(batch.items))
         if worker is not None:
             self._board[worker, 0] = os.getpid()
-            _share(pixels)
+        with _room_asked_for():
+            pixels = self._decoder.black(len(batch.items), shared=worker is not None)
         sizes: list[tuple[int, int]] = []
         errors: dict[int, str] = {}
         for i, item in enumerate(batch.items):
@@ -281,7 +281,8 @@ class _Decoding(Dataset[Decoded]):
         decoded = Decoded.of(pixels, sizes, errors)
         if worker is not None:
             self._board[worker, 1] = _IDLE
-            _share(decoded.notes)
+            with _room_asked_for():
+                decoded.notes.share_memory_()
         return decoded
 
     def _decode(self, pixels: Tensor, item: Item, limited: bool) -> tuple[tuple[int, int], str | None]:
@@ -299,10 +300,11 @@ class _Decoding(Dataset[Decoded]):
                 signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _share(tensor: Tensor) -> None:
-    """Moves it to shared memory. Done here, a lack of room is an exception that reaches the main process."""
+@contextmanager
+def _room_asked_for() -> Generator[None, None, None]:
+    """A lack of shared memory in the block is an exception that reaches the main process."""
     try:
-        tensor.share_memory_()
+        yield
     except RuntimeError as error:
         raise SharedMemoryError from error
 

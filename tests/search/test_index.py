@@ -555,7 +555,7 @@ def test_a_page_lists_a_tar_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_an_image_that_takes_too_much_memory_is_missing_in_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gallery, "items_at", lambda places, column: {place: Greedy(place, place) for place in places})
+    monkeypatch.setattr(gallery, "items_at", lambda places, *_: {place: Greedy(place, place) for place in places})
     before = resource.getrlimit(resource.RLIMIT_DATA)
     assert '<div class="missing">MemoryError</div>' in gallery.page("x", [Hit(1.0, 0, "k", "a.png")])
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
