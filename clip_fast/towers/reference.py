@@ -188,13 +188,13 @@ class MapHead(nn.Module):
 
     def __init__(self, config: SiglipConfig) -> None:
         super().__init__()
-        self.query = random_parameter(config.width, std=config.width**-0.5)
+        self.query = random_parameter(1, 1, config.width, std=config.width**-0.5)
         self.attn = nn.MultiheadAttention(config.width, config.heads, batch_first=True)
         self.ln = nn.LayerNorm(config.width, eps=config.eps)
         self.mlp = Mlp(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        query = self.query.expand(len(x), 1, -1)  # (B, 1, W)
+        query = self.query.expand(len(x), -1, -1)  # (B, 1, W)
         # With its weights, for the reason that `ResidualBlock.attention` gives.
         x = self.attn(query, x, x, need_weights=True, average_attn_weights=False)[0][:, 0]
         return x + self.mlp(self.ln(x))

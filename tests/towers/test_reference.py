@@ -193,7 +193,7 @@ def renamed_siglip(state: dict[str, Tensor]) -> dict[str, Tensor]:
             "head.layernorm": "map_head.ln", "head.mlp": "map_head.mlp", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
         }.items():  # fmt: skip
             key = key.replace(theirs, ours)
-        renamed[key] = tensor.flatten() if key == "map_head.query" else tensor
+        renamed[key] = tensor
     for prefix in {key.rpartition(".q_proj.")[0] for key in renamed if ".q_proj." in key}:
         for part in ("weight", "bias"):
             parts = [renamed.pop(f"{prefix}.{name}_proj.{part}") for name in "qkv"]
