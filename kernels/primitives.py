@@ -99,7 +99,14 @@ def activate(x, ACTIVATION: tl.constexpr, dtype: tl.constexpr, BY_NAME: tl.const
     if ACTIVATION == "quick_gelu":
         x = _gated(x, _QUICK_GELU_SLOPE, 0.0, dtype, BY_NAME)
     elif ACTIVATION == "gelu_tanh":
-        x = _gated(x, _GELU_TANH_SLOPE, _GELU_TANH_CUBIC, dtype, BY_NAME)
+        if dtype == tl.float32:
+            # x σ(u) is x − x σ(−u): with the smaller of the two, what is rounded is small. An infinite x has none of it.
+            power = tl.exp2(-tl.abs(_odd_cubic(x, _GELU_TANH_SLOPE * LOG2_E, _GELU_TANH_CUBIC * LOG2_E)))
+            smaller = power / (1.0 + power)
+            tail = tl.where(smaller > 0, x * smaller, 0.0)
+            x = tl.where(x < 0, tail, x - tail)
+        else:
+            x = _gated(x, _GELU_TANH_SLOPE, _GELU_TANH_CUBIC, dtype, BY_NAME)
     elif ACTIVATION == "gelu":
         if dtype == tl.float32:
             x = 0.5 * x * (1.0 + tl.erf(x * _SQRT_HALF))

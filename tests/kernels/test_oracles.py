@@ -91,6 +91,8 @@ def test_linear_with_everything(activation: str) -> None:
         wanted = wanted / (1 + torch.exp(-1.702 * wanted))
     elif activation == "gelu":
         wanted = wanted * torch.special.ndtr(wanted)
+    elif activation == "gelu_tanh":
+        wanted = 0.5 * wanted * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (wanted + 0.044715 * wanted**3)))
     elif activation == "relu":
         wanted = wanted.clamp(min=0)
     folded = weight * gain
