@@ -100,7 +100,7 @@ def activate(x, ACTIVATION: tl.constexpr, dtype: tl.constexpr, BY_NAME: tl.const
         x = _gated(x, _QUICK_GELU_SLOPE, 0.0, dtype, BY_NAME)
     elif ACTIVATION == "gelu_tanh":
         if dtype == tl.float32:
-            # x σ(u) is x − x σ(−u): with the smaller of the two, what is rounded is small. An infinite x has none of it.
+            # x σ(u) is x − x σ(−u): of the smaller one little is rounded away. An infinite x has none of it.
             power = tl.exp2(-tl.abs(_odd_cubic(x, _GELU_TANH_SLOPE * LOG2_E, _GELU_TANH_CUBIC * LOG2_E)))
             smaller = power / (1.0 + power)
             tail = tl.where(smaller > 0, x * smaller, 0.0)

@@ -22,6 +22,7 @@ RESNET_STRIDE = 32  # one pixel of the last map is so many pixels of the image
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # per RGB channel of pixels scaled to [0, 1], over CLIP's training set
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)  # of every SigLIP
 
 
 class Task(NamedTuple):
