@@ -12,6 +12,7 @@ from .targets import Target
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _SQRT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
 _QUICK_GELU_SLOPE: tl.constexpr = tl.constexpr(1.702)
+_QUICK_GELU_CUBIC: tl.constexpr = tl.constexpr(0.0)
 _GELU_TANH_SLOPE: tl.constexpr = tl.constexpr(1.5957691216057308)  # 2 √(2 / π)
 _GELU_TANH_CUBIC: tl.constexpr = tl.constexpr(1.5957691216057308 * 0.044715)
 TILE: tl.constexpr = tl.constexpr(STATISTICS_TILE)
@@ -97,7 +98,7 @@ def activate(x, ACTIVATION: tl.constexpr, dtype: tl.constexpr, BY_NAME: tl.const
     whether NVIDIA's special functions can be asked for.
     """
     if ACTIVATION == "quick_gelu":
-        x = _gated(x, _QUICK_GELU_SLOPE, 0.0, dtype, BY_NAME)
+        x = _gated(x, _QUICK_GELU_SLOPE, _QUICK_GELU_CUBIC, dtype, BY_NAME)
     elif ACTIVATION == "gelu_tanh":
         if dtype == tl.float32:
             # x σ(u) is x − x σ(−u): of the smaller one little is rounded away. An infinite x has none of it.

@@ -72,7 +72,7 @@ def launches_of(config: VitConfig | SiglipConfig, batch: int, precision: str, de
 
 @cache
 def _tower(config: VitConfig | SiglipConfig, precision: str) -> KernelVit:
-    kind = FastSiglip if isinstance(config, SiglipConfig) else FastVit
+    kind: type[KernelVit] = FastSiglip if isinstance(config, SiglipConfig) else FastVit
     with torch.device("meta"):
         state = reference.build(config).state_dict()
         return kind.prepare(state, config, precisions.BY_NAME[precision], IMAGE_MEAN, IMAGE_STD)

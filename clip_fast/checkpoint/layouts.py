@@ -93,11 +93,14 @@ HUGGING_FACE = Layout(
     hugging_face_keys,
     hugging_face=True,
 )
-SIGLIP_ALONE = replace(  # a SiglipVisionModel, as transformers 5 writes it
-    HUGGING_FACE,
-    prefix="",
-    keys=lambda name: [key.removeprefix(HUGGING_FACE.prefix) for key in hugging_face_keys(name)],
-)
+
+
+def _keys_alone(name: str) -> list[str]:
+    return [key.removeprefix(HUGGING_FACE.prefix) for key in hugging_face_keys(name)]
+
+
+# Of a SiglipVisionModel, as transformers 5 writes it.
+SIGLIP_ALONE = replace(HUGGING_FACE, prefix="", keys=_keys_alone)
 TIMM = Layout(  # of open_clip's SigLIP models
     "visual.trunk.",
     "blocks.",

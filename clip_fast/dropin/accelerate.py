@@ -29,7 +29,7 @@ def accelerate(model: _Model, *, precision: PrecisionName | None = None, cuda_gr
 
     Args:
         model: of openai-clip, open_clip, transformers (`CLIPModel`, `CLIPVisionModel`, `CLIPVisionModelWithProjection`,
-            `SiglipModel`, `SiglipVisionModel`) or sentence-transformers; any module that has such an image tower inside.
+            `SiglipModel`, `SiglipVisionModel`), sentence-transformers; any module that has such an image tower inside.
         precision: to compute in, see `ImageEncoder`; by default that of the weights or, under autocast, autocast's.
         cuda_graphs: replay batches on an NVIDIA GPU as CUDA graphs where launching would take longer.
 

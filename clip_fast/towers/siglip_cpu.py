@@ -1,8 +1,8 @@
 """SigLIP's Vision Transformer on a CPU.
 
 The blocks are those of `vit_cpu.py`. The head attends with one learned query, whose W_kᵀ q is made once. Its attention
-is computed in float64: one sum stands for all tokens there, whose roundings no average takes away, and nothing is added
-to it. It is a thousandth of the arithmetic.
+is computed in float64, and for float32 so is what follows. The head's roundings are not averaged over the tokens, as
+all earlier ones are, and it is a thousandth of the arithmetic.
 
 Shapes: B images, N tokens, W width, H heads, D = W / H.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .config import Rgb, SiglipConfig
 from .cpu import Product, attention_towards, images_at_a_time
-from .precision import Precision
+from .precision import FP64, Precision
 from .siglip import towards_tokens
 from .vit_cpu import Casting, CpuBlocks, Mlp
 
@@ -55,7 +55,9 @@ class CpuSiglip(CpuBlocks):
             position=position.to(precision.weights),
             blocks=tuple(casting.block(i, config.tokens) for i in range(config.layers)),
             ln_post=casting.pair("ln_post"),
-            head=_head(casting, config),
+            head=_head(
+                Casting(state_dict, config, FP64, 1) if precision.wide == precision.weights else casting, config
+            ),
         )
 
     def encode(self, images: Tensor) -> Tensor:
@@ -73,7 +75,7 @@ class CpuSiglip(CpuBlocks):
         head = self.head
         towards = head.towards.expand(len(tokens), -1, -1)
         pooled = attention_towards(towards, tokens.double(), head.value_weight, head.value_bias)
-        return self._mlp(head.mlp, head.out(pooled.to(tokens.dtype)))
+        return self._mlp(head.mlp, head.out(pooled.to(head.out.bias.dtype))).to(tokens.dtype)
 
 
 def _head(casting: Casting, config: SiglipConfig) -> Head:
