@@ -94,11 +94,14 @@ def _launch(op: str, *args: object) -> object:
     return dispatch.launcher(op)(*args)
 
 
-def _patch_embed(patch: int, images: torch.dtype, dtype: torch.dtype, precision: str) -> object:
-    width, grid = 1024, 224 // patch
+def _patch_embed(
+    patch: int, images: torch.dtype, dtype: torch.dtype, precision: str, *, class_token: bool = True
+) -> object:
+    width, grid = 1024 if class_token else 1152, 224 // patch
     features = -(-3 * patch**2 // ops.PATCH_K_STEP) * ops.PATCH_K_STEP
-    weight, position = _empty(width, features, dtype=dtype), _empty(1 + grid**2, width, dtype=FLOAT)
-    return _launch("patch_embed", _empty(256, 3, 224, 224, dtype=images), weight, position, patch, precision)
+    weight, position = _empty(width, features, dtype=dtype), _empty(class_token + grid**2, width, dtype=FLOAT)
+    pixels = _empty(256, 3, 224, 224, dtype=images)
+    return _launch("patch_embed", pixels, weight, position, patch, class_token, precision)
 
 
 def _layer_norm(width: int, dtype: torch.dtype) -> object:
@@ -134,10 +137,19 @@ def _flash_attention(tokens: int, head_dim: int, dtype: torch.dtype, precision: 
 
 
 def _attention_pool(
-    heads: int, head_dim: int, tokens: int, dtype: torch.dtype, precision: str, *, resnet: bool = False
+    heads: int,
+    head_dim: int,
+    tokens: int,
+    dtype: torch.dtype,
+    precision: str,
+    *,
+    resnet: bool = False,
+    shared: bool = False,  # the query, by all images
 ) -> object:
     width, batch, g = heads * head_dim, 64, tokens - 1
-    query, weight = _empty(batch, heads, head_dim, dtype=dtype), _empty(heads, head_dim, width, dtype=dtype)
+    weight = _empty(heads, head_dim, width, dtype=dtype)
+    query = _empty(heads, width, dtype=dtype) if shared else _empty(batch, heads, head_dim, dtype=dtype)
+    keys = None if shared else weight
     hidden = _empty(batch, tokens, width, dtype=dtype)
     if resnet:  # a feature map in the channels-last memory format
         first, rest, statistics = _empty(batch, width, dtype=dtype), _empty(batch, g, width, dtype=dtype), None
@@ -147,7 +159,7 @@ def _attention_pool(
         statistics = _empty(batch, tokens, ops.statistics_tiles(width), 2, dtype=FLOAT)
     bias = _empty(width, dtype=FLOAT)
     return _launch(
-        "attention_pool", query, first, rest, weight, weight, bias, statistics, position, 0.125, 1e-5, precision
+        "attention_pool", query, first, rest, keys, weight, bias, statistics, position, 0.125, 1e-5, precision
     )
 
 
@@ -156,7 +168,7 @@ def _mean_token(dtype: torch.dtype) -> object:
 
 
 def cases() -> Iterator[Case]:
-    """Every kernel in every launch configuration, at the shapes of ViT-B, L, H, g and bigG and of the ResNets."""
+    """Every kernel in every launch configuration, at shapes of ViT-B, L, H, g and bigG, SigLIP and the ResNets."""
     kinds = (("fp16", HALF, "ieee"), ("bf16", BFLOAT, "ieee"), ("fp32", FLOAT, "ieee"), ("tf32", FLOAT, "tf32"))
     for kind, dtype, precision in kinds:
         for patch in (14, 16, 32):
@@ -164,6 +176,9 @@ def cases() -> Iterator[Case]:
                 name = f"patch_embed {kind} P={patch} of {_DTYPE_NAMES[images]}"
                 call = _bind(_patch_embed, patch, images, dtype, precision)
                 yield Case(name, call)
+        for patch in (14, 16):
+            call = _bind(_patch_embed, patch, dtype, dtype, precision, class_token=False)
+            yield Case(f"patch_embed {kind} P={patch} of {_DTYPE_NAMES[dtype]}, no class token", call)
         yield Case(f"linear {kind} ln+qkv", _bind(_linear, 3072, 1024, dtype, precision, norm=True))
         yield Case(
             f"linear {kind} out+residual", _bind(_linear, 1024, 1024, dtype, precision, norm=False, residual=True)
@@ -173,11 +188,26 @@ def cases() -> Iterator[Case]:
         for activation in ("quick_gelu", "gelu"):
             call = _bind(_linear, 4096, 1024, dtype, precision, norm=True, activation=activation)
             yield Case(f"linear {kind} ln+fc1+{activation}", call)
-        for tokens, head_dim in ((257, 64), (50, 64), (257, 80), (730, 80), (257, 88), (257, 104)):
+        call = _bind(_linear, 4304, 1152, dtype, precision, norm=True, activation="gelu_tanh")
+        yield Case(f"linear {kind} ln+fc1+gelu_tanh", call)
+        call = _bind(_linear, 1152, 4304, dtype, precision, norm=False, residual=True)
+        yield Case(f"linear {kind} fc2+residual of 4304", call)
+        for tokens, head_dim in (
+            (257, 64),
+            (50, 64),
+            (256, 64),
+            (729, 72),
+            (257, 80),
+            (730, 80),
+            (257, 88),
+            (257, 104),
+        ):
             call = _bind(_flash_attention, tokens, head_dim, dtype, precision)
             yield Case(f"flash_attention {kind} N={tokens} D={head_dim}", call)
         call = _bind(_attention_pool, 16, 64, 257, dtype, precision)
         yield Case(f"attention_pool {kind} ViT-L/14", call)
+        call = _bind(_attention_pool, 16, 72, 729, dtype, precision, shared=True)
+        yield Case(f"attention_pool {kind} SO400M/14", call)
         call = _bind(_attention_pool, 64, 64, 197, dtype, precision, resnet=True)
         yield Case(f"attention_pool {kind} RN50x64", call)
         if precision == "ieee":

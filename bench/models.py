@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from clip_fast.checkpoint.published import OPENAI_MODELS
 from clip_fast.towers import reference
-from clip_fast.towers.config import Config, ResNetConfig, VitConfig
+from clip_fast.towers.config import Config, ResNetConfig, SiglipConfig, VitConfig
 
 _BRANCH = 0.25  # gain of a bottleneck's last batch norm; a gain of one would double the variance at every bottleneck
 
@@ -26,6 +26,14 @@ OPEN_CLIP_MODELS: dict[str, VitConfig] = {
     "ViT-bigG-14": VitConfig(
         224, 14, width=1664, layers=48, heads=16, embed_dim=1280, mlp_ratio=4.9231, activation="gelu"
     ),
+}
+
+# SigLIP's, by the names that open_clip gives them. They are known to what calculates and not yet to what measures.
+SIGLIP_MODELS: dict[str, SiglipConfig] = {
+    "ViT-B-16-SigLIP": SiglipConfig(224, 16, width=768, layers=12, heads=12, mlp_width=3072),
+    "ViT-L-16-SigLIP-256": SiglipConfig(256, 16, width=1024, layers=24, heads=16, mlp_width=4096),
+    "ViT-SO400M-14-SigLIP-384": SiglipConfig(384, 14, width=1152, layers=27, heads=16, mlp_width=4304),
+    "ViT-SO400M-16-SigLIP2-256": SiglipConfig(256, 16, width=1152, layers=27, heads=16, mlp_width=4304),
 }
 
 PUBLISHED: dict[str, Config] = {**OPENAI_MODELS, **OPEN_CLIP_MODELS}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from clip_fast.checkpoint.published import OPENAI_MODELS
 from clip_fast.towers import reference
-from clip_fast.towers.config import Config, VitConfig
+from clip_fast.towers.config import Config, ResNetConfig, SiglipConfig
 
 from .environment import Environment, chosen_device, environment
 from .models import MODELS
@@ -30,12 +30,14 @@ from .timing import DTYPES, Ceilings, ceilings
 
 def operations(config: Config) -> int:
     """Multiplications and additions of one image."""
-    if not isinstance(config, VitConfig):
+    if isinstance(config, ResNetConfig):
         pool = _one_query(config.tokens, config.features, config.heads) + 2 * config.features * config.embed_dim
         return _convolutions(config) + pool
     n, w, mlp = config.tokens, config.width, 4 * config.width * config.mlp_width
-    patches = 2 * (n - 1) * 3 * config.patch_size**2 * w
+    patches = 2 * config.grid**2 * 3 * config.patch_size**2 * w
     block = n * (8 * w * w + mlp) + 4 * n * n * w
+    if isinstance(config, SiglipConfig):  # W_q q and W_kᵀ q are the same for every image
+        return patches + config.layers * block + 4 * config.heads * n * w + 4 * w * w + mlp
     last = _one_query(n, w, config.heads) + 2 * w * w + mlp
     return patches + (config.layers - 1) * block + last + 2 * w * config.embed_dim
 

@@ -42,7 +42,7 @@ _SILENT = route.SILENT | {route.TRANSFORMED, _REPLICA}
 
 
 class ImageEncoder(nn.Module):
-    """CLIP's image encoder: `encode_image(images)` gives one embedding for each image.
+    """CLIP's or SigLIP's image encoder: `encode_image(images)` gives one embedding for each image.
 
     Args:
         config: the tower's shape.
@@ -181,7 +181,9 @@ class ImageEncoder(nn.Module):
         return embeddings, tokens
 
     def hidden_state(self, images: Tensor, layer: int) -> Tensor:
-        """The residual stream of a ViT after `layer` of its blocks: (B, 1 + patches, width) of the encoder's dtype.
+        """The residual stream of a ViT after `layer` of its blocks: (B, tokens, width) of the encoder's dtype.
+
+        The tokens are the patches, and with CLIP's ViT a class token before them.
 
         0 is the input of the first block; −1 the last block's output and −2 the one before, as transformers counts its
         `hidden_states`.

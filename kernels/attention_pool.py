@@ -1,4 +1,4 @@
-"""Attention with one query per image: the last block of a ViT, and the pool of a ResNet with its mean token.
+"""Attention with one query per image: a ViT's last block, a ResNet's pool with its mean token, and SigLIP's head.
 
     out_h = Σ_n p_hn (W_v,h y_n) + b_v,h        p_h = softmax_n(scale · q_h · (W_k,h y_n))
 
@@ -11,8 +11,9 @@ every token:
     3. z_h   = Σ_n softmax_n(s_h)_n y_n        (B, H, W)
     4. out_h = W_v,h z_h + b_v,h               (B, H, D)
 
-Four launches, of which 1 and 4 are one kernel. A bias of the keys would add q_h · b_k,h to every s_hn of a head, which
-the softmax does not see; that of the values is added once, since probabilities sum to one.
+Four launches, of which 1 and 4 are one kernel. A learned query is the same for all images, and so is its u, which is
+then given, and launch 1 is left out. A bias of the keys would add q_h · b_k,h to every s_hn of a head, which the
+softmax does not see; that of the values is added once, since probabilities sum to one.
 
 For an image that is 4 · H · D · W + 4 · H · N · W operations instead of the 4 · N · H · D · W + 4 · N · H · D of keys
 and values: for H · D = W = 1024, H = 16 and N = 257, 21 million instead of 1.1 billion. Memory decides: the tokens are
@@ -24,8 +25,9 @@ numbers of the weights' dtype, whose products are exact in float32.
 Where row statistics are given, tokens are normalised as they are read, (y − mean) · rstd in float32, and rounded to
 their dtype before they are multiplied. Launch 2 leaves each token's mean and rstd for launch 3.
 
-Token 0 has a tensor of its own. Launch 3 starts the online softmax (Milakov & Gimelshein 2018, algorithm 3) from it,
-with maximum s_h0, sum 1 and accumulator y_0, so that the patches, often a multiple of the tile, are whole tiles:
+Token 0 has a tensor of its own: the class or the mean token, or merely the first patch. Launch 3 starts the online
+softmax (Milakov & Gimelshein 2018, algorithm 3) from it, with maximum s_h0, sum 1 and accumulator y_0, so that the
+patches behind a class token, often a multiple of the tile, are whole tiles:
 
             channels ->
      token  y_0 y_0 y_0                 start
@@ -192,7 +194,7 @@ def _load_tokens(
 
 @triton.jit
 def _scores_kernel(
-    u_ptr,  # (B, H, W), contiguous
+    u_ptr,  # (B, H, W), u_stride_b from one image to the next
     first_ptr,  # (B, W)
     rest_ptr,  # (B, G, W)
     position_ptr,  # (G, W), contiguous
@@ -202,6 +204,7 @@ def _scores_kernel(
     H,
     G,
     W,
+    u_stride_b,
     first_stride_b,
     first_stride_w,
     rest_stride_b,
@@ -253,7 +256,7 @@ def _scores_kernel(
             tokens_ptr, position_ptr, index, channel, inside_n[:, None] & inside_k[None, :], token > 0, mean, rstd,
             rest_stride_n, channel_stride, W, POSITION, STATISTICS,
         )  # fmt: skip
-        u_ptrs = u_ptr + (image * H + heads[None, :]) * W + channel[:, None]
+        u_ptrs = u_ptr + image * u_stride_b + heads[None, :] * W + channel[:, None]
         u = tl.load(u_ptrs, mask=inside_h[None, :] & inside_k[:, None], other=0.0)
         acc, acc_low = add_product_finely(y, u, acc, acc_low, PRECISION, _SCORE_CHAINS)
     acc += acc_low
@@ -334,7 +337,7 @@ def attention_pool(
     query: Tensor,
     first: Tensor,
     rest: Tensor,
-    key_weight: Tensor,
+    key_weight: Tensor | None,
     value_weight: Tensor,
     value_bias: Tensor,
     statistics: Tensor | None,
@@ -343,13 +346,12 @@ def attention_pool(
     eps: float,
     precision: str,
 ) -> Tensor:
-    batch, heads, head_dim = query.shape
-    positions, width = rest.shape[1:]
+    heads, head_dim, width = value_weight.shape
+    batch, positions = rest.shape[:2]
     tokens = 1 + positions
     out = query.new_empty((batch, heads * head_dim))
     if out.numel() == 0:
         return out
-    u = query.new_empty((batch, heads, width))
     z = query.new_empty((batch, heads, width), dtype=torch.float32)
     scores = query.new_empty((batch, heads, tokens), dtype=torch.float32)
     moments = None if statistics is None else query.new_empty((batch, tokens, 2), dtype=torch.float32)
@@ -371,7 +373,11 @@ def attention_pool(
         **dependent_launch(query.device),
     }
 
-    _head_linear(query, key_weight.transpose(1, 2), None, u, precision)
+    if key_weight is None:
+        u, u_stride = query.contiguous(), 0
+    else:
+        u, u_stride = query.new_empty((batch, heads, width)), heads * width
+        _head_linear(query, key_weight.transpose(1, 2), None, u, precision)
     launch_kernel(
         _scores_kernel,
         query.device,
@@ -386,6 +392,7 @@ def attention_pool(
         heads,
         positions,
         width,
+        u_stride,
         *token_strides,
         scale,
         eps,

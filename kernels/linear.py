@@ -43,8 +43,7 @@ from .primitives import (
     by_name,
     dependent_launch,
     load_row_statistics,
-    tile_counts,
-    tile_statistics,
+    store_row_statistics,
     wait_for_the_last,
 )
 from .sizes import cdiv, next_power_of_2
@@ -85,7 +84,6 @@ def _linear_kernel(
     DEPENDENT: tl.constexpr,
     PRECISION: tl.constexpr,  # of products of float32 operands: "ieee" or "tf32"
     X_TILES: tl.constexpr,  # tiles of statistics in a row of x, rounded up to a power of two
-    TILE: tl.constexpr,  # columns that one pair of statistics covers
     EVEN_K: tl.constexpr,  # BLOCK_K divides K
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -141,7 +139,7 @@ def _linear_kernel(
             _epilogue(
                 parts[part], m0, n0 + part * (BLOCK_N // PARTS), mean, rstd,
                 y, residual, bias_ptr, colsum_ptr, scale_ptr, y_statistics_ptr, M, N, residual_stride,
-                NORM, SCALE, BIAS, ACTIVATION, RESIDUAL, STATISTICS, WHOLE_TILES, DESCRIPTORS, BY_NAME, TILE,
+                NORM, SCALE, BIAS, ACTIVATION, RESIDUAL, STATISTICS, WHOLE_TILES, DESCRIPTORS, BY_NAME,
                 BLOCK_M, BLOCK_N // PARTS,
             )  # fmt: skip
 
@@ -171,7 +169,6 @@ def _epilogue(
     WHOLE_TILES: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     BY_NAME: tl.constexpr,
-    TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -202,18 +199,7 @@ def _epilogue(
         tl.store(y + rows[:, None].to(tl.int64) * N + columns[None, :], out, mask=inside)
 
     if STATISTICS:
-        T: tl.constexpr = BLOCK_N // TILE
-        stored = out.to(tl.float32)
-        if not WHOLE_TILES:
-            stored = tl.where(inside_n[None, :], stored, 0.0)
-        stored = tl.reshape(stored, (BLOCK_M, T, TILE))
-        tile_mean, tile_m2 = tile_statistics(stored, tile_counts(T, N - n0), WHOLE_TILES)
-        tiles = (N + TILE - 1) // TILE
-        tile = n0 // TILE + tl.arange(0, T)
-        pair = tl.join(tile_mean, tile_m2)  # (BLOCK_M, T, 2)
-        address = y_statistics_ptr + (rows[:, None].to(tl.int64) * tiles + tile[None, :]) * 2
-        address = address[:, :, None] + tl.arange(0, 2)[None, None, :]
-        tl.store(address, pair, mask=((rows < M)[:, None] & (tile < tiles)[None, :])[:, :, None])
+        store_row_statistics(y_statistics_ptr, out, rows, rows < M, n0, N, WHOLE_TILES)
 
 
 def linear(
@@ -284,7 +270,6 @@ def linear(
         BY_NAME=by_name(target),
         PRECISION=precision,
         X_TILES=1 if pairs is None else next_power_of_2(statistics_tiles(k)),
-        TILE=STATISTICS_TILE,
         EVEN_K=k % block_k == 0,
         BLOCK_M=block_m,
         BLOCK_N=block_n,

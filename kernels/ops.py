@@ -12,7 +12,7 @@ Kernels take float16, bfloat16 and float32, and accumulate in float32.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -21,9 +21,9 @@ from .dispatch import Impl, define
 from .statistics import empty_statistics, statistics_tiles
 from .targets import InputPrecision
 
-Activation = Literal["none", "quick_gelu", "gelu", "relu"]
+Activation = Literal["none", "quick_gelu", "gelu", "gelu_tanh", "relu"]
 
-ACTIVATIONS: tuple[Activation, ...] = ("none", "quick_gelu", "gelu", "relu")
+ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
 PATCH_K_STEP = 64  # the patch projection's K is padded with zeros to a multiple of this
 MAX_LAYER_NORM_WIDTH = 2048
 MAX_HEAD_DIM = 128
@@ -48,11 +48,16 @@ def operand(weight: Tensor, dtype: torch.dtype, precision: InputPrecision) -> Te
 # --- patch_embed ------------------------------------------------------------------------------------------------------
 
 
-def _fake_patch_embed(images: Tensor, weight: Tensor, position: Tensor, patch_size: int, precision: str) -> Tensor:
-    return weight.new_empty(images.shape[0], position.shape[0], weight.shape[0])
+def _fake_patch_embed(
+    images: Tensor, weight: Tensor, position: Tensor, patch_size: int, class_token: bool, precision: str
+) -> tuple[Tensor, Tensor]:
+    out = weight.new_empty(images.shape[0], position.shape[0], weight.shape[0])
+    return out, empty_statistics(out, not class_token)
 
 
-def _check_patch_embed(images: Tensor, weight: Tensor, position: Tensor, patch_size: int, *_: Any) -> None:
+def _check_patch_embed(
+    images: Tensor, weight: Tensor, position: Tensor, patch_size: int, class_token: bool, *_: Any
+) -> None:
     _require_float("weight", weight)
     _require(images.ndim == 4 and images.shape[1] == 3, "images must be [batch, 3, height, width], got", images)
     _require(
@@ -62,7 +67,7 @@ def _check_patch_embed(images: Tensor, weight: Tensor, position: Tensor, patch_s
     features = -(-3 * patch_size**2 // PATCH_K_STEP) * PATCH_K_STEP
     _require(weight.ndim == 2 and weight.shape[1] == features, f"weight must be [width, {features}], got", weight)
     grid = (images.shape[2] // patch_size, images.shape[3] // patch_size)
-    tokens = 1 + grid[0] * grid[1]
+    tokens = class_token + grid[0] * grid[1]
     _require(min(grid) > 0, f"images must be at least {patch_size} pixels a side, got", images)
     _require(position.shape == (tokens, len(weight)), f"position must be [{tokens}, {len(weight)}], got", position)
     _require_device(images=images, weight=weight, position=position)
@@ -70,7 +75,8 @@ def _check_patch_embed(images: Tensor, weight: Tensor, position: Tensor, patch_s
 
 _patch_embed = define(
     "patch_embed",
-    "(Tensor images, Tensor weight, Tensor position, int patch_size, str precision) -> Tensor",
+    "(Tensor images, Tensor weight, Tensor position, int patch_size, bool class_token, str precision)"
+    " -> (Tensor, Tensor)",
     _fake_patch_embed,
     _check_patch_embed,
     lead=1,
@@ -83,12 +89,14 @@ def patch_embed(
     position: Tensor,
     patch_size: int,
     *,
+    class_token: bool = True,
     precision: InputPrecision = "ieee",
     impl: Impl = "auto",
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Images to positioned tokens: out[b, 0] = position[0], out[b, 1 + g] = patch(b, g) @ weightᵀ + position[1 + g].
 
-    The class embedding, and the constant part of a folded normalisation, belong into `position`. A uint8 pixel u enters
+    Without a class token, out[b, g] = patch(b, g) @ weightᵀ + position[g]. The class embedding, a bias of the patches,
+    and the constant part of a folded normalisation belong into `position`. A uint8 pixel u enters
     as u − 128, which is exact in every dtype and keeps the pixels' mean from being multiplied by the weights' rounding
     errors; normalising with mean μ and deviation σ is then weight / (255 σ), with weight · (128 / 255 − μ) / σ summed
     into `position`.
@@ -98,13 +106,16 @@ def patch_embed(
             last whole patch are not read.
         weight: (W, K′) with features ordered (channel, row, column) and zero-padded from 3 · patch_size² to a multiple
             of PATCH_K_STEP; its dtype is the compute and result dtype. Images are converted to it.
-        position: (1 + G, W), any float dtype.
+        position: (1 + G, W), or (G, W) without a class token, any float dtype.
+        class_token: whether there is one. Without it the tokens enter the first block as they are, which wants their
+            row statistics.
         precision: of products of float32 operands on a GPU: exact, or cut to TF32, see `to_tf32`.
 
     Returns:
-        (B, 1 + G, W), contiguous.
+        (B, 1 + G, W) or (B, G, W), contiguous; and the row statistics (B, G, T, 2) of tokens without a class token, see
+        `layer_norm`, or an empty tensor.
     """
-    return _patch_embed(impl, (images, weight, position), patch_size, precision)
+    return _patch_embed(impl, (images, weight, position), patch_size, class_token, precision)
 
 
 # --- layer_norm -------------------------------------------------------------------------------------------------------
@@ -321,15 +332,17 @@ def mean_token(features: Tensor, position: Tensor, *, impl: Impl = "auto") -> Te
 # --- attention_pool ---------------------------------------------------------------------------------------------------
 
 
-def _fake_attention_pool(query: Tensor, first: Tensor, *rest: Any) -> Tensor:
-    return first.new_empty(query.shape[0], query.shape[1] * query.shape[2])
+def _fake_attention_pool(
+    query: Tensor, first: Tensor, rest: Tensor, key_weight: Tensor | None, value_weight: Tensor, *others: Any
+) -> Tensor:
+    return first.new_empty(first.shape[0], value_weight.shape[0] * value_weight.shape[1])
 
 
 def _check_attention_pool(
     query: Tensor,
     first: Tensor,
     rest: Tensor,
-    key_weight: Tensor,
+    key_weight: Tensor | None,
     value_weight: Tensor,
     value_bias: Tensor,
     statistics: Tensor | None,
@@ -344,11 +357,18 @@ def _check_attention_pool(
         f"rest must be [{batch}, positions, {width}], got",
         rest,
     )
-    _require(query.ndim == 3 and len(query) == batch, f"query must be [{batch}, heads, head_dim], got", query)
-    heads, head_dim = query.shape[1:]
-    for name, tensor in (("key_weight", key_weight), ("value_weight", value_weight)):
+    if key_weight is None:
+        heads, head_dim = value_weight.shape[:2]
+        _require(query.shape == (heads, width), f"query must be {[heads, width]} without key_weight, got", query)
+    else:
+        _require(query.ndim == 3 and len(query) == batch, f"query must be [{batch}, heads, head_dim], got", query)
+        heads, head_dim = query.shape[1:]
+    weights = {"value_weight": value_weight} if key_weight is None else {
+        "key_weight": key_weight, "value_weight": value_weight,
+    }  # fmt: skip
+    for name, tensor in weights.items():
         _require(tensor.shape == (heads, head_dim, width), f"{name} must be {[heads, head_dim, width]}, got", tensor)
-    for name, tensor in (("rest", rest), ("query", query), ("key_weight", key_weight), ("value_weight", value_weight)):
+    for name, tensor in {"rest": rest, "query": query, **weights}.items():
         _require(tensor.dtype == first.dtype, f"{name} must have the dtype of first, {first.dtype}, got {tensor.dtype}")
     _require(value_bias.shape == (heads * head_dim,), f"value_bias must be [{heads * head_dim}], got", value_bias)
     if statistics is not None:
@@ -365,12 +385,10 @@ def _check_attention_pool(
 
 _attention_pool = define(
     "attention_pool",
-    "(Tensor query, Tensor first, Tensor rest, Tensor key_weight, Tensor value_weight, "
+    "(Tensor query, Tensor first, Tensor rest, Tensor? key_weight, Tensor value_weight, "
     "Tensor value_bias, Tensor? statistics, Tensor? position, float scale, float eps, str precision) -> Tensor",
     _fake_attention_pool,
     _check_attention_pool,
-    widest=MAX_HEAD_DIM,
-    wide="heads",
 )
 
 
@@ -378,7 +396,7 @@ def attention_pool(
     query: Tensor,
     first: Tensor,
     rest: Tensor,
-    key_weight: Tensor,
+    key_weight: Tensor | None,
     value_weight: Tensor,
     value_bias: Tensor,
     scale: float,
@@ -396,8 +414,9 @@ def attention_pool(
     the keys is the same for all n and drops out of the softmax.
 
     Args:
-        query: (B, H, D), projected, bias included.
-        first: (B, W), token 0: the class token, or the mean token with its positional embedding.
+        query: (B, H, D), projected, bias included. Or (H, W), the vectors W_k,hᵀ q_h of a query that all images share,
+            where `key_weight` is None.
+        first: (B, W), token 0: the class token, the mean token with its positional embedding, or the first patch.
         rest: (B, G, W), tokens 1 to G, any strides.
         key_weight, value_weight: (H, D, W), contiguous, the tokens' dtype.
         value_bias: (H · D,), any float dtype.

@@ -19,13 +19,21 @@ from torch import Tensor
 from .statistics import empty_statistics, merge_statistics, row_statistics
 
 
-def patch_embed(images: Tensor, weight: Tensor, position: Tensor, patch_size: int, precision: str = "ieee") -> Tensor:
+def patch_embed(
+    images: Tensor,
+    weight: Tensor,
+    position: Tensor,
+    patch_size: int,
+    class_token: bool = True,
+    precision: str = "ieee",
+) -> tuple[Tensor, Tensor]:
     batch, width, features = len(images), len(weight), 3 * patch_size**2
     pixels = images.to(weight.dtype) - 128 if images.dtype == torch.uint8 else images.to(weight.dtype)
     kernel = weight[:, :features].reshape(width, 3, patch_size, patch_size)
     patches = F.conv2d(pixels, kernel, stride=patch_size).flatten(2).transpose(1, 2)  # (B, G, W)
-    tokens = torch.cat([patches.new_zeros(batch, 1, width), patches], dim=1)
-    return (_wide(tokens) + position).to(weight.dtype)
+    tokens = torch.cat([patches.new_zeros(batch, int(class_token), width), patches], dim=1)
+    tokens = (_wide(tokens) + position).to(weight.dtype)
+    return tokens, empty_statistics(tokens, False) if class_token else row_statistics(tokens)
 
 
 def layer_norm(
@@ -40,6 +48,7 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
     "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
 }
 
@@ -85,7 +94,7 @@ def attention_pool(
     query: Tensor,
     first: Tensor,
     rest: Tensor,
-    key_weight: Tensor,
+    key_weight: Tensor | None,
     value_weight: Tensor,
     value_bias: Tensor,
     statistics: Tensor | None,
@@ -100,10 +109,13 @@ def attention_pool(
         mean, rstd = merge_statistics(statistics, tokens.shape[-1], eps)
         tokens = (tokens - mean[..., None]) * rstd[..., None]
     tokens = tokens.to(first.dtype)
-    k = torch.einsum("bnw,hdw->bhnd", tokens, key_weight)
     v = torch.einsum("bnw,hdw->bhnd", tokens, value_weight)
-    v = (_wide(v) + value_bias.view(*query.shape[1:])[:, None]).to(v.dtype)
-    scores = _wide(torch.einsum("bhd,bhnd->bhn", query, k)) * scale
+    v = (_wide(v) + value_bias.view(*value_weight.shape[:2])[:, None]).to(v.dtype)
+    if key_weight is None:
+        scores = torch.einsum("hw,bnw->bhn", query, tokens)
+    else:
+        scores = torch.einsum("bhd,bhnd->bhn", query, torch.einsum("bnw,hdw->bhnd", tokens, key_weight))
+    scores = _wide(scores) * scale
     return torch.einsum("bhn,bhnd->bhd", scores.softmax(dim=-1).to(v.dtype), v).flatten(1)
 
 

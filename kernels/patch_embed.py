@@ -3,6 +3,7 @@
     out[b, 0]     = position[0]                                                  images (B, 3, h, w), weight (W, K′)
     out[b, 1 + g] = patch(b, g) weightᵀ + position[1 + g]                        position (1 + G, W), out (B, 1 + G, W)
 
+or, where there is no class token, out[b, g] = patch(b, g) weightᵀ + position[g] with one row less everywhere.
 (Dosovitskiy et al. 2021, eq. 1 and section 3.1.) The product has M = B · G rows, one a patch, and K = 3 · P² features,
 which the weight pads with zeros to K′, a multiple of PATCH_K_STEP. Its left operand exists as addresses only:
 
@@ -19,6 +20,8 @@ which the weight pads with zeros to K′, a multiple of PATCH_K_STEP. Its left o
 A uint8 pixel u enters as u − 128. Integers up to 128 are exact in every dtype, so only the weight and the sum are
 rounded; and an error of the weight's rounding meets a number around zero, not one around the pixels' mean, which a
 plain u would multiply into every output. What the shift takes away, a constant for each column, is in `position`.
+
+Such tokens enter the first block as they are. The statistics of their rows are left beside them, as `linear` does.
 
 An image is read once, 3 · h · w · itemsize bytes, since the tiles that share its patches run side by side, and written
 once as (1 + G) · W elements; 6 · G · W · P² operations are done on it. From uint8 in half precision that is 450
@@ -42,8 +45,15 @@ from torch import Tensor
 
 from .direct import launch_kernel
 from .launches import TABLE
-from .primitives import add_product, dependent_launch, stages_from_registers, wait_for_the_last
+from .primitives import (
+    add_product,
+    dependent_launch,
+    stages_from_registers,
+    store_row_statistics,
+    wait_for_the_last,
+)
 from .sizes import cdiv
+from .statistics import STATISTICS_TILE, empty_statistics
 from .targets import fitting, kind_of, multiprocessors, target_of
 
 _IMAGE_DTYPES = (torch.uint8, torch.float16, torch.bfloat16, torch.float32)
@@ -54,8 +64,9 @@ _MIDDLE = tl.constexpr(128.0)  # of the values of a uint8 pixel
 def _patch_embed_kernel(
     images_ptr,  # (B, 3, h, w), uint8 or floating
     weight_ptr,  # (W, K), contiguous
-    position_ptr,  # (1 + G, W), contiguous
-    out_ptr,  # (B, 1 + G, W), contiguous
+    position_ptr,  # (C + G, W), contiguous
+    out_ptr,  # (B, C + G, W), contiguous
+    statistics_ptr,  # (B, G, ⌈W / TILE⌉, 2), float32, contiguous; written where there is no class token
     M,  # B · G
     G,
     W,
@@ -66,6 +77,8 @@ def _patch_embed_kernel(
     stride_w,
     P: tl.constexpr,  # side of a patch
     K: tl.constexpr,  # 3 · P², rounded up to a multiple of PATCH_K_STEP
+    C: tl.constexpr,  # class tokens: 0 or 1
+    WHOLE_TILES: tl.constexpr,  # TILE divides W
     DEPENDENT: tl.constexpr,
     PRECISION: tl.constexpr,  # of products of float32 operands: "ieee" or "tf32"
     BLOCK_M: tl.constexpr,
@@ -107,27 +120,35 @@ def _patch_embed_kernel(
     # --- epilogue
     inside_n = (offs_n < W)[None, :]
     inside = (offs_m < M)[:, None] & inside_n
-    token = 1 + patch[:, None]
+    token = C + patch[:, None]
     acc += tl.load(position_ptr + token * W + offs_n[None, :], mask=inside_n, other=0.0).to(tl.float32)
-    class_ptrs = out_ptr + image[:, None] * (1 + G) * W + offs_n[None, :]
-    tl.store(class_ptrs + token * W, acc.to(out_ptr.dtype.element_ty), mask=inside)
+    out = acc.to(out_ptr.dtype.element_ty)
+    first_ptrs = out_ptr + image[:, None] * (C + G) * W + offs_n[None, :]
+    tl.store(first_ptrs + token * W, out, mask=inside)
+    if C == 1:
+        # Who has an image's first patch writes its class row.
+        class_token = tl.load(position_ptr + offs_n[None, :], mask=inside_n, other=0.0).to(tl.float32)
+        class_token = tl.broadcast_to(class_token.to(out_ptr.dtype.element_ty), (BLOCK_M, BLOCK_N))
+        tl.store(first_ptrs, class_token, mask=inside & (patch == 0)[:, None])
+    else:
+        n0 = tl.program_id(0) % tiles_n * BLOCK_N
+        store_row_statistics(statistics_ptr, out, offs_m, offs_m < M, n0, W, WHOLE_TILES)
 
-    # Who has an image's first patch writes its class row.
-    class_token = tl.load(position_ptr + offs_n[None, :], mask=inside_n, other=0.0).to(tl.float32)
-    class_token = tl.broadcast_to(class_token.to(out_ptr.dtype.element_ty), (BLOCK_M, BLOCK_N))
-    tl.store(class_ptrs, class_token, mask=inside & (patch == 0)[:, None])
 
-
-def patch_embed(images: Tensor, weight: Tensor, position: Tensor, patch_size: int, precision: str) -> Tensor:
+def patch_embed(
+    images: Tensor, weight: Tensor, position: Tensor, patch_size: int, class_token: bool, precision: str
+) -> tuple[Tensor, Tensor]:
     batch, (width, k), tokens = len(images), weight.shape, len(position)
+    patches = tokens - class_token
     out = weight.new_empty((batch, tokens, width))
+    out_statistics = empty_statistics(out, not class_token)
     if out.numel() == 0:
-        return out
+        return out, out_statistics
 
     if images.dtype not in _IMAGE_DTYPES:
         images = images.to(weight.dtype)
     target = target_of(images.device)
-    m = batch * (tokens - 1)
+    m = batch * patches
     launches = TABLE.launches_for("patch_embed", weight.dtype, target, precision)
     launch = fitting(launches, m, width, multiprocessors(images.device))
     if images.dtype != weight.dtype:
@@ -141,13 +162,16 @@ def patch_embed(images: Tensor, weight: Tensor, position: Tensor, patch_size: in
         weight.contiguous(),
         position.contiguous(),
         out,
+        out_statistics,
         m,
-        tokens - 1,
+        patches,
         width,
         images.shape[3] // patch_size,
         *images.stride(),
         P=patch_size,
         K=k,
+        C=int(class_token),
+        WHOLE_TILES=width % STATISTICS_TILE == 0,
         PRECISION=precision,
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
@@ -155,4 +179,4 @@ def patch_embed(images: Tensor, weight: Tensor, position: Tensor, patch_size: in
         **launch.options,
         **dependent_launch(images.device),
     )
-    return out
+    return out, out_statistics

@@ -13,6 +13,9 @@ from .targets import Target, has_dependent_launch
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 _SQRT_HALF: tl.constexpr = tl.constexpr(0.7071067811865476)
 _QUICK_GELU_SLOPE: tl.constexpr = tl.constexpr(1.702)
+_QUICK_GELU_CUBIC: tl.constexpr = tl.constexpr(0.0)
+_GELU_TANH_SLOPE: tl.constexpr = tl.constexpr(1.5957691216057308)  # 2 √(2 / π)
+_GELU_TANH_CUBIC: tl.constexpr = tl.constexpr(1.5957691216057308 * 0.044715)
 TILE: tl.constexpr = tl.constexpr(STATISTICS_TILE)
 
 # Abramowitz & Stegun 1964, 7.1.26: erf(z) = 1 − (a₁ t + … + a₅ t⁵) exp(−z²) with t = 1 / (1 + p z), within 1.5e-7.
@@ -110,20 +113,23 @@ def rounded_product(a, b):
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr, dtype: tl.constexpr, BY_NAME: tl.constexpr):
-    """QuickGELU x · σ(1.702 x), GELU x · Φ(x) (Hendrycks & Gimpel 2016, section 2), ReLU, or x itself.
+    """QuickGELU x · σ(1.702 x), GELU x · Φ(x), its approximation by tanh (Hendrycks & Gimpel 2016, section 2), ReLU, or
+    x itself.
 
     x and the value float32; `dtype` is what the value is rounded to next, whose precision is enough; BY_NAME
     whether NVIDIA's special functions can be asked for.
     """
     if ACTIVATION == "quick_gelu":
-        if BY_NAME and dtype == tl.bfloat16:
-            # σ(2 u) = (1 + tanh u) / 2. The instruction errs by 2⁻¹¹ at most, a quarter of bfloat16's last place.
-            half = 0.5 * x
-            x = half + half * _tanh(x * (0.5 * _QUICK_GELU_SLOPE))
+        x = _gated(x, _QUICK_GELU_SLOPE, _QUICK_GELU_CUBIC, dtype, BY_NAME)
+    elif ACTIVATION == "gelu_tanh":
+        if dtype == tl.float32:
+            # x σ(u) is x − x σ(−u): of the smaller one little is rounded away. An infinite x has none of it.
+            power = tl.exp2(-tl.abs(_odd_cubic(x, _GELU_TANH_SLOPE * LOG2_E, _GELU_TANH_CUBIC * LOG2_E)))
+            smaller = power / (1.0 + power)
+            tail = tl.where(smaller > 0, x * smaller, 0.0)
+            x = tl.where(x < 0, tail, x - tail)
         else:
-            # Far below zero exp2 overflows to infinity and the quotient is −0, the right limit.
-            denominator = 1.0 + tl.exp2(x * -(_QUICK_GELU_SLOPE * LOG2_E))
-            x = x / denominator if dtype == tl.float32 else x * _reciprocal(denominator, BY_NAME)
+            x = _gated(x, _GELU_TANH_SLOPE, _GELU_TANH_CUBIC, dtype, BY_NAME)
     elif ACTIVATION == "gelu":
         if dtype == tl.float32:
             x = 0.5 * x * (1.0 + tl.erf(x * _SQRT_HALF))
@@ -136,6 +142,26 @@ def activate(x, ACTIVATION: tl.constexpr, dtype: tl.constexpr, BY_NAME: tl.const
     elif ACTIVATION == "relu":
         x = tl.where(x < 0, 0.0, x)  # a NaN stays one
     return x
+
+
+@triton.jit
+def _gated(x, SLOPE: tl.constexpr, CUBIC: tl.constexpr, dtype: tl.constexpr, BY_NAME: tl.constexpr):
+    """x · σ(SLOPE x + CUBIC x³), in the precision of `dtype`; see `activate`."""
+    if BY_NAME and dtype == tl.bfloat16:
+        # σ(2 u) = (1 + tanh u) / 2. The instruction errs by 2⁻¹¹ at most, a quarter of bfloat16's last place.
+        half = 0.5 * x
+        x = half + half * _tanh(_odd_cubic(x, 0.5 * SLOPE, 0.5 * CUBIC))
+    else:
+        # Far below zero exp2 overflows to infinity and the quotient is −0, the right limit.
+        denominator = 1.0 + tl.exp2(_odd_cubic(x, -(SLOPE * LOG2_E), -(CUBIC * LOG2_E)))
+        x = x / denominator if dtype == tl.float32 else x * _reciprocal(denominator, BY_NAME)
+    return x
+
+
+@triton.jit
+def _odd_cubic(x, LINEAR: tl.constexpr, CUBIC: tl.constexpr):
+    """LINEAR x + CUBIC x³."""
+    return x * LINEAR if CUBIC == 0.0 else x * (LINEAR + CUBIC * (x * x))
 
 
 @triton.jit
@@ -193,6 +219,27 @@ def merge_statistics(mean, m2, count, width, eps):
 def tile_counts(T: tl.constexpr, width):
     """How many of each tile's columns are a row's own: (T,), STATISTICS_TILE but for the last, zero beyond `width`."""
     return tl.minimum(tl.maximum(width - tl.arange(0, T) * TILE, 0), TILE)
+
+
+@triton.jit
+def store_row_statistics(statistics_ptr, y, rows, inside, n0, width, WHOLE: tl.constexpr):
+    """Writes the statistics of columns n0 to n0 + N of some rows of `width` elements.
+
+    statistics_ptr (M, ⌈width / TILE⌉, 2) float32, contiguous; y (S, N) as it is stored; rows (S,), written where
+    `inside` (S,); WHOLE where TILE divides the width.
+    """
+    S: tl.constexpr = y.shape[0]
+    N: tl.constexpr = y.shape[1]
+    T: tl.constexpr = N // TILE
+    stored = y.to(tl.float32)
+    if not WHOLE:
+        stored = tl.where((n0 + tl.arange(0, N) < width)[None, :], stored, 0.0)
+    mean, m2 = tile_statistics(tl.reshape(stored, (S, T, TILE)), tile_counts(T, width - n0), WHOLE)
+    tiles = (width + TILE - 1) // TILE
+    tile = n0 // TILE + tl.arange(0, T)
+    address = statistics_ptr + (rows[:, None].to(tl.int64) * tiles + tile[None, :]) * 2
+    address = address[:, :, None] + tl.arange(0, 2)[None, None, :]
+    tl.store(address, tl.join(mean, m2), mask=(inside[:, None] & (tile < tiles)[None, :])[:, :, None])
 
 
 @triton.jit

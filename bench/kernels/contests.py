@@ -292,7 +292,7 @@ def _patch_embed(model: str, config: VitConfig, batch: int, precision: str, *, r
 
     def ours(o: Operands) -> Tensor:
         precise = _precision(precision)
-        return ops.patch_embed(o["images"], o["padded"], o["folded"], p, precision=precise, impl="triton")
+        return ops.patch_embed(o["images"], o["padded"], o["folded"], p, precision=precise, impl="triton")[0]
 
     def normalised(o: Operands) -> Tensor:
         if not raw:

@@ -29,11 +29,10 @@ from pathlib import Path
 from typing import Any
 
 from ..environment import RESULTS, fingerprint
-from ..models import MODELS
 from ..report import save, table
 from ..timing import DTYPES
 from .devices import DEVICES
-from .prediction import Predicted, Prediction, predictions
+from .prediction import PREDICTABLE, Predicted, Prediction, predictions
 
 MODELS_SHOWN = "ViT-B/32,ViT-B/16,ViT-L/14,ViT-L/14@336px"
 
@@ -159,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one per CPU core)")
     options = parser.parse_args(arguments)
     models, precisions, devices = (text.split(",") for text in (options.models, options.precisions, options.devices))
-    for chosen, known in ((models, MODELS), (precisions, DTYPES), (devices, DEVICES)):
+    for chosen, known in ((models, PREDICTABLE), (precisions, DTYPES), (devices, DEVICES)):
         if unknown := [name for name in chosen if name not in known]:
             parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
     if os.environ.get("TRITON_INTERPRET") == "1":

@@ -20,8 +20,9 @@ from clip_fast.kernels import dispatch
 from clip_fast.kernels.targets import assume
 from clip_fast.towers import precision as precisions
 from clip_fast.towers import reference
-from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD, VitConfig
-from clip_fast.towers.vit import FastVit
+from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD, SiglipConfig, VitConfig
+from clip_fast.towers.siglip import FastSiglip
+from clip_fast.towers.vit import FastVit, KernelVit
 
 from ..machine_code import Job, arguments_of, caught, job_of
 from .devices import Device
@@ -59,7 +60,7 @@ class _Launching(TorchDispatchMode):
         return dispatch.launcher(func._schema.name.partition("::")[2])(*args)
 
 
-def launches_of(config: VitConfig, batch: int, precision: str, device: Device) -> list[Launch]:
+def launches_of(config: VitConfig | SiglipConfig, batch: int, precision: str, device: Device) -> list[Launch]:
     """Every launch of `encode` for a batch, in its order; from images that are normalised before."""
     tower = _tower(config, precision)
     size = (batch, 3, config.image_size, config.image_size)
@@ -70,10 +71,11 @@ def launches_of(config: VitConfig, batch: int, precision: str, device: Device) -
 
 
 @cache
-def _tower(config: VitConfig, precision: str) -> FastVit:
+def _tower(config: VitConfig | SiglipConfig, precision: str) -> KernelVit:
+    kind: type[KernelVit] = FastSiglip if isinstance(config, SiglipConfig) else FastVit
     with torch.device("meta"):
         state = reference.build(config).state_dict()
-        return FastVit.prepare(state, config, precisions.BY_NAME[precision], IMAGE_MEAN, IMAGE_STD)
+        return kind.prepare(state, config, precisions.BY_NAME[precision], IMAGE_MEAN, IMAGE_STD)
 
 
 def _launch(arch: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:

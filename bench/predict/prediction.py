@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from clip_fast.engine.graphs import bucket_of
-from clip_fast.towers.config import VitConfig
+from clip_fast.towers.config import Config, ResNetConfig
 
 from ..machine_code import Job, compiled_kernel, disassembled, resident_blocks
-from ..models import MODELS
+from ..models import MODELS, SIGLIP_MODELS
 from ..roofline import least_seconds, operations, traffic
 from ..timing import Ceilings
 from . import code, rival
@@ -20,6 +20,7 @@ from .devices import DEVICES, Device
 from .launches import Launch, launches_of
 from .terms import Kernel, Time, launch_time
 
+PREDICTABLE: dict[str, Config] = MODELS | SIGLIP_MODELS
 Kernels = Mapping[tuple[Any, ...], Kernel]  # by what the compiler was given
 
 
@@ -85,8 +86,8 @@ def predict(
     model: str, batch: int, precision: str, device: Device, launches: Sequence[Launch], kernels: Kernels
 ) -> Prediction:
     """The prediction for a batch that has these launches."""
-    config = MODELS[model]
-    assert isinstance(config, VitConfig)
+    config = PREDICTABLE[model]
+    assert not isinstance(config, ResNetConfig)
     counts: dict[tuple[Any, ...], int] = {}
     firsts: dict[tuple[Any, ...], Launch] = {}
     for launch in launches:
@@ -119,8 +120,8 @@ def predictions(
     asked = [(m, b, p, DEVICES[d]) for d in devices for p in precisions for m in models for b in batches]
     launches: list[list[Launch]] = []
     for model, batch, precision, device in asked:
-        config = MODELS[model]
-        if not isinstance(config, VitConfig):
+        config = PREDICTABLE[model]
+        if isinstance(config, ResNetConfig):
             raise ValueError(f"{model} is a ResNet: the time of cuDNN's convolutions is not calculated")
         launches.append(launches_of(config, bucket_of(batch, config) or batch, precision, device))
     kernels = read_kernels((launch.job for each in launches for launch in each), processes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clip_fast.towers.config import VitConfig
+from clip_fast.towers.config import SiglipConfig, VitConfig
 
 from ..timing import DTYPES
 from .devices import LIBRARY_ATTENTION, LIBRARY_PASS, LIBRARY_PRODUCT, Device
@@ -28,7 +28,7 @@ class Step:
     moved: float  # bytes
 
 
-def steps_of(config: VitConfig, batch: int, precision: str) -> list[Step]:
+def steps_of(config: VitConfig | SiglipConfig, batch: int, precision: str) -> list[Step]:
     """What it launches for a batch."""
     size = DTYPES[precision].itemsize
     n, w, hidden, layers = config.tokens, config.width, config.mlp_width, config.layers
@@ -38,9 +38,17 @@ def steps_of(config: VitConfig, batch: int, precision: str) -> list[Step]:
         moved = size * (rows * inner + columns * inner + rows * columns)
         return Step(name, "product", count, 2.0 * rows * columns * inner, moved)
 
+    siglip = isinstance(config, SiglipConfig)
+    head = [
+        product("keys and values of the head", 1, m, 2 * w, w),
+        Step("attention of the head", "attention", 1, 4.0 * batch * n * w, 2.0 * size * m * w),
+        product("out of the head", 1, batch, w, w),
+        product("fc1 of the head", 1, batch, hidden, w),
+        product("fc2 of the head", 1, batch, w, hidden),
+    ]
     return [
-        product("patches", 1, batch * (n - 1), w, features),
-        Step("class token, position, ln_pre", "pass", 1, 0, 4.0 * size * m * w),
+        product("patches", 1, batch * config.grid**2, w, features),
+        Step("position" if siglip else "class token, position, ln_pre", "pass", 1, 0, 4.0 * size * m * w),
         product("qkv", layers, m, 3 * w, w),
         Step("attention", "attention", layers, 4.0 * batch * n * n * w, 4.0 * size * m * w),
         product("out", layers, m, w, w),
@@ -48,7 +56,7 @@ def steps_of(config: VitConfig, batch: int, precision: str) -> list[Step]:
         product("fc1", layers, m, hidden, w),
         Step("activation", "pass", layers, 0, 2.0 * size * m * hidden),
         product("fc2", layers, m, w, hidden),
-        product("projection", 1, batch, config.embed_dim, w),
+        *(head if siglip else [product("projection", 1, batch, config.embed_dim, w)]),
     ]
 
 
@@ -61,6 +69,6 @@ def step_seconds(step: Step, precision: str, device: Device) -> float:
     )
 
 
-def seconds_of(config: VitConfig, batch: int, precision: str, device: Device) -> float:
+def seconds_of(config: VitConfig | SiglipConfig, batch: int, precision: str, device: Device) -> float:
     """The rival's time for a batch."""
     return sum(step.count * step_seconds(step, precision, device) for step in steps_of(config, batch, precision))

@@ -1,10 +1,10 @@
-"""How files name the weights of a CLIP, and where in a file its towers are."""
+"""How files name the weights of a CLIP or SigLIP, and where in a file its towers are."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import CheckpointError
@@ -19,12 +19,17 @@ class Layout:
     prefix: str  # of the image tower's keys
     blocks: str  # what comes before a ViT block's number
     other: re.Pattern[str]  # keys that are known and not the image tower's parameters
-    keys: Callable[[str], list[str]]  # the file's keys, without prefix, for a canonical name
+    keys: Callable[[str], list[str]]  # the file's keys for a canonical name
+    hugging_face: bool = False  # it is transformers'
 
 
 _HUGGING_FACE_NAMES = {
+    "map_head.query": "head.probe",
+    "map_head.attn.": "head.attention.",
+    "map_head.ln.": "head.layernorm.",
+    "map_head.mlp.": "head.mlp.",
     "class_embedding": "embeddings.class_embedding",
-    "conv1.weight": "embeddings.patch_embedding.weight",
+    "conv1.": "embeddings.patch_embedding.",
     "positional_embedding": "embeddings.position_embedding.weight",
     "ln_pre.": "pre_layrnorm.",  # transformers' own spelling
     "transformer.resblocks.": "encoder.layers.",
@@ -55,8 +60,34 @@ def _in_hugging_face(name: str) -> list[str]:
     """The keys inside a tower of transformers for a canonical name."""
     for ours, theirs in _HUGGING_FACE_NAMES.items():
         name = name.replace(ours, theirs)
-    stacked = re.fullmatch(r"(.*)\.in_proj_(weight|bias)", name)
+    stacked = re.fullmatch(r"(.*\.self_attn)\.in_proj_(weight|bias)", name)  # not of SigLIP's head
     return [f"{stacked[1]}.{part}_proj.{stacked[2]}" for part in "qkv"] if stacked else [name]
+
+
+_TIMM_NAMES = {
+    "conv1.": "patch_embed.proj.",
+    "positional_embedding": "pos_embed",
+    "transformer.resblocks.": "blocks.",
+    ".ln_1.": ".norm1.",
+    ".ln_2.": ".norm2.",
+    ".mlp.c_fc.": ".mlp.fc1.",
+    ".mlp.c_proj.": ".mlp.fc2.",
+    "ln_post.": "norm.",
+    "map_head.query": "attn_pool.latent",
+    "map_head.attn.out_proj.": "attn_pool.proj.",
+    "map_head.attn.": "attn_pool.",
+    "map_head.ln.": "attn_pool.norm.",
+    "map_head.": "attn_pool.",
+    ".attn.in_proj_": ".attn.qkv.",
+    ".attn.out_proj.": ".attn.proj.",
+}
+
+
+def timm_keys(name: str) -> list[str]:
+    for ours, theirs in _TIMM_NAMES.items():
+        name = name.replace(ours, theirs)
+    stacked = re.fullmatch(r"attn_pool\.in_proj_(weight|bias)", name)
+    return [f"attn_pool.{part}.{stacked[1]}" for part in ("q", "kv")] if stacked else [name]
 
 
 _OPENAI_OTHER = (
@@ -69,8 +100,23 @@ TOWER_ALONE = Layout("", "transformer.resblocks.", re.compile(r"text_embeddings$
 HUGGING_FACE = Layout(
     "vision_model.",
     "encoder.layers.",
-    re.compile(r"text_model\.|text_projection\.|(logit_scale|vision_model\.embeddings\.position_ids)$"),
+    re.compile(r"text_model\.|text_projection\.|(logit_scale|logit_bias|(vision_model\.)?embeddings\.position_ids)$"),
     hugging_face_keys,
+    hugging_face=True,
+)
+
+
+def _keys_alone(name: str) -> list[str]:
+    return [key.removeprefix(HUGGING_FACE.prefix) for key in hugging_face_keys(name)]
+
+
+# Of a SiglipVisionModel, as transformers 5 writes it.
+SIGLIP_ALONE = replace(HUGGING_FACE, prefix="", keys=_keys_alone)
+TIMM = Layout(  # of open_clip's SigLIP models
+    "visual.trunk.",
+    "blocks.",
+    re.compile(_OPENAI_OTHER),
+    lambda name: [f"visual.trunk.{key}" for key in timm_keys(name)],
 )
 
 # Text towers, by a key that each of them has: of OpenAI and open_clip, of open_clip's CustomTextCLIP, of transformers.
@@ -86,7 +132,6 @@ TEXTS = {
 }
 
 _UNSERVED = {  # parts of open_clip's models, by their keys
-    r"visual\.trunk\.": "an image tower from timm",
     r".*\.ls_[12]\.gamma$": "LayerScale",
     r"visual\.attn_pool\.": "an attentional pooler",
 }
@@ -102,6 +147,11 @@ def layout_of(path: Path, keys: Collection[str]) -> Layout:
         if key := next((key for key in keys if re.match(pattern, key)), None):
             raise CheckpointError(path, f"{key} belongs to {part}, which is not served")
     layout = _layout(keys)
+    if layout is TIMM and "visual.trunk.attn_pool.latent" not in keys:
+        key = next(key for key in keys if key.startswith(TIMM.prefix))
+        raise CheckpointError(
+            path, f"{key} belongs to an image tower from timm that is no SigLIP's, which is not served"
+        )
     if layout is None:
         raise CheckpointError(path, f"holds no CLIP image tower, only {listing(sorted(keys)) or 'nothing'}")
     return layout
@@ -110,10 +160,14 @@ def layout_of(path: Path, keys: Collection[str]) -> Layout:
 def _layout(keys: Collection[str]) -> Layout | None:
     if any(key.startswith("vision_model.") for key in keys):
         return HUGGING_FACE
+    if any(key.startswith(TIMM.prefix) for key in keys):
+        return TIMM
     if any(key.startswith("visual.") for key in keys):
         return OPENAI
     if "conv1.weight" in keys:
         return TOWER_ALONE
+    if "embeddings.patch_embedding.bias" in keys:
+        return SIGLIP_ALONE
     if "embeddings.patch_embedding.weight" in keys:  # of a CLIPVisionModel, as transformers 5 writes it
         return HUGGING_FACE
     return None

@@ -1,7 +1,7 @@
 """Checkpoints of OpenAI, open_clip and Hugging Face: one canonical state dict and one config from any of them.
 
 Layouts, by what their keys begin with: `visual.` (OpenAI and open_clip; the canonical names after it), no prefix (the
-image tower alone, under canonical names), `vision_model.` (Hugging Face).
+image tower alone, under canonical names), `vision_model.` (Hugging Face), `visual.trunk.` (open_clip's SigLIP).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError, summary
 from ..towers.config import Activation, Config, Rgb
-from .layouts import HUGGING_FACE, layout_of
-from .settings import STRUCTURE_ERRORS, BesideWeights, description, read_settings
+from .layouts import layout_of
+from .settings import CONVENTIONS, STRUCTURE_ERRORS, BesideWeights, description, read_settings
 from .stored_text import Text, read_text
 from .stored_tower import StoredTower
 from .weights_file import WeightsFile, read_json, read_weights
@@ -67,7 +67,7 @@ def read_checkpoint(path: str | os.PathLike[str], activation: Activation | None 
 
     @cache
     def activation_of_file() -> Activation:
-        return activation or settings.activation or _activation(file)
+        return activation or settings.activation or _activation(tower)
 
     return _checkpoint(tower, settings, activation_of_file)
 
@@ -76,6 +76,8 @@ def read_state_dict(state_dict: Mapping[str, Any]) -> Checkpoint:
     """The model in a state dict of `clip`'s, with QuickGELU. Raises CheckpointError, see `read_checkpoint`."""
     file = WeightsFile(Path("the state dict"), dict(state_dict))
     tower = StoredTower(file, layout_of(file.path, file.entries.keys()))
+    if tower.is_siglip:
+        raise CheckpointError(file.path, "is a SigLIP's, and not a CLIP's")
     return _checkpoint(tower, BesideWeights(), lambda: "quick_gelu")
 
 
@@ -132,15 +134,15 @@ def _settings_beside(tower: StoredTower) -> BesideWeights:
     By the files' names, or because Hugging Face's weights cannot do without, a config may have to be that of the
     weights. Any other may lie there for another model, and is used only where it describes the tower in the file.
     """
-    weights, hugging_face = tower.file.path, tower.layout is HUGGING_FACE
+    weights, hugging_face = tower.file.path, tower.layout.hugging_face
     for name in sorted(set(FOLDER_FILES.values()), reverse=not hugging_face):
         path = weights.with_name(name)
         belongs = FOLDER_FILES.get(weights.name) == name or (hugging_face and name == HUGGING_FACE_CONFIG)
         if path.is_file() and (belongs or _describes(path, tower)):
-            return read_settings(path, tower.described())
+            return read_settings(path, tower.described(), CONVENTIONS[tower.is_siglip])
     if hugging_face:
         raise CheckpointError(weights, "needs the config.json that transformers writes beside it")
-    return BesideWeights()
+    return CONVENTIONS[tower.is_siglip].settings
 
 
 def _describes(path: Path, tower: StoredTower) -> bool:
@@ -162,10 +164,15 @@ def _describes(path: Path, tower: StoredTower) -> bool:
     return True
 
 
-def _activation(file: WeightsFile) -> Activation:
+def _activation(tower: StoredTower) -> Activation:
     """The activation by what the weights file alone tells."""
+    file = tower.file
     if file.activation is not None:
         return cast(Activation, file.activation)
+    if tower.is_siglip:
+        raise CheckpointError(
+            file.path, "does not say which activation its model has: pass activation='gelu_tanh' or activation='gelu'"
+        )
     if file.open_clip:
         raise CheckpointError(
             file.path, "does not say which activation its model has: pass activation='gelu' or activation='quick_gelu'"

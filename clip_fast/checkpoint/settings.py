@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import math
+import re
 import reprlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import torch
 
 from ..errors import CheckpointError
-from ..towers.config import EPS, HEAD_DIM, IMAGE_MEAN, IMAGE_STD, RESNET_STRIDE, Activation, Rgb
+from ..towers.config import (
+    EPS,
+    HEAD_DIM,
+    IMAGE_MEAN,
+    IMAGE_STD,
+    RESNET_STRIDE,
+    SIGLIP_EPS,
+    SIGLIP_MEAN,
+    SIGLIP_STD,
+    Activation,
+    Rgb,
+)
 from .text_settings import TextSettings, hugging_face_text, open_clip_text
 from .weights_file import read_json
 
 _LARGEST = float(torch.finfo(torch.float32).max)  # that a mean or a deviation may be
-_HUGGING_FACE_WHOLE = ("clip", "metaclip_2")  # configs with a section for each tower
-_HUGGING_FACE_TYPES = (*_HUGGING_FACE_WHOLE, "clip_vision_model", "metaclip_2_vision_model")
 STRUCTURE_ERRORS = (
     AttributeError,
     KeyError,
@@ -48,6 +58,49 @@ class BesideWeights:
 
 
 @dataclass(frozen=True)
+class Conventions:
+    """What is the same in all models of a kind, and what transformers' configs of it may leave out."""
+
+    types: tuple[str, ...]  # transformers' words for the kind
+    activation: str  # transformers' name of it
+    patch_size: int
+    eps: float
+    class_tokens: int
+    cropped: bool  # the default of its image processor
+    settings: BesideWeights  # where no file says otherwise
+
+
+# Whether a tower is SigLIP's -> its conventions.
+CONVENTIONS = {
+    False: Conventions(
+        ("clip", "clip_vision_model", "metaclip_2", "metaclip_2_vision_model"),
+        "quick_gelu",
+        32,
+        EPS,
+        1,
+        True,
+        BesideWeights(),
+    ),
+    True: Conventions(
+        ("siglip", "siglip_vision_model"),
+        "gelu_pytorch_tanh",
+        16,
+        SIGLIP_EPS,
+        0,
+        False,
+        BesideWeights(mean=SIGLIP_MEAN, std=SIGLIP_STD, squash=True),
+    ),
+}
+_ACTIVATIONS: dict[str, Activation] = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+# timm's SigLIP towers, by patch and image size in their names, and those of them that have the tanh-GELU.
+_TIMM_SIGLIP = re.compile(r"vit_(base|large|so400m|giantopt)_patch(\d+)_siglip_(\d+)")
+_TIMM_WITH_TANH = re.compile(r"vit_(base_patch32|large_patch16_siglip_512|so400m_patch16|giantopt_patch16)")
+_TIMM_KEYS = {"image_size", "timm_model_name"}
+_TIMM_VALUES = {"timm_pool": "map", "timm_proj": "none"}
+
+
+@dataclass(frozen=True)
 class Described:
     """A ViT's or ResNet's shape by a config or by weights, None where it is not told."""
 
@@ -70,28 +123,39 @@ class Described:
 
 def description(path: Path, content: dict[str, Any]) -> Described | None:
     """The shape by a config; None by one that is no CLIP's. What the config leaves out has its package's defaults."""
+    class_tokens = 1
     if path.name == "config.json":
-        if content.get("model_type") not in _HUGGING_FACE_TYPES:
+        kind = next((kind for kind in CONVENTIONS.values() if content.get("model_type") in kind.types), None)
+        if kind is None:
             return None
         vision = _hugging_face_vision(content)
-        layers, patch_size = vision.get("num_hidden_layers", 12), vision.get("patch_size", 32)
-        width, activation = vision.get("hidden_size", 768), vision.get("hidden_act", "quick_gelu")
-        embedding = content.get("projection_dim", 512)
+        layers, patch_size = vision.get("num_hidden_layers", 12), vision.get("patch_size", kind.patch_size)
+        width, activation = vision.get("hidden_size", 768), vision.get("hidden_act", kind.activation)
+        activation, class_tokens = _ACTIVATIONS.get(activation, activation), kind.class_tokens
+        embedding = content.get("projection_dim", 512) if class_tokens else None
     else:
         model: dict[str, Any] = content["model_cfg"]
         vision: dict[str, Any] = model["vision_cfg"]
-        if vision.get("timm_model_name"):
-            return None
-        is_resnet = isinstance(vision.get("layers"), list)
-        layers, patch_size = vision.get("layers", 12), RESNET_STRIDE if is_resnet else vision.get("patch_size", 16)
-        width, activation = vision.get("width", 768), "quick_gelu" if model.get("quick_gelu") else "gelu"
-        embedding = model.get("embed_dim")
+        if timm := vision.get("timm_model_name"):
+            if (found := _TIMM_SIGLIP.fullmatch(timm)) is None:
+                return None
+            width, layers, embedding, class_tokens = None, None, None, 0
+            patch_size, activation = int(found[2]), _timm_activation(timm)
+        else:
+            is_resnet = isinstance(vision.get("layers"), list)
+            layers, patch_size = vision.get("layers", 12), RESNET_STRIDE if is_resnet else vision.get("patch_size", 16)
+            width, activation = vision.get("width", 768), "quick_gelu" if model.get("quick_gelu") else "gelu"
+            embedding = model.get("embed_dim")
     size: Any = vision.get("image_size", 224)
     side = cast(list[Any], size)[0] if isinstance(size, list) else size
-    return Described(activation, width, layers, patch_size, (side // patch_size) ** 2 + 1, embedding)
+    return Described(activation, width, layers, patch_size, (side // patch_size) ** 2 + class_tokens, embedding)
 
 
-def read_settings(path: Path, held: Described) -> BesideWeights:
+def _timm_activation(name: str) -> Activation:
+    return "gelu_tanh" if _TIMM_WITH_TANH.match(name) else "gelu"
+
+
+def read_settings(path: Path, held: Described, kind: Conventions) -> BesideWeights:
     """What the config at `path` says, which must be that of the weights.
 
     Raises:
@@ -99,7 +163,7 @@ def read_settings(path: Path, held: Described) -> BesideWeights:
     """
     content = read_json(path)
     try:
-        settings = _settings(path, content)
+        settings = _settings(path, content, kind)
         told = description(path, content)
     except STRUCTURE_ERRORS as error:
         raise CheckpointError(path, f"has an unexpected structure: {error!r}") from error
@@ -109,38 +173,41 @@ def read_settings(path: Path, held: Described) -> BesideWeights:
     return settings
 
 
-def _settings(path: Path, content: dict[str, Any]) -> BesideWeights:
+def _settings(path: Path, content: dict[str, Any], kind: Conventions) -> BesideWeights:
     if path.name == "config.json":
-        return _hugging_face_settings(path, content)
+        return _hugging_face_settings(path, content, kind)
+    timm = content["model_cfg"]["vision_cfg"].get("timm_model_name")
+    if timm and _TIMM_SIGLIP.fullmatch(timm) and not kind.class_tokens:
+        return _timm_settings(path, content, kind)
     return _open_clip_settings(path, content)
 
 
-def _hugging_face_settings(path: Path, content: dict[str, Any]) -> BesideWeights:
+def _hugging_face_settings(path: Path, content: dict[str, Any], kind: Conventions) -> BesideWeights:
     """Of a transformers config; what it leaves out has transformers' defaults."""
-    if content.get("model_type") not in _HUGGING_FACE_TYPES:
-        known = " or ".join(map(repr, _HUGGING_FACE_TYPES))
-        raise CheckpointError(path, f"model_type must be {known}, got {content.get('model_type')!r}")
+    if content.get("model_type") not in kind.types:
+        types = " or ".join(map(repr, kind.types))
+        raise CheckpointError(path, f"model_type must be {types}, got {content.get('model_type')!r}")
     vision = _hugging_face_vision(content)
-    activation = vision.get("hidden_act", "quick_gelu")
-    if activation not in get_args(Activation):
-        raise CheckpointError(path, f"hidden_act must be one of {get_args(Activation)}, got {activation!r}")
-    eps = vision.get("layer_norm_eps", EPS)
-    if eps != EPS:
-        raise CheckpointError(path, f"layer_norm_eps must be {EPS}, got {eps}")
+    activation = vision.get("hidden_act", kind.activation)
+    if activation not in _ACTIVATIONS:
+        raise CheckpointError(path, f"hidden_act must be one of {(*_ACTIVATIONS,)}, got {activation!r}")
+    eps = vision.get("layer_norm_eps", kind.eps)
+    if eps != kind.eps:
+        raise CheckpointError(path, f"layer_norm_eps must be {kind.eps}, got {eps}")
     image_size = _integer(path, "image_size", vision.get("image_size", 224))
     processing: dict[str, Any] = {}
     if (beside := path.with_name("preprocessor_config.json")).is_file():
         processing = read_json(beside)
     elif (beside := path.with_name("processor_config.json")).is_file():
         processing = read_json(beside).get("image_processor") or {}
-    squash, other = _hugging_face_preprocessing(processing, image_size)
+    squash, other = _hugging_face_preprocessing(processing, image_size, kind)
     _warn_of_preprocessing(beside, other)
     return BesideWeights(
-        activation,
+        _ACTIVATIONS[activation],
         heads=_integer(path, "num_attention_heads", vision.get("num_attention_heads", 12)),
         image_size=image_size,
-        mean=_triple(beside, processing, "image_mean", IMAGE_MEAN),
-        std=_triple(beside, processing, "image_std", IMAGE_STD, least=0),
+        mean=_triple(beside, processing, "image_mean", kind.settings.mean),
+        std=_triple(beside, processing, "image_std", kind.settings.std, least=0),
         squash=squash,
         on_white=bool(processing) and processing.get("do_convert_rgb") is not False,  # transformers' default is True
         text=hugging_face_text(path, content),
@@ -148,20 +215,21 @@ def _hugging_face_settings(path: Path, content: dict[str, Any]) -> BesideWeights
 
 
 def _hugging_face_vision(content: dict[str, Any]) -> dict[str, Any]:
-    if (
-        content["model_type"] in _HUGGING_FACE_WHOLE
-    ):  # early versions of transformers let vision_config_dict overrule vision_config
+    if content["model_type"] in ("clip", "metaclip_2", "siglip"):  # configs with a section for each tower
+        # Early versions of transformers let vision_config_dict overrule vision_config.
         return {**(content.get("vision_config") or {}), **(content.get("vision_config_dict") or {})}
     return content
 
 
-def _hugging_face_preprocessing(processing: dict[str, Any], image_size: int) -> tuple[bool, dict[str, Any]]:
+def _hugging_face_preprocessing(
+    processing: dict[str, Any], image_size: int, kind: Conventions
+) -> tuple[bool, dict[str, Any]]:
     """Whether an image processor of transformers squashes, and what else it is set to do otherwise than CLIP's."""
     set_to: dict[str, Any] = {
         "do_resize": True,
         "resample": 3,  # Pillow's bicubic
-        "size": image_size,
-        "do_center_crop": True,
+        "size": image_size if kind.cropped else {"height": image_size, "width": image_size},
+        "do_center_crop": kind.cropped,
         "crop_size": image_size,
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -191,29 +259,53 @@ def _open_clip_settings(path: Path, content: dict[str, Any]) -> BesideWeights:
     for key, value in _special(vision, _OPEN_CLIP_KEYS | _OPEN_CLIP_UNUSED, _OPEN_CLIP_DEFAULTS).items():
         raise CheckpointError(path, f"vision_cfg sets {key} to {value!r}, which is not served")
     processing: dict[str, Any] = content.get("preprocess_cfg", {})
-    served = {
-        "interpolation": (None, "bicubic", "random"),
-        "resize_mode": (None, "shortest", "squash"),
-    }  # random: training
-    other = {key: processing[key] for key, values in served.items() if processing.get(key) not in values}
-    _warn_of_preprocessing(path, other)
+    _warn_of_preprocessing(path, _unfollowed(processing))
     width = _integer(path, "width", vision.get("width", 768))
     width *= 32 if isinstance(vision.get("layers"), list) else 1  # of the attention
+    return BesideWeights(
+        "quick_gelu" if model.get("quick_gelu") else "gelu",
+        heads=width // _integer(path, "head_width", vision.get("head_width", HEAD_DIM)),
+        image_size=_open_clip_size(path, vision),
+        mean=_triple(path, processing, "mean", IMAGE_MEAN),
+        std=_triple(path, processing, "std", IMAGE_STD, least=0),
+        squash=processing.get("resize_mode") == "squash",
+        text=open_clip_text(path, model),
+    )
+
+
+def _timm_settings(path: Path, content: dict[str, Any], kind: Conventions) -> BesideWeights:
+    """Of an open_clip config whose image tower is one of timm's SigLIP towers."""
+    vision: dict[str, Any] = content["model_cfg"]["vision_cfg"]
+    for key, value in _special(vision, _TIMM_KEYS, _TIMM_VALUES).items():
+        raise CheckpointError(path, f"vision_cfg sets {key} to {value!r}, which is not served")
+    processing: dict[str, Any] = content.get("preprocess_cfg", {})
+    _warn_of_preprocessing(path, _unfollowed(processing))
+    return BesideWeights(
+        _timm_activation(vision["timm_model_name"]),
+        image_size=_open_clip_size(path, vision),
+        mean=_triple(path, processing, "mean", kind.settings.mean),
+        std=_triple(path, processing, "std", kind.settings.std, least=0),
+        squash=processing.get("resize_mode", "squash") == "squash",
+    )
+
+
+def _open_clip_size(path: Path, vision: dict[str, Any]) -> int:
     size: Any = vision.get("image_size", 224)
     if isinstance(size, list):
         sizes = cast(list[Any], size)
         if len(set(sizes)) != 1:
             raise CheckpointError(path, f"vision_cfg must have a square image_size, got {sizes}")
         size = sizes[0]
-    return BesideWeights(
-        "quick_gelu" if model.get("quick_gelu") else "gelu",
-        heads=width // _integer(path, "head_width", vision.get("head_width", HEAD_DIM)),
-        image_size=_integer(path, "image_size", size),
-        mean=_triple(path, processing, "mean", IMAGE_MEAN),
-        std=_triple(path, processing, "std", IMAGE_STD, least=0),
-        squash=processing.get("resize_mode") == "squash",
-        text=open_clip_text(path, model),
-    )
+    return _integer(path, "image_size", size)
+
+
+def _unfollowed(processing: dict[str, Any]) -> dict[str, Any]:
+    """The settings of an open_clip preprocessing that `Preprocess` does not follow."""
+    served = {
+        "interpolation": (None, "bicubic", "random"),
+        "resize_mode": (None, "shortest", "squash"),
+    }  # random: training
+    return {key: processing[key] for key, values in served.items() if processing.get(key) not in values}
 
 
 def _special(section: dict[str, Any], known: set[str], defaults: dict[str, Any]) -> dict[str, Any]:

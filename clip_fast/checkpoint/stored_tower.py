@@ -12,14 +12,15 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..towers import reference
-from ..towers.config import HEAD_DIM, RESNET_STRIDE, Activation, Config, ResNetConfig, VitConfig
-from .layouts import HUGGING_FACE, Layout, listing
+from ..towers.config import HEAD_DIM, RESNET_STRIDE, Activation, Config, ResNetConfig, SiglipConfig, VitConfig
+from .layouts import TIMM, Layout, listing
 from .settings import BesideWeights, Described
 from .weights_file import WeightsFile
 
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64, *_FLOAT8)
 _HEAD_DIMS = {1280: 80, 1408: 88, 1664: 104, 1792: 112}  # by width: images in open_clip's ViT-H, ViT-g, ViT-bigG, ViT-e
+_SIGLIP_HEAD_DIMS = {1152: 72, 1536: 96}  # SO400M and giant-opt
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class StoredTower:
 
     def config(self, settings: BesideWeights, activation: Callable[[], Activation]) -> Config:
         """Infers the tower's config from shapes, and from `settings` what shapes cannot tell."""
-        if self.layout is HUGGING_FACE and not self._has("proj"):
+        if self.layout.hugging_face and not self.is_siglip and not self._has("proj"):
             raise CheckpointError(
                 self.file.path,
                 "misses visual_projection.weight: a CLIPVisionModel has no embeddings shared with text, "
@@ -40,6 +41,8 @@ class StoredTower:
         try:
             if self._is_resnet():
                 return self._resnet_config(settings)
+            if self.is_siglip:
+                return self._siglip_config(settings, activation)
             return self._vit_config(settings, activation)
         except CheckpointError:
             raise
@@ -54,13 +57,13 @@ class StoredTower:
             tokens = self._shape("attnpool.positional_embedding", 2)[0]
             embedding = self._shape("attnpool.c_proj.weight", 2)[0]
             return Described(self.file.activation, width, layers, RESNET_STRIDE, tokens, embedding)
-        width, _, _, patch_size = self._shape("conv1.weight", 4)
+        width, patch_size = self._patches()
         layers, tokens = self._count(self.layout.blocks), self._shape("positional_embedding", 2)[0]
         embedding = self._shape("proj", 2)[1] if self._has("proj") else None
         return Described(self.file.activation, width, layers, patch_size, tokens, embedding)
 
     def _vit_config(self, settings: BesideWeights, activation: Callable[[], Activation]) -> VitConfig:
-        width, _, _, patch_size = self._shape("conv1.weight", 4)
+        width, patch_size = self._patches()
         if not self._has("ln_pre.weight") and not self._has("ln_pre.bias"):
             raise CheckpointError(self.file.path, "has no ln_pre (open_clip's no_ln_pre), which is not served")
         embed_dim = self._shape("proj", 2)[1]
@@ -69,6 +72,24 @@ class StoredTower:
         image_size = self._image_size("positional_embedding", patch_size, settings)
         heads = self._heads(settings.heads, width, _HEAD_DIMS.get(width, HEAD_DIM))
         return VitConfig(image_size, patch_size, width, layers, heads, embed_dim, mlp_width / width, activation())
+
+    def _siglip_config(self, settings: BesideWeights, activation: Callable[[], Activation]) -> SiglipConfig:
+        width, patch_size = self._patches()
+        layers = self._count(self.layout.blocks)
+        mlp_width = self._shape("transformer.resblocks.0.mlp.c_fc.weight", 2)[0]
+        image_size = self._image_size("positional_embedding", patch_size, settings, class_tokens=0)
+        heads = self._heads(settings.heads, width, _SIGLIP_HEAD_DIMS.get(width, HEAD_DIM))
+        return SiglipConfig(image_size, patch_size, width, layers, heads, mlp_width, activation())
+
+    def _patches(self) -> tuple[int, int]:
+        """The width of a ViT's tower, and the side of its patches."""
+        key = self.layout.keys("conv1.weight")[0]
+        if self.is_siglip and self._tensor(key).ndim == 2:
+            raise CheckpointError(
+                self.file.path, f"{key} belongs to a NaFlex tower, for images of any shape, which is not served"
+            )
+        width, _, _, patch_size = self._shape("conv1.weight", 4)
+        return width, patch_size
 
     def _resnet_config(self, settings: BesideWeights) -> ResNetConfig:
         width = self._shape("layer1.0.conv1.weight", 4)[0]
@@ -101,12 +122,14 @@ class StoredTower:
         if name.endswith("num_batches_tracked") and not self._has(name):  # some tools leave these counters out
             return torch.zeros((), dtype=like.dtype)
         keys = self.layout.keys(name)
-        shape = list(like.shape)
+        whole_shape = list(like.shape)
         if transposed := self._is_transposed(name):
-            shape.reverse()
-        shape[:1] = [size // len(keys) for size in shape[:1]]
+            whole_shape.reverse()
+        batch = [1] if self._is_batched(name) else []
+        shares = [2 if ".kv." in key else 1 for key in keys]  # timm keeps a head's keys and values together
         parts = [self._tensor(key) for key in keys]
-        for key, part in zip(keys, parts, strict=True):
+        for key, share, part in zip(keys, shares, parts, strict=True):
+            shape = [*batch, *(size * share // sum(shares) for size in whole_shape[:1]), *whole_shape[1:]]
             if list(part.shape) != shape:
                 raise CheckpointError(self.file.path, f"{key} must have shape {shape}, got {list(part.shape)}")
             if like.is_floating_point() and part.dtype not in _DTYPES:
@@ -119,16 +142,26 @@ class StoredTower:
             raise CheckpointError(self.file.path, f"{', '.join(keys)} must be of one dtype")
         parts = [_wide(part.detach()) for part in parts]
         whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+        whole = whole[0] if batch else whole
         return (whole.T if transposed else whole).clone(memory_format=torch.contiguous_format)
 
     def _has(self, name: str) -> bool:
         return all(key in self.file.entries for key in self.layout.keys(name))
 
+    @property
+    def is_siglip(self) -> bool:
+        """Whether it is SigLIP's: CLIP's patches have no bias."""
+        return self.layout is TIMM or self._has("conv1.bias")
+
     def _is_resnet(self) -> bool:
         return self._has("layer1.0.conv1.weight")
 
     def _is_transposed(self, name: str) -> bool:
-        return name == "proj" and self.layout is HUGGING_FACE
+        return name == "proj" and self.layout.hugging_face
+
+    def _is_batched(self, name: str) -> bool:
+        """Whether a tensor is stored with a dimension of one before its own."""
+        return name == "positional_embedding" and self.layout is TIMM
 
     def _tensor(self, key: str) -> Tensor:
         """The tensor under a key of the file."""
@@ -143,10 +176,12 @@ class StoredTower:
         """The shape of one canonical tensor that is stored in one piece."""
         (key,) = self.layout.keys(name)
         shape = tuple(self._tensor(key).shape)
-        if len(shape) != dimensions or 0 in shape:
+        leading = 1 if self._is_batched(name) else 0
+        if len(shape) != leading + dimensions or 0 in shape:
             raise CheckpointError(
-                self.file.path, f"{key} must have {dimensions} dimensions, none of them 0, got {list(shape)}"
+                self.file.path, f"{key} must have {leading + dimensions} dimensions, none of them 0, got {list(shape)}"
             )
+        shape = shape[leading:]
         return shape[::-1] if self._is_transposed(name) else shape
 
     def _count(self, blocks: str) -> int:
@@ -158,14 +193,13 @@ class StoredTower:
             raise CheckpointError(self.file.path, f"misses all of {self.layout.prefix}{blocks}{missing}")
         return len(numbers)
 
-    def _image_size(self, name: str, stride: int, settings: BesideWeights) -> int:
+    def _image_size(self, name: str, stride: int, settings: BesideWeights, class_tokens: int = 1) -> int:
         tokens = self._shape(name, 2)[0]
-        grid = math.isqrt(tokens - 1)
+        grid = math.isqrt(max(0, tokens - class_tokens))
         (key,) = self.layout.keys(name)
-        if tokens < 2 or grid**2 + 1 != tokens:
-            raise CheckpointError(
-                self.file.path, f"{key} must have one row and a square number more, got {tokens} rows"
-            )
+        if grid < 1 or grid**2 + class_tokens != tokens:
+            wanted = "one row and a square number more" if class_tokens else "a square number of rows"
+            raise CheckpointError(self.file.path, f"{key} must have {wanted}, got {tokens} rows")
         if settings.image_size is not None and settings.image_size // stride != grid:
             raise CheckpointError(
                 self.file.path,

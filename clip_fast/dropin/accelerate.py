@@ -28,8 +28,8 @@ def accelerate(model: _Model, *, precision: PrecisionName | None = None, cuda_gr
     """Puts the fast encoder behind the image path of a model, in place.
 
     Args:
-        model: of openai-clip, open_clip, transformers (`CLIPModel`, `CLIPVisionModel`, `CLIPVisionModelWithProjection`)
-            or sentence-transformers; any module that has such an image tower inside.
+        model: of openai-clip, open_clip, transformers (`CLIPModel`, `CLIPVisionModel`, `CLIPVisionModelWithProjection`,
+            `SiglipModel`, `SiglipVisionModel`), sentence-transformers; any module that has such an image tower inside.
         precision: to compute in, see `ImageEncoder`; by default that of the weights or, under autocast, autocast's.
         cuda_graphs: replay batches on an NVIDIA GPU as CUDA graphs where launching would take longer.
 

@@ -24,7 +24,18 @@ from ..engine.compiled import register
 from ..engine.engine import Engine
 from ..engine.tower import Tower, Watch
 from ..errors import NotServed
-from ..towers.config import ENCODE, ENCODE_TOKENS, HIDDEN_STATES, IMAGE_MEAN, IMAGE_STD, Rgb, Task, hidden_state
+from ..towers.config import (
+    ENCODE,
+    ENCODE_TOKENS,
+    HIDDEN_STATES,
+    IMAGE_MEAN,
+    IMAGE_STD,
+    SIGLIP_MEAN,
+    SIGLIP_STD,
+    Rgb,
+    Task,
+    hidden_state,
+)
 from ..towers.fast import Results, as_tuple, normalised
 from ..towers.precision import PrecisionName
 from . import instance, served
@@ -74,7 +85,7 @@ class Forward:
         self._name = register(self)
 
     def attach(self) -> None:
-        method: Callable[..., Any] = self.embeddings if served.is_clip(self.tower) else self.hidden_states
+        method: Callable[..., Any] = self.embeddings if served.gives_embeddings(self.tower) else self.hidden_states
 
         def forward(*arguments: Any, **options: Any) -> Any:  # no method: accelerate would bind it to the tower
             return method(*arguments, **options)
@@ -117,8 +128,13 @@ class Forward:
         )
         return instance.state(self.tower)
 
-    def embeddings(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """For openai-clip and open_clip: (B, 3, H, W) -> (B, E), and the patch tokens where open_clip is asked for."""
+    def embeddings(self, x: Tensor, *more: Any, **options: Any) -> Tensor | tuple[Tensor, Tensor]:
+        """For openai-clip and open_clip: (B, 3, H, W) -> (B, E), and the patch tokens where open_clip is asked for.
+
+        timm's tower takes masks too, with which only the original computes.
+        """
+        if more or options:
+            return self._original(x, *more, **options)
         with_tokens = getattr(self.tower, "output_tokens", False)
         results = self._routed(x, ENCODE_TOKENS if with_tokens else ENCODE)
         if results is None:
@@ -138,13 +154,24 @@ class Forward:
         results = self._routed(pixel_values, HIDDEN_STATES if asked else self.task, self._not_served(options))
         if results is None:
             return self._original(pixel_values, **options)
+        pooled, last = self._pooled(results, all_states=bool(asked))
         output = _output_class()(
-            last_hidden_state=results[-1],
-            pooler_output=self.tower.post_layernorm(results[-1][:, 0]),
+            last_hidden_state=last,
+            pooler_output=pooled,
             hidden_states=_chosen(results, asked) if asked else None,
         )
         wants_tuple = self._takes("return_dict") and self._setting(options, "return_dict") is False
         return output.to_tuple() if wants_tuple else output
+
+    def _pooled(self, results: Results, all_states: bool) -> tuple[Tensor, Tensor]:
+        """A transformers tower's pooled and last hidden state: CLIP's last is before its LayerNorm, SigLIP's after."""
+        tower = self.tower
+        if not served.is_siglip(tower):
+            return tower.post_layernorm(results[-1][:, 0]), results[-1]
+        if not all_states:
+            return results[0], results[1]
+        last = tower.post_layernorm(results[-1])
+        return tower.head(last), last
 
     def _takes(self, option: str) -> bool:
         """Whether the tower's own forward knows an option. In some releases only the model around it does."""
@@ -178,7 +205,9 @@ class Forward:
     @property
     def task(self) -> Task:
         """The task whose results a tower returns unless it is asked for more."""
-        return ENCODE if served.is_clip(self.tower) else hidden_state(len(self.tower.encoder.layers))
+        if served.gives_embeddings(self.tower):
+            return ENCODE
+        return ENCODE_TOKENS if served.is_siglip(self.tower) else hidden_state(len(self.tower.encoder.layers))
 
     def _routed(self, images: Tensor, task: Task, asked: str | None = None) -> Results | None:
         """A task's results; None where the original forward must give them."""
@@ -235,13 +264,14 @@ class Forward:
             results = self._routed(images, task)
             if results is not None:
                 return results
-            if served.is_clip(self.tower):
+            if served.gives_embeddings(self.tower):
                 results = as_tuple(self._original(images))
             else:
                 all_states = task == HIDDEN_STATES
                 options = {"return_dict": True} if self._takes("return_dict") else {}
                 output = self._original(images, output_hidden_states=all_states, **options)
-                results = output.hidden_states if all_states else (output.last_hidden_state,)
+                pooled = (output.pooler_output,) if task == ENCODE_TOKENS else ()
+                results = output.hidden_states if all_states else (*pooled, output.last_hidden_state)
             weight = served.weight(self.tower)
             return tuple(result.to(weight.dtype).contiguous() for result in results)
 
@@ -294,6 +324,8 @@ class Forward:
 
     def _normalisation(self) -> tuple[Rgb, Rgb]:
         """Mean and deviation for raw pixels: open_clip's towers know their own."""
+        if served.is_siglip(self.tower):
+            return SIGLIP_MEAN, SIGLIP_STD
         mean, std = (getattr(self.tower, name, None) for name in ("image_mean", "image_std"))
         return (tuple(mean), tuple(std)) if mean and std else (IMAGE_MEAN, IMAGE_STD)  # pyright: ignore[reportReturnType]
 

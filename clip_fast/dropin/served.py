@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.layouts import hugging_face_keys
+from ..checkpoint.layouts import hugging_face_keys, timm_keys
 from ..engine.tower import Tower
 from ..errors import NotServed
 from ..towers import reference
-from ..towers.config import EPS, Activation, Config, ResNetConfig, VitConfig
+from ..towers.config import Activation, Config, ResNetConfig, SiglipConfig, VitConfig
 from . import instance
 
 _CLIP = {
@@ -34,9 +34,21 @@ _MODELING = (f"{_MODELS}.clip.modeling_clip.CLIP", f"{_MODELS}.metaclip_2.modeli
 _TRANSFORMERS = {f"{family}Vision{name}" for family in _MODELING for name in ("Transformer", "Model")}
 _PARTS = ("VisionEmbeddings", "Encoder", "EncoderLayer", "MLP", "Attention", "SdpaAttention", "FlashAttention2")
 
+_MODELING_SIGLIP = "transformers.models.siglip.modeling_siglip"
+_SIGLIP = {f"{_MODELING_SIGLIP}.SiglipVisionTransformer", f"{_MODELING_SIGLIP}.SiglipVisionModel"}  # as above
+_TIMM = {"timm.models.vision_transformer.VisionTransformer"}
+_TIMM_POOL = "timm.layers.attention_pool.AttentionPoolLatent"
+
 _KNOWN = (
     _CLIP
     | _TRANSFORMERS
+    | _SIGLIP
+    | _TIMM
+    | {f"{_MODELING_SIGLIP}.Siglip{name}" for name in ("VisionEmbeddings", "Encoder", "EncoderLayer", "MLP")}
+    | {f"{_MODELING_SIGLIP}.Siglip{name}" for name in ("Attention", "MultiheadAttentionPoolingHead")}
+    | {"timm.models.vision_transformer.Block", "timm.layers.patch_embed.PatchEmbed", _TIMM_POOL}
+    | {"timm.layers.attention.Attention", "timm.layers.mlp.Mlp", "timm.layers.norm.LayerNorm"}
+    | {"torch.nn.modules.dropout.Dropout"}
     | {f"clip.model.{name}" for name in ("Transformer", "ResidualAttentionBlock", "LayerNorm")}
     | {f"open_clip.transformer.{name}" for name in ("Transformer", "ResidualAttentionBlock", "LayerNorm")}
     | {"open_clip.transformer.LayerNormFp32"}
@@ -64,9 +76,11 @@ def find(model: nn.Module) -> list[nn.Module]:
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise NotServed("the model is a TorchScript program, whose parts cannot be replaced: load it with jit=False")
-    towers = [module for module in model.modules() if is_clip(module) or is_transformers(module)]
+    towers = [module for module in model.modules() if gives_embeddings(module) or is_transformers(module)]
     if not towers:
-        raise NotServed(f"no image tower of openai-clip, open_clip or transformers' CLIP in {_image_part(model)}")
+        raise NotServed(
+            f"no image tower of openai-clip, open_clip or transformers' CLIP or SigLIP in {_image_part(model)}"
+        )
     return towers
 
 
@@ -75,9 +89,27 @@ def is_clip(module: nn.Module) -> bool:
     return _class(module) in _CLIP
 
 
+def is_timm(module: nn.Module) -> bool:
+    """Whether it is a SigLIP tower of timm's, as in open_clip, which gives embeddings."""
+    return _class(module) in _TIMM and _class(getattr(module, "attn_pool", module)) == _TIMM_POOL
+
+
+def gives_embeddings(module: nn.Module) -> bool:
+    """Whether it is a tower whose result is embeddings, and perhaps patch tokens beside them."""
+    return is_clip(module) or is_timm(module)
+
+
 def is_transformers(module: nn.Module) -> bool:
-    """Whether it is a tower of transformers, which gives hidden states and has no projection."""
-    return _class(module) in _TRANSFORMERS and hasattr(module, "pre_layrnorm")
+    """Whether it is a tower of transformers, which gives hidden states. CLIP's has no projection."""
+    return is_siglip_of_transformers(module) or (_class(module) in _TRANSFORMERS and hasattr(module, "pre_layrnorm"))
+
+
+def is_siglip_of_transformers(module: nn.Module) -> bool:
+    return _class(module) in _SIGLIP and hasattr(module, "post_layernorm")
+
+
+def is_siglip(module: nn.Module) -> bool:
+    return is_timm(module) or is_siglip_of_transformers(module)
 
 
 def _class(module: nn.Module) -> str:
@@ -105,9 +137,9 @@ def read(tower: nn.Module) -> Tower:
         raise NotServed(f"its parts are not those that its class makes: {error}") from error
     with torch.device("meta"):
         plain: nn.Module = reference.build(config)
-    _check_modules(tower)
+    _check_modules(tower, config.eps)
     shapes = {name: tensor.shape for name, tensor in plain.state_dict().items()}
-    keys: Callable[[str], list[str]] = _transformers_keys if is_transformers(tower) else lambda name: [name]
+    keys = _keys(tower)
 
     def state_dict() -> dict[str, Tensor]:
         return _canonical(_checked(_weights(tower)), shapes, keys)
@@ -121,8 +153,12 @@ def read(tower: nn.Module) -> Tower:
 
 
 def _config(tower: Any) -> Config:
+    if is_siglip_of_transformers(tower):
+        return _siglip_config(tower)
     if is_transformers(tower):
         return _transformers_config(tower)
+    if is_timm(tower):
+        return _timm_config(tower)
     return _resnet_config(tower) if hasattr(tower, "attnpool") else _vit_config(tower)
 
 
@@ -134,6 +170,8 @@ def _weights(tower: nn.Module) -> dict[str, Tensor]:
 
 def _convolution(tower: nn.Module) -> Any:
     """The convolution that reads the images."""
+    if is_timm(tower):
+        return tower.get_submodule("patch_embed.proj")
     return tower.get_submodule("embeddings.patch_embedding" if is_transformers(tower) else "conv1")
 
 
@@ -144,7 +182,8 @@ def weight(tower: nn.Module) -> Tensor:
 
 JUDGED = (  # the attributes that `read` judges
     "eps", "num_heads", "attn_mask", "scale", "is_causal", "input_resolution", "image_size", "pool_type",
-    "final_ln_after_pool",
+    "final_ln_after_pool", "global_pool", "pool", "dynamic_img_size", "dynamic_img_pad", "flatten", "use_head",
+    "batch_first",
 )  # fmt: skip
 
 
@@ -190,6 +229,8 @@ def _canonical(
             raise NotServed(f"the tower has no {missing[0]}")
         parts = [state[key] for key in names]
         tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if tensor.shape == (1, *shape):  # timm keeps the batch's dimension
+            tensor = tensor[0]
         if tensor.shape != shape:
             raise NotServed(f"{names[0]} is {list(tensor.shape)}, expected {list(shape)}")
         result[name] = tensor
@@ -200,22 +241,30 @@ def _canonical(
     return result
 
 
+def _keys(tower: nn.Module) -> Callable[[str], list[str]]:
+    """What a tower calls the parts of a weight, given its canonical name."""
+    if is_timm(tower):
+        return timm_keys
+    return _transformers_keys if is_transformers(tower) else lambda name: [name]
+
+
 def _transformers_keys(name: str) -> list[str]:
     return [] if name == "proj" else [key.removeprefix("vision_model.") for key in hugging_face_keys(name)]
 
 
-def _check_modules(tower: Any) -> None:
+def _check_modules(tower: Any, expected: float) -> None:
+    """Checks that every module is known, and as its class makes it; `expected` is the epsilon of norms."""
     for name, module in _named(tower).items():
         name = name or "the tower"
-        if name.endswith((".gelu", ".activation_fn")):
+        if name.endswith((".gelu", ".activation_fn", ".act")):
             continue  # `_activation` judges it
         if _class(module) not in _KNOWN:
             raise NotServed(f"{name} is a {_class(module)}")
         if method := instance.replaced_method(module) or _patched(type(module)):
             raise NotServed(f"{name} has a {method} of its own")
         eps: float | None = getattr(module, "eps", None)
-        if eps is not None and eps != EPS:
-            raise NotServed(f"{name} has eps {eps}, expected {EPS}")
+        if eps is not None and eps != expected:
+            raise NotServed(f"{name} has eps {eps}, expected {expected}")
 
 
 def _patched(cls: type) -> str | None:
@@ -279,10 +328,12 @@ def _only(name: str, values: Iterator[Any]) -> Any:
     return different.pop()
 
 
-def _patch_size(convolution: Any) -> int:
+def _patch_size(convolution: Any, bias: bool = False) -> int:
     patch = _square("the patch", convolution.kernel_size)
     plain = tuple(convolution.stride) == (patch, patch) and convolution.padding in ((0, 0), "valid", 0)
-    _require(plain and convolution.bias is None, "the patch convolution has a bias, or overlapping or padded patches")
+    which = "has no bias" if bias else "has a bias"
+    wanted = plain and (convolution.bias is not None) == bias
+    _require(wanted, f"the patch convolution {which}, or overlapping or padded patches")
     _require(convolution.in_channels == 3, f"images have {convolution.in_channels} channels, expected 3")
     return patch
 
@@ -322,18 +373,7 @@ def _vit_config(tower: Any) -> VitConfig:
 
 def _transformers_config(tower: Any) -> VitConfig:
     """The shape of a transformers tower. Its projection is outside of it, and is the identity here."""
-    layers = list(tower.encoder.layers)
-    chosen = attention_setting(tower)
-    _require(chosen in _ATTENTIONS, f"its attention is {chosen!r}, not one of transformers' own")
-    embeddings = tower.embeddings
-    for i, layer in enumerate(layers):
-        own = layer.self_attn
-        plain = getattr(own, "scale", None) in (None, own.head_dim**-0.5) and not getattr(own, "is_causal", False)
-        _require(plain, f"encoder.layers.{i}.self_attn is causal, or has a scale of its own")
-    order: Tensor | None = getattr(embeddings, "position_ids", None)
-    if order is not None and not order.is_meta:
-        in_order = torch.arange(order.numel(), device=order.device)
-        _require(torch.equal(order.flatten().to(in_order), in_order), "its position_ids are not in order")
+    layers, embeddings = _transformers_layers(tower), tower.embeddings
     width = embeddings.patch_embedding.out_channels
     return VitConfig(
         image_size=_square("the image", embeddings.image_size),
@@ -345,6 +385,74 @@ def _transformers_config(tower: Any) -> VitConfig:
         mlp_ratio=layers[0].mlp.fc1.out_features / width,
         activation=_only("activation", (_activation(layer.mlp.activation_fn) for layer in layers)),
     )
+
+
+def _transformers_layers(tower: Any) -> list[Any]:
+    """The layers of a transformers tower, whose attention and positions are checked."""
+    layers = list(tower.encoder.layers)
+    chosen = attention_setting(tower)
+    _require(chosen in _ATTENTIONS, f"its attention is {chosen!r}, not one of transformers' own")
+    for i, layer in enumerate(layers):
+        own = layer.self_attn
+        plain = getattr(own, "scale", None) in (None, own.head_dim**-0.5) and not getattr(own, "is_causal", False)
+        _require(plain, f"encoder.layers.{i}.self_attn is causal, or has a scale of its own")
+    order: Tensor | None = getattr(tower.embeddings, "position_ids", None)
+    if order is not None and not order.is_meta:
+        in_order = torch.arange(order.numel(), device=order.device)
+        _require(torch.equal(order.flatten().to(in_order), in_order), "its position_ids are not in order")
+    return layers
+
+
+def _siglip_config(tower: Any) -> SiglipConfig:
+    """The shape of a SigLIP tower of transformers."""
+    layers, embeddings, head = _transformers_layers(tower), tower.embeddings, tower.head
+    attention = head.attention
+    _require(type(attention) is nn.MultiheadAttention, f"head.attention is a {_class(attention)}")
+    plain = attention.batch_first and attention.in_proj_weight is not None and not attention.add_zero_attn
+    _require(plain, "head.attention takes its tokens otherwise than transformers makes it")
+    return SiglipConfig(
+        image_size=_square("the image", embeddings.image_size),
+        patch_size=_patch_size(embeddings.patch_embedding, bias=True),
+        width=embeddings.patch_embedding.out_channels,
+        layers=len(layers),
+        heads=_only("heads", iter([attention.num_heads, *(layer.self_attn.num_heads for layer in layers)])),
+        mlp_width=layers[0].mlp.fc1.out_features,
+        activation=_only("activation", (_activation(mlp.activation_fn) for mlp in _mlps(layers, head))),
+    )
+
+
+def _timm_config(tower: Any) -> SiglipConfig:
+    """The shape of a SigLIP tower of timm's."""
+    blocks, pool, patches = list(tower.blocks), tower.attn_pool, tower.patch_embed
+    for name, module in _named(tower).items():
+        leaf = name.rpartition(".")[2]
+        if leaf in _TIMM_IDENTITIES or name in ("patch_embed.norm", "head"):
+            _require(type(module) is nn.Identity, f"{name} is a {_class(module)}")
+    plain = tower.num_prefix_tokens == 0 and not tower.dynamic_img_size and tower.global_pool == "map"
+    _require(plain, "the tower has class tokens, images of any size, or another pool")
+    _require(patches.flatten and not patches.dynamic_img_pad, "the patches are padded, or kept as a map")
+    attentions = [pool, *(block.attn for block in blocks)]
+    for attention in attentions:
+        _require(attention.scale == attention.head_dim**-0.5, "an attention has a scale of its own")
+        _require(getattr(attention, "gate", None) is None, "an attention has a gate")
+    _require(pool.pool == "token" and pool.latent_len == 1, "attn_pool has several queries")
+    _require(pool.pos_embed is None, "attn_pool has positions of its own")
+    return SiglipConfig(
+        image_size=_square("the image", patches.img_size),
+        patch_size=_patch_size(patches.proj, bias=True),
+        width=patches.proj.out_channels,
+        layers=len(blocks),
+        heads=_only("heads", (attention.num_heads for attention in attentions)),
+        mlp_width=blocks[0].mlp.fc1.out_features,
+        activation=_only("activation", (_activation(mlp.act) for mlp in _mlps(blocks, pool))),
+    )
+
+
+_TIMM_IDENTITIES = ("patch_drop", "norm_pre", "ls1", "ls2", "drop_path1", "drop_path2", "q_norm", "k_norm", "fc_norm")
+
+
+def _mlps(layers: list[Any], head: Any) -> list[Any]:
+    return [*(layer.mlp for layer in layers), head.mlp]
 
 
 def _resnet_config(tower: Any) -> ResNetConfig:
@@ -373,12 +481,12 @@ def _activation(module: nn.Module) -> Activation:
 
 def may_act_otherwise_in_training(module: nn.Module) -> bool:
     """Whether `acts_otherwise_in_training` may become true for a module when its settings change."""
-    return _has_a_mode(module) or hasattr(module, "dropout")
+    return _has_a_mode(module) or isinstance(module, nn.Dropout) or hasattr(module, "dropout")
 
 
 def acts_otherwise_in_training(module: nn.Module) -> bool:
     """Whether a module of a tower computes something else in training mode."""
-    dropout = getattr(module, "dropout", None)
+    dropout = module.p if isinstance(module, nn.Dropout) else getattr(module, "dropout", None)
     return _has_a_mode(module) or (isinstance(dropout, float) and dropout > 0)
 
 

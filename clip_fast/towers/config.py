@@ -1,23 +1,28 @@
-"""The shapes of CLIP's towers, and the tasks that an image tower can be given.
+"""The shapes of CLIP's and SigLIP's towers, and the tasks that an image tower can be given.
 
-Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021), section 2.4.
+Sources: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021), section 2.4;
+Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (2023), and "Scaling Vision Transformers" (2022), section
+3.2, for the head.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, get_args
 
-Activation = Literal["quick_gelu", "gelu"]
+Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 Rgb = tuple[float, float, float]  # a number for each colour channel
 TaskName = Literal["encode", "encode_tokens", "hidden_state", "hidden_states"]
 
 EPS = 1e-5  # the norms of every CLIP add it to the variance
+SIGLIP_EPS = 1e-6  # SigLIP's
 HEAD_DIM = 64  # in all of OpenAI's models, and open_clip's default
 RESNET_STRIDE = 32  # one pixel of the last map is so many pixels of the image
 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # per RGB channel of pixels scaled to [0, 1], over CLIP's training set
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)  # of every SigLIP
 
 
 class Task(NamedTuple):
@@ -41,6 +46,12 @@ def hidden_state(layer: int) -> Task:
     return Task("hidden_state", (layer,))
 
 
+def _require_activation(activation: str) -> None:
+    *names, last = map(repr, get_args(Activation))
+    if activation not in get_args(Activation):
+        raise ValueError(f"activation must be {', '.join(names)} or {last}, got {activation!r}")
+
+
 def _require_positive(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
@@ -49,14 +60,9 @@ def _require_positive(config: object, *names: str) -> None:
 
 
 @dataclass(frozen=True)
-class VitConfig:
-    """A Vision Transformer tower.
+class _TransformerConfig(ABC):
+    """What every Vision Transformer has. `image_size` and `patch_size` are in pixels."""
 
-    `image_size` and `patch_size` are in pixels. `embed_dim` is the width of the space shared with text. `eps` is that
-    of the LayerNorms. The representation leaves `eps` out, since the digests of existing output folders do.
-    """
-
-    family: ClassVar[str] = "a ViT"
     may_be_padded: ClassVar[bool] = True  # a row's result depends on that row alone
     tasks: ClassVar[tuple[TaskName, ...]] = ("encode", "encode_tokens", "hidden_state", "hidden_states")
 
@@ -65,34 +71,58 @@ class VitConfig:
     width: int
     layers: int
     heads: int
-    embed_dim: int
-    mlp_ratio: float = 4.0
-    activation: Activation = "quick_gelu"
-    eps: float = field(default=EPS, repr=False)
 
     def __post_init__(self) -> None:
-        _require_positive(self, "image_size", "patch_size", "width", "layers", "heads", "embed_dim", "mlp_ratio")
+        _require_positive(self, "image_size", "patch_size", "width", "layers", "heads")
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads, got width {self.width} and heads {self.heads}")
         if self.image_size < self.patch_size:
             raise ValueError(
                 f"image_size must be at least patch_size, got {self.image_size} and patch_size {self.patch_size}"
             )
-        if self.activation not in ("quick_gelu", "gelu"):
-            raise ValueError(f"activation must be 'quick_gelu' or 'gelu', got {self.activation!r}")
+
+    @property
+    @abstractmethod
+    def tokens(self) -> int:
+        """Length of the sequence."""
 
     @property
     def head_dim(self) -> int:
         return self.width // self.heads
 
     @property
-    def mlp_width(self) -> int:
-        return round(self.width * self.mlp_ratio)
-
-    @property
     def grid(self) -> int:
         """Patches along one side. Pixels past the last whole patch are not read, as in the strided convolution."""
         return self.image_size // self.patch_size
+
+    def _operations(self, mlp_width: int) -> float:
+        """About the operations for one image."""
+        return 2 * self.tokens * self.layers * (4 * self.width**2 + 2 * self.width * mlp_width)
+
+
+@dataclass(frozen=True)
+class VitConfig(_TransformerConfig):
+    """A Vision Transformer tower.
+
+    `image_size` and `patch_size` are in pixels. `embed_dim` is the width of the space shared with text. `eps` is that
+    of the LayerNorms. The representation leaves `eps` out, since the digests of existing output folders do.
+    """
+
+    family: ClassVar[str] = "a ViT"
+
+    embed_dim: int
+    mlp_ratio: float = 4.0
+    activation: Activation = "quick_gelu"
+    eps: float = field(default=EPS, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_positive(self, "embed_dim", "mlp_ratio")
+        _require_activation(self.activation)
+
+    @property
+    def mlp_width(self) -> int:
+        return round(self.width * self.mlp_ratio)
 
     @property
     def tokens(self) -> int:
@@ -107,7 +137,7 @@ class VitConfig:
     @property
     def operations(self) -> float:
         """About the operations for one image."""
-        return 2 * self.tokens * self.layers * (4 * self.width**2 + 2 * self.width * self.mlp_width)
+        return self._operations(self.mlp_width)
 
     def row_shapes(self, task: Task) -> list[tuple[int, ...]]:
         """The shapes of a task's results for one image."""
@@ -115,6 +145,55 @@ class VitConfig:
         return {
             "encode": [(self.embed_dim,)],
             "encode_tokens": [(self.embed_dim,), (self.tokens - 1, self.width)],
+            "hidden_state": [stream],
+            "hidden_states": [stream] * (self.layers + 1),
+        }[task.name]
+
+
+@dataclass(frozen=True)
+class SiglipConfig(_TransformerConfig):
+    """A Vision Transformer tower of SigLIP's, for one size of images.
+
+    It has no class token. Its embedding is the attention of one learned query to all tokens, through an MLP, and is as
+    wide as a token. `image_size` and `patch_size` are in pixels. `eps` is that of the LayerNorms.
+    """
+
+    family: ClassVar[str] = "a SigLIP"
+
+    mlp_width: int
+    activation: Activation = "gelu_tanh"
+    eps: float = field(default=SIGLIP_EPS, repr=False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_positive(self, "mlp_width")
+        _require_activation(self.activation)
+
+    @property
+    def embed_dim(self) -> int:
+        return self.width
+
+    @property
+    def tokens(self) -> int:
+        """Length of the sequence: the patches."""
+        return self.grid**2
+
+    @property
+    def launches(self) -> int:
+        """About the kernels that a GPU is launched for a batch."""
+        return 5 * self.layers + 7
+
+    @property
+    def operations(self) -> float:
+        """About the operations for one image."""
+        return self._operations(self.mlp_width)
+
+    def row_shapes(self, task: Task) -> list[tuple[int, ...]]:
+        """The shapes of a task's results for one image."""
+        stream = (self.tokens, self.width)
+        return {
+            "encode": [(self.width,)],
+            "encode_tokens": [(self.width,), stream],
             "hidden_state": [stream],
             "hidden_states": [stream] * (self.layers + 1),
         }[task.name]
@@ -220,4 +299,4 @@ class ResNetConfig:
         return [(self.embed_dim,)]
 
 
-Config = VitConfig | ResNetConfig
+Config = VitConfig | ResNetConfig | SiglipConfig

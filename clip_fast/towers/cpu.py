@@ -17,7 +17,7 @@ from .reference import QUICK_GELU_SLOPE
 # weights that are packed for that number, to 4 %.
 _PACKED_FOR = 1024
 # activation -> oneDNN's name for it, and for the algorithm where oneDNN has several
-_FUSED = {"none": ("none", ""), "swish": ("swish", ""), "gelu": ("gelu", "none")}
+_FUSED = {"none": ("none", ""), "swish": ("swish", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
 
 
 def _quick_gelu_(x: Tensor) -> Tensor:
@@ -29,6 +29,7 @@ _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "swish": torch.ops.aten.silu_.default,
     "quick_gelu": _quick_gelu_,
     "gelu": torch.ops.aten.gelu_.default,
+    "gelu_tanh": lambda x: torch.ops.aten.gelu_.default(x, approximate="tanh"),
 }
 
 
@@ -154,7 +155,13 @@ def one_query_attention(
     Returns:
         (B, H · D).
     """
-    u = torch.bmm(query.transpose(0, 1), key_weight).transpose(0, 1)  # W_kᵀ q, (B, H, W)
-    p = (torch.bmm(u, tokens.transpose(1, 2)) * query.shape[-1] ** -0.5).softmax(dim=-1)  # (B, H, N)
+    towards = torch.bmm(query.transpose(0, 1), key_weight).transpose(0, 1)  # W_kᵀ q, (B, H, W)
+    return attention_towards(towards, tokens, value_weight, value_bias)
+
+
+def attention_towards(towards: Tensor, tokens: Tensor, value_weight: Tensor, value_bias: Tensor) -> Tensor:
+    """`one_query_attention` where W_kᵀ q is known: `towards` (B, H, W)."""
+    scale = value_weight.shape[1] ** -0.5
+    p = (torch.bmm(towards, tokens.transpose(1, 2)) * scale).softmax(dim=-1)  # (B, H, N)
     z = torch.bmm(p, tokens)  # (B, H, W)
     return torch.bmm(z.transpose(0, 1), value_weight.transpose(1, 2)).transpose(0, 1).flatten(1) + value_bias

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from ..kernels.dispatch import triton_can_run
-from .config import Config, ResNetConfig, VitConfig
+from .config import Config, ResNetConfig, SiglipConfig, VitConfig
 from .fast import FastTower
 from .resnet import FastResNet
+from .siglip import FastSiglip
+from .siglip_cpu import CpuSiglip
 from .vit import FastVit, resampled
 from .vit_cpu import CpuVit
 
@@ -28,6 +30,7 @@ class Family:
 
 _FAMILIES: dict[type, Family] = {
     VitConfig: Family(FastVit, CpuVit, resampled),
+    SiglipConfig: Family(FastSiglip, CpuSiglip, resampled),
     ResNetConfig: Family(FastResNet, FastResNet),
 }
 

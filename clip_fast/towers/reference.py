@@ -1,19 +1,22 @@
-"""CLIP's two image encoders in plain PyTorch: the oracle for every fast path.
+"""The image encoders of CLIP and SigLIP in plain PyTorch: the oracle for every fast path.
 
 The code is to be read beside the papers. It follows the order in which data meets the parts, and does nothing clever.
 The modules work in any floating dtype, float64 included. They have OpenAI's parameter names, so that a canonical state
 dict (see `clip_fast.checkpoint`) loads without renaming. The ViT's modules take the inputs of `clip`'s modules, in the
-same layout: code that walks through its blocks, or hooks them, sees the same. Neither encoder normalises its output.
+same layout: code that walks through its blocks, or hooks them, sees the same. SigLIP's parts have the names of the
+ViT's, as far as it has them. No encoder normalises its output.
 
 Sources: Radford et al. 2021 (CLIP), section 2.4; Dosovitskiy et al. 2020 (ViT), section 3.1; He et al. 2018 ("Bag of
 tricks", ResNet-D stem) and Zhang 2019 (anti-aliased strides) for the modified ResNet; Hendrycks & Gimpel 2016, section
-2, for the sigmoid approximation of the GELU.
+2, for the approximations of the GELU; Zhai et al. 2023 (SigLIP), and Zhai et al. 2022 ("Scaling Vision Transformers"),
+section 3.2, for its head.
 
 Shapes: B images, N tokens, W width, H heads, D = W / H, P patch size, G patches a side, E embed_dim.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import cast
 
@@ -21,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .config import Activation, Config, ResNetConfig, Task, TextConfig, VitConfig
+from .config import Activation, Config, ResNetConfig, SiglipConfig, Task, TextConfig, VitConfig
 
 QUICK_GELU_SLOPE = 1.702
 
@@ -31,7 +34,16 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(QUICK_GELU_SLOPE * x)
 
 
-ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+def gelu_tanh(x: Tensor) -> Tensor:
+    """x (1 + tanh(√(2 / π) (x + 0.044715 x³))) / 2, the approximation of the GELU that SigLIP was trained with."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "quick_gelu": quick_gelu,
+    "gelu": F.gelu,
+    "gelu_tanh": gelu_tanh,
+}
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
@@ -60,16 +72,23 @@ class QuickGELU(nn.Module):
         return quick_gelu(x)
 
 
+_ACTIVATION_MODULES: dict[Activation, Callable[[], nn.Module]] = {
+    "quick_gelu": QuickGELU,
+    "gelu": nn.GELU,
+    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
+}
+
+
 class Mlp(nn.Sequential):
-    """Two linear layers with the activation between. (N, B, W) -> (N, B, W)."""
+    """Two linear layers with the activation between. (…, W) -> (…, W)."""
 
     c_fc: nn.Linear
     c_proj: nn.Linear
 
-    def __init__(self, config: VitConfig | TextConfig) -> None:
+    def __init__(self, config: VitConfig | SiglipConfig | TextConfig) -> None:
         super().__init__()
         self.c_fc = nn.Linear(config.width, config.mlp_width)
-        self.gelu = QuickGELU() if config.activation == "quick_gelu" else nn.GELU()
+        self.gelu = _ACTIVATION_MODULES[config.activation]()
         self.c_proj = nn.Linear(config.mlp_width, config.width)
 
 
@@ -79,7 +98,7 @@ class ResidualBlock(nn.Module):
     `attn_mask` is added to the scores of the queries and keys: (at least N, at least N), or None.
     """
 
-    def __init__(self, config: VitConfig | TextConfig, attn_mask: Tensor | None) -> None:
+    def __init__(self, config: VitConfig | SiglipConfig | TextConfig, attn_mask: Tensor | None) -> None:
         super().__init__()
         self.attn_mask = attn_mask
         self.ln_1 = nn.LayerNorm(config.width, eps=config.eps)
@@ -100,7 +119,7 @@ class ResidualBlock(nn.Module):
 class Transformer(nn.Module):
     """The stack of blocks, under the names that `clip` gives it. (N, B, W) -> (N, B, W)."""
 
-    def __init__(self, config: VitConfig | TextConfig, attn_mask: Tensor | None = None) -> None:
+    def __init__(self, config: VitConfig | SiglipConfig | TextConfig, attn_mask: Tensor | None = None) -> None:
         super().__init__()
         self.width, self.layers = config.width, config.layers
         self.resblocks = nn.Sequential(*(ResidualBlock(config, attn_mask) for _ in range(config.layers)))
@@ -112,7 +131,33 @@ class Transformer(nn.Module):
         return self.resblocks(x)
 
 
-class VisionTransformer(nn.Module):
+class TokenTower(nn.Module, ABC):
+    """A tower of tokens, and its results for every task."""
+
+    transformer: Transformer
+
+    @abstractmethod
+    def encode_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings, and the patch tokens (B, G², W) after ln_post."""
+
+    @abstractmethod
+    def hidden_state(self, images: Tensor, layer: int) -> Tensor:
+        """The residual stream (B, N, W) after `layer` blocks."""
+
+    def results(self, images: Tensor, task: Task) -> tuple[Tensor, ...]:
+        """The results of any task. Embeddings come from a call of the module, whose hooks run."""
+        match task.name:
+            case "encode":
+                return (self(images),)
+            case "encode_tokens":
+                return self.encode_tokens(images)
+            case "hidden_state":
+                return (self.hidden_state(images, *task.arguments),)
+            case "hidden_states":
+                return tuple(self.hidden_state(images, n) for n in range(len(self.transformer.resblocks) + 1))
+
+
+class VisionTransformer(TokenTower):
     """CLIP's Vision Transformer: images (B, 3, image_size, image_size) -> embeddings (B, E)."""
 
     def __init__(self, config: VitConfig) -> None:
@@ -132,18 +177,6 @@ class VisionTransformer(nn.Module):
         x = self.ln_post(self.hidden_state(images, len(self.transformer.resblocks))[:, 0])
         return x if self.proj is None else x @ self.proj  # (B, E)
 
-    def results(self, images: Tensor, task: Task) -> tuple[Tensor, ...]:
-        """The results of any task. Embeddings come from a call of the module, whose hooks run."""
-        match task.name:
-            case "encode":
-                return (self(images),)
-            case "encode_tokens":
-                return self.encode_tokens(images)
-            case "hidden_state":
-                return (self.hidden_state(images, *task.arguments),)
-            case "hidden_states":
-                return tuple(self.hidden_state(images, n) for n in range(len(self.transformer.resblocks) + 1))
-
     def encode_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings (B, E), and the patch tokens (B, G², W) after ln_post."""
         x = self.ln_post(self.hidden_state(images, len(self.transformer.resblocks)))
@@ -159,6 +192,58 @@ class VisionTransformer(nn.Module):
         for block in self.transformer.blocks()[:layer]:
             x = block(x)
         return x.transpose(0, 1)
+
+
+# --- SigLIP ----------------------------------------------------------------------------------------------------------
+
+
+class MapHead(nn.Module):
+    """Multihead attention pooling: a learned query attends to all tokens, and an MLP follows. (B, N, W) -> (B, W)."""
+
+    def __init__(self, config: SiglipConfig) -> None:
+        super().__init__()
+        self.query = random_parameter(1, 1, config.width, std=config.width**-0.5)
+        self.attn = nn.MultiheadAttention(config.width, config.heads, batch_first=True)
+        self.ln = nn.LayerNorm(config.width, eps=config.eps)
+        self.mlp = Mlp(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query = self.query.expand(len(x), -1, -1)  # (B, 1, W)
+        # With its weights, for the reason that `ResidualBlock.attention` gives.
+        x = self.attn(query, x, x, need_weights=True, average_attn_weights=False)[0][:, 0]
+        return x + self.mlp(self.ln(x))
+
+
+class SiglipTransformer(TokenTower):
+    """SigLIP's Vision Transformer: images (B, 3, image_size, image_size) -> embeddings (B, W)."""
+
+    def __init__(self, config: SiglipConfig) -> None:
+        super().__init__()
+        self.input_resolution, self.output_dim = config.image_size, config.embed_dim
+        self.conv1 = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
+        self.positional_embedding = random_parameter(config.tokens, config.width, std=config.width**-0.5)
+        self.transformer = Transformer(config)
+        self.ln_post = nn.LayerNorm(config.width, eps=config.eps)
+        self.map_head = MapHead(config)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.map_head(self._tokens(images))
+
+    def encode_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, W), and the tokens (B, N, W) after ln_post, which the head reads."""
+        x = self._tokens(images)
+        return self.map_head(x), x
+
+    def hidden_state(self, images: Tensor, layer: int) -> Tensor:
+        """The residual stream (B, N, W) after `layer` blocks."""
+        x = self.conv1(images).flatten(2).transpose(1, 2) + self.positional_embedding  # (B, N, W)
+        x = x.transpose(0, 1)  # (N, B, W)
+        for block in self.transformer.blocks()[:layer]:
+            x = block(x)
+        return x.transpose(0, 1)
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        return self.ln_post(self.hidden_state(images, len(self.transformer.resblocks)))
 
 
 # --- Modified ResNet -------------------------------------------------------------------------------------------------
@@ -257,12 +342,15 @@ class ModifiedResNet(nn.Module):
         return (self(images),)
 
 
-_TOWERS: dict[type, Callable[..., VisionTransformer | ModifiedResNet]] = {
+PlainTower = VisionTransformer | ModifiedResNet | SiglipTransformer
+
+_TOWERS: dict[type, Callable[..., PlainTower]] = {
     VitConfig: VisionTransformer,
     ResNetConfig: ModifiedResNet,
+    SiglipConfig: SiglipTransformer,
 }
 
 
-def build(config: Config) -> VisionTransformer | ModifiedResNet:
+def build(config: Config) -> PlainTower:
     """The plain encoder of `config` with random float32 weights, in evaluation mode."""
     return _TOWERS[type(config)](config).eval()

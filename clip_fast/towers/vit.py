@@ -22,16 +22,18 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import ops
-from .config import Rgb, TaskName, VitConfig
+from .config import Rgb, SiglipConfig, TaskName, VitConfig
 from .fast import FastTower, Results
 from .precision import Precision
+
+_Config = TypeVar("_Config", VitConfig, SiglipConfig)
 
 
 @dataclass(frozen=True)
@@ -84,96 +86,80 @@ class Vit(FastTower):
         """The residual stream (B, N, W) before the first block and after each: layers + 1 tensors."""
 
     @staticmethod
-    def activations(config: VitConfig) -> int:
+    def activations(config: VitConfig | SiglipConfig) -> int:
         """The peak in an MLP: x before and within the block, the attended tokens, the hidden layer and the result."""
         return config.tokens * (4 * config.width + config.mlp_width)
 
 
+class Folding:
+    """The weights of a plain tower, folded into operands in float32 or wider, and cast at the end."""
+
+    def __init__(self, state_dict: Mapping[str, Tensor], precision: Precision) -> None:
+        self.precision = precision
+        self.source = {name: tensor.detach().to(precision.wide) for name, tensor in state_dict.items()}
+
+    def operand(self, weight: Tensor) -> Tensor:
+        return ops.operand(weight, self.precision.weights, self.precision.products)
+
+    def pair(self, norm: str) -> tuple[Tensor, Tensor]:
+        """Gain and shift of a LayerNorm."""
+        return self.source[f"{norm}.weight"], self.source[f"{norm}.bias"]
+
+    def folded(self, weight: Tensor, bias: Tensor, norm: str | None = None) -> Folded:
+        if norm is None:
+            return Folded(self.operand(weight), bias)
+        gain, shift = self.pair(norm)
+        product = self.operand(weight * gain)
+        # Sum the rounded weight, in float64: the means in the product cancel against exactly these sums.
+        return Folded(product, bias + weight @ shift, product.double().sum(dim=1).to(self.precision.wide))
+
+    def block(self, prefix: str) -> Block:
+        return Block(
+            qkv=self.folded(*self._linear(f"{prefix}.attn.in_proj_"), norm=f"{prefix}.ln_1"),
+            out=self.linear(f"{prefix}.attn.out_proj"),
+            fc1=self.linear(f"{prefix}.mlp.c_fc", norm=f"{prefix}.ln_2"),
+            fc2=self.linear(f"{prefix}.mlp.c_proj"),
+        )
+
+    def linear(self, name: str, norm: str | None = None) -> Folded:
+        return self.folded(*self._linear(f"{name}."), norm=norm)
+
+    def _linear(self, prefix: str) -> tuple[Tensor, Tensor]:
+        return self.source[f"{prefix}weight"], self.source[f"{prefix}bias"]
+
+    def patches(self, position: Tensor, class_tokens: int, mean: Rgb, std: Rgb) -> dict[str, Tensor]:
+        """The operands of `patch_embed`, by their names in `KernelVit`. `position` has a row for each token."""
+        patch = self.source["conv1.weight"]  # (W, 3, P, P)
+        mu, sigma = (torch.tensor(x, dtype=torch.float64, device=patch.device)[:, None, None] for x in (mean, std))
+        # A pixel u enters as u − 128, see `ops.patch_embed`.
+        patch_uint8 = self.operand(patch.double() / (255 * sigma))
+        shift = (patch_uint8.double() * (128 - 255 * mu)).sum(dim=(1, 2, 3))
+        position_uint8 = position.clone()
+        position_uint8[class_tokens:] += shift.to(self.precision.wide)
+        return {
+            "patch": _pad_features(self.operand(patch)),
+            "position": position,
+            "patch_uint8": _pad_features(patch_uint8),
+            "position_uint8": position_uint8,
+        }
+
+
 @dataclass(frozen=True)
-class FastVit(Vit):
-    """A ViT as the kernels read it.
+class KernelVit(Vit):
+    """A ViT as the kernels read it, with or without a class token: its patches and its blocks.
 
     `patch` (W, K′) and `position` (N, W) are for normalised images. `patch_uint8` and `position_uint8` are for raw
     pixels, with the normalisation folded in. Weights are of the compute dtype. The terms that an epilogue adds are
     float32.
     """
 
-    config: VitConfig
+    config: VitConfig | SiglipConfig
     precision: Precision
     patch: Tensor
     position: Tensor
     patch_uint8: Tensor
     position_uint8: Tensor
-    ln_pre: tuple[Tensor, Tensor]
     blocks: tuple[Block, ...]
-    ln_post: tuple[Tensor, Tensor]
-    projection: Folded
-
-    @classmethod
-    def prepare(
-        cls, state_dict: Mapping[str, Tensor], config: VitConfig, precision: Precision, mean: Rgb, std: Rgb
-    ) -> FastVit:
-        """Folds the weights of `reference.VisionTransformer`, in float32 or wider, and casts them at the end."""
-        dtype, wide = precision.weights, precision.wide
-        source = {name: tensor.detach().to(wide) for name, tensor in state_dict.items()}
-
-        def operand(weight: Tensor) -> Tensor:
-            return ops.operand(weight, dtype, precision.products)
-
-        def folded(weight: Tensor, bias: Tensor, norm: str | None = None) -> Folded:
-            if norm is None:
-                return Folded(operand(weight), bias)
-            gain, shift = source[f"{norm}.weight"], source[f"{norm}.bias"]
-            product = operand(weight * gain)
-            # Sum the rounded weight, in float64: the means in the product cancel against exactly these sums.
-            return Folded(product, bias + weight @ shift, product.double().sum(dim=1).to(wide))
-
-        def block(prefix: str) -> Block:
-            def of(name: str) -> tuple[Tensor, Tensor]:
-                separator = "_" if name == "attn.in_proj" else "."
-                return source[f"{prefix}.{name}{separator}weight"], source[f"{prefix}.{name}{separator}bias"]
-
-            return Block(
-                qkv=folded(*of("attn.in_proj"), norm=f"{prefix}.ln_1"),
-                out=folded(*of("attn.out_proj")),
-                fc1=folded(*of("mlp.c_fc"), norm=f"{prefix}.ln_2"),
-                fc2=folded(*of("mlp.c_proj")),
-            )
-
-        patch = source["conv1.weight"]  # (W, 3, P, P)
-        position = source["positional_embedding"].clone()
-        position[0] += source["class_embedding"]
-        mu, sigma = (torch.tensor(x, dtype=torch.float64, device=patch.device)[:, None, None] for x in (mean, std))
-        # A pixel u enters as u − 128, see `ops.patch_embed`.
-        patch_uint8 = operand(patch.double() / (255 * sigma))
-        shift = (patch_uint8.double() * (128 - 255 * mu)).sum(dim=(1, 2, 3))
-        position_uint8 = position.clone()
-        position_uint8[1:] += shift.to(wide)
-        proj = source["proj"]
-        return cls(
-            config=config,
-            precision=precision,
-            patch=_pad_features(operand(patch)),
-            position=position,
-            patch_uint8=_pad_features(patch_uint8),
-            position_uint8=position_uint8,
-            ln_pre=(source["ln_pre.weight"], source["ln_pre.bias"]),
-            blocks=tuple(block(f"transformer.resblocks.{i}") for i in range(config.layers)),
-            ln_post=(source["ln_post.weight"], source["ln_post.bias"]),
-            projection=folded(proj.T, proj.new_zeros(config.embed_dim), norm="ln_post"),
-        )
-
-    # --- the encoder -------------------------------------------------------------------------------------------------
-
-    def encode(self, images: Tensor) -> Tensor:
-        x, statistics = self._after(images, self.config.layers - 1)
-        x, statistics = self._last_block(self.blocks[-1], x, statistics)
-        return self._project(x, statistics)
-
-    def encode_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        x, statistics = self._after(images, self.config.layers)
-        tokens, _ = ops.layer_norm(x, *self.ln_post, self.config.eps)
-        return self._project(x[:, 0], statistics[:, 0]), tokens[:, 1:]
 
     def hidden_state(self, images: Tensor, layer: int) -> Tensor:
         return self._after(images, layer)[0]
@@ -193,13 +179,22 @@ class FastVit(Vit):
             x, statistics = self._block(block, x, statistics)
         return x, statistics
 
+    @abstractmethod
     def _embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images -> tokens after ln_pre (B, N, W) and their row statistics."""
+        """Images -> the input of the first block (B, N, W) and its row statistics."""
+
+    def _patches(self, images: Tensor, class_token: bool) -> tuple[Tensor, Tensor]:
         raw = images.dtype == torch.uint8
         patch = self.patch_uint8 if raw else self.patch
         position = self.position_uint8 if raw else self.position
-        x = ops.patch_embed(images, patch, position, self.config.patch_size, precision=self.precision.products)
-        return ops.layer_norm(x, *self.ln_pre, self.config.eps, statistics=True)
+        return ops.patch_embed(
+            images,
+            patch,
+            position,
+            self.config.patch_size,
+            class_token=class_token,
+            precision=self.precision.products,
+        )
 
     def _block(self, block: Block, x: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
         """x + attention(ln_1(x)), then x + mlp(ln_2(x)), in five launches: x (B, N, W) and its row statistics."""
@@ -212,7 +207,75 @@ class FastVit(Vit):
             precision=self.precision.products,
         )
         x, statistics = self._added(block.out, attended, x)
-        return self._mlp(block, x, statistics)
+        return self._mlp(block.fc1, block.fc2, x, statistics)
+
+    def _mlp(self, fc1: Folded, fc2: Folded, x: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
+        return self._added(fc2, self._normed(fc1, x, statistics, self.config.activation), x)
+
+    def _normed(self, folded: Folded, x: Tensor, statistics: Tensor, activation: ops.Activation = "none") -> Tensor:
+        """activation(LN(x) Wᵀ + b), with the LayerNorm's gain and shift folded into the product."""
+        assert folded.colsum is not None
+        y, _ = ops.linear(
+            x,
+            folded.weight,
+            folded.bias,
+            norm=(statistics, folded.colsum),
+            activation=activation,
+            eps=self.config.eps,
+            precision=self.precision.products,
+        )
+        return y
+
+    def _added(self, folded: Folded, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x Wᵀ + b + residual, and its row statistics."""
+        products = self.precision.products
+        return ops.linear(x, folded.weight, folded.bias, residual=residual, statistics=True, precision=products)
+
+
+@dataclass(frozen=True)
+class FastVit(KernelVit):
+    """CLIP's ViT as the kernels read it."""
+
+    config: VitConfig
+    ln_pre: tuple[Tensor, Tensor]
+    ln_post: tuple[Tensor, Tensor]
+    projection: Folded
+
+    @classmethod
+    def prepare(
+        cls, state_dict: Mapping[str, Tensor], config: VitConfig, precision: Precision, mean: Rgb, std: Rgb
+    ) -> FastVit:
+        """Folds the weights of `reference.VisionTransformer`, in float32 or wider, and casts them at the end."""
+        folding = Folding(state_dict, precision)
+        position = folding.source["positional_embedding"].clone()
+        position[0] += folding.source["class_embedding"]
+        proj = folding.source["proj"]
+        return cls(
+            config=config,
+            precision=precision,
+            **folding.patches(position, 1, mean, std),
+            ln_pre=folding.pair("ln_pre"),
+            blocks=tuple(folding.block(f"transformer.resblocks.{i}") for i in range(config.layers)),
+            ln_post=folding.pair("ln_post"),
+            projection=folding.folded(proj.T, proj.new_zeros(config.embed_dim), norm="ln_post"),
+        )
+
+    # --- the encoder -------------------------------------------------------------------------------------------------
+
+    def encode(self, images: Tensor) -> Tensor:
+        x, statistics = self._after(images, self.config.layers - 1)
+        x, statistics = self._last_block(self.blocks[-1], x, statistics)
+        return self._project(x, statistics)
+
+    def encode_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        x, statistics = self._after(images, self.config.layers)
+        tokens, _ = ops.layer_norm(x, *self.ln_post, self.config.eps)
+        return self._project(x[:, 0], statistics[:, 0]), tokens[:, 1:]
+
+    def _embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images -> tokens after ln_pre (B, N, W) and their row statistics."""
+        x, _ = self._patches(images, class_token=True)
+        return ops.layer_norm(x, *self.ln_pre, self.config.eps, statistics=True)
 
     def _last_block(self, block: Block, x: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
         """`_block` for the class token alone: (B, N, W) -> (B, W), with its row statistics."""
@@ -234,50 +297,28 @@ class FastVit(Vit):
             precision=self.precision.products,
         )  # (B, W)
         x, statistics = self._added(block.out, attended, class_token)
-        return self._mlp(block, x, statistics)
-
-    def _mlp(self, block: Block, x: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
-        hidden = self._normed(block.fc1, x, statistics, self.config.activation)
-        return self._added(block.fc2, hidden, x)
+        return self._mlp(block.fc1, block.fc2, x, statistics)
 
     def _project(self, class_token: Tensor, statistics: Tensor) -> Tensor:
         """ln_post and projection of the class token: (B, W) -> (B, E)."""
         return self._normed(self.projection, class_token, statistics)
 
-    def _normed(self, folded: Folded, x: Tensor, statistics: Tensor, activation: ops.Activation = "none") -> Tensor:
-        """activation(LN(x) Wᵀ + b), with the LayerNorm's gain and shift folded into the product."""
-        assert folded.colsum is not None
-        y, _ = ops.linear(
-            x,
-            folded.weight,
-            folded.bias,
-            norm=(statistics, folded.colsum),
-            activation=activation,
-            eps=self.config.eps,
-            precision=self.precision.products,
-        )
-        return y
 
-    def _added(self, folded: Folded, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """x Wᵀ + b + residual, and its row statistics."""
-        products = self.precision.products
-        return ops.linear(x, folded.weight, folded.bias, residual=residual, statistics=True, precision=products)
-
-
-def resampled(state_dict: dict[str, Tensor], config: VitConfig, image_size: int) -> tuple[dict[str, Tensor], VitConfig]:
+def resampled(state_dict: dict[str, Tensor], config: _Config, image_size: int) -> tuple[dict[str, Tensor], _Config]:
     """The same tower for images of another size, with its positional embedding resampled bicubically, antialiased.
 
-    As in open_clip (`resize_pos_embed`), the class token's row is kept, and the patches' rows are a grid of W channels.
+    As in open_clip (`resize_pos_embed`), a class token's row is kept, and the patches' rows are a grid of W channels.
     """
     resized = replace(config, image_size=image_size)
     if resized.grid == config.grid:
         return state_dict, resized
     position = state_dict["positional_embedding"]
-    grid = position[1:].float().view(config.grid, config.grid, -1).permute(2, 0, 1)[None]  # (1, W, grid, grid)
+    class_rows = len(position) - config.grid**2
+    grid = position[class_rows:].float().view(config.grid, config.grid, -1).permute(2, 0, 1)[None]  # (1, W, grid, grid)
     size = (resized.grid, resized.grid)
     grid = F.interpolate(grid, size, mode="bicubic", antialias=True, align_corners=False)[0]
     patches = grid.permute(1, 2, 0).flatten(0, 1).to(position.dtype)
-    return state_dict | {"positional_embedding": torch.cat([position[:1], patches])}, resized
+    return state_dict | {"positional_embedding": torch.cat([position[:class_rows], patches])}, resized
 
 
 def _pad_features(patch: Tensor) -> Tensor:

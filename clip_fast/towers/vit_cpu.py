@@ -19,6 +19,7 @@ Shapes: B images, N = 1 + G tokens, W width, H heads, D = W / H, E embed_dim.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .config import Rgb, VitConfig
+from .config import Rgb, SiglipConfig, VitConfig
 from .cpu import Product, one_query_attention
 from .fast import normalised
 from .precision import Precision
@@ -37,92 +38,86 @@ from .vit import Vit
 
 
 @dataclass(frozen=True)
-class Block:
-    """One transformer block; LayerNorms are pairs of gain and shift."""
+class Mlp:
+    """A LayerNorm, a pair of gain and shift, and the MLP behind it."""
 
-    ln_1: tuple[Tensor, Tensor]
     ln_2: tuple[Tensor, Tensor]
-    qkv: Product
-    out: Product
     fc1: Product
     fc2: Product
 
 
 @dataclass(frozen=True)
-class CpuVit(Vit):
-    """A ViT as a CPU computes it. It also serves GPUs on which Triton cannot launch."""
+class Block(Mlp):
+    """One transformer block."""
 
-    config: VitConfig
+    ln_1: tuple[Tensor, Tensor]
+    qkv: Product
+    out: Product
+
+
+class Casting:
+    """The weights of a plain tower in the precision to compute in.
+
+    A product lays its weight out when it is first needed.
+    """
+
+    def __init__(
+        self, state_dict: Mapping[str, Tensor], config: VitConfig | SiglipConfig, precision: Precision
+    ) -> None:
+        self.source = {name: tensor.detach() for name, tensor in state_dict.items()}
+        self._width = config.width
+        self.dtype, self.wide = precision.weights, precision.wide
+        # QuickGELU(x) = swish(1.702 x) / 1.702
+        as_swish = config.activation == "quick_gelu" and self.dtype != torch.float16
+        self._slope, self._activation = (QUICK_GELU_SLOPE, "swish") if as_swish else (1.0, config.activation)
+        given = self.source["transformer.resblocks.0.mlp.c_fc.weight"].dtype
+        rounded_anyway = self.dtype.itemsize >= 4 or torch.finfo(given).eps < torch.finfo(self.dtype).eps
+        self._in_weights, self._beside = (self._slope, 1.0) if rounded_anyway else (1.0, self._slope)
+
+    def pair(self, name: str, dtype: torch.dtype | None = None, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Gain and shift of a LayerNorm."""
+        gain, shift = (self.source[f"{name}.{part}"].to(self.wide) * scale for part in ("weight", "bias"))
+        return gain.to(dtype or self.dtype), shift.to(dtype or self.dtype)
+
+    def product(self, name: str, bias_scale: float = 1.0, **options: Any) -> Product:
+        bias = self.source[f"{name}bias"].to(self.wide) * bias_scale
+        return Product(self.source[f"{name}weight"], bias.to(self.dtype), **options)
+
+    def patch(self) -> Product:
+        """The patch convolution, without a bias."""
+        weight = self.source["conv1.weight"].flatten(1)
+        return Product(weight, weight.new_zeros(self._width, dtype=self.dtype))
+
+    def mlp(self, prefix: str, norm: str) -> Mlp:
+        in_weights, beside = self._in_weights, self._beside
+        options = {"activation": self._activation, "scale": in_weights}
+        return Mlp(
+            ln_2=self.pair(norm, self.dtype if beside == 1 else self.wide, beside),
+            fc1=self.product(f"{prefix}.c_fc.", self._slope, **options),
+            fc2=self.product(f"{prefix}.c_proj.", beside, scale=1 / in_weights, alpha=1 / beside),
+        )
+
+    def block(self, i: int) -> Block:
+        prefix = f"transformer.resblocks.{i}"
+        mlp = self.mlp(f"{prefix}.mlp", f"{prefix}.ln_2")
+        return Block(
+            *(mlp.ln_2, mlp.fc1, mlp.fc2),
+            ln_1=self.pair(f"{prefix}.ln_1"),
+            qkv=self.product(f"{prefix}.attn.in_proj_"),
+            out=self.product(f"{prefix}.attn.out_proj."),
+        )
+
+
+@dataclass(frozen=True)
+class CpuBlocks(Vit):
+    """A ViT as a CPU computes it, with or without a class token: its patches and its blocks."""
+
+    config: VitConfig | SiglipConfig
     precision: Precision
     normalisation: tuple[Rgb, Rgb]  # mean and deviation
     patch: Product  # W of (W, 3 · P · P)
-    position: Tensor  # (N, W), the class embedding in its first row
-    ln_pre: tuple[Tensor, Tensor]
+    position: Tensor  # (N, W)
     blocks: tuple[Block, ...]
-    last_qkv: tuple[Tensor, Tensor]  # the last block's, unpacked: (3 · W, W) and (3 · W,), float32 at least
-    ln_post: tuple[Tensor, Tensor]  # float32 at least
-    proj: Tensor  # (W, E), float32 at least
-
-    @classmethod
-    def prepare(
-        cls, state_dict: Mapping[str, Tensor], config: VitConfig, precision: Precision, mean: Rgb, std: Rgb
-    ) -> CpuVit:
-        """Casts the weights of `reference.VisionTransformer`. A product lays its weight out when it is first needed."""
-        source = {name: tensor.detach() for name, tensor in state_dict.items()}
-
-        dtype, wide = precision.weights, precision.wide
-        # QuickGELU(x) = swish(1.702 x) / 1.702
-        as_swish = config.activation == "quick_gelu" and dtype != torch.float16
-        slope, activation = (QUICK_GELU_SLOPE, "swish") if as_swish else (1.0, config.activation)
-        given = source["transformer.resblocks.0.mlp.c_fc.weight"].dtype
-        rounded_anyway = dtype.itemsize >= 4 or torch.finfo(given).eps < torch.finfo(dtype).eps
-        in_weights, beside = (slope, 1.0) if rounded_anyway else (1.0, slope)
-
-        def pair(name: str, dtype: torch.dtype = dtype, scale: float = 1.0) -> tuple[Tensor, Tensor]:
-            gain, shift = (source[f"{name}.{part}"].to(wide) * scale for part in ("weight", "bias"))
-            return gain.to(dtype), shift.to(dtype)
-
-        def product(name: str, bias_scale: float = 1.0, **options: Any) -> Product:
-            bias = source[f"{name}bias"].to(wide) * bias_scale
-            return Product(source[f"{name}weight"], bias.to(dtype), **options)
-
-        def block(i: int) -> Block:
-            prefix = f"transformer.resblocks.{i}"
-            return Block(
-                ln_1=pair(f"{prefix}.ln_1"),
-                ln_2=pair(f"{prefix}.ln_2", dtype if beside == 1 else wide, beside),
-                qkv=product(f"{prefix}.attn.in_proj_"),
-                out=product(f"{prefix}.attn.out_proj."),
-                fc1=product(f"{prefix}.mlp.c_fc.", slope, activation=activation, scale=in_weights),
-                fc2=product(f"{prefix}.mlp.c_proj.", beside, scale=1 / in_weights, alpha=1 / beside),
-            )
-
-        position = source["positional_embedding"].to(wide, copy=True)
-        position[0] += source["class_embedding"]
-        patch = source["conv1.weight"].flatten(1)
-        last = f"transformer.resblocks.{config.layers - 1}.attn.in_proj"
-        return cls(
-            config=config,
-            precision=precision,
-            normalisation=(mean, std),
-            patch=Product(patch, patch.new_zeros(config.width, dtype=dtype)),
-            position=position.to(dtype),
-            ln_pre=pair("ln_pre"),
-            blocks=tuple(map(block, range(config.layers))),
-            last_qkv=(source[f"{last}_weight"].to(wide), source[f"{last}_bias"].to(wide)),
-            ln_post=pair("ln_post", wide),
-            proj=source["proj"].to(wide),
-        )
-
-    # --- the encoder -------------------------------------------------------------------------------------------------
-
-    def encode(self, images: Tensor) -> Tensor:
-        x = self.hidden_state(images, self.config.layers - 1)
-        return self._project(self._last_block(x))
-
-    def encode_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.hidden_state(images, self.config.layers)
-        return self._project(x[:, 0]), self._norm(x[:, 1:], self.ln_post)
 
     def hidden_state(self, images: Tensor, layer: int) -> Tensor:
         return deque(self._residual_stream(images, layer), maxlen=1).pop()
@@ -136,23 +131,81 @@ class CpuVit(Vit):
         A block may write over the tensor that was yielded before it.
         """
         config = self.config
-        x = self._norm(self._embed(normalised(images, self.precision.weights, *self.normalisation)), self.ln_pre)
+        x = self._embed(normalised(images, self.precision.weights, *self.normalisation))
         yield x
         rows = x.view(-1, config.width)  # of all images; the products read them and write over them
         for block in self.blocks[:layers]:
             qkv = block.qkv(self._norm(rows, block.ln_1)).view(*x.shape[:2], 3, config.heads, config.head_dim)
-            rows = block.out(_attention(qkv), residual=rows)
-            rows = block.fc2(block.fc1(self._norm(rows, block.ln_2)), residual=rows)
+            rows = self._mlp(block, block.out(_attention(qkv), residual=rows))
             yield rows.view(x.shape)
 
+    @abstractmethod
     def _embed(self, images: Tensor) -> Tensor:
-        """Class token and patches, with their positions: (B, N, W)."""
+        """The input of the first block: (B, N, W)."""
+
+    def _patches(self, images: Tensor) -> Tensor:
+        """The patches' products, behind a zero for a class token: (B, N, W)."""
         config = self.config
         b, g, p = len(images), config.grid, config.patch_size
-        rows = images.new_zeros(b, config.tokens, 3 * p * p)  # a class token's row stays zero
+        rows = images.new_zeros(b, config.tokens, 3 * p * p)
         patches = images.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5)  # (B, g, g, 3, P, P)
-        rows[:, 1:].view(b, g, g, 3, p, p).copy_(patches)
-        return self.patch(rows.flatten(0, 1)).view(b, config.tokens, config.width).add_(self.position)
+        rows[:, config.tokens - g * g :].view(b, g, g, 3, p, p).copy_(patches)
+        return self.patch(rows.flatten(0, 1)).view(b, config.tokens, config.width)
+
+    def _mlp(self, mlp: Mlp, rows: Tensor) -> Tensor:
+        """x + mlp(LN(x)); it may write over x."""
+        return mlp.fc2(mlp.fc1(self._norm(rows, mlp.ln_2)), residual=rows)
+
+    def _norm(self, x: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], *norm, self.config.eps)
+
+
+@dataclass(frozen=True)
+class CpuVit(CpuBlocks):
+    """CLIP's ViT as a CPU computes it. It also serves GPUs on which Triton cannot launch."""
+
+    config: VitConfig
+    ln_pre: tuple[Tensor, Tensor]
+    last_qkv: tuple[Tensor, Tensor]  # the last block's, unpacked: (3 · W, W) and (3 · W,), float32 at least
+    ln_post: tuple[Tensor, Tensor]  # float32 at least
+    proj: Tensor  # (W, E), float32 at least
+
+    @classmethod
+    def prepare(
+        cls, state_dict: Mapping[str, Tensor], config: VitConfig, precision: Precision, mean: Rgb, std: Rgb
+    ) -> CpuVit:
+        """Casts the weights of `reference.VisionTransformer`."""
+        casting = Casting(state_dict, config, precision)
+        source, wide = casting.source, precision.wide
+        position = source["positional_embedding"].to(wide, copy=True)
+        position[0] += source["class_embedding"]
+        in_proj = f"transformer.resblocks.{config.layers - 1}.attn.in_proj"
+        return cls(
+            config=config,
+            precision=precision,
+            normalisation=(mean, std),
+            patch=casting.patch(),
+            position=position.to(precision.weights),
+            ln_pre=casting.pair("ln_pre"),
+            blocks=tuple(map(casting.block, range(config.layers))),
+            last_qkv=(source[f"{in_proj}_weight"].to(wide), source[f"{in_proj}_bias"].to(wide)),
+            ln_post=casting.pair("ln_post", wide),
+            proj=source["proj"].to(wide),
+        )
+
+    # --- the encoder -------------------------------------------------------------------------------------------------
+
+    def encode(self, images: Tensor) -> Tensor:
+        x = self.hidden_state(images, self.config.layers - 1)
+        return self._project(self._last_block(x))
+
+    def encode_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.hidden_state(images, self.config.layers)
+        return self._project(x[:, 0]), self._norm(x[:, 1:], self.ln_post)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        """ln_pre of class token and patches, with their positions."""
+        return self._norm(self._patches(images).add_(self.position), self.ln_pre)
 
     def _last_block(self, x: Tensor) -> Tensor:
         """The last block for the class token alone, with its sums re-associated as in `kernels/attention_pool.py`.
@@ -166,16 +219,12 @@ class CpuVit(Vit):
         y = self._norm(x, block.ln_1).to(q_weight.dtype)
         q = F.linear(y[:, 0], q_weight.flatten(0, 1), q_bias).view(batch, h, d)
         attended = one_query_attention(q, y, k_weight, v_weight, v_bias).to(x.dtype)
-        class_token = block.out(attended, residual=x[:, 0].clone())
-        return block.fc2(block.fc1(self._norm(class_token, block.ln_2)), residual=class_token)
+        return self._mlp(block, block.out(attended, residual=x[:, 0].clone()))
 
     def _project(self, class_token: Tensor) -> Tensor:
         """ln_post and projection: (B, W) -> (B, E)."""
         projected = self._norm(class_token.to(self.proj.dtype), self.ln_post) @ self.proj
         return projected.to(class_token.dtype)
-
-    def _norm(self, x: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], *norm, self.config.eps)
 
 
 def _attention(qkv: Tensor) -> Tensor:

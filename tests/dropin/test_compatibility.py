@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import clip_fast
 from clip_fast.dropin.accelerate import is_accelerated
 from clip_fast.errors import NotServed
-from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD
+from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD, SIGLIP_MEAN, SIGLIP_STD, Rgb
 
 FAST, ORIGINAL = "fast", "original"
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
@@ -44,6 +44,7 @@ class Family:
     make: Callable[[], Any]
     refused: str = ""
     size: int = 224
+    normalisation: tuple[Rgb, Rgb] = (IMAGE_MEAN, IMAGE_STD)  # mean and deviation
 
 
 def openai_clip(*shape: Any) -> Callable[[], nn.Module]:
@@ -121,7 +122,13 @@ FAMILIES = [
     Family("open_clip_torch", "ViT-H-14-378-quickgelu, two layers", huge, size=378),
     Family("open_clip_torch", "RN50", open_clip("RN50")),
     Family("open_clip_torch", "coca_ViT-B-32", open_clip("coca_ViT-B-32"), refused="attn_pool is"),
-    Family("open_clip_torch", "ViT-B-16-SigLIP", open_clip("ViT-B-16-SigLIP"), refused="its visual.trunk is a timm"),
+    Family(
+        "open_clip_torch", "ViT-B-16-SigLIP", open_clip("ViT-B-16-SigLIP"), normalisation=(SIGLIP_MEAN, SIGLIP_STD)
+    ),
+    Family(
+        "open_clip_torch", "ViT-B-32-SigLIP2-256", open_clip("ViT-B-32-SigLIP2-256"), size=256,
+        normalisation=(SIGLIP_MEAN, SIGLIP_STD),
+    ),
     Family("open_clip_torch", "convnext_base", open_clip("convnext_base"), refused="its visual.trunk is a timm"),
     Family("transformers", "CLIPModel", transformers("CLIPModel", "CLIPConfig")),
     Family("transformers", "CLIPVisionModel", transformers("CLIPVisionModel", "CLIPVisionConfig")),
@@ -131,7 +138,15 @@ FAMILIES = [
     ),
     Family("transformers", "MetaClip2Model", transformers("MetaClip2Model", "MetaClip2Config")),
     Family("transformers", "LlavaForConditionalGeneration", llava),
-    Family("transformers", "SiglipModel", transformers("SiglipModel", "SiglipConfig"), "no image tower"),
+    Family(
+        "transformers", "SiglipModel", transformers("SiglipModel", "SiglipConfig"),
+        normalisation=(SIGLIP_MEAN, SIGLIP_STD),
+    ),
+    Family(
+        "transformers", "SiglipVisionModel", transformers("SiglipVisionModel", "SiglipVisionConfig"),
+        normalisation=(SIGLIP_MEAN, SIGLIP_STD),
+    ),
+    Family("transformers", "Siglip2Model", transformers("Siglip2Model", "Siglip2Config"), "no image tower"),
     Family("transformers", "Dinov2Model", transformers("Dinov2Model", "Dinov2Config"), "no image tower"),
     Family("sentence-transformers", "CLIPModel", sentence_transformers),
 ]  # fmt: skip
@@ -323,7 +338,7 @@ def test_a_family(family: Family) -> None:
     assert not no_longer_fast(family.package, version, family.name, cells)
     if hasattr(model, "encode"):
         return  # sentence-transformers take pictures
-    mean, std = (torch.tensor(x)[:, None, None] for x in (IMAGE_MEAN, IMAGE_STD))
+    mean, std = (torch.tensor(x)[:, None, None] for x in family.normalisation)
     raw = torch.randint(0, 256, images.shape, dtype=torch.uint8)
     with torch.no_grad():
         got, wanted = tensors(embeddings(model, raw)), tensors(embeddings(original, (raw / 255 - mean) / std))
@@ -355,4 +370,4 @@ def test_what_was_fast_in_an_earlier_version_stays_fast() -> None:
     assert not no_longer_fast("transformers", "4.0", "CLIPModel", {})
     assert {"embeddings", "hidden states"} <= no_longer_fast("transformers", "99.0", "CLIPModel", {})
     assert "embeddings" not in no_longer_fast("transformers", "99.0", "CLIPModel", {"embeddings": FAST})
-    assert not no_longer_fast("transformers", "99.0", "SiglipModel", {})
+    assert not no_longer_fast("transformers", "99.0", "Dinov2Model", {})

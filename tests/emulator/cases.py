@@ -81,6 +81,7 @@ EPILOGUES: dict[str, dict[str, Any]] = {
     "out": {"bias": True, "residual": True, "statistics": True},
     "fc1 quick_gelu": {"norm": True, "bias": True, "activation": "quick_gelu"},
     "fc1 gelu": {"norm": True, "bias": True, "activation": "gelu"},
+    "fc1 gelu_tanh": {"norm": True, "bias": True, "activation": "gelu_tanh"},
     "conv3 relu": {"scale": True, "bias": True, "residual": True, "activation": "relu"},
     "all": {"norm": True, "scale": True, "bias": True, "activation": "gelu", "residual": True, "statistics": True},
 }
@@ -92,6 +93,7 @@ _LINEAR = (
     ("out", 150, 320, 1024),
     ("fc1 quick_gelu", 140, 512, 1024),
     ("fc1 gelu", 50, 320, 256),
+    ("fc1 gelu_tanh", 140, 272, 208),  # 17 and 13 times 16, as 4304 is 269 times
     ("conv3 relu", 98, 320, 80),
     ("all", 150, 320, 200),
     ("out", 300, 640, 128),
@@ -120,7 +122,7 @@ def layer_norm(width: int, kind: Kind) -> Problem:
 # --- patch_embed -----------------------------------------------------------------------------------------------------
 
 
-def patch_embed(patch: int, images: str, kind: Kind) -> Problem:
+def patch_embed(patch: int, images: str, kind: Kind, *, class_token: bool = True) -> Problem:
     dtype = {"uint8": torch.uint8, "float32": torch.float32}.get(images, kind.dtype)
     batch, width = 3, 200
     rows, columns = (7, 7) if patch < 32 else (3, 7)
@@ -131,20 +133,24 @@ def patch_embed(patch: int, images: str, kind: Kind) -> Problem:
     weight = torch.zeros(width, -(-features // ops.PATCH_K_STEP) * ops.PATCH_K_STEP)
     weight[:, :features] = torch.randn(width, features) / features**0.5 / (64 if bytes_ else 1)
     weight = ops.operand(weight.to(kind.dtype), kind.dtype, kind.precision)
-    position = torch.randn(1 + rows * columns, width)
+    position = torch.randn(class_token + rows * columns, width)
 
     def call(guards: Guards) -> Any:
         pixels_, weight_, position_ = _copies(guards, pixels, weight, position)
-        return ops.patch_embed(pixels_, weight_, position_, patch, precision=kind.precision, impl="triton")
+        tokens, statistics = ops.patch_embed(
+            pixels_, weight_, position_, patch, class_token=class_token, precision=kind.precision, impl="triton"
+        )  # fmt: skip
+        return tokens if class_token else (tokens, statistics)
 
     def plain() -> Tensor:
-        return oracles.patch_embed(pixels if bytes_ else kind.cut(pixels.to(kind.dtype)), weight, position, patch)
+        cut = pixels if bytes_ else kind.cut(pixels.to(kind.dtype))
+        return oracles.patch_embed(cut, weight, position, patch, class_token)[0]
 
     def exact() -> Tensor:
         wide = pixels.double() - 128 if bytes_ else pixels.to(kind.dtype).double()
-        return oracles.patch_embed(wide, weight.double(), position.double(), patch)
+        return oracles.patch_embed(wide, weight.double(), position.double(), patch, class_token)[0]
 
-    return Problem(call, plain, exact)
+    return Problem(call, plain, exact, statistics=not class_token)
 
 
 # --- flash_attention -------------------------------------------------------------------------------------------------
@@ -171,15 +177,20 @@ def flash_attention(tokens: int, heads: int, head_dim: int, kind: Kind) -> Probl
 
 _ATTENTION = (
     (50, 2, 64), (197, 1, 64), (257, 1, 64), (257, 1, 80), (50, 2, 88), (197, 1, 104), (66, 1, 128), (1, 2, 64),
-    (67, 3, 40), (577, 1, 64),
+    (67, 3, 40), (577, 1, 64), (196, 1, 72),
 )  # fmt: skip
 
 
 # --- attention_pool, mean_token --------------------------------------------------------------------------------------
 
 
-def attention_pool(batch: int, heads: int, head_dim: int, tokens: int, resnet: bool, kind: Kind) -> Problem:
-    """A ViT's last block takes the class token, and normalises; a ResNet's pool takes the mean, and adds positions."""
+def attention_pool(
+    batch: int, heads: int, head_dim: int, tokens: int, resnet: bool, kind: Kind, *, shared: bool = False
+) -> Problem:
+    """A ViT's last block takes the class token, and normalises; a ResNet's pool takes the mean, and adds positions.
+
+    With `shared`, all images have one query, as in SigLIP's head.
+    """
     width, scale = heads * head_dim, head_dim**-0.5
     hidden = kind.random(batch, tokens, width)
     query = kind.random(batch, heads, head_dim)
@@ -187,6 +198,7 @@ def attention_pool(batch: int, heads: int, head_dim: int, tokens: int, resnet: b
         ops.operand(kind.random(heads, head_dim, width, scale=width**-0.5), kind.dtype, kind.precision)
         for _ in range(2)
     )
+    asked = ops.operand(torch.einsum("hd,hdw->hw", query[0], key_weight), kind.dtype, kind.precision)
     bias = torch.randn(width)
     first, rest = hidden[:, 0], hidden[:, 1:]
     statistics = None if resnet else row_statistics(hidden)
@@ -199,20 +211,23 @@ def attention_pool(batch: int, heads: int, head_dim: int, tokens: int, resnet: b
             whole = guards.copy(hidden)
             first_, rest_ = whole[:, 0], whole[:, 1:]
         query_, keys, values, bias_, statistics_, position_ = _copies(
-            guards, query, key_weight, value_weight, bias, statistics, position
-        )
+            guards, asked if shared else query, None if shared else key_weight, value_weight, bias, statistics, position
+        )  # fmt: skip
         return ops.attention_pool(
             query_, first_, rest_, keys, values, bias_, statistics=statistics_, position=position_, scale=scale,
             precision=kind.precision, impl="triton",
         )  # fmt: skip
+
+    def in_form(query: Tensor, first: Tensor, rest: Tensor, keys: Tensor, *others: Any) -> tuple[Any, ...]:
+        return (asked.to(query.dtype), first, rest, None, *others) if shared else (query, first, rest, keys, *others)
 
     def in_tf32() -> Tensor:
         x = torch.cat([first[:, None], rest if position is None else rest + position], dim=1)
         if statistics is not None:
             mean, rstd = merge_statistics(statistics, width, 1e-5)
             x = (x - mean[..., None]) * rstd[..., None]
-        asked = torch.einsum("bhd,hdw->bhw", kind.cut(query), key_weight)
-        score = torch.einsum("bhw,bnw->bhn", kind.cut(asked), kind.cut(x)) * scale
+        each = asked.expand(batch, -1, -1) if shared else torch.einsum("bhd,hdw->bhw", kind.cut(query), key_weight)
+        score = torch.einsum("bhw,bnw->bhn", kind.cut(each.contiguous()), kind.cut(x)) * scale
         p = (score - score.amax(-1, keepdim=True)).exp()
         others = torch.einsum("bhn,bnw->bhw", kind.cut(p[..., 1:].contiguous()), kind.cut(x[:, 1:].contiguous()))
         mixed = (others + p[..., :1] * x[:, :1]) / p.sum(-1, keepdim=True)
@@ -221,15 +236,13 @@ def attention_pool(batch: int, heads: int, head_dim: int, tokens: int, resnet: b
     def plain() -> Tensor:
         if kind.tf32:
             return in_tf32()
-        return oracles.attention_pool(
-            query, first, rest, key_weight, value_weight, bias, statistics, position, scale
-        )  # fmt: skip
+        tensors = query, first, rest, key_weight, value_weight, bias, statistics, position
+        return oracles.attention_pool(*in_form(*tensors), scale)
 
     def exact() -> Tensor:
         wide_statistics = None if resnet else row_statistics(hidden.double())
         tensors = query, first, rest, key_weight, value_weight, bias, wide_statistics, position
-        q, f, r, keys, values, b, s, p = _doubles(*tensors)
-        return oracles.attention_pool(q, f, r, keys, values, b, s, p, scale)
+        return oracles.attention_pool(*in_form(*_doubles(*tensors)), scale)
 
     return Problem(call, plain, exact)
 
@@ -267,6 +280,8 @@ def _cases() -> tuple[Case, ...]:
         for images in ("uint8", "its dtype", "float32"):
             kinds = ("fp16", "bf16") if images == "its dtype" else None
             add("patch_embed", f"P={patch} of {images}", partial(patch_embed, patch, images), kinds)
+    add("patch_embed", "P=14 without a class token", partial(patch_embed, 14, "uint8", class_token=False))
+    add("patch_embed", "P=16 without a class token", partial(patch_embed, 16, "its dtype", class_token=False))
     for epilogue, m, n, k in _LINEAR:
         add("linear", f"{epilogue} {m}x{n}x{k}", partial(linear, m, n, k, **EPILOGUES[epilogue]))
     for tokens, heads, head_dim in _ATTENTION:
@@ -274,6 +289,7 @@ def _cases() -> tuple[Case, ...]:
         add("flash_attention", name, partial(flash_attention, tokens, heads, head_dim))
     for name, arguments in _POOLS.items():
         add("attention_pool", name, partial(attention_pool, *arguments))
+    add("attention_pool", "SO400M/14 cut", partial(attention_pool, 2, 4, 72, 256, False, shared=True))
     for batch, positions, width in ((2, 49, 2048), (2, 197, 200)):
         add("mean_token", f"G={positions} W={width}", partial(mean_token, batch, positions, width), _WITHOUT_PRODUCTS)
     return tuple(cases)

@@ -50,6 +50,11 @@ class Pool:
             "statistics": guards.copy(row_statistics(hidden)) if statistics else None,
         }
 
+    def siglip(self, dtype: torch.dtype, guards: Guards) -> dict[str, Any]:
+        """Operands as in SigLIP's head: all images share the query, which has met the keys' weight."""
+        towards = torch.einsum("hd,hdw->hw", self.query[0], self.key_weight)
+        return {**self.vit(dtype, guards), "query": guards.copy(towards.to(dtype)), "key_weight": None}
+
     def resnet(self, dtype: torch.dtype, guards: Guards, channels_last: bool) -> dict[str, Any]:
         """Operands as in the pool of a ResNet: a feature map in one of the memory formats, and the mean token."""
         features, gap = self.tokens[:, 1:].to(dtype), 5
@@ -150,6 +155,30 @@ def test_awkward_sizes(
 ) -> None:
     draws = (Pool(batch, heads, head_dim, width, positions) for _ in range(1 + 7 // (batch * heads)))
     check(*(pool.vit(dtype, guards) for pool in draws))
+
+
+@pytest.mark.parametrize(
+    ("batch", "heads", "head_dim", "tokens", "dtype"),
+    [
+        (2, 12, 64, 196, torch.float16),
+        (1, 4, 72, 256, torch.bfloat16),
+        (3, 2, 40, 66, torch.bfloat16),
+        (2, 3, 72, 65, torch.float32),
+    ],
+)
+def test_head_of_siglip(
+    batch: int, heads: int, head_dim: int, tokens: int, dtype: torch.dtype, guards: Guards, launches: list[str]
+) -> None:
+    pool = Pool(batch, heads, head_dim, heads * head_dim, tokens - 1)
+    operands = pool.siglip(dtype, guards)
+    check(operands)
+    assert launches == LAUNCHES[1:]
+    # The same query, given for each image, is one rounding of W_kᵀ q away.
+    each = pool.vit(torch.float64, guards) | {"query": pool.query[:1].expand(batch, -1, -1)}
+    shared = pool.siglip(torch.float64, guards)
+    torch.testing.assert_close(
+        ops.attention_pool(**shared, impl="reference"), ops.attention_pool(**each, impl="reference")
+    )
 
 
 @pytest.mark.parametrize("statistics", [False, True])
@@ -319,11 +348,12 @@ def registered_calls(guards: Guards) -> list[tuple[Any, tuple[Any, ...]]]:
     return [
         (torch.ops.clip_fast.attention_pool.default, schema_order(pool.vit(torch.float32, guards))),
         (torch.ops.clip_fast.attention_pool.default, schema_order(pool.resnet(torch.float32, guards, True))),
+        (torch.ops.clip_fast.attention_pool.default, schema_order(pool.siglip(torch.float32, guards))),
         (torch.ops.clip_fast.mean_token.default, (features, torch.randn(72, device=DEVICE))),
     ]
 
 
-@pytest.mark.parametrize("which", range(3))
+@pytest.mark.parametrize("which", range(4))
 def test_registration(which: int, launches: list[str]) -> None:
     op, args = registered_calls(Guards())[which]
     torch.library.opcheck(op, args)

@@ -22,6 +22,7 @@ EPILOGUES: dict[str, dict[str, bool | str]] = {
     "out_residual": {"bias": True, "residual": True, "statistics": True},
     "ln_fc1_quick_gelu": {"norm": True, "bias": True, "activation": "quick_gelu"},
     "ln_fc1_gelu": {"norm": True, "bias": True, "activation": "gelu"},
+    "ln_fc1_gelu_tanh": {"norm": True, "bias": True, "activation": "gelu_tanh"},
     "conv1_relu": {"scale": True, "bias": True, "activation": "relu"},
     "conv3_residual_relu": {"scale": True, "bias": True, "residual": True, "activation": "relu"},
     "all": {"norm": True, "scale": True, "bias": True, "activation": "gelu", "residual": True, "statistics": True},
@@ -42,6 +43,8 @@ CASES = (
     ((50, 1024, 256), "ln_fc1_quick_gelu"),
     ((5, 1664, 1664), "ln_fc1_gelu"),  # ViT-bigG/14, cut
     ((2, 256, 6144), "out_residual"),  # ViT-g/14, fc2, cut
+    ((3, 4304, 1152), "ln_fc1_gelu_tanh"),  # SO400M, whose MLP's width no tile and no step divides
+    ((3, 1152, 4304), "out_residual"),
 )
 
 
@@ -286,7 +289,7 @@ def test_operands_in_any_layout(path: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ["quick_gelu", "gelu", "relu"])
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu", "gelu_tanh", "relu"])
 def test_activations_over_their_whole_range(activation: str, dtype: torch.dtype, guards: Guards) -> None:
     operands = Operands(1, 2048, 8, dtype, activation=activation)
     operands.x.zero_()
@@ -299,7 +302,7 @@ def test_activations_over_their_whole_range(activation: str, dtype: torch.dtype,
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("deviation", [0.5, 1.0, 2.0, 4.0])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu", "gelu_tanh"])
 def test_special_functions_at_their_worst(
     activation: str, dtype: torch.dtype, deviation: float, sign: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

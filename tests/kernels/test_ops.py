@@ -87,6 +87,7 @@ BAD: list[tuple[str, dict[str, Callable[[], Any]], str]] = [
     ("patch_embed", {"images": lambda: rand(2, 3, 16, 7)}, r"at least 8 pixels a side, got \[2, 3, 16, 7\]"),
     ("patch_embed", {"weight": lambda: rand(24, 190)}, r"weight must be \[width, 192\], got \[24, 190\]"),
     ("patch_embed", {"position": lambda: rand(4, 24)}, r"position must be \[5, 24\], got \[4, 24\]"),
+    ("patch_embed", {"class_token": lambda: False}, r"position must be \[4, 24\], got \[5, 24\]"),
     (
         "layer_norm",
         {"x": lambda: torch.zeros(2, 96, dtype=torch.int64)},
@@ -125,6 +126,11 @@ BAD: list[tuple[str, dict[str, Callable[[], Any]], str]] = [
     ("attention_pool", {"first": lambda: rand(2, 1, 64)}, r"first must be \[batch, width\], got \[2, 1, 64\]"),
     ("attention_pool", {"rest": lambda: rand(3, 5, 64)}, r"rest must be \[2, positions, 64\], got \[3, 5, 64\]"),
     ("attention_pool", {"query": lambda: rand(1, 2, 32)}, r"query must be \[2, heads, head_dim\], got \[1, 2, 32\]"),
+    (
+        "attention_pool",
+        {"query": lambda: rand(2, 32), "key_weight": lambda: None},
+        r"query must be \[2, 64\] without key_weight, got \[2, 32\]",
+    ),
     ("attention_pool", {"key_weight": lambda: rand(2, 32, 63)}, r"key_weight must be \[2, 32, 64\], got \[2, 32, 63\]"),
     ("attention_pool", {"value_weight": lambda: rand(2, 32, 64).half()}, r"value_weight must have the dtype of first"),
     ("attention_pool", {"value_bias": lambda: rand(63)}, r"value_bias must be \[64\], got \[63\]"),

@@ -25,7 +25,7 @@ def test_patch_embed(size: tuple[int, int]) -> None:
     images, weight = rand(2, 3, *size), rand(10, 640)  # patches of 14: 588 features, padded
     grid = (size[0] // 14, size[1] // 14)
     position = rand(1 + grid[0] * grid[1], 10)
-    got = oracles.patch_embed(images, weight, position, 14)
+    got = oracles.patch_embed(images, weight, position, 14)[0]
     for b in range(2):
         assert_equal(got[b, 0], position[0])
         for i in range(grid[0]):
@@ -35,14 +35,22 @@ def test_patch_embed(size: tuple[int, int]) -> None:
                 assert_equal(got[b, 1 + g], weight[:, :588] @ patch + position[1 + g])
 
 
+def test_patch_embed_without_a_class_token() -> None:
+    images, weight, position = rand(2, 3, 29, 45), rand(10, 640), rand(6, 10)
+    tokens, statistics = oracles.patch_embed(images, weight, position, 14, class_token=False)
+    behind_one = oracles.patch_embed(images, weight, torch.cat([position[:1], position]), 14)[0]
+    assert_equal(tokens, behind_one[:, 1:])
+    assert_equal(statistics, row_statistics(tokens))
+
+
 def test_patch_embed_of_uint8_folds_the_normalisation() -> None:
     raw = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8, device=DEVICE)
     mean, std = rand(3)[:, None, None], rand(3).abs()[:, None, None] + 0.1
     weight, position = rand(10, 3, 8, 8), rand(5, 10)
-    wanted = oracles.patch_embed((raw.double() / 255 - mean) / std, weight.flatten(1), position, 8)
+    wanted = oracles.patch_embed((raw.double() / 255 - mean) / std, weight.flatten(1), position, 8)[0]
     shifted = position.clone()
     shifted[1:] += (weight * (128 / 255 - mean) / std).sum(dim=(1, 2, 3))
-    assert_equal(oracles.patch_embed(raw, (weight / (255 * std)).flatten(1), shifted, 8), wanted)
+    assert_equal(oracles.patch_embed(raw, (weight / (255 * std)).flatten(1), shifted, 8)[0], wanted)
 
 
 @pytest.mark.parametrize("width", [1, 7, 64, 100])
@@ -74,7 +82,7 @@ def test_statistics_in_float32_survive_rows_far_from_zero() -> None:
     torch.testing.assert_close(rstd.double(), (x.var(dim=1, correction=0) + 1e-5) ** -0.5, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("activation", ["none", "quick_gelu", "gelu", "relu"])
+@pytest.mark.parametrize("activation", ["none", "quick_gelu", "gelu", "gelu_tanh", "relu"])
 def test_linear_with_everything(activation: str) -> None:
     x, residual, bias = rand(2, 3, 100), rand(2, 3, 40), rand(40)
     gain, shift, weight, scale = rand(100), rand(100), rand(40, 100), rand(40)
@@ -83,6 +91,8 @@ def test_linear_with_everything(activation: str) -> None:
         wanted = wanted / (1 + torch.exp(-1.702 * wanted))
     elif activation == "gelu":
         wanted = wanted * torch.special.ndtr(wanted)
+    elif activation == "gelu_tanh":
+        wanted = 0.5 * wanted * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (wanted + 0.044715 * wanted**3)))
     elif activation == "relu":
         wanted = wanted.clamp(min=0)
     folded = weight * gain
@@ -136,6 +146,25 @@ def test_pool_is_that_of_openai_clip(grid: int) -> None:
         assert_equal(attention.out_proj(pooled), wanted)
 
 
+def test_attention_pool_with_one_query_for_all_images() -> None:
+    """A learned query meets the keys' weights once, as PyTorch's own multi-head attention has it."""
+    width, heads = 32, 4
+    attention = nn.MultiheadAttention(width, heads, batch_first=True, dtype=torch.float64, device=DEVICE)
+    nn.init.normal_(attention.in_proj_bias)
+    query, tokens = rand(width), rand(3, 6, width)
+    with torch.no_grad():
+        wanted = attention(query.expand(3, 1, -1), tokens, tokens, need_weights=False)[0][:, 0]
+        q_weight, k_weight, v_weight = attention.in_proj_weight.view(3, heads, -1, width)
+        q_bias, _, v_bias = attention.in_proj_bias.chunk(3)
+        asked = q_weight @ query + q_bias.view(heads, -1)  # (H, D)
+        towards = torch.einsum("hd,hdw->hw", asked, k_weight)
+        scale = (width // heads) ** -0.5
+        pooled = oracles.attention_pool(
+            towards, tokens[:, 0], tokens[:, 1:], None, v_weight, v_bias, None, None, scale
+        )  # fmt: skip
+        assert_equal(attention.out_proj(pooled), wanted)
+
+
 def test_attention_pool_normalises_its_tokens() -> None:
     tokens, query = rand(2, 6, 64) * 3 + 5, rand(2, 2, 32)
     key_weight, value_weight, bias = rand(2, 32, 64) / 8, rand(2, 32, 64) / 8, rand(64)
@@ -155,7 +184,7 @@ def test_the_dtype_is_kept(dtype: torch.dtype) -> None:
 
     gain = torch.ones(64, device=DEVICE)
     results = [
-        oracles.patch_embed(low(1, 3, 8, 8), low(16, 192), rand(2, 16), 8),
+        oracles.patch_embed(low(1, 3, 8, 8), low(16, 192), rand(2, 16), 8)[0],
         oracles.layer_norm(low(3, 64), gain, gain)[0],
         oracles.linear(low(3, 64), low(8, 64), torch.ones(8, device=DEVICE))[0],
         oracles.flash_attention(low(1, 3, 3, 2, 8), 0.1),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from kernel_checks import DEVICE, DTYPES, Guards, assert_as_accurate, assert_same_bits, poison
+from kernel_checks import DEVICE, DTYPES, Guards, assert_as_accurate, assert_same_bits, assert_statistics_of, poison
 from torch import Tensor
 
 from clip_fast.kernels import ops, oracles
@@ -64,7 +64,7 @@ def matmul_in_order(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def in_float64(images: Tensor, weight: Tensor, position: Tensor, patch: int) -> Tensor:
-    return oracles.patch_embed(images, weight.double(), position.double(), patch)
+    return oracles.patch_embed(images, weight.double(), position.double(), patch)[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,10 +82,10 @@ def test_accuracy(
 ) -> None:
     images = guards.copy(images_of(image_dtype, batch, size))
     weight, position = (guards.copy(p) for p in parameters(patch, width, tokens_of(patch, size), dtype))
-    out = ops.patch_embed(images, weight, position, patch, impl="triton")
+    out = ops.patch_embed(images, weight, position, patch, impl="triton")[0]
     assert launches == ["_patch_embed_kernel"]
     assert out.is_contiguous()
-    plain = oracles.patch_embed(images, weight, position, patch)
+    plain = oracles.patch_embed(images, weight, position, patch)[0]
     assert_as_accurate(out, plain, in_float64(images, weight, position, patch))
     assert_same_bits(out[:, 0], position[0].to(dtype).expand(batch, -1))
 
@@ -97,8 +97,8 @@ def test_accuracy(
 def test_real_images(patch: int, width: int, batch: int, dtype: torch.dtype, guards: Guards) -> None:
     images = guards.copy(images_of(torch.uint8, batch, (224, 224)))
     weight, position = (guards.copy(p) for p in parameters(patch, width, tokens_of(patch, (224, 224)), dtype))
-    out = ops.patch_embed(images, weight, position, patch, impl="triton")
-    plain = oracles.patch_embed(images, weight, position, patch)
+    out = ops.patch_embed(images, weight, position, patch, impl="triton")[0]
+    plain = oracles.patch_embed(images, weight, position, patch)[0]
     assert_as_accurate(out, plain, in_float64(images, weight, position, patch))
 
 
@@ -107,8 +107,8 @@ def test_position_of_another_dtype(position_dtype: torch.dtype, guards: Guards) 
     images = images_of(torch.uint8, 2, (32, 48))
     weight, position = parameters(16, 100, 7, torch.float32)
     position = guards.copy(position.to(position_dtype))
-    out = ops.patch_embed(images, weight, position, 16, impl="triton")
-    plain = oracles.patch_embed(images, weight, position, 16)
+    out = ops.patch_embed(images, weight, position, 16, impl="triton")[0]
+    plain = oracles.patch_embed(images, weight, position, 16)[0]
     assert_as_accurate(out, plain, in_float64(images, weight, position, 16))
 
 
@@ -127,7 +127,7 @@ def test_strides_do_not_matter(patch: int, image_dtype: torch.dtype, guards: Gua
     size = (3 * patch, 2 * patch + 5)
     images = images_of(image_dtype, 2, size)
     weight, position = parameters(patch, 72, 7, torch.float16)
-    out = ops.patch_embed(guards.copy(images), weight, position, patch, impl="triton")
+    out = ops.patch_embed(guards.copy(images), weight, position, patch, impl="triton")[0]
 
     nhwc = guards.copy(images.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     batch_last = guards.copy(images.permute(1, 2, 3, 0)).permute(3, 0, 1, 2)
@@ -136,26 +136,45 @@ def test_strides_do_not_matter(patch: int, image_dtype: torch.dtype, guards: Gua
     crop = guards.copy(frame)[1::2, 1:4, 2:-3, 3:-1]
     for view in (nhwc, batch_last, crop):
         assert torch.equal(view, images)
-        assert_same_bits(ops.patch_embed(view, weight, position, patch, impl="triton"), out)
+        assert_same_bits(ops.patch_embed(view, weight, position, patch, impl="triton")[0], out)
 
 
 def test_parameters_of_any_strides(guards: Guards) -> None:
     images = images_of(torch.uint8, 2, (28, 42))
     weight, position = parameters(14, 72, 7, torch.float16)
-    out = ops.patch_embed(images, weight, position, 14, impl="triton")
+    out = ops.patch_embed(images, weight, position, 14, impl="triton")[0]
     gaps = [guards.copy(p, gap=24) for p in (weight, position)]
-    assert_same_bits(ops.patch_embed(images, *gaps, 14, impl="triton"), out)
+    assert_same_bits(ops.patch_embed(images, *gaps, 14, impl="triton")[0], out)
     transposed = [p.t().contiguous().t() for p in (weight, position)]
-    assert_same_bits(ops.patch_embed(images, *transposed, 14, impl="triton"), out)
+    assert_same_bits(ops.patch_embed(images, *transposed, 14, impl="triton")[0], out)
 
 
 @pytest.mark.parametrize("patch", [14, 16])
 def test_pixels_past_the_last_whole_patch_do_not_matter(patch: int, guards: Guards) -> None:
     images = images_of(torch.float32, 2, (2 * patch, 3 * patch))
     weight, position = parameters(patch, 72, 7, torch.float32)
-    out = ops.patch_embed(images, weight, position, patch, impl="triton")
+    out = ops.patch_embed(images, weight, position, patch, impl="triton")[0]
     larger = torch.nn.functional.pad(images, (0, patch - 1, 0, 5), value=NAN)
-    assert_same_bits(ops.patch_embed(guards.copy(larger), weight, position, patch, impl="triton"), out)
+    assert_same_bits(ops.patch_embed(guards.copy(larger), weight, position, patch, impl="triton")[0], out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("patch", "width", "image_dtype"), [(16, 192, torch.float32), (14, 100, torch.uint8)])
+def test_without_a_class_token(
+    patch: int, width: int, image_dtype: torch.dtype, dtype: torch.dtype, guards: Guards, launches: list[str]
+) -> None:
+    """The tokens are the patches alone, and their row statistics are left beside them."""
+    size = (7 * patch, 5 * patch)
+    images = guards.copy(images_of(image_dtype, 4, size))  # 140 rows: images cross the borders of tiles
+    weight, position = (guards.copy(p) for p in parameters(patch, width, 35, dtype))
+    out, statistics = ops.patch_embed(images, weight, position, patch, class_token=False, impl="triton")
+    assert launches == ["_patch_embed_kernel"]
+    plain = oracles.patch_embed(images, weight, position, patch, class_token=False)[0]
+    exact = oracles.patch_embed(images, weight.double(), position.double(), patch, class_token=False)[0]
+    assert_as_accurate(out, plain, exact)
+    assert_statistics_of(statistics, out)
+    behind_one = torch.cat([position[:1], position])
+    assert_same_bits(ops.patch_embed(images, weight, behind_one, patch, impl="triton")[0][:, 1:], out)
 
 
 # --- hostile pixels --------------------------------------------------------------------------------------------------
@@ -168,8 +187,8 @@ def test_hostile_bytes(kind: str, dtype: torch.dtype, guards: Guards) -> None:
     constant = {"black": 0, "grey": 127, "white": 255}
     images = guards.copy(coin * 255 if kind == "extremes" else torch.full_like(coin, constant[kind]))
     weight, position = (guards.copy(p) for p in parameters(14, 100, 10, dtype))
-    out = ops.patch_embed(images, weight, position, 14, impl="triton")
-    plain = oracles.patch_embed(images, weight, position, 14)
+    out = ops.patch_embed(images, weight, position, 14, impl="triton")[0]
+    plain = oracles.patch_embed(images, weight, position, 14)[0]
     assert_as_accurate(out, plain, in_float64(images, weight, position, 14))
 
 
@@ -187,8 +206,8 @@ def test_hostile_floats(kind: str, dtype: torch.dtype, guards: Guards) -> None:
         images *= 1e-3
     images = guards.copy(images)
     weight, position = (guards.copy(p) for p in parameters(14, 100, 10, dtype))
-    out = ops.patch_embed(images, weight, position, 14, impl="triton")
-    plain = oracles.patch_embed(images, weight, position, 14)
+    out = ops.patch_embed(images, weight, position, 14, impl="triton")[0]
+    plain = oracles.patch_embed(images, weight, position, 14)[0]
     assert_as_accurate(out, plain, in_float64(images, weight, position, 14))
 
 
@@ -197,16 +216,16 @@ def test_nan_stays_in_its_patch(patch: int, guards: Guards) -> None:
     """The features past 3 · P² lie in the next image, at last all NaN, and must not be multiplied by zero."""
     images = images_of(torch.float16, 3, (2 * patch, 3 * patch))
     weight, position = parameters(patch, 72, 7, torch.float16)
-    clean = ops.patch_embed(images, weight, position, patch, impl="triton")
+    clean = ops.patch_embed(images, weight, position, patch, impl="triton")[0]
     one = images.clone()
     one[1, 2, patch, 2 * patch - 1] = NAN  # patch 4
-    out = ops.patch_embed(guards.copy(one), weight, position, patch, impl="triton")
+    out = ops.patch_embed(guards.copy(one), weight, position, patch, impl="triton")[0]
     assert out[1, 5].isnan().all()
     out[1, 5] = clean[1, 5]
     assert_same_bits(out, clean)
 
     images[1] = NAN
-    out = ops.patch_embed(guards.copy(images), weight, position, patch, impl="triton")
+    out = ops.patch_embed(guards.copy(images), weight, position, patch, impl="triton")[0]
     assert out[1, 1:].isnan().all()
     assert_same_bits(out[1, 0], clean[1, 0])
     assert_same_bits(out[[0, 2]], clean[[0, 2]])
@@ -223,11 +242,11 @@ def test_an_image_does_not_depend_on_its_batch(
     monkeypatch.setattr(np, "matmul", matmul_in_order)  # the interpreter multiplies with it
     images = images_of(image_dtype, 5, (7 * patch, 7 * patch))  # 245 rows: images cross the borders of tiles
     weight, position = parameters(patch, 72, 50, dtype)
-    whole = ops.patch_embed(images, weight, position, patch, impl="triton")
-    reversed_ = ops.patch_embed(images.flip(0), weight, position, patch, impl="triton")
+    whole = ops.patch_embed(images, weight, position, patch, impl="triton")[0]
+    reversed_ = ops.patch_embed(images.flip(0), weight, position, patch, impl="triton")[0]
     assert_same_bits(reversed_.flip(0), whole)
     for i in range(5):
-        alone = ops.patch_embed(images[i : i + 1].clone(), weight, position, patch, impl="triton")
+        alone = ops.patch_embed(images[i : i + 1].clone(), weight, position, patch, impl="triton")[0]
         assert_same_bits(alone[0], whole[i])
 
 
@@ -240,14 +259,14 @@ def test_normalisation_folds_into_the_weight(patch: int, dtype: torch.dtype, gua
     weight = torch.randn(128, features, dtype=torch.float64, device=DEVICE) / features**0.5
     position = torch.randn(7, 128, dtype=torch.float64, device=DEVICE)
     normalised = (images.double() / 255 - MEAN) / DEVIATION
-    exact = oracles.patch_embed(normalised, padded(weight), position, patch)
-    plain = oracles.patch_embed(normalised.float(), padded(weight).to(dtype), position.float(), patch)
+    exact = oracles.patch_embed(normalised, padded(weight), position, patch)[0]
+    plain = oracles.patch_embed(normalised.float(), padded(weight).to(dtype), position.float(), patch)[0]
 
     per_channel = weight.view(128, 3, -1)
     shift = (per_channel * ((128 / 255 - MEAN) / DEVIATION).view(3, 1)).sum(dim=(1, 2))
     folded_weight = padded((per_channel / (255 * DEVIATION).view(3, 1)).flatten(1)).to(dtype)
     folded_position = torch.cat([position[:1], position[1:] + shift]).float()
-    out = ops.patch_embed(images, folded_weight, folded_position, patch, impl="triton")
+    out = ops.patch_embed(images, folded_weight, folded_position, patch, impl="triton")[0]
     assert_as_accurate(out, plain, exact)
 
 
@@ -255,14 +274,14 @@ def test_normalisation_folds_into_the_weight(patch: int, dtype: torch.dtype, gua
 def test_images_of_no_kernels_dtype(dtype: torch.dtype, guards: Guards) -> None:
     images = images_of(torch.float32, 2, (28, 42)).double()
     weight, position = parameters(14, 72, 7, dtype)
-    out = ops.patch_embed(guards.copy(images), weight, position, 14, impl="triton")
-    assert_same_bits(out, ops.patch_embed(images.to(dtype), weight, position, 14, impl="triton"))
+    out = ops.patch_embed(guards.copy(images), weight, position, 14, impl="triton")[0]
+    assert_same_bits(out, ops.patch_embed(images.to(dtype), weight, position, 14, impl="triton")[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_empty_batch(dtype: torch.dtype, launches: list[str]) -> None:
     weight, position = parameters(14, 72, 7, dtype)
-    out = ops.patch_embed(images_of(torch.uint8, 0, (28, 42)), weight, position, 14, impl="triton")
+    out = ops.patch_embed(images_of(torch.uint8, 0, (28, 42)), weight, position, 14, impl="triton")[0]
     assert out.shape == (0, 7, 72)
     assert out.dtype == dtype
     assert launches == []
@@ -272,8 +291,10 @@ def test_float64_takes_the_oracle(launches: list[str]) -> None:
     images = images_of(torch.uint8, 2, (32, 48))
     weight, position = parameters(16, 72, 7, torch.float64)
     with pytest.raises(RuntimeError, match="float64"):
-        ops.patch_embed(images, weight, position, 16, impl="triton")
-    assert_same_bits(ops.patch_embed(images, weight, position, 16), oracles.patch_embed(images, weight, position, 16))
+        ops.patch_embed(images, weight, position, 16, impl="triton")[0]
+    assert_same_bits(
+        ops.patch_embed(images, weight, position, 16)[0], oracles.patch_embed(images, weight, position, 16)[0]
+    )
     assert launches == []
 
 
@@ -284,12 +305,14 @@ def test_float64_takes_the_oracle(launches: list[str]) -> None:
 def test_opcheck(image_dtype: torch.dtype) -> None:
     images = images_of(image_dtype, 2, (28, 42))
     weight, position = parameters(14, 72, 7, torch.float32)
-    torch.library.opcheck(torch.ops.clip_fast.patch_embed.default, (images, weight, position, 14, "ieee"))
+    for class_token in (True, False):
+        arguments = images, weight, position[0 if class_token else 1 :], 14, class_token, "ieee"
+        torch.library.opcheck(torch.ops.clip_fast.patch_embed.default, arguments)
 
 
 class Embedding(torch.nn.Module):
     def forward(self, images: Tensor, weight: Tensor, position: Tensor) -> Tensor:
-        return 2 * ops.patch_embed(images, weight, position, 14)
+        return 2 * ops.patch_embed(images, weight, position, 14)[0]
 
 
 def test_compile_and_export(launches: list[str]) -> None:

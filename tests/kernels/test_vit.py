@@ -12,8 +12,9 @@ from kernel_checks import DEVICE, DTYPES, Guards, assert_same_bits
 from random_towers import random_tower, relative_error, worst_cosine
 from torch import Tensor
 
-from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD, VitConfig
+from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD, SIGLIP_MEAN, SIGLIP_STD, SiglipConfig, VitConfig
 from clip_fast.towers.precision import BY_DTYPE
+from clip_fast.towers.siglip import FastSiglip
 from clip_fast.towers.vit import FastVit
 
 # Small enough to interpret. Head sizes 64 and 80, patches of 16 and 14, both activations, tokens 17 and 10.
@@ -90,6 +91,48 @@ def draws(
         x = images(config, 6).to(dtype)
         got, wanted = weights.encode(x), tower.double()(x.double())
         yield got, tower.to(dtype)(x), wanted
+
+
+SIGLIP = SiglipConfig(56, 14, width=144, layers=2, heads=2, mlp_width=272)  # a head size of 72, as SO400M/14 has
+
+
+def siglip(dtype: torch.dtype) -> tuple[torch.nn.Module, FastSiglip]:
+    tower = random_tower(SIGLIP)
+    tower.load_state_dict({name: tensor.to(dtype) for name, tensor in tower.state_dict().items()})
+    tower = tower.to(DEVICE)
+    return tower, FastSiglip.prepare(tower.state_dict(), SIGLIP, BY_DTYPE[dtype], SIGLIP_MEAN, SIGLIP_STD)
+
+
+def test_the_launches_of_siglip(launches: list[str]) -> None:
+    """The head's W_kᵀ q is no launch, and no LayerNorm is one."""
+    _, weights = siglip(torch.float16)
+    weights.encode(torch.randn(1, 3, 56, 56, device=DEVICE))
+    block = ["_linear_kernel", "_flash_attention_kernel", "_linear_kernel", "_linear_kernel", "_linear_kernel"]
+    head = ["_scores_kernel", "_weighted_sum_kernel", "_head_linear_kernel", *["_linear_kernel"] * 3]
+    assert launches == ["_patch_embed_kernel", *block, *block, *head]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_accuracy_of_siglip(dtype: torch.dtype, guards: Guards) -> None:
+    results = []
+    for _ in range(6):
+        tower, weights = siglip(dtype)
+        x = torch.randn(6, 3, 56, 56, device=DEVICE).to(dtype)
+        got, wanted = weights.encode(x), tower.double()(x.double())
+        results.append((got, tower.to(dtype)(x), wanted))
+    got, plain, wanted = map(torch.cat, zip(*results, strict=True))
+    assert relative_error(got, wanted) <= (2.5 if dtype == torch.float32 else 1.1) * relative_error(plain, wanted)
+    assert worst_cosine(got, wanted) >= 0.9999
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_image_has_one_embedding_by_siglip(dtype: torch.dtype) -> None:
+    _, weights = siglip(dtype)
+    x = torch.randn(5, 3, 56, 56, device=DEVICE).to(dtype)
+    whole = weights.encode(x)
+    assert_same_bits(weights.encode(x[3:4]), whole[3:4])
+    assert_same_bits(weights.encode(x[[3, 1]]), whole[[3, 1]])
 
 
 @pytest.mark.slow

@@ -59,7 +59,7 @@ def test_the_normalisation_is_clips() -> None:
         ({"width": 0}, "width must be positive, got 0"),
         ({"heads": 7}, "width must be a multiple of heads"),
         ({"image_size": 16}, "image_size must be at least patch_size"),
-        ({"activation": "relu"}, "activation must be 'quick_gelu' or 'gelu', got 'relu'"),
+        ({"activation": "relu"}, "activation must be 'quick_gelu', 'gelu' or 'gelu_tanh', got 'relu'"),
     ],
 )
 def test_a_senseless_vit_is_refused(changes: dict[str, object], message: str) -> None:

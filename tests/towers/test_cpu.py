@@ -13,9 +13,15 @@ from torch import Tensor
 from clip_fast import pytorch
 from clip_fast.towers import cpu
 from clip_fast.towers.cpu import Product
-from clip_fast.towers.reference import quick_gelu
+from clip_fast.towers.reference import gelu_tanh, quick_gelu
 
-ACTIVATIONS = {"none": lambda x: x, "swish": F.silu, "quick_gelu": quick_gelu, "gelu": F.gelu}
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "swish": F.silu,
+    "quick_gelu": quick_gelu,
+    "gelu": F.gelu,
+    "gelu_tanh": gelu_tanh,
+}
 ROWS = [1, 50, 300]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 DRAWS = 32  # their errors are pooled, since for one row of 160 numbers the ratio of two errors scatters by 20 %

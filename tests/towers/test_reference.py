@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from bench.models import OPEN_CLIP_MODELS
 from clip_fast.checkpoint.published import OPENAI_MODELS
 from clip_fast.towers import reference
-from clip_fast.towers.config import Config, ResNetConfig, VitConfig
+from clip_fast.towers.config import ENCODE_TOKENS, HIDDEN_STATES, Config, ResNetConfig, SiglipConfig, VitConfig
 
 BOUND = {torch.float32: 1e-5, torch.float64: 1e-10}
 
@@ -158,3 +158,64 @@ def test_embeddings_are_not_normalised() -> None:
         short = tower(torch.randn(4, 3, 32, 32))
         tower.proj *= 3
         assert not torch.allclose(short.norm(dim=-1), torch.ones(4))
+
+
+# --- SigLIP ----------------------------------------------------------------------------------------------------------
+
+# Every published shape of a block: widths, head sizes, MLPs, and numbers of tokens.
+SIGLIP = {
+    "B/16 at 224": SiglipConfig(224, 16, width=768, layers=2, heads=12, mlp_width=3072),
+    "L/16 at 256": SiglipConfig(256, 16, width=1024, layers=1, heads=16, mlp_width=4096),
+    "SO400M/14 at 384": SiglipConfig(384, 14, width=1152, layers=1, heads=16, mlp_width=4304),
+}
+TINY_SIGLIP = SiglipConfig(70, 16, width=72, layers=3, heads=3, mlp_width=136)  # pixels past the last whole patch
+
+
+def siglip_of(config: SiglipConfig) -> nn.Module:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    return transformers.SiglipVisionModel(
+        transformers.SiglipVisionConfig(
+            hidden_size=config.width, intermediate_size=config.mlp_width, num_hidden_layers=config.layers,
+            num_attention_heads=config.heads, image_size=config.image_size, patch_size=config.patch_size,
+        )
+    ).eval()  # fmt: skip
+
+
+def renamed_siglip(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of transformers' SigLIP under the names of the plain tower."""
+    renamed: dict[str, Tensor] = {}
+    for key, tensor in state.items():
+        key = key.removeprefix("vision_model.")
+        for theirs, ours in {
+            "embeddings.patch_embedding": "conv1", "embeddings.position_embedding.weight": "positional_embedding",
+            "encoder.layers": "transformer.resblocks", "layer_norm": "ln_", "self_attn": "attn",
+            "post_layernorm": "ln_post", "head.probe": "map_head.query", "head.attention": "map_head.attn",
+            "head.layernorm": "map_head.ln", "head.mlp": "map_head.mlp", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+        }.items():  # fmt: skip
+            key = key.replace(theirs, ours)
+        renamed[key] = tensor
+    for prefix in {key.rpartition(".q_proj.")[0] for key in renamed if ".q_proj." in key}:
+        for part in ("weight", "bias"):
+            parts = [renamed.pop(f"{prefix}.{name}_proj.{part}") for name in "qkv"]
+            renamed[f"{prefix}.in_proj_{part}"] = torch.cat(parts)
+    return renamed
+
+
+@pytest.mark.parametrize("dtype", BOUND, ids=str)
+@pytest.mark.parametrize("config", [TINY_SIGLIP, *SIGLIP.values()], ids=["tiny", *SIGLIP])
+def test_siglip_of_transformers(config: SiglipConfig, dtype: torch.dtype) -> None:
+    theirs = siglip_of(config)
+    randomise(theirs)
+    ours = reference.build(config)
+    ours.load_state_dict(renamed_siglip(theirs.state_dict()))
+    theirs, ours, x = theirs.to(dtype), ours.to(dtype), images(config, dtype)[:1]
+    with torch.no_grad():
+        wanted = theirs(pixel_values=x, output_hidden_states=True)
+        embeddings, tokens = ours.results(x, ENCODE_TOKENS)
+        assert relative_error(embeddings, wanted.pooler_output) < BOUND[dtype]
+        assert relative_error(tokens, wanted.last_hidden_state) < BOUND[dtype]
+        assert relative_error(ours(x), wanted.pooler_output) < BOUND[dtype]
+        states = ours.results(x, HIDDEN_STATES)
+    assert len(states) == len(wanted.hidden_states) == config.layers + 1
+    for got, expected in zip(states, wanted.hidden_states, strict=True):
+        assert relative_error(got, expected) < BOUND[dtype]
