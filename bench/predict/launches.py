@@ -72,10 +72,10 @@ def launches_of(config: VitConfig | SiglipConfig, batch: int, precision: str, de
 
 @cache
 def _tower(config: VitConfig | SiglipConfig, precision: str) -> KernelVit:
-    kind: type[KernelVit] = FastSiglip if isinstance(config, SiglipConfig) else FastVit
+    prepare: Callable[..., KernelVit] = FastSiglip.prepare if isinstance(config, SiglipConfig) else FastVit.prepare
     with torch.device("meta"):
         state = reference.build(config).state_dict()
-        return kind.prepare(state, config, precisions.BY_NAME[precision], IMAGE_MEAN, IMAGE_STD)
+        return prepare(state, config, precisions.BY_NAME[precision], IMAGE_MEAN, IMAGE_STD)
 
 
 def _launch(arch: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
