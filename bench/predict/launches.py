@@ -72,10 +72,12 @@ def launches_of(config: VitConfig | SiglipConfig, batch: int, precision: str, de
 
 @cache
 def _tower(config: VitConfig | SiglipConfig, precision: str) -> KernelVit:
-    kind: type[KernelVit] = FastSiglip if isinstance(config, SiglipConfig) else FastVit
     with torch.device("meta"):
         state = reference.build(config).state_dict()
-        return kind.prepare(state, config, precisions.BY_NAME[precision], IMAGE_MEAN, IMAGE_STD)
+        settings = precisions.BY_NAME[precision], IMAGE_MEAN, IMAGE_STD
+        if isinstance(config, SiglipConfig):
+            return FastSiglip.prepare(state, config, *settings)
+        return FastVit.prepare(state, config, *settings)
 
 
 def _launch(arch: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
