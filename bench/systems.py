@@ -124,6 +124,7 @@ def _open_clip_tower(task: Task) -> nn.Module:
         towers: Any = importlib.import_module("open_clip.modified_resnet")
         tower = towers.ModifiedResNet(c.layers, c.embed_dim, c.heads, c.image_size, c.width)
     else:
+        assert isinstance(c, VitConfig)
         towers = importlib.import_module("open_clip.transformer")
         activation = towers.QuickGELU if c.activation == "quick_gelu" else nn.GELU
         tower = towers.VisionTransformer(

@@ -6,6 +6,7 @@ are there for `isinstance`.
 
 from __future__ import annotations
 
+from abc import ABCMeta
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -142,7 +143,7 @@ def _rename_old(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: 
         state_dict[prefix + name.removeprefix(old)] = state_dict.pop(name)
 
 
-class _Clips(type):
+class _Clips(ABCMeta):
     """A class under its name in `clip.model`. What is made of its base is an instance of it too."""
 
     def __instancecheck__(cls, instance: object) -> bool:

@@ -122,6 +122,7 @@ def _linears(model: str, config: Config, batch: int, precision: str) -> Iterator
         yield contest("last block's fc2+residual", 1, batch, w, mlp, residual=True)
         yield contest("ln_post+projection", 1, batch, config.embed_dim, w, norm=True)
         return
+    assert isinstance(config, ResNetConfig)
     width, grid = config.width, config.image_size // 4  # of the map that the stage reads
     for stage, layers in enumerate(config.layers):
         planes, rows = config.width << stage, batch * grid**2
@@ -345,6 +346,7 @@ def _pools(model: str, config: Config, batch: int, precision: str) -> Iterator[C
     """Attention with one query for each image: a ViT's class token in its last block, or a ResNet's mean token."""
     dtype, n, heads = DTYPES[precision], config.tokens, config.heads
     vit = isinstance(config, VitConfig)
+    assert vit or isinstance(config, ResNetConfig)
     w = config.width if vit else config.features
     head_dim, scale = w // heads, (w // heads) ** -0.5
 

@@ -218,7 +218,7 @@ def attention_pool(
             precision=kind.precision, impl="triton",
         )  # fmt: skip
 
-    def in_form(query: Tensor, first: Tensor, rest: Tensor, keys: Tensor, *others: Any) -> tuple[Any, ...]:
+    def in_form(query: Tensor, first: Tensor, rest: Tensor, keys: Tensor, *others: Any) -> Any:
         return (asked.to(query.dtype), first, rest, None, *others) if shared else (query, first, rest, keys, *others)
 
     def in_tf32() -> Tensor:
