@@ -237,12 +237,12 @@ def attention_pool(
         if kind.tf32:
             return in_tf32()
         tensors = query, first, rest, key_weight, value_weight, bias, statistics, position
-        return oracles.attention_pool(*in_form(*tensors), scale)
+        return oracles.attention_pool(*in_form(*tensors), scale=scale)
 
     def exact() -> Tensor:
         wide_statistics = None if resnet else row_statistics(hidden.double())
         tensors = query, first, rest, key_weight, value_weight, bias, wide_statistics, position
-        return oracles.attention_pool(*in_form(*_doubles(*tensors)), scale)
+        return oracles.attention_pool(*in_form(*_doubles(*tensors)), scale=scale)
 
     return Problem(call, plain, exact)
 
