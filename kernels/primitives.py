@@ -160,8 +160,8 @@ def _gated(x, SLOPE: tl.constexpr, CUBIC: tl.constexpr, dtype: tl.constexpr, BY_
 
 @triton.jit
 def _odd_cubic(x, LINEAR: tl.constexpr, CUBIC: tl.constexpr):
-    """LINEAR x + CUBIC x³."""
-    return x * LINEAR if CUBIC == 0.0 else x * (LINEAR + CUBIC * (x * x))
+    """LINEAR x + CUBIC x³. CUBIC x² from the left: with x² first, a tile of 128 × 128 by 4 warps spills in float16."""
+    return x * LINEAR if CUBIC == 0.0 else x * (LINEAR + CUBIC * x * x)
 
 
 @triton.jit
