@@ -405,6 +405,8 @@ def _transformers_layers(tower: Any) -> list[Any]:
 
 def _siglip_config(tower: Any) -> SiglipConfig:
     """The shape of a SigLIP tower of transformers."""
+    # Release 4 reads hidden states and attention weights by forwards that it gives to the layers during a call.
+    _require(_class(tower) == f"{_MODELING_SIGLIP}.SiglipVisionModel", "SigLIP is served from transformers 5 on")
     layers, embeddings, head = _transformers_layers(tower), tower.embeddings, tower.head
     attention = head.attention
     _require(type(attention) is nn.MultiheadAttention, f"head.attention is a {_class(attention)}")

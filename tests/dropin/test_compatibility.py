@@ -17,6 +17,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,9 @@ def _tokens(merges: list[str]) -> list[str]:
     return [*symbols, *(f"{symbol}</w>" for symbol in symbols), *pairs, "<|startoftext|>", "<|endoftext|>"]
 
 
+_OLD_TRANSFORMERS = find_spec("transformers") and importlib.metadata.version("transformers").startswith("4.")
+_SIGLIP_REFUSED = "from transformers 5 on" if _OLD_TRANSFORMERS else ""
+
 FAMILIES = [
     Family("openai-clip", "ViT-B/32", openai_clip(512, 224, 12, 768, 32)),
     Family("openai-clip", "ViT-B/16", openai_clip(512, 224, 12, 768, 16)),
@@ -139,11 +143,11 @@ FAMILIES = [
     Family("transformers", "MetaClip2Model", transformers("MetaClip2Model", "MetaClip2Config")),
     Family("transformers", "LlavaForConditionalGeneration", llava),
     Family(
-        "transformers", "SiglipModel", transformers("SiglipModel", "SiglipConfig"),
+        "transformers", "SiglipModel", transformers("SiglipModel", "SiglipConfig"), _SIGLIP_REFUSED,
         normalisation=(SIGLIP_MEAN, SIGLIP_STD),
     ),
     Family(
-        "transformers", "SiglipVisionModel", transformers("SiglipVisionModel", "SiglipVisionConfig"),
+        "transformers", "SiglipVisionModel", transformers("SiglipVisionModel", "SiglipVisionConfig"), _SIGLIP_REFUSED,
         normalisation=(SIGLIP_MEAN, SIGLIP_STD),
     ),
     Family("transformers", "Siglip2Model", transformers("Siglip2Model", "Siglip2Config"), "no image tower"),

@@ -38,6 +38,8 @@ def images() -> Tensor:
 
 
 def hugging_face(kind: str = "SiglipVisionModel", **vision: Any) -> Any:
+    if transformers.__version__.startswith("4."):
+        pytest.skip("SigLIP is served from transformers 5 on")
     config: Any = transformers.SiglipVisionConfig(**VISION | vision)
     if kind == "SiglipModel":
         text = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
