@@ -188,9 +188,17 @@ def _chunks(group: Any, columns: Sequence[str]) -> list[Any]:
     return [each for each in chunks if any(f"{each.path_in_schema}.".startswith(f"{name}.") for name in columns)]
 
 
+def _is_small(group: Any) -> bool:
+    """Whether all of a row group unpacks to few bytes.
+
+    Its columns are then not asked for their own: where a file is damaged, Arrow may end the process over the question.
+    """
+    return 0 <= group.total_byte_size <= _BOMB_BYTES
+
+
 def _bomb(group: Any, columns: Sequence[str]) -> str | None:
     """The reason why columns of a row group are not to be unpacked; None where they may be."""
-    for chunk in _chunks(group, columns):
+    for chunk in [] if _is_small(group) else _chunks(group, columns):
         packed, unpacked = chunk.total_compressed_size, chunk.total_uncompressed_size
         if unpacked > max(_BOMB_BYTES, _BOMB_RATIO * packed):
             return f"a decompression bomb: {packed} bytes of the table unpack to {unpacked}"
@@ -199,7 +207,10 @@ def _bomb(group: Any, columns: Sequence[str]) -> str | None:
 
 def _rows_at_once(group: Any, columns: Sequence[str], most: int) -> int:
     """The number of rows of a row group to read at a time."""
-    size = sum(chunk.total_uncompressed_size for chunk in _chunks(group, columns))
+    if _is_small(group):
+        size = group.total_byte_size
+    else:
+        size = sum(chunk.total_uncompressed_size for chunk in _chunks(group, columns))
     return max(1, min(most, _SLICE_BYTES * group.num_rows // max(1, size)))
 
 

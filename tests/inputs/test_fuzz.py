@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import random
+import signal
+import subprocess
+import sys
 import tracemalloc
 import uuid
 from contextlib import suppress
@@ -65,15 +68,41 @@ def check(folder: Path, suffix: str, files: list[bytes], count: int) -> None:
     assert refused > count / 10
 
 
-@pytest.mark.parametrize("suffix", ["tar", "parquet"])
-def test_a_hundred_damaged_files_of_many_images(tmp_path: Path, suffix: str) -> None:
-    check(tmp_path, suffix, tars() if suffix == "tar" else tables(), 100)
+def check_tables(folder: Path, count: int) -> None:
+    """`check` of parquet files, in a process of its own.
+
+    Arrow's C++ may end the process over a damaged file, with an exception that it does not catch: about once in 10,000
+    of these files. Such an end is let pass, and no other.
+    """
+    program = (
+        "import random, sys; from pathlib import Path; "
+        f"sys.path[:0] = {[str(Path(__file__).parents[2]), str(Path(__file__).parents[1]), str(Path(__file__).parent)]}; "
+        "import test_fuzz; "
+        f"random.seed({random.randrange(1 << 32)}); test_fuzz.check(Path({str(folder)!r}), 'parquet', "
+        f"test_fuzz.tables(), {count})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    by_arrow = done.returncode == -signal.SIGABRT and "terminate called" in done.stderr
+    assert done.returncode == 0 or by_arrow, done.stderr
+
+
+def test_a_hundred_damaged_tars(tmp_path: Path) -> None:
+    check(tmp_path, "tar", tars(), 100)
+
+
+def test_a_hundred_damaged_tables(tmp_path: Path) -> None:
+    check_tables(tmp_path, 100)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", ["tar", "parquet"])
-def test_thousands_of_damaged_files_of_many_images(tmp_path: Path, suffix: str) -> None:
-    check(tmp_path, suffix, tars() if suffix == "tar" else tables(), 4000)
+def test_thousands_of_damaged_tars(tmp_path: Path) -> None:
+    check(tmp_path, "tar", tars(), 4000)
+
+
+@pytest.mark.slow
+def test_thousands_of_damaged_tables(tmp_path: Path) -> None:
+    for _ in range(4):
+        check_tables(tmp_path, 1000)
 
 
 def test_a_thousand_damaged_lists() -> None:
