@@ -74,9 +74,9 @@ def check_tables(folder: Path, count: int) -> None:
     Arrow's C++ may end the process over a damaged file, with an exception that it does not catch: about once in 10,000
     of these files. Such an end is let pass, and no other.
     """
+    paths = [str(Path(__file__).parents[n]) for n in (2, 1, 0)]  # of the project, and of what tests share
     program = (
-        "import random, sys; from pathlib import Path; "
-        f"sys.path[:0] = {[str(Path(__file__).parents[2]), str(Path(__file__).parents[1]), str(Path(__file__).parent)]}; "
+        f"import random, sys; from pathlib import Path; sys.path[:0] = {paths}; "
         "import test_fuzz; "
         f"random.seed({random.randrange(1 << 32)}); test_fuzz.check(Path({str(folder)!r}), 'parquet', "
         f"test_fuzz.tables(), {count})"
