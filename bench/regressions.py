@@ -6,7 +6,8 @@
 compares every kernel with its row in `bench/results/machine_code.json`: instructions (all, and the matrix and copy
 instructions by name), registers, spilled bytes, shared memory, the bytes that a thread loads in a pass of the main
 loop, the bytes that the copy engine moves, and resident warps. The exit status is 1 if anything got worse, or a kernel
-is missing. If that is intended, commit the new table in place of the old one.
+is missing. If that is intended, commit the new table in place of the old one. Architectures that the new table does not
+have are not compared.
 
     python -m bench.predict --json build/predictions.json
     python -m bench.regressions build/predictions.json
@@ -82,7 +83,9 @@ class Change:
 
 
 def compare(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[Change]:
-    """The differences between two tables of `bench.machine_code`."""
+    """The differences between two tables of `bench.machine_code`, for the architectures of the second."""
+    compiled = {row["arch"] for row in after}
+    before = [row for row in before if row["arch"] in compiled]
     old, new = (_keyed(rows, lambda row: (row["arch"], row["case"], row["kernel"])) for rows in (before, after))
     changes: list[Change] = []
     for key in sorted(old.keys() | new.keys()):
