@@ -14,7 +14,7 @@ KERNELS = [
     (file.name, node)
     for file in sorted(Path(targets.__file__).parent.glob("*.py"))
     for node in ast.parse(file.read_text()).body
-    if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel")
+    if isinstance(node, ast.FunctionDef) and node.name.startswith("_") and node.name.endswith("_kernel")
 ]
 
 
