@@ -1,11 +1,19 @@
 """open_clip's names of published weights: an architecture and a tag, and the model on the hub that open_clip gets.
 
-Source: open_clip 3.3.0, `pretrained.py` and its model configs, for the image towers that are served.
+Sources: open_clip 3.3.0, `pretrained.py` and its model configs, for the image towers that are served; Radford et al.,
+"Learning Transferable Visual Models From Natural Language Supervision" (2021), tables 19 and 20, for OpenAI's nine.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..towers.config import Config, ResNetConfig, VitConfig
+
+_B_32 = VitConfig(224, 32, width=768, layers=12, heads=12, embed_dim=512)
+_L_14 = VitConfig(224, 14, width=1024, layers=24, heads=16, embed_dim=768)
+_H_14 = VitConfig(224, 14, width=1280, layers=32, heads=16, embed_dim=1024)
+_BIG_G_14 = VitConfig(224, 14, width=1664, layers=48, heads=16, embed_dim=1280, mlp_ratio=4.9231)
 
 # The image towers. Which activation its MLPs have is told by the config beside a model's weights.
 ARCHITECTURES: dict[str, Config] = {
@@ -14,25 +22,25 @@ ARCHITECTURES: dict[str, Config] = {
     "RN50x4": ResNetConfig((4, 6, 10, 6), width=80, heads=40, image_size=288, embed_dim=640),
     "RN50x16": ResNetConfig((6, 8, 18, 8), width=96, heads=48, image_size=384, embed_dim=768),
     "RN50x64": ResNetConfig((3, 15, 36, 10), width=128, heads=64, image_size=448, embed_dim=1024),
-    "ViT-B-32": VitConfig(224, 32, width=768, layers=12, heads=12, embed_dim=512),
-    "ViT-B-32-256": VitConfig(256, 32, width=768, layers=12, heads=12, embed_dim=512),
+    "ViT-B-32": _B_32,
+    "ViT-B-32-256": replace(_B_32, image_size=256),
     "ViT-B-16": VitConfig(224, 16, width=768, layers=12, heads=12, embed_dim=512),
     "ViT-B-16-plus-240": VitConfig(240, 16, width=896, layers=12, heads=14, embed_dim=640),
-    "ViT-L-14": VitConfig(224, 14, width=1024, layers=24, heads=16, embed_dim=768),
-    "ViT-L-14-336": VitConfig(336, 14, width=1024, layers=24, heads=16, embed_dim=768),
-    "ViT-H-14": VitConfig(224, 14, width=1280, layers=32, heads=16, embed_dim=1024),
-    "ViT-H-14-378": VitConfig(378, 14, width=1280, layers=32, heads=16, embed_dim=1024),
+    "ViT-L-14": _L_14,
+    "ViT-L-14-336": replace(_L_14, image_size=336),
+    "ViT-H-14": _H_14,
+    "ViT-H-14-378": replace(_H_14, image_size=378),
     "ViT-g-14": VitConfig(224, 14, width=1408, layers=40, heads=16, embed_dim=1024, mlp_ratio=4.3637),
-    "ViT-bigG-14": VitConfig(224, 14, width=1664, layers=48, heads=16, embed_dim=1280, mlp_ratio=4.9231),
-    "roberta-ViT-B-32": VitConfig(224, 32, width=768, layers=12, heads=12, embed_dim=512),
-    "xlm-roberta-base-ViT-B-32": VitConfig(224, 32, width=768, layers=12, heads=12, embed_dim=512),
-    "xlm-roberta-large-ViT-H-14": VitConfig(224, 14, width=1280, layers=32, heads=16, embed_dim=1024),
-    "nllb-clip-base": VitConfig(224, 32, width=768, layers=12, heads=12, embed_dim=512),
-    "nllb-clip-large": VitConfig(224, 14, width=1280, layers=32, heads=16, embed_dim=1024),
-    "ViT-H-14-worldwide": VitConfig(224, 14, width=1280, layers=32, heads=16, embed_dim=1024),
-    "ViT-H-14-worldwide-378": VitConfig(378, 14, width=1280, layers=32, heads=16, embed_dim=1024),
-    "ViT-bigG-14-worldwide": VitConfig(224, 14, width=1664, layers=48, heads=16, embed_dim=1280, mlp_ratio=4.9231),
-    "ViT-bigG-14-worldwide-378": VitConfig(378, 14, width=1664, layers=48, heads=16, embed_dim=1280, mlp_ratio=4.9231),
+    "ViT-bigG-14": _BIG_G_14,
+    "roberta-ViT-B-32": _B_32,
+    "xlm-roberta-base-ViT-B-32": _B_32,
+    "xlm-roberta-large-ViT-H-14": _H_14,
+    "nllb-clip-base": _B_32,
+    "nllb-clip-large": _H_14,
+    "ViT-H-14-worldwide": _H_14,
+    "ViT-H-14-worldwide-378": replace(_H_14, image_size=378),
+    "ViT-bigG-14-worldwide": _BIG_G_14,
+    "ViT-bigG-14-worldwide-378": replace(_BIG_G_14, image_size=378),
 }
 
 # By architecture and tag.

@@ -1,9 +1,6 @@
 """Published models by name: their shapes, where their checkpoints come from, and how a name becomes a file.
 
 A name is one of OpenAI's nine, of the bundled models, of open_clip's pairs, or of a repository on the Hugging Face hub.
-
-Sources: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (2021), tables 19 and
-20, for OpenAI's nine models.
 """
 
 from __future__ import annotations
@@ -12,10 +9,10 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from ..errors import CheckpointError
-from ..towers.config import Config, ResNetConfig, VitConfig
+from ..towers.config import Config, VitConfig
 from .download import Pretrained, download
 from .hub import HubModel
 from .pairs import ARCHITECTURES, IMAGES_ONLY, PAIRS, hub_model, tags_of
@@ -31,16 +28,9 @@ OpenAiName = Literal[
     "RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px"
 ]
 
+# open_clip's name of an architecture is OpenAI's, as in "ViT-L-14-336" for "ViT-L/14@336px".
 OPENAI_MODELS: dict[str, Config] = {
-    "RN50": ResNetConfig((3, 4, 6, 3), width=64, heads=32, image_size=224, embed_dim=1024),
-    "RN101": ResNetConfig((3, 4, 23, 3), width=64, heads=32, image_size=224, embed_dim=512),
-    "RN50x4": ResNetConfig((4, 6, 10, 6), width=80, heads=40, image_size=288, embed_dim=640),
-    "RN50x16": ResNetConfig((6, 8, 18, 8), width=96, heads=48, image_size=384, embed_dim=768),
-    "RN50x64": ResNetConfig((3, 15, 36, 10), width=128, heads=64, image_size=448, embed_dim=1024),
-    "ViT-B/32": VitConfig(224, 32, width=768, layers=12, heads=12, embed_dim=512),
-    "ViT-B/16": VitConfig(224, 16, width=768, layers=12, heads=12, embed_dim=512),
-    "ViT-L/14": VitConfig(224, 14, width=1024, layers=24, heads=16, embed_dim=768),
-    "ViT-L/14@336px": VitConfig(336, 14, width=1024, layers=24, heads=16, embed_dim=768),
+    name: ARCHITECTURES[name.replace("/", "-").replace("@", "-").removesuffix("px")] for name in get_args(OpenAiName)
 }
 
 # Shipped inside the package (clip_fast/assets), for demonstration and end-to-end checks without a download.

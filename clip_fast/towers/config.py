@@ -99,6 +99,16 @@ class _TransformerConfig(ABC):
         """About the operations for one image."""
         return 2 * self.tokens * self.layers * (4 * self.width**2 + 2 * self.width * mlp_width)
 
+    def _row_shapes(self, task: Task, embed_dim: int) -> list[tuple[int, ...]]:
+        """The shapes of a task's results for one image."""
+        stream = (self.tokens, self.width)
+        return {
+            "encode": [(embed_dim,)],
+            "encode_tokens": [(embed_dim,), (self.grid**2, self.width)],
+            "hidden_state": [stream],
+            "hidden_states": [stream] * (self.layers + 1),
+        }[task.name]
+
 
 @dataclass(frozen=True)
 class VitConfig(_TransformerConfig):
@@ -141,13 +151,7 @@ class VitConfig(_TransformerConfig):
 
     def row_shapes(self, task: Task) -> list[tuple[int, ...]]:
         """The shapes of a task's results for one image."""
-        stream = (self.tokens, self.width)
-        return {
-            "encode": [(self.embed_dim,)],
-            "encode_tokens": [(self.embed_dim,), (self.tokens - 1, self.width)],
-            "hidden_state": [stream],
-            "hidden_states": [stream] * (self.layers + 1),
-        }[task.name]
+        return self._row_shapes(task, self.embed_dim)
 
 
 @dataclass(frozen=True)
@@ -190,13 +194,7 @@ class SiglipConfig(_TransformerConfig):
 
     def row_shapes(self, task: Task) -> list[tuple[int, ...]]:
         """The shapes of a task's results for one image."""
-        stream = (self.tokens, self.width)
-        return {
-            "encode": [(self.width,)],
-            "encode_tokens": [(self.width,), stream],
-            "hidden_state": [stream],
-            "hidden_states": [stream] * (self.layers + 1),
-        }[task.name]
+        return self._row_shapes(task, self.embed_dim)
 
 
 @dataclass(frozen=True)

@@ -98,10 +98,15 @@ def towards_tokens(source: Mapping[str, Tensor], heads: int) -> Tensor:
     return torch.einsum("hd,hdw->hw", asked, key_weight)
 
 
+def head_values(source: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Weight (W, W) and bias (W,) of the head's values."""
+    weight, bias = (source[f"map_head.attn.in_proj_{part}"].chunk(3)[2] for part in ("weight", "bias"))
+    return weight, bias
+
+
 def _head(folding: Folding, config: SiglipConfig) -> Head:
     gain, shift = folding.pair("ln_post")
-    values = slice(2 * config.width, None)
-    weight, bias = (folding.source[f"map_head.attn.in_proj_{part}"][values] for part in ("weight", "bias"))
+    weight, bias = head_values(folding.source)
     return Head(
         towards=folding.operand(towards_tokens(folding.source, config.heads) * gain.double()),
         value_weight=folding.operand(weight * gain).view(config.heads, config.head_dim, config.width),

@@ -17,7 +17,7 @@ from torch import Tensor
 from .config import Rgb, SiglipConfig
 from .cpu import Product, attention_towards
 from .precision import FP64, Precision
-from .siglip import towards_tokens
+from .siglip import head_values, towards_tokens
 from .vit_cpu import Casting, CpuBlocks, Mlp
 
 
@@ -77,12 +77,11 @@ class CpuSiglip(CpuBlocks):
 
 
 def _head(casting: Casting, config: SiglipConfig) -> Head:
-    values = slice(2 * config.width, None)
-    weight, bias = (casting.source[f"map_head.attn.in_proj_{part}"][values].double() for part in ("weight", "bias"))
+    weight, bias = head_values(casting.source)
     return Head(
         towards=towards_tokens(casting.source, config.heads),
-        value_weight=weight.view(config.heads, config.head_dim, config.width),
-        value_bias=bias,
+        value_weight=weight.double().view(config.heads, config.head_dim, config.width),
+        value_bias=bias.double(),
         out=casting.product("map_head.attn.out_proj."),
         mlp=casting.mlp("map_head.mlp", "map_head.ln"),
     )
