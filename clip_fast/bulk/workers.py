@@ -24,7 +24,7 @@ from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -398,6 +398,7 @@ def interrupts_blocked() -> Generator[None, None, None]:
     The block's signals are noted, too: another thread, which blocks none, may be given one, and Python would then
     interrupt the main thread in the middle of a start.
     """
+    resource_tracker.ensure_running()  # its own start, which every other one makes sure of, ends by unblocking SIGINT
     noted: list[int] = []
     handler = None
     if threading.current_thread() is threading.main_thread():

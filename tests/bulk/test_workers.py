@@ -7,6 +7,8 @@ import os
 import resource
 import select
 import signal
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -285,3 +287,13 @@ def test_a_long_thin_image_that_is_squashed_is_no_trouble() -> None:
     Decoder(Preprocess(224, squash=True)).check((100_000, 10))
     with pytest.raises(ValueError, match="too long and thin"):
         Decoder(Preprocess(224)).check((100_000, 10))
+
+
+def test_processes_are_started_with_ctrl_c_blocked() -> None:
+    """The resource tracker, which the first start of a process starts too, unblocks it."""
+    program = (
+        "import signal\nfrom multiprocessing import forkserver\nfrom clip_fast.bulk.workers import interrupts_blocked\n"
+        "with interrupts_blocked():\n    forkserver.ensure_running()\n"
+        "    assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
