@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -11,6 +12,8 @@ from clip_fast.kernels.statistics import STATISTICS_TILE, row_statistics
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# For a test of whole towers: the interpreter takes longest for exact products of float32.
+SLOW_IN_FLOAT32 = (*DTYPES[:2], pytest.param(torch.float32, marks=pytest.mark.slow))
 GUARD = 1024  # poisoned elements on each side of a guarded tensor; a multiple of 16 bytes in every dtype
 
 

@@ -16,6 +16,7 @@ def test_the_epilogue_is_where_the_line_meets_no_columns() -> None:
     assert epilogue.epilogue_seconds({1024: rest + 1024 * loop, 64: rest + 64 * loop}) == pytest.approx(rest)
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     file = tmp_path / "epilogue.json"

@@ -101,7 +101,14 @@ def test_the_contests_of_a_model_are_the_ops_that_it_calls(model: str, monkeypat
     assert contested == called
 
 
-@pytest.mark.parametrize("contest", list(contests(TOYS, [2], ["fp32", "bf16"])), ids=lambda contest: contest.name)
+@pytest.mark.parametrize(
+    "contest",
+    [
+        pytest.param(contest, marks=pytest.mark.slow) if "toy-resnet" in contest.name else contest
+        for contest in contests(TOYS, [2], ["fp32", "bf16"])
+    ],
+    ids=lambda contest: contest.name,
+)
 def test_all_systems_compute_the_same(contest: Contest) -> None:
     rows = {row["system"]: row for row in compare(contest, uncompiled(contest), 1, LIMITS, CPU)}
     assert "failed" not in rows[OURS], rows[OURS]
@@ -193,6 +200,7 @@ def test_the_command_writes_tables_and_goes_on(tmp_path: Path, monkeypatch: pyte
     assert any(row["op"] == "patch_embed" for row in higher)
 
 
+@pytest.mark.slow
 def test_pytest_runs_the_contests_that_are_chosen(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")
     file = tmp_path / "benchmark.json"

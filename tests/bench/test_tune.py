@@ -217,6 +217,7 @@ def test_what_is_condemned_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None
     assert tune.winner(rows) == B
 
 
+@pytest.mark.slow
 def test_what_the_machine_code_condemns() -> None:
     """Runs in a process of its own. There Triton compiles, and does not interpret."""
     program = """

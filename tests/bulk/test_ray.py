@@ -167,6 +167,7 @@ def test_batches_of_every_format_of_ray(tmp_path: Path, form: str, column: str) 
     assert not rows[3].any()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_hostile_images_are_failures_and_the_next_batch_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -43,6 +43,11 @@ def filled(folder: Path, settings: dict[str, object] = SETTINGS, resume: bool = 
     return output
 
 
+def warned(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What clip_fast logged: a thread of Ray, which another test started, may log at any time."""
+    return [record.getMessage() for record in caplog.records if record.name.startswith("clip_fast")]
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -267,7 +272,7 @@ def test_a_damaged_shard_is_made_again(tmp_path: Path, name: str, file: str, cap
     (tmp_path / file).write_bytes(DAMAGES[name](before[file]))
     with filled(tmp_path, resume=True) as output:
         assert output.finished(0, shards[0][1]) == Totals(2, 1, 1)
-        assert not caplog.records
+        assert not warned(caplog)
         assert output.finished(1, shards[1][1]) is None
         assert str(tmp_path / file) in caplog.text
         assert "the shard is made again" in caplog.text
@@ -310,7 +315,7 @@ def test_shards_without_checksums_are_finished_too(tmp_path: Path, caplog: pytes
         assert read_footer(output.metadata_path(0)).sha256 is None
         assert output.finished(0, items) == Totals(2, 1, 1)
         assert output.finish(1) == Totals(2, 1, 1)
-        assert not caplog.records
+        assert not warned(caplog)
         output.embeddings_path(0).write_bytes(output.embeddings_path(0).read_bytes()[:-1])
         assert output.finished(0, items) is None
 

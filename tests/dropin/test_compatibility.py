@@ -111,6 +111,7 @@ def _tokens(merges: list[str]) -> list[str]:
 _OLD_TRANSFORMERS = find_spec("transformers") and importlib.metadata.version("transformers").startswith("4.")
 _SIGLIP_REFUSED = "from transformers 5 on" if _OLD_TRANSFORMERS else ""
 
+QUICK = ("ViT-B/32", "RN50", "ViT-B-32", "CLIPVisionModel")  # the others are built for some seconds: slow tests
 FAMILIES = [
     Family("openai-clip", "ViT-B/32", openai_clip(512, 224, 12, 768, 32)),
     Family("openai-clip", "ViT-B/16", openai_clip(512, 224, 12, 768, 16)),
@@ -297,7 +298,11 @@ def write_table(path: Path, seen: dict[tuple[str, str], dict[str, str]]) -> None
     path.write_text(own + (f"\n{rest}" if rest else ""))
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: f"{family.package} {family.name}")
+@pytest.mark.parametrize(
+    "family",
+    [family if family.name in QUICK else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES],
+    ids=lambda family: f"{family.package} {family.name}",
+)
 def test_a_family(family: Family) -> None:
     try:
         version = importlib.metadata.version(family.package)

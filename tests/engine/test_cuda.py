@@ -231,7 +231,9 @@ CHECKS: dict[str, Callable[[], None]] = {
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU goes through them")
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(
+    "check", [pytest.param(name, marks=pytest.mark.slow) if name.startswith("one row") else name for name in CHECKS]
+)
 def test_cuda_checks_interpreted(check: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     CHECKS[check]()

@@ -8,7 +8,7 @@ from statistics import geometric_mean
 
 import pytest
 import torch
-from kernel_checks import DEVICE, DTYPES, Guards, assert_same_bits
+from kernel_checks import DEVICE, DTYPES, SLOW_IN_FLOAT32, Guards, assert_same_bits
 from random_towers import random_tower, relative_error, worst_cosine
 from torch import Tensor
 
@@ -165,7 +165,7 @@ def test_patch_tokens_and_hidden_states(guards: Guards) -> None:
 
 
 @pytest.mark.parametrize("raw", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", SLOW_IN_FLOAT32)
 def test_an_image_has_one_embedding(dtype: torch.dtype, raw: bool) -> None:
     """The bits are the same alone, in a batch of seven, at another position, and among copies that fill a batch up."""
     config = dataclasses.replace(CONFIGS["as B/16"], layers=2)

@@ -67,7 +67,10 @@ def in_float64(tower: nn.Module, monkeypatch: pytest.MonkeyPatch) -> nn.Module:
 
 
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
-@pytest.mark.parametrize("name", OPENAI_MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in ("RN50x16", "RN50x64") else name for name in OPENAI_MODELS],
+)
 def test_openai_clip(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     config = cut(OPENAI_MODELS[name])
     theirs = openai_tower(config).eval()
