@@ -2,8 +2,8 @@
 
 That transform is torchvision's Resize(bicubic) -> CenterCrop -> RGB -> ToTensor -> Normalize. Its pixels come from
 Pillow, its arithmetic from PyTorch; what is rebuilt here is the geometry: which size, which crop, in which order. With
-`squash`, it is open_clip's with resize_mode "squash": Resize to the square, no crop. For a size that is not square it is
-open_clip's too. With `on_white`, RGB comes first, as transformers' image processors have it.
+`squash`, it is open_clip's with resize_mode "squash": Resize to the square, no crop. With a size that is not square it
+is open_clip's too. With `on_white`, RGB comes first, as transformers' image processors have it.
 """
 
 from __future__ import annotations

@@ -354,7 +354,7 @@ def _vit_config(tower: Any) -> VitConfig:
     known = _class(tower).startswith("clip.") or hasattr(tower, "final_ln_after_pool")
     _require(known, "this release of open_clip is too old, and pools otherwise: update it")
     _require(getattr(tower, "attn_pool", None) is None, "attn_pool is an attentional pooler")
-    pool = getattr(tower, "pool_type", "tok")
+    pool: Any = getattr(tower, "pool_type", "tok")
     _require(pool in get_args(Pool), f"pool_type is {pool!r}, expected one of {get_args(Pool)}")
     scales = [getattr(block, name, None) for block in blocks for name in ("ls_1", "ls_2")]
     _require(tower.proj is not None, "the tower has no proj")

@@ -67,7 +67,8 @@ def _require_activation(activation: str) -> None:
 def _require_positive(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if (min(value) if isinstance(value, tuple) else value) <= 0:
+        least = min(sides(value)) if name == "image_size" else value
+        if least <= 0:
             raise ValueError(f"{name} must be positive, got {value}")
 
 

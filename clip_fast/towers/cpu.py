@@ -134,10 +134,10 @@ class Product:
         return y if fused else self._finish(y, residual)
 
     def _by_blas(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        one_factor = not isinstance(self.alpha, Tensor)
+        alpha = self.alpha
         # In half precision the sum would be rounded twice.
-        if residual is not None and one_factor and x.dtype.itemsize >= 4:
-            return residual.add_(self.bias, alpha=self.alpha).addmm_(x, self._operand, alpha=self.alpha)
+        if residual is not None and not isinstance(alpha, Tensor) and x.dtype.itemsize >= 4:
+            return residual.add_(self.bias, alpha=alpha).addmm_(x, self._operand, alpha=alpha)
         return self._finish(torch.addmm(self.bias, x, self._operand), residual)
 
     def _finish(self, y: Tensor, residual: Tensor | None) -> Tensor:
