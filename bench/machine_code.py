@@ -97,13 +97,19 @@ def _launch(op: str, *args: object) -> object:
 
 
 def _patch_embed(
-    patch: int, images: torch.dtype, dtype: torch.dtype, precision: str, *, class_token: bool = True
+    patch: int,
+    images: torch.dtype,
+    dtype: torch.dtype,
+    precision: str,
+    *,
+    class_token: bool = True,
+    statistics: bool = False,
 ) -> object:
     width, grid = 1024 if class_token else 1152, 224 // patch
     features = -(-3 * patch**2 // ops.PATCH_K_STEP) * ops.PATCH_K_STEP
     weight, position = _empty(width, features, dtype=dtype), _empty(class_token + grid**2, width, dtype=FLOAT)
     pixels = _empty(256, 3, 224, 224, dtype=images)
-    return _launch("patch_embed", pixels, weight, position, patch, class_token, precision)
+    return _launch("patch_embed", pixels, weight, position, patch, class_token, statistics, precision)
 
 
 def _layer_norm(width: int, dtype: torch.dtype) -> object:
@@ -179,12 +185,16 @@ def cases() -> Iterator[Case]:
                 call = _bind(_patch_embed, patch, images, dtype, precision)
                 yield Case(name, call)
         for patch in (14, 16):
-            call = _bind(_patch_embed, patch, dtype, dtype, precision, class_token=False)
+            call = _bind(_patch_embed, patch, dtype, dtype, precision, class_token=False, statistics=True)
             yield Case(f"patch_embed {kind} P={patch} of {_DTYPE_NAMES[dtype]}, no class token", call)
+        call = _bind(_patch_embed, 14, dtype, dtype, precision, statistics=True)
+        yield Case(f"patch_embed {kind} P=14 of {_DTYPE_NAMES[dtype]}, no ln_pre", call)
         yield Case(f"linear {kind} ln+qkv", _bind(_linear, 3072, 1024, dtype, precision, norm=True))
         yield Case(
             f"linear {kind} out+residual", _bind(_linear, 1024, 1024, dtype, precision, norm=False, residual=True)
         )
+        call = _bind(_linear, 1024, 1024, dtype, precision, norm=False, residual=True, scaled=True)
+        yield Case(f"linear {kind} out+scale+residual", call)
         call = _bind(_linear, 1024, 256, dtype, precision, norm=False, activation="relu", residual=True, scaled=True)
         yield Case(f"linear {kind} 1x1+residual+relu", call)
         for activation in ("quick_gelu", "gelu"):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from clip_fast.checkpoint.published import OPENAI_MODELS
 from clip_fast.towers import reference
-from clip_fast.towers.config import Config, ResNetConfig, SiglipConfig, VitConfig
+from clip_fast.towers.config import Config, ImageSize, ResNetConfig, SiglipConfig, VitConfig, sides
 
 _BRANCH = 0.25  # gain of a bottleneck's last batch norm; a gain of one would double the variance at every bottleneck
 
@@ -55,6 +55,7 @@ def random_tower(config: Config) -> nn.Module:
     return tower
 
 
-def random_images(count: int, size: int) -> Tensor:
-    """(count, 3, size, size): noise over large squares of colour. A ResNet cannot tell images of noise alone apart."""
-    return F.interpolate(torch.randn(count, 3, 4, 4), size).add_(torch.randn(count, 3, size, size), alpha=0.25)
+def random_images(count: int, size: ImageSize) -> Tensor:
+    """(count, 3, height, width): noise over large squares of colour. A ResNet cannot tell images of noise apart."""
+    both = sides(size)
+    return F.interpolate(torch.randn(count, 3, 4, 4), both).add_(torch.randn(count, 3, *both), alpha=0.25)

@@ -50,6 +50,7 @@ from clip_fast.encoder import ImageEncoder
 from clip_fast.inputs.inputs import find_inputs
 from clip_fast.inputs.items import Unreadable
 from clip_fast.preprocess import Preprocess
+from clip_fast.towers.config import sides
 from clip_fast.towers.reference import build
 
 from .environment import ROOT, Environment, chosen_device, environment
@@ -304,7 +305,7 @@ def compare(job: Job, rounds: int, earlier: Sequence[Row] = (), ends: float = ma
             rows.append({"system": OURS, "stages": took})
             yield rows
         try:
-            rival, preprocess = job.rival(), clip_preprocess(size)
+            rival, preprocess = job.rival(), clip_preprocess(sides(size)[0])
             if BASELINE not in staged:
                 # The stages inside clip's transform cannot be timed from outside. Ours computes the same bits.
                 rows.append({"system": BASELINE, "stages": stages(job, ours_alone, rival, raw=False, folder=folder)})

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from clip_fast.checkpoint.published import OPENAI_MODELS
 from clip_fast.towers import reference
-from clip_fast.towers.config import Config, ResNetConfig, SiglipConfig
+from clip_fast.towers.config import Config, ResNetConfig, SiglipConfig, sides
 
 from .environment import Environment, chosen_device, environment
 from .models import MODELS
@@ -34,7 +35,7 @@ def operations(config: Config) -> int:
         pool = _one_query(config.tokens, config.features, config.heads) + 2 * config.features * config.embed_dim
         return _convolutions(config) + pool
     n, w, mlp = config.tokens, config.width, 4 * config.width * config.mlp_width
-    patches = 2 * config.grid**2 * 3 * config.patch_size**2 * w
+    patches = 2 * config.patches * 3 * config.patch_size**2 * w
     block = n * (8 * w * w + mlp) + 4 * n * n * w
     if isinstance(config, SiglipConfig):  # W_q q and W_kᵀ q are the same for every image
         return patches + config.layers * block + 4 * config.heads * n * w + 4 * w * w + mlp
@@ -60,7 +61,7 @@ def _convolutions(config: Config) -> int:
         tower = reference.build(config)
         for module in tower.modules():
             module.register_forward_hook(add)
-        tower(torch.empty(1, 3, config.image_size, config.image_size))
+        tower(torch.empty(1, 3, *sides(config.image_size)))
     return count
 
 
@@ -72,7 +73,7 @@ def weights(config: Config) -> int:
 
 def traffic(config: Config, batch: int, precision: str) -> int:
     """Bytes of weights, images and results, each moved once."""
-    elements = weights(config) + batch * (3 * config.image_size**2 + config.embed_dim)
+    elements = weights(config) + batch * (3 * prod(sides(config.image_size)) + config.embed_dim)
     return elements * DTYPES[precision].itemsize
 
 

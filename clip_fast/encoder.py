@@ -31,6 +31,7 @@ from .towers.config import (
     Task,
     TaskName,
     hidden_state,
+    sides,
 )
 from .towers.fast import Results, normalised
 from .towers.precision import PrecisionName, check_name
@@ -161,10 +162,10 @@ class ImageEncoder(nn.Module):
         """Embeds images.
 
         Args:
-            image: images (B, 3, image_size, image_size) as `preprocess` gives them, of any float dtype; or raw pixels
-                in uint8, (B, 3, image_size, image_size) or (B, image_size, image_size, 3), which are normalised on
-                the way. B may be 0.
-            return_patch_tokens: also return a ViT's patch tokens after its last LayerNorm, as open_clip gives them.
+            image: images (B, 3, height, width) as `preprocess` gives them, of any float dtype; or raw pixels in uint8,
+                (B, 3, height, width) or (B, height, width, 3), which are normalised on the way. B may be 0.
+            return_patch_tokens: also return a ViT's patch tokens, as open_clip gives them: after its last LayerNorm,
+                or before it in a model that has it behind the pooling.
 
         Returns:
             (B, embed_dim) of the encoder's dtype, under autocast too, on its device; not normalised. With patch tokens
@@ -218,9 +219,9 @@ class ImageEncoder(nn.Module):
     def _results(self, images: Tensor, task: Task) -> Results:
         """A task's results: by the engine wherever it serves, else by the plain tower."""
         if not isinstance(images, (Tensor, torch.fx.Proxy)):  # pyright: ignore[reportUnnecessaryIsInstance]
-            size = self.config.image_size
+            height, width = sides(self.config.image_size)
             raise TypeError(
-                f"images must be a tensor [batch, 3, {size}, {size}], got {_kind(images)}: "
+                f"images must be a tensor [batch, 3, {height}, {width}], got {_kind(images)}: "
                 "preprocess(picture).unsqueeze(0) makes one of a PIL image, torch.stack(tensors) of a list, "
                 "torch.from_numpy(array) of an array"
             )

@@ -17,7 +17,7 @@ from .engine.ahead import probe
 from .errors import reason_of
 from .model import Clip, from_checkpoint
 from .preprocess import Preprocess
-from .towers.config import Activation
+from .towers.config import Activation, image_size_of, sides
 from .towers.families import for_image_size
 from .towers.precision import PrecisionName
 
@@ -59,7 +59,7 @@ def load(
     *,
     dtype: torch.dtype | None = ...,
     precision: PrecisionName | None = ...,
-    image_size: int | None = ...,
+    image_size: int | tuple[int, int] | None = ...,
     activation: Activation | None = ...,
     cuda_graphs: bool = ...,
 ) -> tuple[Clip, Preprocess]: ...
@@ -72,7 +72,7 @@ def load(
     *,
     dtype: torch.dtype | None = ...,
     precision: PrecisionName | None = ...,
-    image_size: int | None = ...,
+    image_size: int | tuple[int, int] | None = ...,
     activation: Activation | None = ...,
     cuda_graphs: bool = ...,
 ) -> tuple[ImageEncoder, Preprocess]: ...
@@ -84,7 +84,7 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     precision: PrecisionName | None = None,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     activation: Activation | None = None,
     cuda_graphs: bool = True,
 ) -> tuple[ImageEncoder, Preprocess]:
@@ -108,8 +108,8 @@ def load(
             huggingface_hub's own cache for models on the hub.
         dtype: of the weights and embeddings; by default, as in `clip`, float16 on a GPU and float32 on a CPU.
         precision: to compute in, "fp32", "tf32", "fp16" or "bf16"; by default that of `dtype`.
-        image_size: the size of the images to encode, where it is not the model's own. A ViT's positional embedding is
-            resampled for it as open_clip does.
+        image_size: the size of the images to encode, where it is not the model's own: the side of a square, or height
+            and width. A ViT's positional embedding is resampled for it as open_clip does.
         activation: of the MLPs, for a checkpoint that does not say; plain state dicts do not.
         cuda_graphs: replay batches on an NVIDIA GPU as CUDA graphs where launching takes longer; they keep some memory.
 
@@ -131,7 +131,8 @@ def load(
     device = torch.device(device) if device is not None else default_device()
     checkpoint = read_checkpoint(resolve(name, download_root), activation)
     config = checkpoint.config
-    if image_size is not None and image_size != config.image_size:
+    if image_size is not None and sides(image_size) != sides(config.image_size):
+        image_size = image_size_of(*sides(image_size))
         state_dict, config = for_image_size(checkpoint.state_dict, config, image_size)
         checkpoint = replace(checkpoint, state_dict=state_dict, config=config)
     model = from_checkpoint(

@@ -1,9 +1,9 @@
-"""PIL image -> tensor (3, image_size, image_size), bit for bit what openai-clip's own transform makes of it.
+"""PIL image -> tensor (3, height, width), bit for bit what openai-clip's own transform makes of it.
 
 That transform is torchvision's Resize(bicubic) -> CenterCrop -> RGB -> ToTensor -> Normalize. Its pixels come from
 Pillow, its arithmetic from PyTorch; what is rebuilt here is the geometry: which size, which crop, in which order. With
-`squash`, it is open_clip's with resize_mode "squash": Resize to the square, no crop. With `on_white`, RGB comes first,
-as transformers' image processors have it.
+`squash`, it is open_clip's with resize_mode "squash": Resize to the square, no crop. With a size that is not square it
+is open_clip's too. With `on_white`, RGB comes first, as transformers' image processors have it.
 """
 
 from __future__ import annotations
@@ -18,30 +18,31 @@ from PIL import Image
 from torch import Tensor
 
 from . import extras
-from .towers.config import IMAGE_MEAN, IMAGE_STD
+from .towers.config import IMAGE_MEAN, IMAGE_STD, ImageSize, sides
 
 
 @dataclass(frozen=True)
 class Preprocess:
     """Turns a PIL image of any mode and shape into the input of an image tower.
 
-    `image_size` is the side of the square result in pixels; `mean` and `std` are per RGB channel of pixels scaled to
-    [0, 1], those of the model's training. `squash` resizes the whole image to the square, whatever its aspect ratio, as
-    some models were trained; otherwise the middle is cut out. `on_white` converts to RGB before resizing, with what is
-    transparent on white, as transformers does. An EXIF orientation is not applied, as `clip` does not.
+    `image_size` is the side of the square result in pixels, or its height and width; `mean` and `std` are per RGB
+    channel of pixels scaled to [0, 1], those of the model's training. `squash` resizes the whole image to that size,
+    whatever its aspect ratio, as some models were trained; otherwise the middle is cut out. `on_white` converts to RGB
+    before resizing, with what is transparent on white, as transformers does. An EXIF orientation is not applied, as
+    `clip` does not.
 
     As in `clip`, the whole image is resized before that crop, so memory grows with the aspect ratio: about
     4 image_size² bytes times long side / short side.
     """
 
-    image_size: int
+    image_size: ImageSize
     mean: tuple[float, float, float] = IMAGE_MEAN
     std: tuple[float, float, float] = IMAGE_STD
     squash: bool = False
     on_white: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.image_size < 1:
+        if min(sides(self.image_size)) < 1:
             raise ValueError(f"image_size must be positive, got {self.image_size}")
         if len(self.mean) != 3 or not all(map(math.isfinite, self.mean)):
             raise ValueError(f"mean must be three finite numbers, got {self.mean}")
@@ -49,7 +50,7 @@ class Preprocess:
             raise ValueError(f"std must be three positive numbers, got {self.std}")
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """The normalised image, float32 (3, image_size, image_size), contiguous; raises what `uint8` raises."""
+        """The normalised image, float32 (3, height, width), contiguous; raises what `uint8` raises."""
         return self.normalised(self.uint8(image))
 
     def normalised(self, pixels: Tensor) -> Tensor:
@@ -67,20 +68,23 @@ class Preprocess:
             ModuleNotFoundError: torchvision is not installed.
         """
         transforms = extras.torchvision_transforms()
-        bicubic = transforms.InterpolationMode.BICUBIC
-        resize = transforms.Resize((self.image_size,) * 2 if self.squash else self.image_size, interpolation=bicubic)
-        crop = transforms.CenterCrop(self.image_size)
+        size, bicubic = self.image_size, transforms.InterpolationMode.BICUBIC
+        if self.squash or isinstance(size, int):
+            resize = transforms.Resize(sides(size) if self.squash else size, interpolation=bicubic)
+        else:  # torchvision has no such transform
+            resize = self._resize
+        crop = transforms.CenterCrop(size)
         geometry = [_rgb_on_white, resize, crop] if self.on_white else [resize, crop, _rgb]
         return [*geometry, transforms.ToTensor(), transforms.Normalize(self.mean, self.std)]
 
     def uint8(self, image: Image.Image) -> Tensor:
-        """The resized square in RGB, before scaling and normalising: a quarter of the bytes to move.
+        """The resized image in RGB, before scaling and normalising: a quarter of the bytes to move.
 
         Args:
             image: not changed, apart from being loaded where it was opened lazily.
 
         Returns:
-            uint8 (3, image_size, image_size), contiguous, with memory of its own.
+            uint8 (3, height, width), contiguous, with memory of its own.
 
         Raises:
             TypeError: `image` is not a PIL image.
@@ -92,26 +96,39 @@ class Preprocess:
         if 0 in image.size:
             raise ValueError(f"image must have pixels, got one of {image.width}x{image.height}")
         try:
-            rgb = self._square(_rgb_on_white(image)) if self.on_white else _rgb(self._square(image))
+            rgb = self._fit(_rgb_on_white(image)) if self.on_white else _rgb(self._fit(image))
         except ValueError as error:
             raise ValueError(
                 f"cannot make RGB pixels of an image of mode {image.mode!r}, {image.width}x{image.height}: {error}"
             ) from error
         return torch.as_tensor(np.array(rgb), device="cpu").permute(2, 0, 1).contiguous()
 
-    def _square(self, image: Image.Image) -> Image.Image:
-        """The middle of `image` in its own mode, after its shorter side was resized to image_size; or all, squashed.
+    def resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Width and height of an image of this width and height after it was resized, and before a crop."""
+        height, width = sides(self.image_size)
+        if self.squash:
+            return width, height
+        if height == width:  # rounded down, as torchvision does; never less than the side
+            scaled_long = int(height * max(size) / min(size))
+            return (width, scaled_long) if size[0] <= size[1] else (scaled_long, height)
+        ratio = min(size[1] / height, size[0] / width)  # rounded to the nearest, as open_clip does
+        return round(size[0] / ratio), round(size[1] / ratio)
+
+    def _resize(self, image: Image.Image) -> Image.Image:
+        return image.resize(self.resized(image.size), Image.Resampling.BICUBIC)
+
+    def _fit(self, image: Image.Image) -> Image.Image:
+        """The middle of `image` in its own mode, after it was resized to cover the result; or all, squashed.
 
         Before the conversion to RGB, because clip does so and the order shows: a palette is resized by nearest
         neighbour, transparent pixels do not bleed into opaque ones, 16-bit pixels are clipped to 8 bits last.
         """
-        side = self.image_size
-        if self.squash:
-            return image.resize((side, side), Image.Resampling.BICUBIC)
-        scaled_long = int(side * max(image.size) / min(image.size))  # rounds down; never less than side
-        size = (side, scaled_long) if image.width <= image.height else (scaled_long, side)
-        left, top = (round((length - side) / 2) for length in size)  # a half goes to the even neighbour
-        return image.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+        image = self._resize(image)
+        height, width = sides(self.image_size)
+        if image.size == (width, height):
+            return image
+        left, top = round((image.width - width) / 2), round((image.height - height) / 2)  # a half to the even neighbour
+        return image.crop((left, top, left + width, top + height))
 
 
 def _rgb(image: Image.Image) -> Image.Image:

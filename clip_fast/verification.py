@@ -26,7 +26,7 @@ from .engine import route
 from .engine.tower import Tower
 from .errors import NotServed
 from .towers import reference
-from .towers.config import ENCODE, Config, Task
+from .towers.config import ENCODE, Config, Task, sides
 
 _IMAGES = 8  # random ones, where none are given
 _ROUNDS = 5
@@ -139,8 +139,8 @@ def _embeddings(output: Any, index: int) -> Tensor:
 def _sample(source: Tower, images: Tensor | None) -> Tensor:
     """The images to compare with, as the tower takes them."""
     if images is None:
-        size = source.config.image_size
-        images = torch.randn(_IMAGES, 3, size, size, generator=torch.Generator().manual_seed(0), device="cpu")
+        size = sides(source.config.image_size)
+        images = torch.randn(_IMAGES, 3, *size, generator=torch.Generator().manual_seed(0), device="cpu")
     if len(images) == 0:
         raise ValueError("there is no image to compare with")
     weight = source.weight()

@@ -49,10 +49,16 @@ def operand(weight: Tensor, dtype: torch.dtype, precision: InputPrecision) -> Te
 
 
 def _fake_patch_embed(
-    images: Tensor, weight: Tensor, position: Tensor, patch_size: int, class_token: bool, precision: str
+    images: Tensor,
+    weight: Tensor,
+    position: Tensor,
+    patch_size: int,
+    class_token: bool,
+    statistics: bool,
+    precision: str,
 ) -> tuple[Tensor, Tensor]:
     out = weight.new_empty(images.shape[0], position.shape[0], weight.shape[0])
-    return out, empty_statistics(out, not class_token)
+    return out, empty_statistics(out, statistics)
 
 
 def _check_patch_embed(
@@ -75,8 +81,8 @@ def _check_patch_embed(
 
 _patch_embed = define(
     "patch_embed",
-    "(Tensor images, Tensor weight, Tensor position, int patch_size, bool class_token, str precision)"
-    " -> (Tensor, Tensor)",
+    "(Tensor images, Tensor weight, Tensor position, int patch_size, bool class_token, bool statistics, "
+    "str precision) -> (Tensor, Tensor)",
     _fake_patch_embed,
     _check_patch_embed,
     lead=1,
@@ -90,6 +96,7 @@ def patch_embed(
     patch_size: int,
     *,
     class_token: bool = True,
+    statistics: bool = False,
     precision: InputPrecision = "ieee",
     impl: Impl = "auto",
 ) -> tuple[Tensor, Tensor]:
@@ -107,15 +114,15 @@ def patch_embed(
         weight: (W, K′) with features ordered (channel, row, column) and zero-padded from 3 · patch_size² to a multiple
             of PATCH_K_STEP; its dtype is the compute and result dtype. Images are converted to it.
         position: (1 + G, W), or (G, W) without a class token, any float dtype.
-        class_token: whether there is one. Without it the tokens enter the first block as they are, which wants their
-            row statistics.
+        class_token: whether there is one.
+        statistics: also return the row statistics of the tokens, for a `linear` that folds the next LayerNorm in.
         precision: of products of float32 operands on a GPU: exact, or cut to TF32, see `to_tf32`.
 
     Returns:
-        (B, 1 + G, W) or (B, G, W), contiguous; and the row statistics (B, G, T, 2) of tokens without a class token, see
-        `layer_norm`, or an empty tensor.
+        (B, 1 + G, W) or (B, G, W), contiguous; and its row statistics (B, …, T, 2), see `layer_norm`, or an empty
+        tensor.
     """
-    return _patch_embed(impl, (images, weight, position), patch_size, class_token, precision)
+    return _patch_embed(impl, (images, weight, position), patch_size, class_token, statistics, precision)
 
 
 # --- layer_norm -------------------------------------------------------------------------------------------------------

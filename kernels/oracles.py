@@ -25,6 +25,7 @@ def patch_embed(
     position: Tensor,
     patch_size: int,
     class_token: bool = True,
+    statistics: bool = False,
     precision: str = "ieee",
 ) -> tuple[Tensor, Tensor]:
     batch, width, features = len(images), len(weight), 3 * patch_size**2
@@ -33,7 +34,7 @@ def patch_embed(
     patches = F.conv2d(pixels, kernel, stride=patch_size).flatten(2).transpose(1, 2)  # (B, G, W)
     tokens = torch.cat([patches.new_zeros(batch, int(class_token), width), patches], dim=1)
     tokens = (_wide(tokens) + position).to(weight.dtype)
-    return tokens, empty_statistics(tokens, False) if class_token else row_statistics(tokens)
+    return tokens, row_statistics(tokens) if statistics else empty_statistics(tokens, False)
 
 
 def layer_norm(

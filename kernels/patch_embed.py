@@ -21,7 +21,7 @@ A uint8 pixel u enters as u − 128. Integers up to 128 are exact in every dtype
 rounded; and an error of the weight's rounding meets a number around zero, not one around the pixels' mean, which a
 plain u would multiply into every output. What the shift takes away, a constant for each column, is in `position`.
 
-Such tokens enter the first block as they are. The statistics of their rows are left beside them, as `linear` does.
+Where the tokens enter the first block as they are, the statistics of their rows are left beside them, as by `linear`.
 
 An image is read once, 3 · h · w · itemsize bytes, since the tiles that share its patches run side by side, and written
 once as (1 + G) · W elements; 6 · G · W · P² operations are done on it. From uint8 in half precision that is 450
@@ -66,7 +66,7 @@ def _patch_embed_kernel(
     weight_ptr,  # (W, K), contiguous
     position_ptr,  # (C + G, W), contiguous
     out_ptr,  # (B, C + G, W), contiguous
-    statistics_ptr,  # (B, G, ⌈W / TILE⌉, 2), float32, contiguous; written where there is no class token
+    statistics_ptr,  # (B, C + G, ⌈W / TILE⌉, 2), float32, contiguous
     M,  # B · G
     G,
     W,
@@ -78,6 +78,7 @@ def _patch_embed_kernel(
     P: tl.constexpr,  # side of a patch
     K: tl.constexpr,  # 3 · P², rounded up to a multiple of PATCH_K_STEP
     C: tl.constexpr,  # class tokens: 0 or 1
+    STATISTICS: tl.constexpr,
     WHOLE_TILES: tl.constexpr,  # TILE divides W
     DEPENDENT: tl.constexpr,
     PRECISION: tl.constexpr,  # of products of float32 operands: "ieee" or "tf32"
@@ -125,23 +126,34 @@ def _patch_embed_kernel(
     out = acc.to(out_ptr.dtype.element_ty)
     first_ptrs = out_ptr + image[:, None] * (C + G) * W + offs_n[None, :]
     tl.store(first_ptrs + token * W, out, mask=inside)
+    n0 = tl.program_id(0) % tiles_n * BLOCK_N
+    if STATISTICS:
+        rows = offs_m + C * (image + 1)  # so many class rows are before it
+        store_row_statistics(statistics_ptr, out, rows, offs_m < M, n0, W, WHOLE_TILES)
     if C == 1:
-        # Who has an image's first patch writes its class row.
+        # The program with an image's first patch writes its class row.
         class_token = tl.load(position_ptr + offs_n[None, :], mask=inside_n, other=0.0).to(tl.float32)
-        class_token = tl.broadcast_to(class_token.to(out_ptr.dtype.element_ty), (BLOCK_M, BLOCK_N))
-        tl.store(first_ptrs, class_token, mask=inside & (patch == 0)[:, None])
-    else:
-        n0 = tl.program_id(0) % tiles_n * BLOCK_N
-        store_row_statistics(statistics_ptr, out, offs_m, offs_m < M, n0, W, WHOLE_TILES)
+        class_token = class_token.to(out_ptr.dtype.element_ty)
+        first = inside & (patch == 0)[:, None]
+        tl.store(first_ptrs, tl.broadcast_to(class_token, (BLOCK_M, BLOCK_N)), mask=first)
+        if STATISTICS:
+            first_rows = (offs_m < M) & (patch == 0)
+            store_row_statistics(statistics_ptr, class_token, image * (C + G), first_rows, n0, W, WHOLE_TILES)
 
 
 def patch_embed(
-    images: Tensor, weight: Tensor, position: Tensor, patch_size: int, class_token: bool, precision: str
+    images: Tensor,
+    weight: Tensor,
+    position: Tensor,
+    patch_size: int,
+    class_token: bool,
+    statistics: bool,
+    precision: str,
 ) -> tuple[Tensor, Tensor]:
     batch, (width, k), tokens = len(images), weight.shape, len(position)
     patches = tokens - class_token
     out = weight.new_empty((batch, tokens, width))
-    out_statistics = empty_statistics(out, not class_token)
+    out_statistics = empty_statistics(out, statistics)
     if out.numel() == 0:
         return out, out_statistics
 
@@ -150,7 +162,7 @@ def patch_embed(
     target = target_of(images.device)
     m = batch * patches
     launches = TABLE.launches_for("patch_embed", weight.dtype, target, precision)
-    if not class_token:
+    if statistics:
         launches = launches[:1]  # another tile would sum the row statistics in another order
     launch = fitting(launches, m, width, multiprocessors(images.device))
     if images.dtype != weight.dtype:
@@ -173,6 +185,7 @@ def patch_embed(
         P=patch_size,
         K=k,
         C=int(class_token),
+        STATISTICS=statistics,
         WHOLE_TILES=width % STATISTICS_TILE == 0,
         PRECISION=precision,
         BLOCK_M=launch.block_m,

@@ -225,16 +225,15 @@ def tile_counts(T: tl.constexpr, width):
 def store_row_statistics(statistics_ptr, y, rows, inside, n0, width, WHOLE: tl.constexpr):
     """Writes the statistics of columns n0 to n0 + N of some rows of `width` elements.
 
-    statistics_ptr (M, ⌈width / TILE⌉, 2) float32, contiguous; y (S, N) as it is stored; rows (S,), written where
-    `inside` (S,); WHOLE where TILE divides the width.
+    statistics_ptr (M, ⌈width / TILE⌉, 2) float32, contiguous; y (S, N) as it is stored, or (1, N) if all rows are the
+    same; rows (S,), written where `inside` (S,); WHOLE where TILE divides the width.
     """
-    S: tl.constexpr = y.shape[0]
     N: tl.constexpr = y.shape[1]
     T: tl.constexpr = N // TILE
     stored = y.to(tl.float32)
     if not WHOLE:
         stored = tl.where((n0 + tl.arange(0, N) < width)[None, :], stored, 0.0)
-    mean, m2 = tile_statistics(tl.reshape(stored, (S, T, TILE)), tile_counts(T, width - n0), WHOLE)
+    mean, m2 = tile_statistics(tl.reshape(stored, (y.shape[0], T, TILE)), tile_counts(T, width - n0), WHOLE)
     tiles = (width + TILE - 1) // TILE
     tile = n0 // TILE + tl.arange(0, T)
     address = statistics_ptr + (rows[:, None].to(tl.int64) * tiles + tile[None, :]) * 2

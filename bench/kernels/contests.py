@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from clip_fast.kernels import ops
 from clip_fast.kernels.statistics import row_statistics
 from clip_fast.kernels.targets import InputPrecision
-from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD, Config, ResNetConfig, VitConfig
+from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD, Config, ResNetConfig, VitConfig, sides
 
 from ..timing import DTYPES
 
@@ -271,7 +271,7 @@ def _patches(model: str, config: Config, batch: int, precision: str) -> Iterator
 
 
 def _patch_embed(model: str, config: VitConfig, batch: int, precision: str, *, raw: bool) -> Contest:
-    dtype, p, w, n, size = DTYPES[precision], config.patch_size, config.width, config.tokens, config.image_size
+    dtype, p, w, n, size = DTYPES[precision], config.patch_size, config.width, config.tokens, sides(config.image_size)
     features = 3 * p * p
     padded = -(-features // ops.PATCH_K_STEP) * ops.PATCH_K_STEP
 
@@ -285,10 +285,10 @@ def _patch_embed(model: str, config: VitConfig, batch: int, precision: str, *, r
             mean, std = (torch.tensor(x, device=device)[:, None, None] for x in (IMAGE_MEAN, IMAGE_STD))
             kernel = (weight.float() / (255 * std)).to(dtype)
             folded[1:] += (kernel.float() * (128 - 255 * mean)).sum((1, 2, 3))
-            made |= {"images": torch.randint(256, (batch, 3, size, size), dtype=torch.uint8, device=device)}
+            made |= {"images": torch.randint(256, (batch, 3, *size), dtype=torch.uint8, device=device)}
             made |= {"factor": 1 / (255 * std), "offset": -mean / std}
         else:
-            made["images"] = _random(device, dtype, batch, 3, size, size)
+            made["images"] = _random(device, dtype, batch, 3, *size)
         return made | {"padded": F.pad(kernel.flatten(1), (0, padded - features)), "folded": folded}
 
     def ours(o: Operands) -> Tensor:
@@ -308,7 +308,7 @@ def _patch_embed(model: str, config: VitConfig, batch: int, precision: str, *, r
         return F.conv2d(o["images"], o["weight"], stride=p)
 
     systems: dict[str, Compute] = {OURS: ours, SEPARATE: separate, COMPILED: _compiled(separate)}
-    pixels = batch * 3 * size**2 * (1 if raw else dtype.itemsize)
+    pixels = batch * 3 * size[0] * size[1] * (1 if raw else dtype.itemsize)
     return Contest(
         "patch_embed", model, f"patches of {p}" + (", raw pixels" if raw else ""), 1, batch, precision, operands,
         systems if raw else systems | {PRODUCT: product},

@@ -20,7 +20,7 @@ from clip_fast.kernels import dispatch
 from clip_fast.kernels.targets import assume
 from clip_fast.towers import precision as precisions
 from clip_fast.towers import reference
-from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD, SiglipConfig, VitConfig
+from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD, SiglipConfig, VitConfig, sides
 from clip_fast.towers.siglip import FastSiglip
 from clip_fast.towers.vit import FastVit, KernelVit
 
@@ -63,7 +63,7 @@ class _Launching(TorchDispatchMode):
 def launches_of(config: VitConfig | SiglipConfig, batch: int, precision: str, device: Device) -> list[Launch]:
     """Every launch of `encode` for a batch, in its order; from images that are normalised before."""
     tower = _tower(config, precision)
-    size = (batch, 3, config.image_size, config.image_size)
+    size = (batch, 3, *sides(config.image_size))
     images = torch.empty(size, dtype=tower.precision.weights, device="meta")
     with assume(device.arch, device.multiprocessors), caught() as launches, torch.no_grad(), _Launching():
         tower.encode(images)

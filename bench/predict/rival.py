@@ -47,7 +47,7 @@ def steps_of(config: VitConfig | SiglipConfig, batch: int, precision: str) -> li
         product("fc2 of the head", 1, batch, w, hidden),
     ]
     return [
-        product("patches", 1, batch * config.grid**2, w, features),
+        product("patches", 1, batch * config.patches, w, features),
         Step("position" if siglip else "class token, position, ln_pre", "pass", 1, 0, 4.0 * size * m * w),
         product("qkv", layers, m, 3 * w, w),
         Step("attention", "attention", layers, 4.0 * batch * n * n * w, 4.0 * size * m * w),

@@ -16,6 +16,7 @@ from ..errors import reason_of
 from ..inputs.items import Item
 from ..preprocess import Preprocess
 from ..pytorch import shared_zeros
+from ..towers.config import sides
 
 
 class _Unremarked:
@@ -59,12 +60,13 @@ class Decoder:
     fast: bool = False
 
     def __call__(self, item: Item) -> tuple[Tensor, tuple[int, int]]:
-        """The item's pixels, uint8 (3, image_size, image_size), and its size. Raises whatever decoders raise."""
+        """The item's pixels, uint8 (3, height, width), and its size. Raises whatever decoders raise."""
         with UNREMARKED, item.open() as image:
             size = image.size
             self.check(size)
             if self.fast:
-                image.draft(None, (2 * self.preprocess.image_size,) * 2)  # pyright: ignore[reportArgumentType]
+                height, width = sides(self.preprocess.image_size)
+                image.draft(None, (2 * width, 2 * height))  # pyright: ignore[reportArgumentType]
             return self.preprocess.uint8(image), size
 
     def check(self, size: tuple[int, int]) -> None:
@@ -74,12 +76,12 @@ class Decoder:
             ValueError: says so.
         """
         limit = Image.MAX_IMAGE_PIXELS
-        if limit is None or 0 in size or self.preprocess.squash:
+        if limit is None or 0 in size:
             return
-        long_side = self.preprocess.image_size * max(size) // min(size)
-        if long_side * self.preprocess.image_size > 2 * limit:
+        resized = self.preprocess.resized(size)
+        if resized[0] * resized[1] > 2 * limit:
             raise ValueError(
-                f"too long and thin: {size[0]}x{size[1]} pixels, resized to {self.preprocess.image_size} by {long_side}"
+                f"too long and thin: {size[0]}x{size[1]} pixels, resized to {min(resized)} by {max(resized)}"
             )
 
     def into(self, pixels: Tensor, item: Item) -> tuple[tuple[int, int], str | None]:
@@ -92,12 +94,12 @@ class Decoder:
         return size, None
 
     def black(self, count: int, *, shared: bool = False) -> Tensor:
-        """Black pixels of a batch, uint8 (count, 3, image_size, image_size), for `into` to write to.
+        """Black pixels of a batch, uint8 (count, 3, height, width), for `into` to write to.
 
         Raises:
             RuntimeError: shared memory has no room for them.
         """
-        shape = (count, 3, self.preprocess.image_size, self.preprocess.image_size)
+        shape = (count, 3, *sides(self.preprocess.image_size))
         return shared_zeros(math.prod(shape)).view(shape) if shared else torch.zeros(shape, dtype=torch.uint8)
 
 

@@ -56,7 +56,7 @@ class SharedMemoryError(RuntimeError):
 
 
 class Decoded(NamedTuple):
-    """A decoded batch: pixels, uint8 (B, 3, image_size, image_size), and notes on them, JSON in uint8.
+    """A decoded batch: pixels, uint8 (B, 3, height, width), and notes on them, JSON in uint8.
 
     Both are tensors in shared memory, so that the message about them is shorter than PIPE_BUF. A write that short is
     whole or not at all: a worker that is killed in it leaves no half message to wait for.

@@ -131,10 +131,7 @@ TEXTS = {
     ),
 }
 
-_UNSERVED = {  # parts of open_clip's models, by their keys
-    r".*\.ls_[12]\.gamma$": "LayerScale",
-    r"visual\.attn_pool\.": "an attentional pooler",
-}
+_UNSERVED = {r"visual\.attn_pool\.": "an attentional pooler"}  # parts of open_clip's models, by their keys
 
 
 def layout_of(path: Path, keys: Collection[str]) -> Layout:

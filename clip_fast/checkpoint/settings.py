@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 
@@ -24,7 +24,10 @@ from ..towers.config import (
     SIGLIP_MEAN,
     SIGLIP_STD,
     Activation,
+    ImageSize,
+    Pool,
     Rgb,
+    image_size_of,
 )
 from .text_settings import TextSettings, hugging_face_text, open_clip_text
 from .weights_file import read_json
@@ -37,10 +40,13 @@ STRUCTURE_ERRORS = (
     IndexError,
     ArithmeticError,
 )  # of JSON that is not as expected
-# Keys of open_clip's vision_cfg that change nothing here or are read from the weights' shapes, and harmless defaults.
-_OPEN_CLIP_KEYS = {"image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio", "patch_dropout"}
+# Keys of open_clip's vision_cfg that are read, change nothing here or are told by the weights, and harmless defaults.
+_OPEN_CLIP_KEYS = {
+    *("image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio", "patch_dropout", "ls_init_value"),
+    *("no_ln_pre", "pool_type", "final_ln_after_pool"),
+}
 _OPEN_CLIP_UNUSED = {"output_tokens", "attn_pooler_queries", "attn_pooler_heads", "pos_embed_type"}
-_OPEN_CLIP_DEFAULTS = {"pool_type": "tok", "block_type": "default", "timm_pool": "avg", "timm_proj": "linear"}
+_OPEN_CLIP_DEFAULTS = {"block_type": "default", "timm_pool": "avg", "timm_proj": "linear"}
 
 
 @dataclass(frozen=True)
@@ -49,11 +55,14 @@ class BesideWeights:
 
     activation: Activation | None = None
     heads: int | None = None
-    image_size: int | None = None
+    image_size: ImageSize | None = None
     mean: Rgb = IMAGE_MEAN
     std: Rgb = IMAGE_STD
     squash: bool = False
     on_white: bool = False
+    ln_pre: bool = True
+    pool: Pool = "tok"
+    ln_after_pool: bool = False
     text: TextSettings = field(default_factory=TextSettings)
 
 
@@ -146,9 +155,9 @@ def description(path: Path, content: dict[str, Any]) -> Described | None:
             layers, patch_size = vision.get("layers", 12), RESNET_STRIDE if is_resnet else vision.get("patch_size", 16)
             width, activation = vision.get("width", 768), "quick_gelu" if model.get("quick_gelu") else "gelu"
             embedding = model.get("embed_dim")
-    size: Any = vision.get("image_size", 224)
-    side = cast(list[Any], size)[0] if isinstance(size, list) else size
-    return Described(activation, width, layers, patch_size, (side // patch_size) ** 2 + class_tokens, embedding)
+    rows, columns = (side // patch_size for side in _sides(vision.get("image_size", 224)))
+    tokens = rows * columns + class_tokens
+    return Described(activation, width, layers, patch_size, tokens, embedding)
 
 
 def _timm_activation(name: str) -> Activation:
@@ -256,7 +265,10 @@ def _hugging_face_preprocessing(
 def _open_clip_settings(path: Path, content: dict[str, Any]) -> BesideWeights:
     model: dict[str, Any] = content["model_cfg"]
     vision: dict[str, Any] = model["vision_cfg"]
-    for key, value in _special(vision, _OPEN_CLIP_KEYS | _OPEN_CLIP_UNUSED, _OPEN_CLIP_DEFAULTS).items():
+    special = _special(vision, _OPEN_CLIP_KEYS | _OPEN_CLIP_UNUSED, _OPEN_CLIP_DEFAULTS)
+    if (pool := vision.get("pool_type", "tok")) not in get_args(Pool):
+        special["pool_type"] = pool
+    for key, value in special.items():
         raise CheckpointError(path, f"vision_cfg sets {key} to {value!r}, which is not served")
     processing: dict[str, Any] = content.get("preprocess_cfg", {})
     _warn_of_preprocessing(path, _unfollowed(processing))
@@ -269,6 +281,9 @@ def _open_clip_settings(path: Path, content: dict[str, Any]) -> BesideWeights:
         mean=_triple(path, processing, "mean", IMAGE_MEAN),
         std=_triple(path, processing, "std", IMAGE_STD, least=0),
         squash=processing.get("resize_mode") == "squash",
+        ln_pre=not vision.get("no_ln_pre"),
+        pool=pool,
+        ln_after_pool=bool(vision.get("final_ln_after_pool")),
         text=open_clip_text(path, model),
     )
 
@@ -289,14 +304,18 @@ def _timm_settings(path: Path, content: dict[str, Any], kind: Conventions) -> Be
     )
 
 
-def _open_clip_size(path: Path, vision: dict[str, Any]) -> int:
-    size: Any = vision.get("image_size", 224)
-    if isinstance(size, list):
-        sizes = cast(list[Any], size)
-        if len(set(sizes)) != 1:
-            raise CheckpointError(path, f"vision_cfg must have a square image_size, got {sizes}")
-        size = sizes[0]
-    return _integer(path, "image_size", size)
+def _open_clip_size(path: Path, vision: dict[str, Any]) -> ImageSize:
+    height, width = (_integer(path, "image_size", side) for side in _sides(vision.get("image_size", 224)))
+    return image_size_of(height, width)
+
+
+def _sides(size: Any) -> tuple[Any, Any]:
+    """Height and width of an image_size in a config: one number, or both."""
+    if not isinstance(size, list):
+        return size, size
+    if len(both := cast(list[Any], size)) != 2:
+        raise TypeError(f"image_size must be a number or two, got {both}")
+    return both[0], both[1]
 
 
 def _unfollowed(processing: dict[str, Any]) -> dict[str, Any]:

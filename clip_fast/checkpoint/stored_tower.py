@@ -12,7 +12,17 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..towers import reference
-from ..towers.config import HEAD_DIM, RESNET_STRIDE, Activation, Config, ResNetConfig, SiglipConfig, VitConfig
+from ..towers.config import (
+    HEAD_DIM,
+    RESNET_STRIDE,
+    Activation,
+    Config,
+    ImageSize,
+    ResNetConfig,
+    SiglipConfig,
+    VitConfig,
+    sides,
+)
 from .layouts import TIMM, Layout, listing
 from .settings import BesideWeights, Described
 from .weights_file import WeightsFile
@@ -64,14 +74,27 @@ class StoredTower:
 
     def _vit_config(self, settings: BesideWeights, activation: Callable[[], Activation]) -> VitConfig:
         width, patch_size = self._patches()
-        if not self._has("ln_pre.weight") and not self._has("ln_pre.bias"):
-            raise CheckpointError(self.file.path, "has no ln_pre (open_clip's no_ln_pre), which is not served")
+        ln_pre = self._has("ln_pre.weight") or self._has("ln_pre.bias")
+        if ln_pre and not settings.ln_pre:
+            raise CheckpointError(self.file.path, "has an ln_pre, the config beside it says no_ln_pre")
+        if settings.ln_pre and not ln_pre:
+            raise CheckpointError(
+                self.file.path,
+                f"misses {self.layout.keys('ln_pre.weight')[0]}: if its model has none, as open_clip's with no_ln_pre, "
+                "place its open_clip_config.json beside it",
+            )
         embed_dim = self._shape("proj", 2)[1]
         layers = self._count(self.layout.blocks)
         mlp_width = self._shape("transformer.resblocks.0.mlp.c_fc.weight", 2)[0]
         image_size = self._image_size("positional_embedding", patch_size, settings)
         heads = self._heads(settings.heads, width, _HEAD_DIMS.get(width, HEAD_DIM))
-        return VitConfig(image_size, patch_size, width, layers, heads, embed_dim, mlp_width / width, activation())
+        return VitConfig(
+            *(image_size, patch_size, width, layers, heads, embed_dim, mlp_width / width, activation()),
+            ln_pre=ln_pre,
+            pool=settings.pool,
+            ln_after_pool=settings.ln_after_pool,
+            layer_scale=self._has("transformer.resblocks.0.ls_1.gamma"),
+        )
 
     def _siglip_config(self, settings: BesideWeights, activation: Callable[[], Activation]) -> SiglipConfig:
         width, patch_size = self._patches()
@@ -96,6 +119,10 @@ class StoredTower:
         layers = self._count("layer1."), self._count("layer2."), self._count("layer3."), self._count("layer4.")
         embed_dim = self._shape("attnpool.c_proj.weight", 2)[0]
         image_size = self._image_size("attnpool.positional_embedding", RESNET_STRIDE, settings)
+        if not isinstance(image_size, int):
+            raise CheckpointError(
+                self.file.path, f"a ResNet takes square images, the config beside it says {image_size}"
+            )
         heads = self._heads(settings.heads, 32 * width)
         return ResNetConfig(layers, width, heads, image_size, embed_dim)
 
@@ -193,19 +220,24 @@ class StoredTower:
             raise CheckpointError(self.file.path, f"misses all of {self.layout.prefix}{blocks}{missing}")
         return len(numbers)
 
-    def _image_size(self, name: str, stride: int, settings: BesideWeights, class_tokens: int = 1) -> int:
+    def _image_size(self, name: str, stride: int, settings: BesideWeights, class_tokens: int = 1) -> ImageSize:
+        """The size of the images: as the config beside the weights says, or that of a square."""
         tokens = self._shape(name, 2)[0]
         grid = math.isqrt(max(0, tokens - class_tokens))
         (key,) = self.layout.keys(name)
+        told = settings.image_size
+        if told is not None:
+            rows, columns = (side // stride for side in sides(told))
+            if rows * columns + class_tokens == tokens:
+                return told
         if grid < 1 or grid**2 + class_tokens != tokens:
             wanted = "one row and a square number more" if class_tokens else "a square number of rows"
             raise CheckpointError(self.file.path, f"{key} must have {wanted}, got {tokens} rows")
-        if settings.image_size is not None and settings.image_size // stride != grid:
+        if told is not None:
             raise CheckpointError(
-                self.file.path,
-                f"{key} is for images of {grid * stride} pixels, the config beside it says {settings.image_size}",
+                self.file.path, f"{key} is for images of {grid * stride} pixels, the config beside it says {told}"
             )
-        return settings.image_size or grid * stride
+        return grid * stride
 
     def _heads(self, told: int | None, width: int, head_dim: int = HEAD_DIM) -> int:
         if told is not None:

@@ -9,6 +9,7 @@ import torch
 
 from ..kernels.dispatch import triton_can_run
 from ..loading import default_device, load
+from ..towers.config import sides
 from .messages import EXIT_OK, say
 from .parser import dtype_of
 
@@ -21,8 +22,8 @@ def warm(arguments: argparse.Namespace) -> int:
         say(f"nothing to compile: on {model.device} plain PyTorch computes")
         return EXIT_OK
     began = time.perf_counter()
-    size = model.config.image_size
+    size = sides(model.config.image_size)
     for dtype in dict.fromkeys((torch.uint8, torch.float32, model.dtype)):  # raw pixels, what `preprocess` gives
-        model.encode_image(torch.zeros(1, 3, size, size, dtype=dtype, device=model.device))
+        model.encode_image(torch.zeros(1, 3, *size, dtype=dtype, device=model.device))
     say(f"the kernels of {arguments.model} in {model.dtype} are compiled: {time.perf_counter() - began:.1f} s")
     return EXIT_OK

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from ..checkpoint.layouts import hugging_face_keys, timm_keys
 from ..engine.tower import Tower
 from ..errors import NotServed
 from ..towers import reference
-from ..towers.config import Activation, Config, ResNetConfig, SiglipConfig, VitConfig
+from ..towers.config import Activation, Config, ImageSize, Pool, ResNetConfig, SiglipConfig, VitConfig, image_size_of
 from . import instance
 
 _CLIP = {
@@ -51,7 +51,7 @@ _KNOWN = (
     | {"torch.nn.modules.dropout.Dropout"}
     | {f"clip.model.{name}" for name in ("Transformer", "ResidualAttentionBlock", "LayerNorm")}
     | {f"open_clip.transformer.{name}" for name in ("Transformer", "ResidualAttentionBlock", "LayerNorm")}
-    | {"open_clip.transformer.LayerNormFp32"}
+    | {"open_clip.transformer.LayerNormFp32", "open_clip.transformer.LayerScale"}
     | {f"clip.model.{name}" for name in ("Bottleneck", "AttentionPool2d")}
     | {f"open_clip.modified_resnet.{name}" for name in ("Bottleneck", "AttentionPool2d")}
     | {f"{family}{name}" for family in _MODELING for name in _PARTS}
@@ -322,6 +322,10 @@ def _square(name: str, value: Any) -> int:
     return int(value)
 
 
+def _image_size(value: Any) -> ImageSize:
+    return value if isinstance(value, int) else image_size_of(*map(int, value))
+
+
 def _only(name: str, values: Iterator[Any]) -> Any:
     different = set(values)
     _require(len(different) == 1, f"blocks differ in their {name}: {sorted(map(str, different))}")
@@ -343,9 +347,6 @@ def _vit_config(tower: Any) -> VitConfig:
     blocks = list(tower.transformer.resblocks)
     for i, block in enumerate(blocks):
         where = f"transformer.resblocks.{i}"
-        for name in ("ls_1", "ls_2"):
-            scale = getattr(block, name, None)
-            _require(scale is None or type(scale) is nn.Identity, f"{where}.{name} is a {type(scale).__name__}")
         _require(type(block.attn) is nn.MultiheadAttention, f"{where}.attn is a {_class(block.attn)}")
         _require(getattr(block, "attn_mask", None) is None, f"{where} has an attention mask")
         _require(block.attn.in_proj_weight is not None, f"{where}.attn has keys and values of another width")
@@ -353,14 +354,13 @@ def _vit_config(tower: Any) -> VitConfig:
     known = _class(tower).startswith("clip.") or hasattr(tower, "final_ln_after_pool")
     _require(known, "this release of open_clip is too old, and pools otherwise: update it")
     _require(getattr(tower, "attn_pool", None) is None, "attn_pool is an attentional pooler")
-    pool = getattr(tower, "pool_type", "tok")
-    _require(pool == "tok", f"pool_type is {pool!r}, expected 'tok'")
-    _require(isinstance(tower.ln_pre, nn.LayerNorm), "the tower has no ln_pre")
-    _require(not getattr(tower, "final_ln_after_pool", False), "ln_post comes after the pooling")
+    pool: Any = getattr(tower, "pool_type", "tok")
+    _require(pool in get_args(Pool), f"pool_type is {pool!r}, expected one of {get_args(Pool)}")
+    scales = [getattr(block, name, None) for block in blocks for name in ("ls_1", "ls_2")]
     _require(tower.proj is not None, "the tower has no proj")
     size = tower.input_resolution if hasattr(tower, "input_resolution") else tower.image_size
     return VitConfig(
-        image_size=_square("the image", size),
+        image_size=_image_size(size),
         patch_size=_patch_size(tower.conv1),
         width=tower.conv1.out_channels,
         layers=len(blocks),
@@ -368,6 +368,10 @@ def _vit_config(tower: Any) -> VitConfig:
         embed_dim=tower.proj.shape[1],
         mlp_ratio=blocks[0].mlp.c_fc.out_features / tower.conv1.out_channels,
         activation=_only("activation", (_activation(block.mlp.gelu) for block in blocks)),
+        ln_pre=not isinstance(tower.ln_pre, nn.Identity),
+        pool=pool,
+        ln_after_pool=bool(getattr(tower, "final_ln_after_pool", False)),
+        layer_scale=_only("LayerScale", (scale is not None and not isinstance(scale, nn.Identity) for scale in scales)),
     )
 
 

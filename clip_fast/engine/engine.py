@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..kernels import toolchain
 from ..kernels.dispatch import triton_can_run, trusted
-from ..towers.config import ENCODE, IMAGE_MEAN, IMAGE_STD, Rgb, Task
+from ..towers.config import ENCODE, IMAGE_MEAN, IMAGE_STD, ImageSize, Rgb, Task, sides
 from ..towers.families import fast_tower
 from ..towers.fast import FastTower, Results
 from ..towers.precision import Precision, PrecisionName, precision_of
@@ -164,7 +164,8 @@ class Engine:
         """The bytes that one image takes while it is encoded, and its results, at most."""
         config = self.config
         elements = self._fast_tower.activations(config) + sum(torch.Size(s).numel() for s in config.row_shapes(task))
-        return elements * self.computed_in.weights.itemsize + 3 * config.image_size**2 * images.itemsize
+        height, width = sides(config.image_size)
+        return elements * self.computed_in.weights.itemsize + 3 * height * width * images.itemsize
 
     def _fitting(self, images: Tensor, task: Task) -> int:
         """The number of images to encode together."""
@@ -220,16 +221,17 @@ class Engine:
         return run
 
 
-def checked(images: Tensor, size: int) -> Tensor:
-    """`images` as (B, 3, size, size).
+def checked(images: Tensor, size: ImageSize) -> Tensor:
+    """`images` as (B, 3, height, width), of this size.
 
     Raises:
         ValueError, TypeError: say what is wrong with their shape or dtype.
     """
-    if images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1:] == (size, size, 3):
+    height, width = sides(size)
+    if images.dtype == torch.uint8 and images.ndim == 4 and images.shape[1:] == (height, width, 3):
         images = images.permute(0, 3, 1, 2)
-    if images.ndim != 4 or images.shape[1:] != (3, size, size):
-        raise ValueError(f"images must be [batch, 3, {size}, {size}], got {list(images.shape)}")
+    if images.ndim != 4 or images.shape[1:] != (3, height, width):
+        raise ValueError(f"images must be [batch, 3, {height}, {width}], got {list(images.shape)}")
     if not images.is_floating_point() and images.dtype != torch.uint8:
         raise TypeError(f"images must be of a floating-point dtype, or raw pixels in uint8, got {images.dtype}")
     return images

@@ -8,11 +8,13 @@ Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (2023), and "Scaling
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal, NamedTuple, get_args
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
+Pool = Literal["tok", "avg"]  # open_clip's words: the class token, or the average of the patch tokens
 Rgb = tuple[float, float, float]  # a number for each colour channel
+ImageSize = int | tuple[int, int]  # in pixels: the side of a square, or height and width
 TaskName = Literal["encode", "encode_tokens", "hidden_state", "hidden_states"]
 
 EPS = 1e-5  # the norms of every CLIP add it to the variance
@@ -41,6 +43,16 @@ class Task(NamedTuple):
 ENCODE, ENCODE_TOKENS, HIDDEN_STATES = Task("encode"), Task("encode_tokens"), Task("hidden_states")
 
 
+def sides(size: ImageSize) -> tuple[int, int]:
+    """Height and width of images."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def image_size_of(height: int, width: int) -> ImageSize:
+    """The size of images of this height and width: of a square, its side."""
+    return height if height == width else (height, width)
+
+
 def hidden_state(layer: int) -> Task:
     """The task of the residual stream after `layer` blocks."""
     return Task("hidden_state", (layer,))
@@ -55,18 +67,19 @@ def _require_activation(activation: str) -> None:
 def _require_positive(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        if value <= 0:
+        least = min(sides(value)) if name == "image_size" else value
+        if least <= 0:
             raise ValueError(f"{name} must be positive, got {value}")
 
 
 @dataclass(frozen=True)
 class _TransformerConfig(ABC):
-    """What every Vision Transformer has. `image_size` and `patch_size` are in pixels."""
+    """What every Vision Transformer has. `image_size` and `patch_size` are in pixels; a patch is square."""
 
     may_be_padded: ClassVar[bool] = True  # a row's result depends on that row alone
     tasks: ClassVar[tuple[TaskName, ...]] = ("encode", "encode_tokens", "hidden_state", "hidden_states")
 
-    image_size: int
+    image_size: ImageSize
     patch_size: int
     width: int
     layers: int
@@ -76,7 +89,7 @@ class _TransformerConfig(ABC):
         _require_positive(self, "image_size", "patch_size", "width", "layers", "heads")
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads, got width {self.width} and heads {self.heads}")
-        if self.image_size < self.patch_size:
+        if min(sides(self.image_size)) < self.patch_size:
             raise ValueError(
                 f"image_size must be at least patch_size, got {self.image_size} and patch_size {self.patch_size}"
             )
@@ -91,9 +104,15 @@ class _TransformerConfig(ABC):
         return self.width // self.heads
 
     @property
-    def grid(self) -> int:
-        """Patches along one side. Pixels past the last whole patch are not read, as in the strided convolution."""
-        return self.image_size // self.patch_size
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches. Pixels past the last whole patch are not read, as in the strided convolution."""
+        height, width = sides(self.image_size)
+        return height // self.patch_size, width // self.patch_size
+
+    @property
+    def patches(self) -> int:
+        """The number of patches."""
+        return self.grid[0] * self.grid[1]
 
     def _operations(self, mlp_width: int) -> float:
         """About the operations for one image."""
@@ -104,7 +123,7 @@ class _TransformerConfig(ABC):
         stream = (self.tokens, self.width)
         return {
             "encode": [(embed_dim,)],
-            "encode_tokens": [(embed_dim,), (self.grid**2, self.width)],
+            "encode_tokens": [(embed_dim,), (self.patches, self.width)],
             "hidden_state": [stream],
             "hidden_states": [stream] * (self.layers + 1),
         }[task.name]
@@ -115,7 +134,11 @@ class VitConfig(_TransformerConfig):
     """A Vision Transformer tower.
 
     `image_size` and `patch_size` are in pixels. `embed_dim` is the width of the space shared with text. `eps` is that
-    of the LayerNorms. The representation leaves `eps` out, since the digests of existing output folders do.
+    of the LayerNorms. The others are open_clip's variants: `ln_pre`, a LayerNorm before the first block; `pool`, the
+    tokens that become the embedding; `ln_after_pool`, the last LayerNorm is that of the pooled tokens, and patch tokens
+    are given without it; `layer_scale`, a factor for each channel of what a block adds.
+
+    The representation leaves out what came later and has its default, since the digests of existing output folders do.
     """
 
     family: ClassVar[str] = "a ViT"
@@ -124,11 +147,22 @@ class VitConfig(_TransformerConfig):
     mlp_ratio: float = 4.0
     activation: Activation = "quick_gelu"
     eps: float = field(default=EPS, repr=False)
+    ln_pre: bool = field(default=True, repr=False)
+    pool: Pool = field(default="tok", repr=False)
+    ln_after_pool: bool = field(default=False, repr=False)
+    layer_scale: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _require_positive(self, "embed_dim", "mlp_ratio")
         _require_activation(self.activation)
+        if self.pool not in get_args(Pool):
+            raise ValueError(f"pool must be one of {get_args(Pool)}, got {self.pool!r}")
+
+    def __repr__(self) -> str:
+        values = {each: getattr(self, each.name) for each in fields(self)}
+        shown = (f"{each.name}={value!r}" for each, value in values.items() if each.repr or value != each.default)
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @property
     def mlp_width(self) -> int:
@@ -137,7 +171,7 @@ class VitConfig(_TransformerConfig):
     @property
     def tokens(self) -> int:
         """Length of the sequence: one class token and the patches."""
-        return self.grid**2 + 1
+        return self.patches + 1
 
     @property
     def launches(self) -> int:
@@ -180,7 +214,7 @@ class SiglipConfig(_TransformerConfig):
     @property
     def tokens(self) -> int:
         """Length of the sequence: the patches."""
-        return self.grid**2
+        return self.patches
 
     @property
     def launches(self) -> int:

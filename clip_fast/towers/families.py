@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.dispatch import triton_can_run
-from .config import Config, ResNetConfig, SiglipConfig, VitConfig
+from .config import Config, ImageSize, ResNetConfig, SiglipConfig, VitConfig
 from .fast import FastTower
 from .resnet import FastResNet
 from .siglip import FastSiglip
@@ -25,7 +25,7 @@ class Family:
 
     with_triton: type[FastTower]
     without_triton: type[FastTower]
-    resampled: Callable[[dict[str, Tensor], Any, int], tuple[dict[str, Tensor], Any]] | None = None
+    resampled: Callable[[dict[str, Tensor], Any, ImageSize], tuple[dict[str, Tensor], Any]] | None = None
 
 
 _FAMILIES: dict[type, Family] = {
@@ -41,7 +41,9 @@ def fast_tower(config: Config, device: torch.device) -> type[FastTower]:
     return family.with_triton if triton_can_run(device) else family.without_triton
 
 
-def for_image_size(state_dict: dict[str, Tensor], config: Config, image_size: int) -> tuple[dict[str, Tensor], Config]:
+def for_image_size(
+    state_dict: dict[str, Tensor], config: Config, image_size: ImageSize
+) -> tuple[dict[str, Tensor], Config]:
     """The same tower for images of another size.
 
     Raises:

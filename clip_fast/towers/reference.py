@@ -11,7 +11,7 @@ tricks", ResNet-D stem) and Zhang 2019 (anti-aliased strides) for the modified R
 2, for the approximations of the GELU; Zhai et al. 2023 (SigLIP), and Zhai et al. 2022 ("Scaling Vision Transformers"),
 section 3.2, for its head.
 
-Shapes: B images, N tokens, W width, H heads, D = W / H, P patch size, G patches a side, E embed_dim.
+Shapes: B images, N tokens, W width, H heads, D = W / H, P patch size, G patches, E embed_dim.
 """
 
 from __future__ import annotations
@@ -92,6 +92,17 @@ class Mlp(nn.Sequential):
         self.c_proj = nn.Linear(config.mlp_width, config.width)
 
 
+class LayerScale(nn.Module):
+    """A factor for each channel (Touvron et al., "Going deeper with Image Transformers", 2021, section 2)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
 class ResidualBlock(nn.Module):
     """A pre-LayerNorm transformer block. (N, B, W) -> (N, B, W), tokens first as in `clip`.
 
@@ -105,10 +116,12 @@ class ResidualBlock(nn.Module):
         self.attn = nn.MultiheadAttention(config.width, config.heads)
         self.ln_2 = nn.LayerNorm(config.width, eps=config.eps)
         self.mlp = Mlp(config)
+        scaled = isinstance(config, VitConfig) and config.layer_scale
+        self.ls_1, self.ls_2 = (LayerScale(config.width) if scaled else nn.Identity() for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.ls_1(self.attention(self.ln_1(x)))
+        return x + self.ls_2(self.mlp(self.ln_2(x)))
 
     def attention(self, x: Tensor) -> Tensor:
         mask = None if self.attn_mask is None else self.attn_mask[: len(x), : len(x)].to(x)
@@ -138,7 +151,7 @@ class TokenTower(nn.Module, ABC):
 
     @abstractmethod
     def encode_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings, and the patch tokens (B, G², W) after ln_post."""
+        """Embeddings, and the patch tokens (B, G, W), after ln_post as a rule."""
 
     @abstractmethod
     def hidden_state(self, images: Tensor, layer: int) -> Tensor:
@@ -158,34 +171,43 @@ class TokenTower(nn.Module, ABC):
 
 
 class VisionTransformer(TokenTower):
-    """CLIP's Vision Transformer: images (B, 3, image_size, image_size) -> embeddings (B, E)."""
+    """CLIP's Vision Transformer, and open_clip's variants of it: images (B, 3, height, width) -> embeddings (B, E)."""
 
     def __init__(self, config: VitConfig) -> None:
         super().__init__()
         self.input_resolution, self.output_dim = config.image_size, config.embed_dim
+        self.pool, self.ln_after_pool = config.pool, config.ln_after_pool
         scale = config.width**-0.5
         self.conv1 = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size, bias=False)
         self.class_embedding = random_parameter(config.width, std=scale)
         self.positional_embedding = random_parameter(config.tokens, config.width, std=scale)
-        self.ln_pre = nn.LayerNorm(config.width, eps=config.eps)
+        self.ln_pre = nn.LayerNorm(config.width, eps=config.eps) if config.ln_pre else nn.Identity()
         self.transformer = Transformer(config)
         self.ln_post = nn.LayerNorm(config.width, eps=config.eps)
         # `clip`'s users set it to None for the features before it.
         self.proj: nn.Parameter | None = random_parameter(config.width, config.embed_dim, std=scale)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.ln_post(self.hidden_state(images, len(self.transformer.resblocks))[:, 0])
-        return x if self.proj is None else x @ self.proj  # (B, E)
+        return self._embed(self.hidden_state(images, len(self.transformer.resblocks)))
 
     def encode_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, E), and the patch tokens (B, G², W) after ln_post."""
-        x = self.ln_post(self.hidden_state(images, len(self.transformer.resblocks)))
-        class_token = x[:, 0]
-        return class_token if self.proj is None else class_token @ self.proj, x[:, 1:]
+        """Embeddings (B, E), and the patch tokens (B, G, W), after ln_post unless it comes after the pooling."""
+        x = self.hidden_state(images, len(self.transformer.resblocks))
+        return self._embed(x), x[:, 1:] if self.ln_after_pool else self.ln_post(x[:, 1:])
+
+    def _embed(self, x: Tensor) -> Tensor:
+        """Pooling, ln_post and projection: (B, N, W) -> (B, E)."""
+        if self.pool == "tok":
+            pooled = self.ln_post(x[:, 0])
+        elif self.ln_after_pool:
+            pooled = self.ln_post(x[:, 1:].mean(dim=1))
+        else:
+            pooled = self.ln_post(x[:, 1:]).mean(dim=1)
+        return pooled if self.proj is None else pooled @ self.proj
 
     def hidden_state(self, images: Tensor, layer: int) -> Tensor:
         """The residual stream (B, N, W) after `layer` blocks."""
-        patches = self.conv1(images).flatten(2).transpose(1, 2)  # (B, G², W)
+        patches = self.conv1(images).flatten(2).transpose(1, 2)  # (B, G, W)
         class_token = self.class_embedding.expand(len(images), 1, -1)  # (B, 1, W)
         x = torch.cat([class_token, patches], dim=1) + self.positional_embedding  # (B, N, W)
         x = self.ln_pre(x).transpose(0, 1)  # (N, B, W)
@@ -215,7 +237,7 @@ class MapHead(nn.Module):
 
 
 class SiglipTransformer(TokenTower):
-    """SigLIP's Vision Transformer: images (B, 3, image_size, image_size) -> embeddings (B, W)."""
+    """SigLIP's Vision Transformer: images (B, 3, height, width) -> embeddings (B, W)."""
 
     def __init__(self, config: SiglipConfig) -> None:
         super().__init__()

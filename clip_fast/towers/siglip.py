@@ -70,7 +70,7 @@ class FastSiglip(KernelVit):
         return self._pool(x, statistics), ops.layer_norm(x, *self.ln_post, self.config.eps)[0]
 
     def _embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self._patches(images, class_token=False)
+        return self._patches(images, class_token=False, statistics=True)
 
     def _pool(self, x: Tensor, statistics: Tensor) -> Tensor:
         """ln_post and the head: the residual stream (B, N, W) and its row statistics -> (B, W)."""

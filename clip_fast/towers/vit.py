@@ -14,6 +14,10 @@ Mean and rstd come from statistics that the kernel which writes x leaves beside 
 encoder, so the last block has one query for each image. Its keys and values are never formed, and its MLP runs on that
 token alone.
 
+open_clip's variants: without ln_pre, patch_embed leaves the statistics for the first block. Where the embedding is the
+average of the patch tokens, the last block is as the others, and mean_token follows, before ln_post or after it. A
+LayerScale is the `scale` of a product: no weight is rounded for it, and none becomes too small for float16.
+
 Shapes: B images, N = 1 + G tokens, W width, H heads, D = W / H, P patch size, E embed_dim.
 """
 
@@ -29,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import ops
-from .config import Rgb, SiglipConfig, TaskName, VitConfig
+from .config import ImageSize, Rgb, SiglipConfig, TaskName, VitConfig
 from .fast import FastTower, Results
 from .precision import Precision
 
@@ -38,11 +42,15 @@ _Config = TypeVar("_Config", VitConfig, SiglipConfig)
 
 @dataclass(frozen=True)
 class Folded:
-    """An operand of `ops.linear`: weight (N, K), bias (N,), and colsum (N,) where a LayerNorm is folded into it."""
+    """An operand of `ops.linear`: weight (N, K), bias (N,), and colsum (N,) where a LayerNorm is folded into it.
+
+    `scale` (N,) is that of a LayerScale behind it, which the bias has in it.
+    """
 
     weight: Tensor
     bias: Tensor
     colsum: Tensor | None = None
+    scale: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -75,11 +83,11 @@ class Vit(FastTower):
 
     @abstractmethod
     def encode_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeds images: (B, E), and their patch tokens (B, G, W) after ln_post, as open_clip gives them."""
+        """Embeds images: (B, E), and their patch tokens (B, G, W), after ln_post as a rule, as open_clip gives them."""
 
     @abstractmethod
     def hidden_state(self, images: Tensor, layer: int) -> Tensor:
-        """The residual stream (B, N, W) after `layer` blocks: 0 is ln_pre's output, `layers` the last block's."""
+        """The residual stream (B, N, W) after `layer` blocks: 0 is the first's input, `layers` the last's output."""
 
     @abstractmethod
     def hidden_states(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -116,10 +124,15 @@ class Folding:
     def block(self, prefix: str) -> Block:
         return Block(
             qkv=self.folded(*self._linear(f"{prefix}.attn.in_proj_"), norm=f"{prefix}.ln_1"),
-            out=self.linear(f"{prefix}.attn.out_proj"),
+            out=self._scaled(self.linear(f"{prefix}.attn.out_proj"), f"{prefix}.ls_1"),
             fc1=self.linear(f"{prefix}.mlp.c_fc", norm=f"{prefix}.ln_2"),
-            fc2=self.linear(f"{prefix}.mlp.c_proj"),
+            fc2=self._scaled(self.linear(f"{prefix}.mlp.c_proj"), f"{prefix}.ls_2"),
         )
+
+    def _scaled(self, folded: Folded, layer_scale: str) -> Folded:
+        """A product with the LayerScale of that name behind it, if the tower has one."""
+        gamma = self.source.get(f"{layer_scale}.gamma")
+        return folded if gamma is None else replace(folded, bias=folded.bias * gamma, scale=gamma)
 
     def linear(self, name: str, norm: str | None = None) -> Folded:
         return self.folded(*self._linear(f"{name}."), norm=norm)
@@ -183,7 +196,8 @@ class KernelVit(Vit):
     def _embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images -> the input of the first block (B, N, W) and its row statistics."""
 
-    def _patches(self, images: Tensor, class_token: bool) -> tuple[Tensor, Tensor]:
+    def _patches(self, images: Tensor, *, class_token: bool, statistics: bool) -> tuple[Tensor, Tensor]:
+        """Positioned tokens, and their row statistics where these enter the first block as they are."""
         raw = images.dtype == torch.uint8
         patch = self.patch_uint8 if raw else self.patch
         position = self.position_uint8 if raw else self.position
@@ -193,6 +207,7 @@ class KernelVit(Vit):
             position,
             self.config.patch_size,
             class_token=class_token,
+            statistics=statistics,
             precision=self.precision.products,
         )
 
@@ -227,19 +242,30 @@ class KernelVit(Vit):
         return y
 
     def _added(self, folded: Folded, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x Wᵀ + b + residual, and its row statistics."""
-        products = self.precision.products
-        return ops.linear(x, folded.weight, folded.bias, residual=residual, statistics=True, precision=products)
+        """scale · x Wᵀ + b + residual, and its row statistics."""
+        return ops.linear(
+            x,
+            folded.weight,
+            folded.bias,
+            residual=residual,
+            scale=folded.scale,
+            statistics=True,
+            precision=self.precision.products,
+        )
 
 
 @dataclass(frozen=True)
 class FastVit(KernelVit):
-    """CLIP's ViT as the kernels read it."""
+    """CLIP's ViT as the kernels read it.
+
+    `projection` has ln_post folded in where the class token is the embedding. `no_position` (W,) is zero.
+    """
 
     config: VitConfig
-    ln_pre: tuple[Tensor, Tensor]
+    ln_pre: tuple[Tensor, Tensor] | None
     ln_post: tuple[Tensor, Tensor]
     projection: Folded
+    no_position: Tensor
 
     @classmethod
     def prepare(
@@ -250,31 +276,40 @@ class FastVit(KernelVit):
         position = folding.source["positional_embedding"].clone()
         position[0] += folding.source["class_embedding"]
         proj = folding.source["proj"]
+        norm = "ln_post" if config.pool == "tok" else None
         return cls(
             config=config,
             precision=precision,
             **folding.patches(position, 1, mean, std),
-            ln_pre=folding.pair("ln_pre"),
+            ln_pre=folding.pair("ln_pre") if config.ln_pre else None,
             blocks=tuple(folding.block(f"transformer.resblocks.{i}") for i in range(config.layers)),
             ln_post=folding.pair("ln_post"),
-            projection=folding.folded(proj.T, proj.new_zeros(config.embed_dim), norm="ln_post"),
+            projection=folding.folded(proj.T, proj.new_zeros(config.embed_dim), norm=norm),
+            no_position=proj.new_zeros(config.width),
         )
 
     # --- the encoder -------------------------------------------------------------------------------------------------
 
     def encode(self, images: Tensor) -> Tensor:
+        if self.config.pool == "avg":
+            return self.encode_tokens(images)[0]
         x, statistics = self._after(images, self.config.layers - 1)
         x, statistics = self._last_block(self.blocks[-1], x, statistics)
         return self._project(x, statistics)
 
     def encode_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
         x, statistics = self._after(images, self.config.layers)
-        tokens, _ = ops.layer_norm(x, *self.ln_post, self.config.eps)
-        return self._project(x[:, 0], statistics[:, 0]), tokens[:, 1:]
+        tokens = (x if self.config.ln_after_pool else self._ln_post(x))[:, 1:]
+        if self.config.pool == "tok":
+            return self._project(x[:, 0], statistics[:, 0]), tokens
+        mean = ops.mean_token(tokens, self.no_position)
+        return self._linear(self._ln_post(mean) if self.config.ln_after_pool else mean), tokens
 
     def _embed(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Images -> tokens after ln_pre (B, N, W) and their row statistics."""
-        x, _ = self._patches(images, class_token=True)
+        """Images -> tokens after ln_pre, if there is one, (B, N, W) and their row statistics."""
+        x, statistics = self._patches(images, class_token=True, statistics=self.ln_pre is None)
+        if self.ln_pre is None:
+            return x, statistics
         return ops.layer_norm(x, *self.ln_pre, self.config.eps, statistics=True)
 
     def _last_block(self, block: Block, x: Tensor, statistics: Tensor) -> tuple[Tensor, Tensor]:
@@ -303,8 +338,18 @@ class FastVit(KernelVit):
         """ln_post and projection of the class token: (B, W) -> (B, E)."""
         return self._normed(self.projection, class_token, statistics)
 
+    def _linear(self, pooled: Tensor) -> Tensor:
+        """The projection of what ln_post has been applied to: (B, W) -> (B, E)."""
+        weight, bias = self.projection.weight, self.projection.bias
+        return ops.linear(pooled, weight, bias, precision=self.precision.products)[0]
 
-def resampled(state_dict: dict[str, Tensor], config: _Config, image_size: int) -> tuple[dict[str, Tensor], _Config]:
+    def _ln_post(self, x: Tensor) -> Tensor:
+        return ops.layer_norm(x, *self.ln_post, self.config.eps)[0]
+
+
+def resampled(
+    state_dict: dict[str, Tensor], config: _Config, image_size: ImageSize
+) -> tuple[dict[str, Tensor], _Config]:
     """The same tower for images of another size, with its positional embedding resampled bicubically, antialiased.
 
     As in open_clip (`resize_pos_embed`), a class token's row is kept, and the patches' rows are a grid of W channels.
@@ -313,10 +358,9 @@ def resampled(state_dict: dict[str, Tensor], config: _Config, image_size: int) -
     if resized.grid == config.grid:
         return state_dict, resized
     position = state_dict["positional_embedding"]
-    class_rows = len(position) - config.grid**2
-    grid = position[class_rows:].float().view(config.grid, config.grid, -1).permute(2, 0, 1)[None]  # (1, W, grid, grid)
-    size = (resized.grid, resized.grid)
-    grid = F.interpolate(grid, size, mode="bicubic", antialias=True, align_corners=False)[0]
+    class_rows = len(position) - config.patches
+    grid = position[class_rows:].float().view(*config.grid, -1).permute(2, 0, 1)[None]  # (1, W, rows, columns)
+    grid = F.interpolate(grid, resized.grid, mode="bicubic", antialias=True, align_corners=False)[0]
     patches = grid.permute(1, 2, 0).flatten(0, 1).to(position.dtype)
     return state_dict | {"positional_embedding": torch.cat([position[:class_rows], patches])}, resized
 

@@ -88,23 +88,30 @@ class Casting:
         weight = self.source["conv1.weight"].flatten(1)
         return Product(weight, weight.new_zeros(self._width, dtype=self.dtype))
 
-    def mlp(self, prefix: str, norm: str) -> Mlp:
+    def mlp(self, prefix: str, norm: str, layer_scale: str = "") -> Mlp:
         in_weights, beside = self._in_weights, self._beside
         options = {"activation": self._activation, "scale": in_weights}
         return Mlp(
             ln_2=self.pair(norm, self.dtype if beside == 1 else self.wide, beside),
             fc1=self.product(f"{prefix}.c_fc.", self._slope, **options),
-            fc2=self.product(f"{prefix}.c_proj.", beside, scale=1 / in_weights, alpha=1 / beside),
+            fc2=self.product(
+                f"{prefix}.c_proj.", beside, scale=1 / in_weights, alpha=self._alpha(layer_scale, 1 / beside)
+            ),
         )
+
+    def _alpha(self, layer_scale: str, factor: float = 1.0) -> float | Tensor:
+        """`factor`, times the LayerScale of that name if the tower has one."""
+        gamma = self.source.get(f"{layer_scale}.gamma")
+        return factor if gamma is None else (gamma.to(self.wide) * factor).to(self.dtype)
 
     def block(self, i: int) -> Block:
         prefix = f"transformer.resblocks.{i}"
-        mlp = self.mlp(f"{prefix}.mlp", f"{prefix}.ln_2")
+        mlp = self.mlp(f"{prefix}.mlp", f"{prefix}.ln_2", f"{prefix}.ls_2")
         return Block(
             *(mlp.ln_2, mlp.fc1, mlp.fc2),
             ln_1=self.pair(f"{prefix}.ln_1"),
             qkv=self.product(f"{prefix}.attn.in_proj_"),
-            out=self.product(f"{prefix}.attn.out_proj."),
+            out=self.product(f"{prefix}.attn.out_proj.", alpha=self._alpha(f"{prefix}.ls_1")),
         )
 
 
@@ -146,10 +153,10 @@ class CpuBlocks(Vit):
     def _patches(self, images: Tensor) -> Tensor:
         """The patches' products, behind a zero for a class token: (B, N, W)."""
         config = self.config
-        b, g, p = len(images), config.grid, config.patch_size
+        b, p = len(images), config.patch_size
         rows = images.new_zeros(b, config.tokens, 3 * p * p)
-        patches = images.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5)  # (B, g, g, 3, P, P)
-        rows[:, config.tokens - g * g :].view(b, g, g, 3, p, p).copy_(patches)
+        patches = images.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5)  # (B, rows, columns, 3, P, P)
+        rows[:, config.tokens - config.patches :].view(patches.shape).copy_(patches)
         return self.patch(rows.flatten(0, 1)).view(b, config.tokens, config.width)
 
     def _mlp(self, mlp: Mlp, rows: Tensor) -> Tensor:
@@ -165,7 +172,7 @@ class CpuVit(CpuBlocks):
     """CLIP's ViT as a CPU computes it. It also serves GPUs on which Triton cannot launch."""
 
     config: VitConfig
-    ln_pre: tuple[Tensor, Tensor]
+    ln_pre: tuple[Tensor, Tensor] | None
     last_qkv: tuple[Tensor, Tensor]  # the last block's, unpacked: (3 · W, W) and (3 · W,), float32 at least
     ln_post: tuple[Tensor, Tensor]  # float32 at least
     proj: Tensor  # (W, E), float32 at least
@@ -186,7 +193,7 @@ class CpuVit(CpuBlocks):
             normalisation=(mean, std),
             patch=casting.patch(),
             position=position.to(precision.weights),
-            ln_pre=casting.pair("ln_pre"),
+            ln_pre=casting.pair("ln_pre") if config.ln_pre else None,
             blocks=tuple(map(casting.block, range(config.layers))),
             last_qkv=(source[f"{in_proj}_weight"].to(wide), source[f"{in_proj}_bias"].to(wide)),
             ln_post=casting.pair("ln_post", wide),
@@ -196,16 +203,24 @@ class CpuVit(CpuBlocks):
     # --- the encoder -------------------------------------------------------------------------------------------------
 
     def encode(self, images: Tensor) -> Tensor:
+        if self.config.pool == "avg":
+            return self.encode_tokens(images)[0]
         x = self.hidden_state(images, self.config.layers - 1)
         return self._project(self._last_block(x))
 
     def encode_tokens(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.hidden_state(images, self.config.layers)
-        return self._project(x[:, 0]), self._norm(x[:, 1:], self.ln_post)
+        config = self.config
+        x = self.hidden_state(images, config.layers)
+        tokens = x[:, 1:] if config.ln_after_pool else self._norm(x[:, 1:], self.ln_post)
+        if config.pool == "tok":
+            return self._project(x[:, 0]), tokens
+        mean = tokens.mean(dim=1, dtype=self.proj.dtype)
+        return self._project(mean, normed=not config.ln_after_pool).to(x.dtype), tokens
 
     def _embed(self, images: Tensor) -> Tensor:
-        """ln_pre of class token and patches, with their positions."""
-        return self._norm(self._patches(images).add_(self.position), self.ln_pre)
+        """Class token and patches with their positions, after ln_pre if there is one."""
+        x = self._patches(images).add_(self.position)
+        return x if self.ln_pre is None else self._norm(x, self.ln_pre)
 
     def _last_block(self, x: Tensor) -> Tensor:
         """The last block for the class token alone, with its sums re-associated as in `kernels/attention_pool.py`.
@@ -221,10 +236,11 @@ class CpuVit(CpuBlocks):
         attended = one_query_attention(q, y, k_weight, v_weight, v_bias).to(x.dtype)
         return self._mlp(block, block.out(attended, residual=x[:, 0].clone()))
 
-    def _project(self, class_token: Tensor) -> Tensor:
-        """ln_post and projection: (B, W) -> (B, E)."""
-        projected = self._norm(class_token.to(self.proj.dtype), self.ln_post) @ self.proj
-        return projected.to(class_token.dtype)
+    def _project(self, pooled: Tensor, normed: bool = False) -> Tensor:
+        """ln_post, unless it was before the pooling, and projection: (B, W) -> (B, E)."""
+        wide = pooled.to(self.proj.dtype)
+        projected = (wide if normed else self._norm(wide, self.ln_post)) @ self.proj
+        return projected.to(pooled.dtype)
 
 
 def _attention(qkv: Tensor) -> Tensor:

@@ -79,6 +79,7 @@ EPILOGUES: dict[str, dict[str, Any]] = {
     "plain": {},
     "qkv": {"norm": True, "bias": True},
     "out": {"bias": True, "residual": True, "statistics": True},
+    "out layer_scale": {"scale": True, "bias": True, "residual": True, "statistics": True},
     "fc1 quick_gelu": {"norm": True, "bias": True, "activation": "quick_gelu"},
     "fc1 gelu": {"norm": True, "bias": True, "activation": "gelu"},
     "fc1 gelu_tanh": {"norm": True, "bias": True, "activation": "gelu_tanh"},
@@ -89,6 +90,7 @@ EPILOGUES: dict[str, dict[str, Any]] = {
 _LINEAR = (
     ("plain", 131, 264, 88),
     ("out", 131, 257, 88),
+    ("out layer_scale", 131, 257, 88),
     ("qkv", 17, 512, 768),
     ("out", 150, 320, 1024),
     ("fc1 quick_gelu", 140, 512, 1024),
@@ -122,7 +124,7 @@ def layer_norm(width: int, kind: Kind) -> Problem:
 # --- patch_embed -----------------------------------------------------------------------------------------------------
 
 
-def patch_embed(patch: int, images: str, kind: Kind, *, class_token: bool = True) -> Problem:
+def patch_embed(patch: int, images: str, kind: Kind, *, class_token: bool = True, statistics: bool = False) -> Problem:
     dtype = {"uint8": torch.uint8, "float32": torch.float32}.get(images, kind.dtype)
     batch, width = 3, 200
     rows, columns = (7, 7) if patch < 32 else (3, 7)
@@ -137,10 +139,11 @@ def patch_embed(patch: int, images: str, kind: Kind, *, class_token: bool = True
 
     def call(guards: Guards) -> Any:
         pixels_, weight_, position_ = _copies(guards, pixels, weight, position)
-        tokens, statistics = ops.patch_embed(
-            pixels_, weight_, position_, patch, class_token=class_token, precision=kind.precision, impl="triton"
+        tokens, left = ops.patch_embed(
+            pixels_, weight_, position_, patch, class_token=class_token, statistics=statistics,
+            precision=kind.precision, impl="triton",
         )  # fmt: skip
-        return tokens if class_token else (tokens, statistics)
+        return (tokens, left) if statistics else tokens
 
     def plain() -> Tensor:
         cut = pixels if bytes_ else kind.cut(pixels.to(kind.dtype))
@@ -150,7 +153,7 @@ def patch_embed(patch: int, images: str, kind: Kind, *, class_token: bool = True
         wide = pixels.double() - 128 if bytes_ else pixels.to(kind.dtype).double()
         return oracles.patch_embed(wide, weight.double(), position.double(), patch, class_token)[0]
 
-    return Problem(call, plain, exact, statistics=not class_token)
+    return Problem(call, plain, exact, statistics=statistics)
 
 
 # --- flash_attention -------------------------------------------------------------------------------------------------
@@ -280,8 +283,11 @@ def _cases() -> tuple[Case, ...]:
         for images in ("uint8", "its dtype", "float32"):
             kinds = ("fp16", "bf16") if images == "its dtype" else None
             add("patch_embed", f"P={patch} of {images}", partial(patch_embed, patch, images), kinds)
-    add("patch_embed", "P=14 without a class token", partial(patch_embed, 14, "uint8", class_token=False))
-    add("patch_embed", "P=16 without a class token", partial(patch_embed, 16, "its dtype", class_token=False))
+    no_class_token: dict[str, Any] = {"class_token": False, "statistics": True}
+    add("patch_embed", "P=14 without a class token", partial(patch_embed, 14, "uint8", **no_class_token))
+    add("patch_embed", "P=16 without a class token", partial(patch_embed, 16, "its dtype", **no_class_token))
+    add("patch_embed", "P=14 without ln_pre", partial(patch_embed, 14, "uint8", statistics=True))
+    add("patch_embed", "P=16 without ln_pre", partial(patch_embed, 16, "its dtype", statistics=True))
     for epilogue, m, n, k in _LINEAR:
         add("linear", f"{epilogue} {m}x{n}x{k}", partial(linear, m, n, k, **EPILOGUES[epilogue]))
     for tokens, heads, head_dim in _ATTENTION:

@@ -28,7 +28,11 @@ PRODUCTS: tuple[Case, ...] = (
     *(Case("linear", f"{name} {m}x{n}x{k}", partial(linear, m, n, k, **EPILOGUES[name])) for name, m, n, k in _LINEAR),
     Case("patch_embed", "P=14 of uint8", partial(patch_embed, 14, "uint8")),
     Case("patch_embed", "P=32 of its dtype", partial(patch_embed, 32, "its dtype")),
-    Case("patch_embed", "P=16 without a class token", partial(patch_embed, 16, "uint8", class_token=False)),
+    Case(
+        "patch_embed",
+        "P=16 without a class token",
+        partial(patch_embed, 16, "uint8", class_token=False, statistics=True),
+    ),
 )
 
 

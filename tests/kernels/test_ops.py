@@ -38,6 +38,11 @@ def calls(dtype: torch.dtype = torch.float32) -> dict[str, tuple[str, dict[str, 
             {"images": rand(2, 3, 16, 16, dtype=dtype), "weight": rand(24, 192, dtype=dtype) / 14,
              "position": rand(5, 24), "patch_size": 8},
         ),
+        "patch_embed with statistics": (
+            "patch_embed",
+            {"images": rand(2, 3, 16, 16, dtype=dtype), "weight": rand(24, 192, dtype=dtype) / 14,
+             "position": rand(4, 24), "patch_size": 8, "class_token": False, "statistics": True},
+        ),
         "layer_norm": ("layer_norm", {"x": x, "weight": rand(96), "bias": rand(96)}),
         "layer_norm with statistics": (
             "layer_norm", {"x": x, "weight": rand(96), "bias": rand(96), "statistics": True},

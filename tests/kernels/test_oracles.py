@@ -37,10 +37,11 @@ def test_patch_embed(size: tuple[int, int]) -> None:
 
 def test_patch_embed_without_a_class_token() -> None:
     images, weight, position = rand(2, 3, 29, 45), rand(10, 640), rand(6, 10)
-    tokens, statistics = oracles.patch_embed(images, weight, position, 14, class_token=False)
-    behind_one = oracles.patch_embed(images, weight, torch.cat([position[:1], position]), 14)[0]
+    tokens, statistics = oracles.patch_embed(images, weight, position, 14, class_token=False, statistics=True)
+    behind_one, of_all = oracles.patch_embed(images, weight, torch.cat([position[:1], position]), 14, statistics=True)
     assert_equal(tokens, behind_one[:, 1:])
     assert_equal(statistics, row_statistics(tokens))
+    assert_equal(of_all, row_statistics(behind_one))
 
 
 def test_patch_embed_of_uint8_folds_the_normalisation() -> None:

@@ -159,22 +159,31 @@ def test_pixels_past_the_last_whole_patch_do_not_matter(patch: int, guards: Guar
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("class_token", [True, False])
 @pytest.mark.parametrize(("patch", "width", "image_dtype"), [(16, 192, torch.float32), (14, 100, torch.uint8)])
-def test_without_a_class_token(
-    patch: int, width: int, image_dtype: torch.dtype, dtype: torch.dtype, guards: Guards, launches: list[str]
+def test_row_statistics(
+    patch: int,
+    width: int,
+    image_dtype: torch.dtype,
+    class_token: bool,
+    dtype: torch.dtype,
+    guards: Guards,
+    launches: list[str],
 ) -> None:
-    """The tokens are the patches alone, and their row statistics are left beside them."""
+    """They are left beside the tokens, which may be the patches alone, and are the same without them."""
     size = (7 * patch, 5 * patch)
     images = guards.copy(images_of(image_dtype, 4, size))  # 140 rows: images cross the borders of tiles
-    weight, position = (guards.copy(p) for p in parameters(patch, width, 35, dtype))
-    out, statistics = ops.patch_embed(images, weight, position, patch, class_token=False, impl="triton")
+    weight, position = (guards.copy(p) for p in parameters(patch, width, class_token + 35, dtype))
+    one = {"class_token": class_token}
+    out, statistics = ops.patch_embed(images, weight, position, patch, **one, statistics=True, impl="triton")
     assert launches == ["_patch_embed_kernel"]
-    plain = oracles.patch_embed(images, weight, position, patch, class_token=False)[0]
-    exact = oracles.patch_embed(images, weight.double(), position.double(), patch, class_token=False)[0]
+    plain = oracles.patch_embed(images, weight, position, patch, **one)[0]
+    exact = oracles.patch_embed(images, weight.double(), position.double(), patch, **one)[0]
     assert_as_accurate(out, plain, exact)
     assert_statistics_of(statistics, out)
-    behind_one = torch.cat([position[:1], position])
-    assert_same_bits(ops.patch_embed(images, weight, behind_one, patch, impl="triton")[0][:, 1:], out)
+    with_one = position if class_token else torch.cat([position[:1], position])
+    alone = ops.patch_embed(images, weight, with_one, patch, impl="triton")[0]
+    assert_same_bits(alone if class_token else alone[:, 1:], out)
 
 
 # --- hostile pixels --------------------------------------------------------------------------------------------------
@@ -305,8 +314,8 @@ def test_float64_takes_the_oracle(launches: list[str]) -> None:
 def test_opcheck(image_dtype: torch.dtype) -> None:
     images = images_of(image_dtype, 2, (28, 42))
     weight, position = parameters(14, 72, 7, torch.float32)
-    for class_token in (True, False):
-        arguments = images, weight, position[0 if class_token else 1 :], 14, class_token, "ieee"
+    for class_token, statistics in ((True, False), (True, True), (False, True)):
+        arguments = images, weight, position[0 if class_token else 1 :], 14, class_token, statistics, "ieee"
         torch.library.opcheck(torch.ops.clip_fast.patch_embed.default, arguments)
 
 
