@@ -58,14 +58,15 @@ class Decoder:
     preprocess: Preprocess
     fast: bool = False
 
-    def __call__(self, item: Item) -> tuple[Tensor, tuple[int, int]]:
-        """The item's pixels, uint8 (3, image_size, image_size), and its size. Raises whatever decoders raise."""
+    def __call__(self, item: Item, pixels: Tensor) -> tuple[int, int]:
+        """Writes the item's pixels, uint8 (3, image_size, image_size); its size. Raises whatever decoders raise."""
         with UNREMARKED, item.open() as image:
             size = image.size
             self.check(size)
             if self.fast:
                 image.draft(None, (2 * self.preprocess.image_size,) * 2)  # pyright: ignore[reportArgumentType]
-            return self.preprocess.uint8(image), size
+            self.preprocess.uint8(image, pixels)
+            return size
 
     def check(self, size: tuple[int, int]) -> None:
         """Refuses an image that resizing would make larger than Pillow opens.
@@ -85,11 +86,9 @@ class Decoder:
     def into(self, pixels: Tensor, item: Item) -> tuple[tuple[int, int], str | None]:
         """Writes the item's pixels and returns its size and None, or (0, 0) and the reason. Never raises."""
         try:
-            decoded, size = self(item)
-            pixels.copy_(decoded)
+            return self(item, pixels), None
         except Exception as error:  # decoders fed with broken files raise whatever their parsing stumbles on
             return (0, 0), failure_reason(error)
-        return size, None
 
     def black(self, count: int, *, shared: bool = False) -> Tensor:
         """Black pixels of a batch, uint8 (count, 3, image_size, image_size), for `into` to write to.
