@@ -30,13 +30,13 @@ LAUNCHES_FILE = ROOT / "kernels" / "launches.py"
 # The packages that are measured, and their rivals; results name their versions.
 PACKAGES = (
     "torch", "triton", "numpy", "openai-clip", "open_clip_torch", "transformers", "timm", "clip-retrieval",
-    "onnxruntime", "openvino",
+    "onnxruntime", "openvino", "pillow", "ray", "webdataset",
 )  # fmt: skip
 
 # The files that decide a result: the code, its rivals, and the timing.
 _MEASURED = (
-    "kernels", "clip_fast", "bench/kernels", "bench/end_to_end.py", "bench/models.py", "bench/pipeline.py",
-    "bench/roofline.py", "bench/systems.py", "bench/timing.py",
+    "kernels", "clip_fast", "bench/kernels", "bench/end_to_end.py", "bench/jobs.py", "bench/models.py",
+    "bench/photographs.py", "bench/pipeline.py", "bench/roofline.py", "bench/systems.py", "bench/timing.py",
 )  # fmt: skip
 
 

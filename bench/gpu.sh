@@ -182,8 +182,8 @@ stage_compiled() {  # all rivals, torch.compile(max-autotune) among them; small 
 }
 
 stage_pipeline() {
-    local size=(--model ViT-B/32)
-    [[ -n $dry ]] && size=(--model toy --count 4 --batch-size 2 --workers 0 --rounds 1 --device cpu)
+    local size=(--models ViT-B/32)
+    [[ -n $dry ]] && size=(--models toy --kinds given --count 4 --batch-size 2 --workers 0 --rounds 1 --device cpu)
     run pipeline "$python" -m bench.pipeline "${size[@]}" \
         --json "$output/pipeline.json" --resume --minutes "$(minutes_left)"
 }
@@ -197,8 +197,10 @@ stage_tune() {
 
 stage_plot() {
     if ! has matplotlib; then echo "== plot: matplotlib is not installed"; outcome=missing; return; fi
-    if [[ ! -e $output/end_to_end.json ]]; then echo "== plot: nothing was measured"; outcome=missing; return; fi
-    run plot "$python" -m bench.plot "$output/end_to_end.json"
+    local results=() name
+    for name in end_to_end pipeline; do [[ -e $output/$name.json ]] && results+=("$output/$name.json"); done
+    if ((!${#results[@]})); then echo "== plot: nothing was measured"; outcome=missing; return; fi
+    run plot "$python" -m bench.plot "${results[@]}"
 }
 
 for stage in "${stages[@]}"; do

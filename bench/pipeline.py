@@ -1,25 +1,19 @@
-"""From photographs on disk to embeddings on disk: the time of each stage, and the speed of the whole beside rivals.
+"""From photographs on disk to embeddings on disk: the speed of whole jobs beside rivals, and the time of each stage.
 
-    python -m bench.pipeline --model ViT-B/32 --photos photos/ --json pipeline.json
+    python -m bench.pipeline --json pipeline.json
 
-The stages come first, one after the other in one process, over a part of the photographs: reading, decoding, resizing,
-putting a batch together and copying it to the device, encoding, writing. Then come whole runs, in interleaved rounds:
+For each model and each kind of photographs, whole jobs come in interleaved rounds: those of `jobs.py`. Before them come
+the stages, one after the other in one process, over a part of the photographs: reading, decoding, resizing, putting a
+batch together and copying it to the device, encoding, writing.
 
-* `clip_fast.bulk.pipeline`, with and without `--fast-decode`;
-* the code that a user of openai-clip writes: its `preprocess` and `encode_image` with a DataLoader between them;
-* the inference of clip-retrieval, a tool made for such jobs, around the same tower of openai-clip.
-
-All have the same random weights and the same number of worker processes.
-
-Files are read before the first round, so later reads come from memory. The speed of a whole run is measured from its
-first batch on, when the worker processes have started. The time up to the first batch has a column of its own.
+The model "stand-in" is a tower that costs a 300th of ViT-B/32: with it a job is as fast as images can be read. Files
+are written just before they are read, so they come from memory. The speed of a job is measured from its first batches
+on, when the decoding processes have started. The time up to there has a column of its own.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import io
 import math
 import os
@@ -28,10 +22,9 @@ import statistics
 import sys
 import tempfile
 import time
-import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,49 +34,36 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from clip_fast.bulk.decoder import Decoder
-from clip_fast.bulk.pipeline import Options, Step, run
-from clip_fast.bulk.shards import OutputFolder
-from clip_fast.encoder import ImageEncoder
-from clip_fast.inputs.inputs import find_inputs
-from clip_fast.inputs.items import Unreadable
 from clip_fast.preprocess import Preprocess
-from clip_fast.towers.config import sides
+from clip_fast.towers.config import Config, VitConfig, sides
 from clip_fast.towers.reference import build
 
-from .environment import ROOT, Environment, chosen_device, environment
+from .environment import Environment, chosen_device, environment
+from .jobs import Job, Run, clip_preprocess, clip_retrieval, enough_for_ray, on_ray, ours, save_checkpoint, theirs
 from .models import MODELS
+from .photographs import checked_kind, make_photographs, size_of_kind
 from .report import document, resumed, save, table
 from .systems import BASELINE, OURS, SYSTEMS, Encode, Task, our_encoder
 from .timing import Failed, reason
 
 Row = dict[str, Any]
+Way = Callable[[Path], Run]  # does a job, with a folder of its own to write to
 
 STAGES: tuple[str, ...] = ("read", "decode", "resize", "copy", "encode", "write")
+FAST_DECODE = f"{OURS}, fast decode"
+ON_RAY = f"{OURS} on Ray"
 RETRIEVAL = "clip-retrieval"
-_STAGED = 1024  # the number of photographs for the stages
-_PHOTOS = ROOT / "tests" / "data"
 
-
-@dataclass(frozen=True)
-class Job:
-    """Photographs and the settings to encode them with."""
-
-    paths: tuple[Path, ...]
-    task: Task
-    batch_size: int
-    workers: int  # processes that decode
-
-    def rival(self) -> Encode:
-        """openai-clip's tower, as in `bench.end_to_end`."""
-        return next(system for system in SYSTEMS if system.name == BASELINE).encode(self.task)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+STAND_IN = "stand-in"
+_MODELS: dict[str, Config] = {
+    STAND_IN: VitConfig(image_size=224, patch_size=32, width=64, layers=1, heads=1, embed_dim=512),
+    **MODELS,
+}
+KINDS = "640x480,640x480.tar,4000x3000"
+_LARGE = 2e6  # pixels
+_BATCHES = 8  # in a job, at least
+_STAGED_BATCHES = 4
 
 
 # --- the stages ------------------------------------------------------------------------------------------------------
@@ -91,7 +71,7 @@ def _wait(device: torch.device) -> None:
 
 @torch.inference_mode()
 def stages(job: Job, preprocess: Preprocess, encode: Encode, *, raw: bool, folder: Path) -> dict[str, float]:
-    """Seconds per image of every stage, each alone in this process.
+    """Seconds per image of every stage, each alone in this process, for photographs that are files.
 
     Args:
         raw: whether uint8 pixels go to the encoder. Otherwise normalised floats do, as clip's `preprocess` makes them;
@@ -103,10 +83,11 @@ def stages(job: Job, preprocess: Preprocess, encode: Encode, *, raw: bool, folde
     def clock(stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        _wait(job.task.device)
+        if job.task.device.type == "cuda":
+            torch.cuda.synchronize(job.task.device)
         seconds[stage] += time.perf_counter() - start
 
-    paths = job.paths[:_STAGED]
+    paths = job.photographs.paths[: _STAGED_BATCHES * job.batch_size]
     for start in range(-job.batch_size, len(paths), job.batch_size):
         if start == 0:  # the batch before this one was the warm-up
             seconds.update(dict.fromkeys(STAGES, 0.0))
@@ -131,200 +112,66 @@ def stages(job: Job, preprocess: Preprocess, encode: Encode, *, raw: bool, folde
     return {stage: total / len(paths) for stage, total in seconds.items()}
 
 
-# --- the whole -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run from files to a file."""
-
-    seconds: float  # in all
-    start_up: float  # seconds up to the first batch
-    images_per_second: float  # after the first batch
-    rows: NDArray[Any]  # the embeddings
-
-
-class _Clock:
-    """Notes the times at which batches are done."""
-
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-        self.first: tuple[float, int] | None = None
-        self.done = 0
-
-    def tick(self, images: int) -> None:
-        self.done += images
-        if self.first is None and self.done:
-            self.first = (time.perf_counter(), self.done)
-
-    def result(self, rows: NDArray[Any]) -> Run:
-        ended = time.perf_counter()
-        if self.first is None or self.done == self.first[1]:
-            raise ValueError(f"needs photographs for more than one batch, got {self.done}")
-        at, count = self.first
-        return Run(ended - self.started, at - self.started, (self.done - count) / (ended - at), rows)
-
-
-def ours(job: Job, encoder: ImageEncoder, folder: Path, *, fast: bool) -> Run:
-    """`clip_fast.bulk.pipeline`, as `clip-fast encode --output FOLDER/` runs it."""
-    clock = _Clock()
-    decoder = Decoder(Preprocess(job.task.config.image_size, encoder.mean, encoder.std), fast)
-    options = Options(batch_size=job.batch_size, shard_size=len(job.paths), workers=job.workers)
-
-    def report(step: Step) -> None:
-        if step.encoding:  # like the rivals, count a batch when it is encoded, not when it is written
-            clock.tick(min(job.batch_size, len(job.paths) - clock.done))
-
-    with OutputFolder(folder) as output:
-        output.begin({})
-        run(encoder, decoder, find_inputs(job.paths), output, options, report)
-        totals = output.finish(1)
-    if totals.failed:
-        raise ValueError(f"{totals.failed} of {totals.images} photographs could not be read")
-    return clock.result(np.load(output.embeddings_path(0)))
-
-
-class _Photos(Dataset[Tensor]):
-    """The dataset that users of openai-clip write: gives a photograph by its number, preprocessed."""
-
-    def __init__(self, paths: Sequence[Path], preprocess: Callable[[Image.Image], Tensor]) -> None:
-        self._paths, self._preprocess = paths, preprocess
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self._preprocess(Image.open(self._paths[index]))
-
-
-@torch.inference_mode()
-def theirs(job: Job, encode: Encode, preprocess: Callable[[Image.Image], Tensor], folder: Path) -> Run:
-    """openai-clip's `preprocess` and `encode_image`, with a DataLoader between them."""
-    clock = _Clock()
-    on_gpu = job.task.device.type == "cuda"
-    loader = DataLoader(
-        _Photos(job.paths, preprocess), batch_size=job.batch_size, num_workers=job.workers, pin_memory=on_gpu
-    )
-    rows: list[NDArray[Any]] = []
-    for images in loader:
-        rows.append(encode(images.to(job.task.device, job.task.dtype, non_blocking=True)).float().cpu().numpy())
-        clock.tick(len(images))
-    whole = np.concatenate(rows)
-    with open(folder / "embeddings.npy", "wb") as file:
-        np.save(file, whole)
-        os.fsync(file.fileno())
-    return clock.result(whole)
-
-
-def _clip_retrieval(module: str) -> Any:
-    """A module of clip-retrieval's inference, without the imports of its packages, such as a web server and wandb."""
-    for package in ("clip_retrieval", "clip_retrieval.clip_inference"):
-        if package not in sys.modules:
-            found = importlib.util.find_spec(package)
-            if found is None:
-                raise ModuleNotFoundError(f"No module named {package!r}")
-            bare = types.ModuleType(package)
-            bare.__path__ = list(found.submodule_search_locations or ())
-            sys.modules[package] = bare
-    return importlib.import_module(f"clip_retrieval.clip_inference.{module}")
-
-
-@dataclass(frozen=True)
-class _BatchLogger:
-    """Replaces clip-retrieval's logger. The runner calls it after every batch."""
-
-    clock: _Clock
-
-    def start(self) -> None: ...
-
-    def __call__(self, statistics: Mapping[str, Any]) -> None:
-        self.clock.tick(statistics["sample_count"])
-
-    def end(self) -> None: ...
-
-
-def clip_retrieval(job: Job, encode: Encode, preprocess: Callable[[Image.Image], Tensor], folder: Path) -> Run:
-    """clip-retrieval's reader, mapper, writer and the runner that joins them, as its `clip_inference` calls them.
-
-    Only the model and the logger are replaced: it would download the model, and our logger keeps the time.
-    """
-    clock = _Clock()
-    reader, mapper, writer = (_clip_retrieval(name) for name in ("reader", "mapper", "writer"))
-    model = types.SimpleNamespace(encode_image=lambda images: encode(images.to(job.task.dtype)), encode_text=None)
-    mapper.load_clip = lambda **_: (model, preprocess, None)
-    photos_only = {"enable_text": False, "enable_image": True, "enable_metadata": False}
-
-    def read(sampler: Callable[[Any], Any]) -> Any:
-        inputs = job.paths[0].parent
-        return reader.FilesReader(sampler, preprocess, None, inputs, job.batch_size, job.workers, **photos_only)
-
-    def load() -> Any:
-        made = mapper.ClipMapper(**photos_only, use_mclip=False, clip_model="", use_jit=False, mclip_model="")
-        made.device = job.task.device
-        return made
-
-    def write(partition: int) -> Any:
-        return writer.NumpyWriter(partition, str(folder), **photos_only, output_partition_count=1)
-
-    _clip_retrieval("runner").Runner(read, load, write, lambda _: _BatchLogger(clock), 1)(0)
-    return clock.result(np.load(folder / "img_emb" / "img_emb_0.npy"))
-
-
-def clip_preprocess(image_size: int) -> Callable[[Image.Image], Tensor]:
-    """openai-clip's own preprocessing."""
-    return importlib.import_module("clip.clip")._transform(image_size)
-
-
 # --- the comparison --------------------------------------------------------------------------------------------------
 
 
 def compare(job: Job, rounds: int, earlier: Sequence[Row] = (), ends: float = math.inf) -> Iterator[list[Row]]:
-    """Rows for the stages of ours and openai-clip's, then rows for the whole runs, in interleaved rounds.
+    """Rows for the stages of ours and openai-clip's, then rows for the whole jobs, in interleaved rounds.
 
-    A system that fails has a row with the reason.
+    A system that fails has a row with the reason. Stages are those of files: tars have the same but for reading.
 
     Args:
-        earlier: rows of a run that was cut short. Their stages are kept. Whole runs of fewer rounds are done again.
+        earlier: rows of a run that was cut short. Their stages are kept. Whole jobs of fewer rounds are done again.
         ends: the value of `time.monotonic` after which no round begins.
 
     Yields:
         All rows so far, after the stages of each and after every round.
     """
     encoder, size = our_encoder(job.task), job.task.config.image_size
-    ours_alone = Preprocess(size)
-    systems: dict[str, Callable[[Path], Run]] = {
-        OURS: lambda place: ours(job, encoder, place / "out", fast=False),
-        f"{OURS}, fast decode": lambda place: ours(job, encoder, place / "out", fast=True),
-    }
     rows = [row for row in earlier if "stages" in row]
-    staged = {row["system"] for row in rows}
+    known = {row["system"] for row in rows}
+
+    def staged(system: str, encode: Encode, *, raw: bool) -> Iterator[list[Row]]:
+        if system not in known and not job.photographs.in_tars:
+            took = stages(job, Preprocess(size), encode, raw=raw, folder=folder)
+            rows.append({"system": system, "stages": took})
+            yield rows
+
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        if OURS not in staged:
-            took = stages(job, ours_alone, encoder.encode_image, raw=True, folder=folder)
-            rows.append({"system": OURS, "stages": took})
-            yield rows
+        ways: dict[str, Way] = {
+            OURS: partial(ours, job, encoder, fast=False),
+            FAST_DECODE: partial(ours, job, encoder, fast=True),
+        }
+        if enough_for_ray(job):
+            checkpoint = folder / "model.safetensors"
+            save_checkpoint(job.task, checkpoint)
+            ways[ON_RAY] = partial(on_ray, job, checkpoint)
+        yield from staged(OURS, encoder.encode_image, raw=True)
         try:
-            rival, preprocess = job.rival(), clip_preprocess(sides(size)[0])
-            if BASELINE not in staged:
-                # The stages inside clip's transform cannot be timed from outside. Ours computes the same bits.
-                rows.append({"system": BASELINE, "stages": stages(job, ours_alone, rival, raw=False, folder=folder)})
-                yield rows
-            systems[BASELINE] = lambda place: theirs(job, rival, preprocess, place)
-            systems[RETRIEVAL] = lambda place: clip_retrieval(job, rival, preprocess, place)
+            rival, preprocess = rival_of(job.task), clip_preprocess(sides(size)[0])
+            # The stages inside clip's transform cannot be timed from outside. Ours computes the same bits.
+            yield from staged(BASELINE, rival, raw=False)
+            ways[BASELINE] = partial(theirs, job, rival, preprocess)
+            ways[RETRIEVAL] = partial(clip_retrieval, job, rival, preprocess)
         except Exception as error:  # a rival's failure is its result
             rows += [{"system": name, "failed": reason(error)} for name in (BASELINE, RETRIEVAL)]
         whole = [row for row in earlier if row.get("rounds") == rounds]
-        if len(whole) == len(systems):
+        if len(whole) == len(ways):
             yield [*rows, *whole]
             return
-        for whole in _whole(systems, rounds, folder, ends):
+        for whole in _whole(ways, rounds, folder, ends):
             yield [*rows, *whole]
 
 
-def _whole(systems: Mapping[str, Callable[[Path], Run]], rounds: int, folder: Path, ends: float) -> Iterator[list[Row]]:
+def rival_of(task: Task) -> Encode:
+    """openai-clip's tower, as in `bench.end_to_end`."""
+    return next(system for system in SYSTEMS if system.name == BASELINE).encode(task)
+
+
+def _whole(ways: Mapping[str, Way], rounds: int, folder: Path, ends: float) -> Iterator[list[Row]]:
     """A row for each system, after every round."""
-    names = list(systems)
+    names = list(ways)
     runs: dict[str, list[Run]] = {name: [] for name in names}
     failed: dict[str, Failed] = {}
     for r in range(rounds):
@@ -336,16 +183,20 @@ def _whole(systems: Mapping[str, Callable[[Path], Run]], rounds: int, folder: Pa
             place = folder / f"{r}-{names.index(name)}"
             place.mkdir()
             try:
-                runs[name].append(systems[name](place))
+                runs[name].append(ways[name](place))
             except Exception as error:
                 failed[name] = Failed(reason(error))
             shutil.rmtree(place)
         reference = runs[OURS][0].rows if runs[OURS] else None
-        results = {n: {"failed": failed[n].reason} if n in failed else _row(runs[n], reference) for n in names}
-        yield [{"system": name, "rounds": r + 1} | result for name, result in results.items()]
+        baseline = runs[BASELINE] if BASELINE in runs and BASELINE not in failed else None
+        rows: list[Row] = []
+        for name in names:
+            result = {"failed": failed[name].reason} if name in failed else _row(runs[name], baseline, reference)
+            rows.append({"system": name, "rounds": r + 1} | result)
+        yield rows
 
 
-def _row(runs: Sequence[Run], reference: NDArray[Any] | None) -> Row:
+def _row(runs: Sequence[Run], baseline: Sequence[Run] | None, reference: NDArray[Any] | None) -> Row:
     speeds = [each.images_per_second for each in runs]
     row: Row = {
         "images_per_second": statistics.median(speeds),
@@ -353,14 +204,45 @@ def _row(runs: Sequence[Run], reference: NDArray[Any] | None) -> Row:
         "seconds": statistics.median(each.seconds for each in runs),
         "start_up": statistics.median(each.start_up for each in runs),
     }
+    if baseline is not None:
+        ratios = [speed / rival.images_per_second for speed, rival in zip(speeds, baseline, strict=True)]
+        row["to_baseline"] = statistics.median(ratios)
     if reference is not None:
         got, wanted = (torch.from_numpy(rows).double() for rows in (runs[0].rows, reference))
         row["cosine"] = float(F.cosine_similarity(got, wanted).min())
     return row
 
 
-def markdown(rows: Sequence[Row], about: str, where: Environment) -> str:
-    """Two tables: the stages, and the whole."""
+# --- the tables ------------------------------------------------------------------------------------------------------
+
+
+def markdown(rows: Sequence[Row], where: Environment) -> str:
+    """One table of all speeds, then those of each job: the stages, and the whole."""
+    jobs = list(dict.fromkeys(row["about"] for row in rows))
+    parts = ["Images per second, from files to files (× openai-clip):", _summary(rows)]
+    for about in jobs:
+        parts += _of_job(about, [row for row in rows if row["about"] == about])
+    return "\n\n".join([*parts, f"{where.line()}."]) + "\n"
+
+
+def _summary(rows: Sequence[Row]) -> str:
+    """A line for each system, a column for each job."""
+    measured = {(row["system"], row["model"], row["kind"]): row for row in rows if "images_per_second" in row}
+    jobs = list(dict.fromkeys((row["model"], row["kind"]) for row in rows))
+    lines: list[list[str]] = []
+    for system in dict.fromkeys(name for name, *_ in measured):
+        cells = [measured.get((system, *job)) for job in jobs]
+        lines.append([system, *("" if cell is None else _speed(cell) for cell in cells)])
+    return table(["system", *(f"{model}, {kind}" for model, kind in jobs)], lines)
+
+
+def _speed(row: Row) -> str:
+    speed = row["images_per_second"]
+    text = f"{speed:,.3g}" if speed < 1000 else f"{speed:,.0f}"
+    return f"{text} ({row['to_baseline']:.2f} ×)" if "to_baseline" in row else text
+
+
+def _of_job(about: str, rows: Sequence[Row]) -> list[str]:
     per_stage = [
         [
             row["system"],
@@ -373,7 +255,7 @@ def markdown(rows: Sequence[Row], about: str, where: Environment) -> str:
     whole = [
         [
             row["system"],
-            f"{row['images_per_second']:,.1f}",
+            _speed(row),
             f"{row['range'] * 100:.0f}",
             f"{row['seconds']:.1f}",
             f"{row['start_up']:.1f}",
@@ -382,40 +264,44 @@ def markdown(rows: Sequence[Row], about: str, where: Environment) -> str:
         for row in rows
         if "images_per_second" in row
     ]
-    parts = [
-        f"**{about}**",
-        "Images per second of each stage alone, in one process:",
-        table(["system", *STAGES, "ms per image"], per_stage),
-        "From files to files:",
-        table(["system", "img/s", "range %", "in all, s", "first batch, s", f"lowest cosine to {OURS}"], whole),
-    ]
+    parts = [f"**{about}**"]
+    if per_stage:
+        parts += ["Images per second of each stage alone, in one process:"]
+        parts += [table(["system", *STAGES, "ms per image"], per_stage)]
+    header = ["system", "img/s", "range %", "in all, s", "first batches, s", f"lowest cosine to {OURS}"]
+    parts += ["From files to files:", table(header, whole)]
     failed = [f"- {row['system']}: {row['failed']}" for row in rows if "failed" in row]
-    if failed:
-        parts += ["Not measured:", "\n".join(failed)]
-    return "\n\n".join([*parts, f"{where.line()}."]) + "\n"
+    return [*parts, "Not measured:", "\n".join(failed)] if failed else parts
 
 
-def _photographs(given: Sequence[str], count: int, folder: Path) -> tuple[Path, ...]:
-    """`count` files: copies of the given ones, or of the few in this repository, repeated as often as needed."""
-    found = find_inputs(given or [_PHOTOS])
-    files = [Path(item.location) for item in found if not isinstance(item, Unreadable)]
-    if not files:
-        raise ValueError(f"no photographs in {', '.join(given)}")
-    copies: list[Path] = []
-    for i in range(count):
-        source = files[i % len(files)]
-        copies.append(Path(shutil.copy(source, folder / f"{i:06}{source.suffix}")))
-    return tuple(copies)
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def numbers(model: str, kind: str, options: argparse.Namespace, device: torch.device) -> tuple[int, int, int]:
+    """The count of photographs, the batch size and the number of decoding processes, where `options` gives none.
+
+    Large photographs, and a CPU that encodes, are slow: so fewer of them take long enough.
+    """
+    on_gpu, cores, size = device.type == "cuda", os.cpu_count() or 1, size_of_kind(kind)
+    large = size is not None and math.prod(size) > _LARGE
+    encoding = model != STAND_IN and not on_gpu
+    count: int = options.count or (8192 if on_gpu else 1024) // (16 if large else 8 if encoding else 1)
+    batch_size: int = options.batch_size or max(1, min(256 if on_gpu else 32, count // _BATCHES))
+    workers = max(1, cores // (2 if encoding else 1)) if options.workers is None else options.workers
+    return count, batch_size, workers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     on_gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(prog="python -m bench.pipeline", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--model", choices=MODELS, default="ViT-B/32")
+    parser.add_argument("--models", default=f"{STAND_IN},ViT-B/32", help="names, separated by commas")
+    parser.add_argument(
+        "--kinds", default=KINDS, help="of photographs: given, or a size, or 640x480.tar (default: %(default)s)"
+    )
     parser.add_argument("--photos", nargs="+", default=[], help="files and folders (default: the tests' photographs)")
-    parser.add_argument("--count", type=int, default=8192 if on_gpu else 256, help="how many; fewer files are repeated")
-    parser.add_argument("--batch-size", type=int, default=256 if on_gpu else 32)
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) // (1 if on_gpu else 2)))
+    parser.add_argument("--count", type=int, help="photographs for each job; fewer files are repeated")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--workers", type=int, help="decoding processes")
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp16" if on_gpu else "fp32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
@@ -425,27 +311,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     ends = time.monotonic() + options.minutes * 60
 
-    device, config = chosen_device(options.device), MODELS[options.model]
+    models, kinds = options.models.split(","), [checked_kind(kind) for kind in options.kinds.split(",")]
+    if unknown := [model for model in models if model not in _MODELS]:
+        parser.error(f"unknown model {unknown[0]!r}, expected one of {', '.join(_MODELS)}")
+    device = chosen_device(options.device)
     where = environment(device)
-    about = (
-        f"{options.model}, {options.precision}, {options.count} photographs, batches of {options.batch_size}, "
-        f"{options.workers} decoding processes"
-    )
-    job_of_rows = {"model": options.model, "precision": options.precision, "about": about}
-    kept = resumed(options.json, "pipeline", where) if options.resume and options.json else []
-    earlier = [row for row in kept if row["about"] == about]
-    others = [row for row in kept if row["about"] != about]
-    state = {name: tensor.detach() for name, tensor in build(config).state_dict().items()}
-    text = markdown(earlier, about, where)
+    done = resumed(options.json, "pipeline", where) if options.resume and options.json else []
     with tempfile.TemporaryDirectory() as folder:
-        paths = _photographs(options.photos, options.count, Path(folder))
-        job = Job(paths, Task(config, state, device, options.precision), options.batch_size, options.workers)
-        for rows in compare(job, options.rounds, earlier, ends):
-            text = markdown(rows, about, where)
-            if options.json:  # after each round, so that a run which is cut short keeps its rows
-                save(options.json, document("pipeline", where, None, [*others, *(job_of_rows | row for row in rows)]))
-                save(options.json.with_suffix(".md"), text)
-    print(text)
+        for model in models:
+            for kind in kinds:
+                place = Path(folder) / f"{models.index(model)}-{kind}"
+                count, batch_size, workers = numbers(model, kind, options, device)
+                photographs = make_photographs(kind, count, options.photos, place)
+                config = _MODELS[model]
+                state = {name: tensor.detach() for name, tensor in build(config).state_dict().items()}
+                job = Job(photographs, Task(config, state, device, options.precision), batch_size, workers)
+                about = (
+                    f"{model}, {options.precision}, {count} photographs, {kind}, on average "
+                    f"{photographs.mean_bytes / 1e3:,.0f} kB, batches of {batch_size}, decoding processes: {workers}"
+                )
+                of_job = {"model": model, "kind": kind, "precision": options.precision, "about": about}
+                earlier = [row for row in done if row["about"] == about]
+                others = [row for row in done if row["about"] != about]
+                for rows in compare(job, options.rounds, earlier, ends):
+                    done = [*others, *(of_job | row for row in rows)]
+                    if options.json:  # after each round, so that a run which is cut short keeps its rows
+                        save(options.json, document("pipeline", where, None, done))
+                        save(options.json.with_suffix(".md"), markdown(done, where))
+                shutil.rmtree(place)
+    print(markdown(done, where))
     return 0
 
 

@@ -1,9 +1,9 @@
-"""Pictures of measured results: throughput by model, and throughput and latency by batch.
+"""Pictures of measured results: throughput by model, throughput and latency by batch, and the speed of whole jobs.
 
     python -m bench.plot bench/results/DEVICE-DATE/end_to_end.json
 
 writes `throughput-PRECISION.svg`, `curve-PRECISION.svg` and `latency-PRECISION.svg` beside each file, or into
-`--output`. A system that was not measured has no bar and no point.
+`--output`; of `pipeline.json`, `pipeline-PRECISION.svg`. A system that was not measured has no bar and no point.
 """
 
 from __future__ import annotations
@@ -32,22 +32,26 @@ _PANEL = (4.2, 2.8)  # inches
 
 
 def pictures(document: dict[str, Any]) -> dict[str, str]:
-    """File name -> SVG, from a document of `bench.end_to_end`.
+    """File name -> SVG, from a document of `bench.end_to_end` or `bench.pipeline`.
 
     Raises:
         ValueError: the document is another benchmark's, or nothing in it was measured.
         ModuleNotFoundError: matplotlib is not installed.
     """
-    if document.get("bench") != "end_to_end":
-        raise ValueError(f"expected results of the benchmark 'end_to_end', got {document.get('bench')!r}")
-    rows: list[Row] = [row for row in document["rows"] if "failed" not in row]
+    draw = {"end_to_end": _of_encoders, "pipeline": _of_jobs}.get(document.get("bench", ""))
+    if draw is None:
+        raise ValueError(f"expected results of 'end_to_end' or 'pipeline', got {document.get('bench')!r}")
+    rows: list[Row] = [row for row in document["rows"] if "images_per_second" in row]
     if not rows:
         raise ValueError("nothing was measured in these results")
+    return draw(rows, Environment(**document["environment"]).line())
+
+
+def _of_encoders(rows: Sequence[Row], caption: str) -> dict[str, str]:
     colours = _colours(rows)
-    caption = Environment(**document["environment"]).line()
 
     def bars(axes: Any, of_model: Sequence[Row]) -> None:
-        _bars(axes, of_model, colours)
+        _throughput(axes, of_model, colours)
 
     def speeds(axes: Any, of_model: Sequence[Row]) -> None:
         _curves(axes, of_model, colours, "images per second", lambda row: row["images_per_second"])
@@ -65,6 +69,22 @@ def pictures(document: dict[str, Any]) -> dict[str, str]:
             ("latency", "Milliseconds by batch size", latencies),
         ):
             drawn[f"{name}-{precision}.svg"] = _figure(f"{title}, {precision}", caption, these, draw)
+    return drawn
+
+
+def _of_jobs(rows: Sequence[Row], caption: str) -> dict[str, str]:
+    """A panel for each job, which is a model and a kind of photographs."""
+    colours = _colours(rows)
+
+    def draw(axes: Any, of_job: Sequence[Row]) -> None:
+        _bars(axes, of_job, colours)
+        axes.set_title(of_job[0]["model"], loc="left", fontsize=9)
+
+    drawn: dict[str, str] = {}
+    for precision in dict.fromkeys(row["precision"] for row in rows):
+        these = [row | {"model": f"{row['model']}, {row['kind']}"} for row in rows if row["precision"] == precision]
+        title = f"Images per second from files to files, {precision}"
+        drawn[f"pipeline-{precision}.svg"] = _figure(title, caption, these, draw)
     return drawn
 
 
@@ -104,21 +124,25 @@ def _figure(title: str, caption: str, rows: Sequence[Row], draw: Draw) -> str:
 
 
 def _bars(axes: Any, rows: Sequence[Row], colours: dict[str, str]) -> None:
-    """Throughput at the batch that most systems were measured at, the largest of several such batches.
-
-    The fastest system is on top. A line shows the roofline.
-    """
-    systems = Counter(row["batch"] for row in rows)
-    batch = max(systems, key=lambda batch: (systems[batch], batch))
-    rows = sorted((row for row in rows if row["batch"] == batch), key=lambda row: row["images_per_second"])
+    """A bar for each system, the fastest on top."""
+    rows = sorted(rows, key=lambda row: row["images_per_second"])
     names = [row["system"] for row in rows]
     speeds = [row["images_per_second"] for row in rows]
     bars = axes.barh(names, speeds, color=[colours[name] for name in names], height=0.7)
     axes.bar_label(bars, labels=[f"{speed:,.3g}" if speed < 1000 else f"{speed:,.0f}" for speed in speeds], padding=2)
+    axes.set_xlim(0, 1.12 * max(speeds))
+
+
+def _throughput(axes: Any, rows: Sequence[Row], colours: dict[str, str]) -> None:
+    """Bars at the batch that most systems were measured at, the largest of several such batches, and the roofline."""
+    systems = Counter(row["batch"] for row in rows)
+    batch = max(systems, key=lambda batch: (systems[batch], batch))
+    rows = [row for row in rows if row["batch"] == batch]
+    _bars(axes, rows, colours)
     roofline = rows[0]["images_per_second"] / rows[0]["to_roofline"]
     axes.axvline(roofline, color="black", linestyle="--", linewidth=1)
-    axes.text(roofline, len(names) - 0.45, f"roofline {roofline:,.0f}", ha="right", va="bottom", fontsize=7)
-    axes.set_xlim(0, 1.12 * max(*speeds, roofline))
+    axes.text(roofline, len(rows) - 0.45, f"roofline {roofline:,.0f}", ha="right", va="bottom", fontsize=7)
+    axes.set_xlim(0, 1.12 * max(*(row["images_per_second"] for row in rows), roofline))
     axes.set_title(f"{rows[0]['model']}, batch {batch}", loc="left", fontsize=9, pad=12)
 
 
@@ -146,7 +170,7 @@ def _curves(axes: Any, rows: Sequence[Row], colours: dict[str, str], unit: str, 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.plot", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("results", type=Path, nargs="+", help="JSON of `python -m bench.end_to_end --json`")
+    parser.add_argument("results", type=Path, nargs="+", help="JSON of `bench.end_to_end` or `bench.pipeline`")
     parser.add_argument("--output", type=Path, help="folder for the pictures; by default that of the results")
     options = parser.parse_args(arguments)
     for path in options.results:

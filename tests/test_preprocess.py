@@ -295,6 +295,15 @@ def test_the_result_has_memory_of_its_own(image_size: int) -> None:
     assert torch.equal(result, expected)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA"])
+def test_pixels_are_written_where_they_are_wanted(mode: str) -> None:
+    image, rows = noise("RGB", 45, 33).convert(mode), torch.zeros(3, 3, 28, 28, dtype=torch.uint8)
+    preprocess = Preprocess(28)
+    assert preprocess.uint8(image, rows[1]).data_ptr() == rows[1].data_ptr()
+    assert torch.equal(rows[1], preprocess.uint8(image))
+    assert not rows[::2].any()
+
+
 def test_the_default_dtype_and_device_do_not_matter() -> None:
     image = noise("RGB", 45, 33)
     expected = Preprocess(28)(image)

@@ -59,15 +59,16 @@ class Decoder:
     preprocess: Preprocess
     fast: bool = False
 
-    def __call__(self, item: Item) -> tuple[Tensor, tuple[int, int]]:
-        """The item's pixels, uint8 (3, height, width), and its size. Raises whatever decoders raise."""
+    def __call__(self, item: Item, pixels: Tensor) -> tuple[int, int]:
+        """Writes the item's pixels, uint8 (3, height, width); its size. Raises whatever decoders raise."""
         with UNREMARKED, item.open() as image:
             size = image.size
             self.check(size)
             if self.fast:
                 height, width = sides(self.preprocess.image_size)
                 image.draft(None, (2 * width, 2 * height))  # pyright: ignore[reportArgumentType]
-            return self.preprocess.uint8(image), size
+            self.preprocess.uint8(image, pixels)
+            return size
 
     def check(self, size: tuple[int, int]) -> None:
         """Refuses an image that resizing would make larger than Pillow opens.
@@ -87,11 +88,9 @@ class Decoder:
     def into(self, pixels: Tensor, item: Item) -> tuple[tuple[int, int], str | None]:
         """Writes the item's pixels and returns its size and None, or (0, 0) and the reason. Never raises."""
         try:
-            decoded, size = self(item)
-            pixels.copy_(decoded)
+            return self(item, pixels), None
         except Exception as error:  # decoders fed with broken files raise whatever their parsing stumbles on
             return (0, 0), failure_reason(error)
-        return size, None
 
     def black(self, count: int, *, shared: bool = False) -> Tensor:
         """Black pixels of a batch, uint8 (count, 3, height, width), for `into` to write to.

@@ -80,8 +80,9 @@ def embed_files(
         closing(processes.decode(chain.from_iterable(batches))) as decoding,
     ):
         for parts in batches:
-            decoded = Decoded.joined(pixels for _, pixels in islice(decoding, len(parts)))
-            yield _embed(model, preprocess, [item for part in parts for item in part.items], decoded)
+            batch = [item for part in parts for item in part.items]
+            decoded = Decoded.joined((pixels for _, pixels in islice(decoding, len(parts))), len(batch))
+            yield _embed(model, preprocess, batch, decoded)
 
 
 def _item(path: Path | Item) -> Item:

@@ -142,7 +142,7 @@ class ImageEncoder:
         # is read in groups of rows.
         size = 1 if any(isinstance(item, _Bytes | _Pixels) for item in items) else -(-len(items) // self.threads)
         parts = WorkItem(list(items), 0, 0, len(items)).parts(max(1, size))
-        decoded = Decoded.joined(pixels for _, pixels in self.workers.decode(iter(parts)))
+        decoded = Decoded.joined((pixels for _, pixels in self.workers.decode(iter(parts))), len(items))
         rows = encode_rows(self.encoder, decoded.pixels, self.normalize).cpu().numpy()
         failed = settle(rows, decoded.errors)
         sizes = decoded.sizes.numpy()

@@ -71,16 +71,23 @@ class Decoded(NamedTuple):
         return cls(pixels, torch.frombuffer(bytearray(notes, "ascii"), dtype=torch.uint8))
 
     @classmethod
-    def joined(cls, parts: Iterable[Decoded]) -> Decoded:
-        """The parts of a batch, one or more, as one. Each part's shared memory is given back when it is read."""
-        pixels: list[Tensor] = []
+    def joined(cls, parts: Iterable[Decoded], count: int) -> Decoded:
+        """The parts of a batch of `count` images, one or more, as one.
+
+        Of several, each part's shared memory is given back when it has been copied.
+        """
+        pixels = torch.empty(0)
         sizes: list[tuple[int, int]] = []
         errors: dict[int, str] = {}
         for part in parts:
-            pixels.append(part.pixels.clone())
+            if not sizes:
+                alone = len(part.pixels) == count
+                pixels = part.pixels if alone else part.pixels.new_empty((count, *part.pixels.shape[1:]))
+            if pixels is not part.pixels:
+                pixels[len(sizes) : len(sizes) + len(part.pixels)] = part.pixels
             errors |= {len(sizes) + i: reason for i, reason in part.errors.items()}
             sizes += [(int(width), int(height)) for width, height in part.sizes.numpy()]
-        return cls.of(torch.cat(pixels), sizes, errors)
+        return cls.of(pixels, sizes, errors)
 
     @property
     def sizes(self) -> Tensor:

@@ -2,50 +2,117 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from bench import pipeline
+from bench import jobs, pipeline
 
 pytest.importorskip("pyarrow")
-ARGUMENTS = ["--model", "toy", "--batch-size", "2", "--workers", "0", "--rounds", "1", "--device", "cpu"]
+ARGUMENTS = ["--models", "toy", "--batch-size", "2", "--rounds", "1", "--device", "cpu"]
+RIVALS = {"openai-clip", "clip-retrieval"}
 
 
-def test_stages_and_whole_runs(tmp_path: Path) -> None:
-    for package in ("clip", "clip_retrieval"):
-        if importlib.util.find_spec(package) is None:
+def needs(*packages: str) -> None:
+    for package in packages:
+        if package not in sys.modules and importlib.util.find_spec(package) is None:
             pytest.skip(f"needs {package}, of tests/requirements-peers.txt")
+
+
+def measured(tmp_path: Path, *arguments: str) -> list[dict[str, Any]]:
     file = tmp_path / "pipeline.json"
-    assert pipeline.main([*ARGUMENTS, "--count", "5", "--json", str(file)]) == 0
+    assert pipeline.main([*ARGUMENTS, *arguments, "--json", str(file)]) == 0
     rows = json.loads(file.read_text())["rows"]
     assert [row.get("failed") for row in rows] == [None] * len(rows)
+    assert "| openai-clip |" in file.with_suffix(".md").read_text()
+    return rows
+
+
+def test_stages_and_whole_jobs(tmp_path: Path) -> None:
+    needs("clip", "clip_retrieval")
+    rows = measured(tmp_path, "--kinds", "given", "--workers", "0", "--count", "5")
     stages = {row["system"]: row["stages"] for row in rows if "stages" in row}
     assert set(stages) == {"clip_fast", "openai-clip"}
     for times in stages.values():
         assert set(times) == set(pipeline.STAGES)
         assert all(seconds > 0 for seconds in times.values())
     whole = {row["system"]: row for row in rows if "images_per_second" in row}
-    assert set(whole) == {"clip_fast", "clip_fast, fast decode", "openai-clip", "clip-retrieval"}
-    assert whole["openai-clip"]["cosine"] > 0.9999
-    assert whole["clip-retrieval"]["cosine"] > 0.9999
+    assert set(whole) == {"clip_fast", "clip_fast, fast decode"} | RIVALS
+    assert all(whole[rival]["cosine"] > 0.9999 for rival in RIVALS)
     assert 0.9 < whole["clip_fast, fast decode"]["cosine"] <= 1
-    assert "| openai-clip |" in file.with_suffix(".md").read_text()
+    assert whole["openai-clip"]["to_baseline"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_tars(tmp_path: Path) -> None:
+    needs("clip", "clip_retrieval", "webdataset")
+    rows = measured(tmp_path, "--kinds", "80x60.tar", "--workers", "2", "--count", "17")
+    whole = {row["system"]: row for row in rows}
+    assert set(whole) == {"clip_fast", "clip_fast, fast decode"} | RIVALS  # each once: tars have no stages
+    assert all(row["cosine"] > 0.9999 for row in whole.values())  # the same photographs, in the same order
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_ray(tmp_path: Path) -> None:
+    needs("clip", "clip_retrieval", "ray")
+    rows = measured(tmp_path, "--kinds", "80x60", "--workers", "0", "--count", "49")  # files of 16, 16, 16 and 1
+    (row,) = [row for row in rows if row["system"] == "clip_fast on Ray"]
+    assert row["cosine"] > 0.9999
+    assert row["start_up"] < row["seconds"]
+
+
+def test_the_default_jobs_have_batches_enough() -> None:
+    options = argparse.Namespace(count=None, batch_size=None, workers=None)
+    for device in map(torch.device, ("cpu", "cuda")):
+        for model in ("stand-in", "ViT-B/32"):
+            for kind in pipeline.KINDS.split(","):
+                count, batch_size, workers = pipeline.numbers(model, kind, options, device)
+                assert count >= 8 * batch_size
+                assert workers >= 1
+    assert pipeline.numbers("stand-in", "640x480", options, torch.device("cpu"))[:2] == (1024, 32)
+    assert pipeline.numbers("ViT-B/32", "4000x3000", options, torch.device("cpu"))[:2] == (64, 8)
 
 
 def test_a_rival_that_fails_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(job: pipeline.Job) -> object:
+    def missing(task: object) -> object:
         raise ModuleNotFoundError("No module named 'clip'")
 
-    monkeypatch.setattr(pipeline.Job, "rival", missing)
+    monkeypatch.setattr(pipeline, "rival_of", missing)
     file = tmp_path / "pipeline.json"
-    assert pipeline.main([*ARGUMENTS, "--count", "2", "--json", str(file)]) == 0
+    arguments = [*ARGUMENTS, "--kinds", "given", "--workers", "0", "--count", "3"]
+    assert pipeline.main([*arguments, "--json", str(file)]) == 0
     for name in ("openai-clip", "clip-retrieval"):
         assert f"- {name}: ModuleNotFoundError: No module named 'clip'" in file.with_suffix(".md").read_text()
 
 
 def test_no_photographs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no photographs"):
-        pipeline.main([*ARGUMENTS, "--photos", str(tmp_path)])
+        pipeline.main([*ARGUMENTS, "--kinds", "given", "--photos", str(tmp_path)])
+
+
+@pytest.mark.parametrize("kind", ["", "640", "0x480", "given.tar", "640x480.zip"])
+def test_unknown_kinds_of_photographs(kind: str) -> None:
+    with pytest.raises(ValueError, match="photographs are"):
+        pipeline.main([*ARGUMENTS, "--kinds", kind])
+
+
+def test_a_clock_leaves_the_first_batches_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(jobs.time, "perf_counter", lambda: now)
+    clock = jobs.Clock(2)
+    for moment in (1.0, 5.0, 6.0, 7.0):
+        now = moment
+        clock.tick(10)
+    run = clock.result(np.empty(0))
+    assert (run.seconds, run.start_up, run.images_per_second) == (7.0, 5.0, 10.0)
+    with pytest.raises(ValueError, match="more than 4 batches"):
+        jobs.Clock(4).result(np.empty(0))

@@ -57,6 +57,19 @@ def test_a_panel_for_each_model() -> None:
     assert "RN50, batch 4" in texts(drawn["throughput-fp32.svg"])
 
 
+def test_a_panel_for_each_job() -> None:
+    jobs = [
+        {"model": "stand-in", "kind": kind, "precision": "fp32", "system": system, "images_per_second": speed}
+        for kind, system, speed in (("640x480", "clip_fast", 300.0), ("640x480", "openai-clip", 200.0),
+                                    ("640x480.tar", "clip_fast", 310.0))
+    ]  # fmt: skip
+    stages = {"model": "stand-in", "kind": "640x480", "precision": "fp32", "system": "clip_fast", "stages": {}}
+    drawn = plot.pictures(document([stages, *jobs, FAILED], "pipeline"))
+    assert set(drawn) == {"pipeline-fp32.svg"}
+    for wanted in ("stand-in, 640x480", "stand-in, 640x480.tar", "300", "200", "310"):
+        assert wanted in texts(drawn["pipeline-fp32.svg"]), wanted
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "cpu.json"
     file.write_text(json.dumps(document(ROWS)))

@@ -126,9 +126,9 @@ def test_few_images_are_decoded_ahead(tmp_path: Path) -> None:
     decoded: list[int] = []
 
     class Counting(AsItIs):
-        def uint8(self, image: Image.Image) -> Tensor:
+        def uint8(self, image: Image.Image, out: Tensor | None = None) -> Tensor:
             decoded.append(1)
-            return super().uint8(image)
+            return super().uint8(image, out)
 
     batches = embed_files(PixelModel(), Counting(32), [save(tmp_path / f"{i}.png") for i in range(20)], 2)
     next(batches)
@@ -171,7 +171,7 @@ def test_a_file_without_permission_is_a_failure(tmp_path: Path, monkeypatch: pyt
 
 def test_an_error_of_a_decoder_is_a_failure_whatever_its_type(tmp_path: Path) -> None:
     class Clumsy(Preprocess):
-        def uint8(self, image: Image.Image) -> Tensor:
+        def uint8(self, image: Image.Image, out: Tensor | None = None) -> Tensor:
             raise MemoryError
 
     (batch,) = embed_files(PixelModel(), Clumsy(32), [save(tmp_path / "a.png")])

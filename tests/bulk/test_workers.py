@@ -186,10 +186,12 @@ def test_the_parts_of_a_batch_are_one_again(tmp_path: Path) -> None:
         (3, 20, 100, 3), (3, 23, 100, 3), (3, 26, 100, 1)
     ]  # fmt: skip
     ((_, whole),) = decode_batches(DECODER, iter([batch]), workers=0, time_limit=1)
-    joined = Decoded.joined(pixels for _, pixels in decode_batches(DECODER, iter(parts), workers=0, time_limit=1))
-    assert torch.equal(joined.pixels, whole.pixels)
-    assert torch.equal(joined.sizes, whole.sizes)
-    assert joined.errors == whole.errors == {5: "not an image: zero bytes"}
+    apart = [pixels for _, pixels in decode_batches(DECODER, iter(parts), workers=0, time_limit=1)]
+    for joined in (Decoded.joined(iter(apart), 7), Decoded.joined(iter([whole]), 7)):
+        assert torch.equal(joined.pixels, whole.pixels)
+        assert torch.equal(joined.sizes, whole.sizes)
+        assert joined.errors == whole.errors == {5: "not an image: zero bytes"}
+    assert Decoded.joined(iter([whole]), 7).pixels.data_ptr() == whole.pixels.data_ptr()  # not copied
     assert [part.items for part in WorkItem([], 0, 0, 0).parts(4)] == [[]]
 
 

@@ -34,16 +34,18 @@ def webdataset(samples: int, form: int = tarfile.USTAR_FORMAT, mtime: float = 0,
 
 
 def special() -> bytes:
-    """Folders, old and new, and a file of the old kind."""
+    """Folders, old and new, a file of the old kind, a large one, and letters that are ASCII in lower case alone."""
     file = io.BytesIO()
-    with tarfile.open(fileobj=file, mode="w") as tar:
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for name, kind, size in (
             ("a.png", tarfile.REGTYPE, 5),
             ("b.png/", tarfile.DIRTYPE, 0),
             ("c.png", tarfile.AREGTYPE, 700),
             ("d.png/", tarfile.AREGTYPE, 0),
             ("e.png", tarfile.CONTTYPE, 9),
-            ("f.png", tarfile.REGTYPE, 9),
+            ("f.png", tarfile.REGTYPE, 40_000),
+            ("g.J2\N{KELVIN SIGN}", tarfile.REGTYPE, 9),
+            ("h.Png", tarfile.REGTYPE, 9),
         ):
             member = tarfile.TarInfo(name)
             member.type, member.size = kind, size
@@ -89,6 +91,14 @@ def test_tars_are_listed_as_tarfile_lists_them(
     with open(path, "rb") as file:
         found = list(tar_headers.plain_files(file.fileno(), image_suffixes()))
     assert len(found) == (900 if plain else 0)
+
+
+def test_special_members_are_listed_as_tarfile_lists_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "t.tar"
+    path.write_bytes(special())
+    items = list(Tar(str(path)))
+    assert [item.key for item in items] == list("acefgh")
+    assert items == read_by_tarfile(path, monkeypatch)
 
 
 def test_damaged_tars_are_listed_as_tarfile_lists_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
