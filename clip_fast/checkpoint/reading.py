@@ -62,7 +62,7 @@ def read_checkpoint(path: str | os.PathLike[str], activation: Activation | None 
     if activation is not None and activation not in get_args(Activation):
         raise ValueError(f"activation must be one of {get_args(Activation)} or None, got {activation!r}")
     file = read_weights(_locate(Path(path)))
-    tower = StoredTower(file, layout_of(file.path, file.entries.keys()))
+    tower = StoredTower(file, layout_of(file.path, file.entries.keys(), _timm_model(file.path)))
     settings = _settings_beside(tower)
 
     @cache
@@ -143,6 +143,16 @@ def _settings_beside(tower: StoredTower) -> BesideWeights:
     if hugging_face:
         raise CheckpointError(weights, "needs the config.json that transformers writes beside it")
     return CONVENTIONS[tower.is_siglip].settings
+
+
+def _timm_model(weights: Path) -> str:
+    """The name of timm's model in open_clip's config beside the weights; empty where there is none."""
+    try:
+        return str(
+            read_json(weights.with_name(OPEN_CLIP_CONFIG))["model_cfg"]["vision_cfg"].get("timm_model_name") or ""
+        )
+    except (CheckpointError, *STRUCTURE_ERRORS):
+        return ""
 
 
 def _describes(path: Path, tower: StoredTower) -> bool:

@@ -607,8 +607,18 @@ BAD_ENTRIES: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], s
         spoil("visual.conv1.weight", lambda t: t[:96].clone()),
         r"heads cannot be told from its width of 96",
     ),
-    "no ln_pre": (lambda e: {k: v for k, v in e.items() if "ln_pre" not in k}, r"has no ln_pre .*not served"),
-    "LayerScale": (lambda e: e | {f"{BLOCK}.0.ls_1.gamma": torch.ones(128)}, r"ls_1\.gamma belongs to LayerScale"),
+    "no ln_pre": (
+        lambda e: {k: v for k, v in e.items() if "ln_pre" not in k},
+        r"misses visual\.ln_pre\.weight: if its model has none, .* place its open_clip_config\.json beside it",
+    ),
+    "half of an ln_pre": (
+        lambda e: {k: v for k, v in e.items() if "ln_pre.bias" not in k},
+        r"misses visual\.ln_pre\.bias",
+    ),
+    "one LayerScale": (
+        lambda e: e | {f"{BLOCK}.0.ls_1.gamma": torch.ones(128)},
+        r"misses visual\.transformer\.resblocks\.0\.ls_2\.gamma",
+    ),
     "attentional pooler": (
         lambda e: e | {"visual.attn_pool.query": torch.ones(2)},
         "an attentional pooler, which is not served",
@@ -739,10 +749,12 @@ def test_bad_shards(index: dict[str, Any], message: str, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"no_ln_pre": True}, "sets no_ln_pre to True, which is not served"),
-        ({"pool_type": "avg"}, "sets pool_type to 'avg'"),
+        ({"no_ln_pre": True}, "has an ln_pre, the config beside it says no_ln_pre"),
+        ({"pool_type": "none"}, "sets pool_type to 'none', which is not served"),
+        ({"qk_norm": True}, "sets qk_norm to True, which is not served"),
         ({"timm_model_name": "vit"}, "sets timm_model_name to 'vit'"),
-        ({"image_size": [64, 32]}, "must have a square image_size"),
+        ({"image_size": [64, 32]}, r"is for images of 64 pixels, the config beside it says \(64, 32\)"),
+        ({"image_size": [64, 64, 3]}, r"image_size must be a number or two, got \[64, 64, 3\]"),
         ({"image_size": "64"}, "image_size must be an integer, got '64'"),
     ],
 )
