@@ -31,8 +31,8 @@ class Checkpoint:
 
     `state_dict` has exactly the names and shapes of `reference.build(config).state_dict()`. Its tensors are contiguous,
     on the CPU, independent of the file, and of the dtype that they have in it (8 bits in float16). `mean` and `std`
-    normalise the RGB channels of pixels scaled to [0, 1]; `squash` and `on_white` are those of `Preprocess`. `text` is
-    None where the file has no text tower that is served; `without_text` then says why.
+    normalise the RGB channels of pixels scaled to [0, 1]; `squash`, `on_white` and `bilinear` are those of
+    `Preprocess`. `text` is None where the file has no text tower that is served; `without_text` then says why.
     """
 
     config: Config
@@ -42,6 +42,7 @@ class Checkpoint:
     text: Text | None = None
     squash: bool = False
     on_white: bool = False
+    bilinear: bool = False
     without_text: str = ""
 
 
@@ -87,7 +88,8 @@ def _checkpoint(tower: StoredTower, settings: BesideWeights, activation: Callabl
     text = read_text(tower.file, settings.text, activation)
     served, reason = (None, text) if isinstance(text, str) else (text, "")
     return Checkpoint(
-        config, state_dict, settings.mean, settings.std, served, settings.squash, settings.on_white, reason
+        *(config, state_dict, settings.mean, settings.std, served),
+        *(settings.squash, settings.on_white, settings.bilinear, reason),
     )
 
 

@@ -15,7 +15,6 @@ from saved_clips import VISION, close, open_clip_folder
 import clip_fast
 from clip_fast.checkpoint.reading import read_checkpoint
 from clip_fast.errors import CheckpointError, NotServed
-from clip_fast.preprocess import Preprocess
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "no ln_pre": {"no_ln_pre": True},
@@ -27,6 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "LayerScale": {"ls_init_value": 1e-4},
     "not square": {"image_size": [64, 96]},
     "fixed positions": {"pos_embed_type": "sin_cos_2d"},
+    "another epsilon and GELU": {"norm_kwargs": {"eps": 0.01}, "act_kwargs": {"approximate": "tanh"}},
     "all": {
         "image_size": [48, 80], "no_ln_pre": True, "pool_type": "avg", "ls_init_value": 1e-4, "patch_dropout": 0.5,
         "output_tokens": False,
@@ -74,20 +74,25 @@ def test_verified(tmp_path: Path) -> None:
     assert verdict.error < 1e-5
 
 
-@pytest.mark.parametrize("squash", [False, True])
-@pytest.mark.parametrize("size", [(40, 24), (24, 60), (30, 30)])
-def test_pictures_are_preprocessed_as_by_open_clip(size: tuple[int, int], squash: bool) -> None:
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("mode", ["shortest", "squash"])
+@pytest.mark.parametrize("size", [(48, 32), (32, 80), 32])
+def test_pictures_are_preprocessed_as_by_open_clip(size: Any, mode: str, interpolation: str, tmp_path: Path) -> None:
+    """As the config beside the weights says."""
     transforms = pytest.importorskip("open_clip.transform", reason="open_clip is not installed")
     mean, std = (0.4, 0.5, 0.3), (0.2, 0.3, 0.25)
-    mode = "squash" if squash else "shortest"
-    theirs = transforms.image_transform(size, False, mean=mean, std=std, resize_mode=mode)
-    ours = Preprocess(size, mean, std, squash=squash)
+    theirs = transforms.image_transform(size, False, mean=mean, std=std, resize_mode=mode, interpolation=interpolation)
+    open_clip_folder(tmp_path, vision_cfg=VISION | {"image_size": size, "layers": 1})
+    file = tmp_path / "open_clip_config.json"
+    processing = {"mean": mean, "std": std, "resize_mode": mode, "interpolation": interpolation, "size": size}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"preprocess_cfg": processing}))
+    ours = clip_fast.load(tmp_path, "cpu")[1]
     with_torchvision = transforms.Compose(ours.transforms)
     pixels = torch.randint(0, 256, (90, 90, 3), dtype=torch.uint8).numpy()
     for width, height in ((60, 40), (41, 90), (24, 40), (90, 7), (40, 24), (13, 13), (90, 89)):
         picture = Image.fromarray(pixels[:height, :width])
         wanted = theirs(picture)
-        assert wanted.shape == (3, *size)
+        assert wanted.shape == (3, *((size, size) if isinstance(size, int) else size))
         assert torch.equal(ours(picture), wanted)
         assert torch.equal(with_torchvision(picture), wanted)
 

@@ -23,6 +23,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "class token before ln_post": {"final_ln_after_pool": True},
     "LayerScale": {"ls_init_value": 0.1},
     "not square": {"image_size": (48, 80)},
+    "another epsilon and GELU": {"norm_kwargs": {"eps": 0.01}, "act_kwargs": {"approximate": "tanh"}},
     "all": {
         "image_size": (80, 48), "no_ln_pre": True, "pool_type": "avg", "ls_init_value": 0.1, "patch_dropout": 0.5,
     },
