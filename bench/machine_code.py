@@ -193,8 +193,6 @@ def cases() -> Iterator[Case]:
         yield Case(
             f"linear {kind} out+residual", _bind(_linear, 1024, 1024, dtype, precision, norm=False, residual=True)
         )
-        call = _bind(_linear, 1024, 1024, dtype, precision, norm=False, residual=True, scaled=True)
-        yield Case(f"linear {kind} out+scale+residual", call)
         call = _bind(_linear, 1024, 256, dtype, precision, norm=False, activation="relu", residual=True, scaled=True)
         yield Case(f"linear {kind} 1x1+residual+relu", call)
         for activation in ("quick_gelu", "gelu"):

@@ -139,4 +139,5 @@ def load(
         checkpoint, device, dtype or default_dtype(device), precision=precision, cuda_graphs=cuda_graphs
     )
     probe(device)
-    return model, Preprocess(config.image_size, checkpoint.mean, checkpoint.std, checkpoint.squash, checkpoint.on_white)
+    how = checkpoint.squash, checkpoint.on_white, checkpoint.bilinear
+    return model, Preprocess(config.image_size, checkpoint.mean, checkpoint.std, *how)

@@ -27,8 +27,8 @@ class Preprocess:
     `image_size` is the side of the square result in pixels, or its height and width; `mean` and `std` are per RGB
     channel of pixels scaled to [0, 1], those of the model's training. `squash` resizes the whole image to that size,
     whatever its aspect ratio, as some models were trained; otherwise the middle is cut out. `on_white` converts to RGB
-    before resizing, with what is transparent on white, as transformers does. An EXIF orientation is not applied, as
-    `clip` does not.
+    before resizing, with what is transparent on white, as transformers does. `bilinear` resizes bilinearly, as for
+    CLIPA, and not bicubically. An EXIF orientation is not applied, as `clip` does not.
 
     As in `clip`, the whole image is resized before that crop, so memory grows with the aspect ratio: about
     4 image_size² bytes times long side / short side.
@@ -39,6 +39,7 @@ class Preprocess:
     std: tuple[float, float, float] = IMAGE_STD
     squash: bool = False
     on_white: bool = field(default=False, repr=False)
+    bilinear: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         if min(sides(self.image_size)) < 1:
@@ -67,9 +68,10 @@ class Preprocess:
             ModuleNotFoundError: torchvision is not installed.
         """
         transforms = extras.torchvision_transforms()
-        size, bicubic = self.image_size, transforms.InterpolationMode.BICUBIC
+        size, modes = self.image_size, transforms.InterpolationMode
+        mode = modes.BILINEAR if self.bilinear else modes.BICUBIC
         if self.squash or isinstance(size, int):
-            resize = transforms.Resize(sides(size) if self.squash else size, interpolation=bicubic)
+            resize = transforms.Resize(sides(size) if self.squash else size, interpolation=mode)
         else:  # torchvision has no such transform
             resize = self._resize
         crop = transforms.CenterCrop(size)
@@ -119,7 +121,8 @@ class Preprocess:
         return round(size[0] / ratio), round(size[1] / ratio)
 
     def _resize(self, image: Image.Image) -> Image.Image:
-        return image.resize(self.resized(image.size), Image.Resampling.BICUBIC)
+        filters = Image.Resampling
+        return image.resize(self.resized(image.size), filters.BILINEAR if self.bilinear else filters.BICUBIC)
 
     def _fit(self, image: Image.Image) -> Image.Image:
         """The middle of `image` in its own mode, after it was resized to cover the result; or all, squashed.

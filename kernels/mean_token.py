@@ -2,6 +2,8 @@
 
     out = Σ_g features_g / G + position    features (B, G, W), position (W,), out (B, W)    (Radford et al. 2021, 2.3)
 
+With a position of zero it is the average of a ViT's patch tokens, which some models have for an embedding.
+
 One program takes one image and a tile of channels. It reads each element once, B · G · W of them, and adds as many:
 memory decides. A tile of positions is summed in float32, one accumulator for each of its rows, and these at the end.
 """

@@ -326,6 +326,8 @@ _mean_token = define(
 def mean_token(features: Tensor, position: Tensor, *, impl: Impl = "auto") -> Tensor:
     """The mean of a feature map's positions plus a positional embedding: the query token of CLIP's ResNets.
 
+    With a position of zero it is the average of a ViT's tokens.
+
     Args:
         features: (B, G, W), any strides: a (B, W, h, w) map in either memory format is passed as a view.
         position: (W,), any float dtype.

@@ -20,6 +20,7 @@ from saved_clips import clip_tokenizer, close, hugging_face_folder, open_clip_fo
 
 import clip_fast
 from clip_fast.errors import NotServed
+from clip_fast.towers.config import sides
 
 HEADING = "\n## Loaded checkpoints\n"
 INTRODUCTION = """
@@ -40,11 +41,14 @@ class Family:
     refused: str = ""  # a part of the reason why its words are not served
 
 
-def of_open_clip(name: str, *, custom: bool = False, **text: Any) -> Callable[[Path], tuple[Any, Any]]:
+def of_open_clip(
+    name: str, *, custom: bool = False, vision: dict[str, Any] | None = None, **text: Any
+) -> Callable[[Path], tuple[Any, Any]]:
     def make(folder: Path) -> tuple[Any, Any]:
         package = pytest.importorskip("open_clip")
         config = copy.deepcopy(package.get_model_config(name))
         config["vision_cfg"]["layers"] = [1] * 4 if isinstance(config["vision_cfg"]["layers"], list) else 1
+        config["vision_cfg"] |= vision or {}
         config["text_cfg"] |= {"layers": 1, **text}
         if "hf_model_name" in config["text_cfg"]:
             transformers = pytest.importorskip("transformers")
@@ -81,6 +85,13 @@ FAMILIES = [
     Family(
         "open_clip_torch", "ViT-H-14-worldwide-quickgelu (MetaCLIP 2)",
         of_open_clip("ViT-H-14-worldwide-quickgelu", vocab_size=100),
+    ),
+    Family(
+        "open_clip_torch", "ViT-L-14-CLIPA", of_open_clip("ViT-L-14-CLIPA", vocab_size=100), refused="text_cfg sets"
+    ),
+    Family("open_clip_torch", "ViT-M-16-alt, with LayerScale", of_open_clip("ViT-M-16-alt")),
+    Family(
+        "open_clip_torch", "ViT-B-16 at 128 by 256 pixels", of_open_clip("ViT-B-16", vision={"image_size": [128, 256]})
     ),
     Family("open_clip_torch", "RN50", of_open_clip("RN50")),
     Family(
@@ -119,7 +130,7 @@ def test_a_family(family: Family, tmp_path: Path) -> None:
         pytest.skip("this transformers has no MetaCLIP 2")
     model, tokenize = family.make(tmp_path)
     ours: Any = clip_fast.load(tmp_path, "cpu")[0]
-    images = torch.randn(2, 3, ours.config.image_size, ours.config.image_size)
+    images = torch.randn(2, 3, *sides(ours.config.image_size))
     texts = ["a photo of a dog", "on the beach, at night", ""]
     key = f"{family.package} {importlib.metadata.version(family.package)}", family.name
     with torch.no_grad():

@@ -131,11 +131,11 @@ TEXTS = {
     ),
 }
 
-_UNSERVED = {r"visual\.attn_pool\.": "an attentional pooler"}  # parts of open_clip's models, by their keys
+_UNSERVED = {r"visual\.attn_pool\.": "an attentional pooler, as CoCa has"}  # parts of open_clip's models, by keys
 
 
-def layout_of(path: Path, keys: Collection[str]) -> Layout:
-    """How the image tower in a file is named.
+def layout_of(path: Path, keys: Collection[str], timm_model: str = "") -> Layout:
+    """How the image tower in a file is named. `timm_model` is the name of its model in timm, where that is known.
 
     Raises:
         CheckpointError: the file has none, or one that is not served.
@@ -146,8 +146,9 @@ def layout_of(path: Path, keys: Collection[str]) -> Layout:
     layout = _layout(keys)
     if layout is TIMM and "visual.trunk.attn_pool.latent" not in keys:
         key = next(key for key in keys if key.startswith(TIMM.prefix))
+        named = timm_model and f", {timm_model}"
         raise CheckpointError(
-            path, f"{key} belongs to an image tower from timm that is no SigLIP's, which is not served"
+            path, f"{key} belongs to an image tower from timm that is no SigLIP's{named}, which is not served"
         )
     if layout is None:
         raise CheckpointError(path, f"holds no CLIP image tower, only {listing(sorted(keys)) or 'nothing'}")

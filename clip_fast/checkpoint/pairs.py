@@ -15,6 +15,12 @@ _L_14 = VitConfig(224, 14, width=1024, layers=24, heads=16, embed_dim=768)
 _H_14 = VitConfig(224, 14, width=1280, layers=32, heads=16, embed_dim=1024)
 _BIG_G_14 = VitConfig(224, 14, width=1664, layers=48, heads=16, embed_dim=1280, mlp_ratio=4.9231)
 
+
+def _clipa(config: VitConfig, image_size: int = 224) -> VitConfig:
+    """CLIPA's tower of this shape."""
+    return replace(config, image_size=image_size, ln_pre=False, pool="avg", ln_after_pool=True)
+
+
 # The image towers. Which activation its MLPs have is told by the config beside a model's weights.
 ARCHITECTURES: dict[str, Config] = {
     "RN50": ResNetConfig((3, 4, 6, 3), width=64, heads=32, image_size=224, embed_dim=1024),
@@ -32,6 +38,12 @@ ARCHITECTURES: dict[str, Config] = {
     "ViT-H-14-378": replace(_H_14, image_size=378),
     "ViT-g-14": VitConfig(224, 14, width=1408, layers=40, heads=16, embed_dim=1024, mlp_ratio=4.3637),
     "ViT-bigG-14": _BIG_G_14,
+    "ViT-L-14-CLIPA": _clipa(_L_14),
+    "ViT-L-14-CLIPA-336": _clipa(_L_14, 336),
+    "ViT-H-14-CLIPA": _clipa(_H_14),
+    "ViT-H-14-CLIPA-336": _clipa(_H_14, 336),
+    "ViT-bigG-14-CLIPA": _clipa(_BIG_G_14),
+    "ViT-bigG-14-CLIPA-336": _clipa(_BIG_G_14, 336),
     "roberta-ViT-B-32": _B_32,
     "xlm-roberta-base-ViT-B-32": _B_32,
     "xlm-roberta-large-ViT-H-14": _H_14,
@@ -145,6 +157,25 @@ PAIRS: dict[str, dict[str, str]] = {
         "laion2b_s39b_b160k": "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k",
         "metaclip_fullcc": "timm/vit_gigantic_patch14_clip_224.metaclip_2pt5b",
     },
+    "ViT-L-14-CLIPA": {
+        "datacomp1b": "UCSC-VLAA/ViT-L-14-CLIPA-datacomp1B",
+    },
+    "ViT-L-14-CLIPA-336": {
+        "datacomp1b": "UCSC-VLAA/ViT-L-14-CLIPA-336-datacomp1B",
+    },
+    "ViT-H-14-CLIPA": {
+        "datacomp1b": "UCSC-VLAA/ViT-H-14-CLIPA-datacomp1B",
+    },
+    "ViT-H-14-CLIPA-336": {
+        "laion2b": "UCSC-VLAA/ViT-H-14-CLIPA-336-laion2B",
+        "datacomp1b": "UCSC-VLAA/ViT-H-14-CLIPA-336-datacomp1B",
+    },
+    "ViT-bigG-14-CLIPA": {
+        "datacomp1b": "UCSC-VLAA/ViT-bigG-14-CLIPA-datacomp1B",
+    },
+    "ViT-bigG-14-CLIPA-336": {
+        "datacomp1b": "UCSC-VLAA/ViT-bigG-14-CLIPA-336-datacomp1B",
+    },
     "roberta-ViT-B-32": {
         "laion2b_s12b_b32k": "laion/CLIP-ViT-B-32-roberta-base-laion2B-s12B-b32k",
     },
@@ -194,6 +225,7 @@ _QUICK_GELU = {
 # Architectures whose text towers are not served.
 IMAGES_ONLY = frozenset(
     {"roberta-ViT-B-32", "xlm-roberta-base-ViT-B-32", "xlm-roberta-large-ViT-H-14", "nllb-clip-base", "nllb-clip-large"}
+    | {name for name in ARCHITECTURES if "-CLIPA" in name}
 )
 
 

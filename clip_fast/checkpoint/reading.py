@@ -31,8 +31,8 @@ class Checkpoint:
 
     `state_dict` has exactly the names and shapes of `reference.build(config).state_dict()`. Its tensors are contiguous,
     on the CPU, independent of the file, and of the dtype that they have in it (8 bits in float16). `mean` and `std`
-    normalise the RGB channels of pixels scaled to [0, 1]; `squash` and `on_white` are those of `Preprocess`. `text` is
-    None where the file has no text tower that is served; `without_text` then says why.
+    normalise the RGB channels of pixels scaled to [0, 1]; `squash`, `on_white` and `bilinear` are those of
+    `Preprocess`. `text` is None where the file has no text tower that is served; `without_text` then says why.
     """
 
     config: Config
@@ -42,6 +42,7 @@ class Checkpoint:
     text: Text | None = None
     squash: bool = False
     on_white: bool = False
+    bilinear: bool = False
     without_text: str = ""
 
 
@@ -62,7 +63,7 @@ def read_checkpoint(path: str | os.PathLike[str], activation: Activation | None 
     if activation is not None and activation not in get_args(Activation):
         raise ValueError(f"activation must be one of {get_args(Activation)} or None, got {activation!r}")
     file = read_weights(_locate(Path(path)))
-    tower = StoredTower(file, layout_of(file.path, file.entries.keys()))
+    tower = StoredTower(file, layout_of(file.path, file.entries.keys(), _timm_model(file.path)))
     settings = _settings_beside(tower)
 
     @cache
@@ -87,7 +88,8 @@ def _checkpoint(tower: StoredTower, settings: BesideWeights, activation: Callabl
     text = read_text(tower.file, settings.text, activation)
     served, reason = (None, text) if isinstance(text, str) else (text, "")
     return Checkpoint(
-        config, state_dict, settings.mean, settings.std, served, settings.squash, settings.on_white, reason
+        *(config, state_dict, settings.mean, settings.std, served),
+        *(settings.squash, settings.on_white, settings.bilinear, reason),
     )
 
 
@@ -143,6 +145,16 @@ def _settings_beside(tower: StoredTower) -> BesideWeights:
     if hugging_face:
         raise CheckpointError(weights, "needs the config.json that transformers writes beside it")
     return CONVENTIONS[tower.is_siglip].settings
+
+
+def _timm_model(weights: Path) -> str:
+    """The name of timm's model in open_clip's config beside the weights; empty where there is none."""
+    try:
+        return str(
+            read_json(weights.with_name(OPEN_CLIP_CONFIG))["model_cfg"]["vision_cfg"].get("timm_model_name") or ""
+        )
+    except (CheckpointError, *STRUCTURE_ERRORS):
+        return ""
 
 
 def _describes(path: Path, tower: StoredTower) -> bool:

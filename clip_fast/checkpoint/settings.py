@@ -7,7 +7,7 @@ import re
 import reprlib
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -43,7 +43,7 @@ STRUCTURE_ERRORS = (
 # Keys of open_clip's vision_cfg that are read, change nothing here or are told by the weights, and harmless defaults.
 _OPEN_CLIP_KEYS = {
     *("image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio", "patch_dropout", "ls_init_value"),
-    *("no_ln_pre", "pool_type", "final_ln_after_pool"),
+    *("no_ln_pre", "pool_type", "final_ln_after_pool", "norm_kwargs", "act_kwargs"),
 }
 _OPEN_CLIP_UNUSED = {"output_tokens", "attn_pooler_queries", "attn_pooler_heads", "pos_embed_type"}
 _OPEN_CLIP_DEFAULTS = {"block_type": "default", "timm_pool": "avg", "timm_proj": "linear"}
@@ -60,6 +60,8 @@ class BesideWeights:
     std: Rgb = IMAGE_STD
     squash: bool = False
     on_white: bool = False
+    bilinear: bool = False
+    eps: float = EPS
     ln_pre: bool = True
     pool: Pool = "tok"
     ln_after_pool: bool = False
@@ -153,7 +155,7 @@ def description(path: Path, content: dict[str, Any]) -> Described | None:
         else:
             is_resnet = isinstance(vision.get("layers"), list)
             layers, patch_size = vision.get("layers", 12), RESNET_STRIDE if is_resnet else vision.get("patch_size", 16)
-            width, activation = vision.get("width", 768), "quick_gelu" if model.get("quick_gelu") else "gelu"
+            width, activation = vision.get("width", 768), _open_clip_activation(model)
             embedding = model.get("embed_dim")
     rows, columns = (side // patch_size for side in _sides(vision.get("image_size", 224)))
     tokens = rows * columns + class_tokens
@@ -268,23 +270,35 @@ def _open_clip_settings(path: Path, content: dict[str, Any]) -> BesideWeights:
     special = _special(vision, _OPEN_CLIP_KEYS | _OPEN_CLIP_UNUSED, _OPEN_CLIP_DEFAULTS)
     if (pool := vision.get("pool_type", "tok")) not in get_args(Pool):
         special["pool_type"] = pool
+    if (activation := _open_clip_activation(model)) is None:
+        special["act_kwargs"] = vision["act_kwargs"]
+    norms: dict[str, Any] = vision.get("norm_kwargs") or {}
+    if norms.keys() - {"eps"} or not isinstance(eps := norms.get("eps", EPS), float) or not 0 < eps < 1:
+        special["norm_kwargs"] = norms
     for key, value in special.items():
         raise CheckpointError(path, f"vision_cfg sets {key} to {value!r}, which is not served")
     processing: dict[str, Any] = content.get("preprocess_cfg", {})
     _warn_of_preprocessing(path, _unfollowed(processing))
     width = _integer(path, "width", vision.get("width", 768))
     width *= 32 if isinstance(vision.get("layers"), list) else 1  # of the attention
+    text = open_clip_text(path, model)
+    if activation == "gelu_tanh":  # of the image tower alone
+        text = replace(text, activation=text.activation or "gelu")
+    size, squash = _open_clip_size(path, vision), processing.get("resize_mode") == "squash"
     return BesideWeights(
-        "quick_gelu" if model.get("quick_gelu") else "gelu",
+        activation,
         heads=width // _integer(path, "head_width", vision.get("head_width", HEAD_DIM)),
-        image_size=_open_clip_size(path, vision),
+        image_size=size,
         mean=_triple(path, processing, "mean", IMAGE_MEAN),
         std=_triple(path, processing, "std", IMAGE_STD, least=0),
-        squash=processing.get("resize_mode") == "squash",
+        squash=squash,
+        # To cover what is no square, open_clip always resizes bicubically.
+        bilinear=processing.get("interpolation") == "bilinear" and (squash or isinstance(size, int)),
+        eps=norms.get("eps", EPS),
         ln_pre=not vision.get("no_ln_pre"),
         pool=pool,
         ln_after_pool=bool(vision.get("final_ln_after_pool")),
-        text=open_clip_text(path, model),
+        text=text,
     )
 
 
@@ -301,7 +315,17 @@ def _timm_settings(path: Path, content: dict[str, Any], kind: Conventions) -> Be
         mean=_triple(path, processing, "mean", kind.settings.mean),
         std=_triple(path, processing, "std", kind.settings.std, least=0),
         squash=processing.get("resize_mode", "squash") == "squash",
+        bilinear=processing.get("interpolation") == "bilinear",
     )
+
+
+def _open_clip_activation(model: dict[str, Any]) -> Activation | None:
+    """The activation of an image tower's MLPs by open_clip's model_cfg; None where it is one that is not served."""
+    if model.get("quick_gelu"):
+        return "quick_gelu"
+    given: Any = model["vision_cfg"].get("act_kwargs") or {}  # of PyTorch's GELU
+    told: dict[str, Activation] = {"none": "gelu", "tanh": "gelu_tanh"}
+    return told.get(given.get("approximate", "none")) if given.keys() <= {"approximate"} else None
 
 
 def _open_clip_size(path: Path, vision: dict[str, Any]) -> ImageSize:
@@ -321,7 +345,7 @@ def _sides(size: Any) -> tuple[Any, Any]:
 def _unfollowed(processing: dict[str, Any]) -> dict[str, Any]:
     """The settings of an open_clip preprocessing that `Preprocess` does not follow."""
     served = {
-        "interpolation": (None, "bicubic", "random"),
+        "interpolation": (None, "bicubic", "bilinear", "random"),
         "resize_mode": (None, "shortest", "squash"),
     }  # random: training
     return {key: processing[key] for key, values in served.items() if processing.get(key) not in values}

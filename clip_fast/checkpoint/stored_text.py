@@ -66,6 +66,8 @@ class StoredText(StoredTower):
             told = settings.activation or activation()
         except CheckpointError:  # a ResNet's own needs none
             return "its text tower is not served: its activation cannot be told, pass activation='gelu' or 'quick_gelu'"
+        if self._has("transformer.resblocks.0.ls_1.gamma"):
+            return "its text tower is not served: it has a LayerScale"
         layers = self._count(self.layout.blocks)
         if settings.layers not in (None, layers):
             raise CheckpointError(

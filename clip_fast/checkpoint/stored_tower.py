@@ -90,6 +90,7 @@ class StoredTower:
         heads = self._heads(settings.heads, width, _HEAD_DIMS.get(width, HEAD_DIM))
         return VitConfig(
             *(image_size, patch_size, width, layers, heads, embed_dim, mlp_width / width, activation()),
+            eps=settings.eps,
             ln_pre=ln_pre,
             pool=settings.pool,
             ln_after_pool=settings.ln_after_pool,

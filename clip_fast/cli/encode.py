@@ -292,6 +292,7 @@ def _settings(
         "weights": weights_digest(model),
         "squash": preprocess.squash,
         **({"on_white": True} if preprocess.on_white else {}),  # alone then: older folders do not have it
+        **({"bilinear": True} if preprocess.bilinear else {}),
         "dtype": str(model.dtype).removeprefix("torch."),
         "batch_size": options.batch_size,
         "shard_size": options.shard_size,

@@ -368,6 +368,7 @@ def _vit_config(tower: Any) -> VitConfig:
         embed_dim=tower.proj.shape[1],
         mlp_ratio=blocks[0].mlp.c_fc.out_features / tower.conv1.out_channels,
         activation=_only("activation", (_activation(block.mlp.gelu) for block in blocks)),
+        eps=tower.ln_post.eps,
         ln_pre=not isinstance(tower.ln_pre, nn.Identity),
         pool=pool,
         ln_after_pool=bool(getattr(tower, "final_ln_after_pool", False)),

@@ -82,12 +82,11 @@ class Product:
     Args:
         weight: (N, K), of any float dtype; multiplied by `scale`, then cast to the bias's dtype.
         bias: (N,), of the dtype to compute in.
-        alpha: the factor of the product in a sum with a residual: a number, or one for each column (N,), of the bias's
-            dtype.
+        alpha: the factor of the product in a sum with a residual.
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor, activation: str = "none", scale: float = 1.0, alpha: float | Tensor = 1.0
+        self, weight: Tensor, bias: Tensor, activation: str = "none", scale: float = 1.0, alpha: float = 1.0
     ) -> None:
         self.bias = bias
         self.activation = activation
@@ -126,7 +125,7 @@ class Product:
         return self._finish(y, residual)
 
     def _by_onednn(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        if residual is not None and not isinstance(self.alpha, Tensor) and self.alpha == 1:
+        if residual is not None and self.alpha == 1:
             return pytorch.linear_pointwise.binary(x, residual, self._operand, self.bias, "add")
         fused = residual is None and self.activation in _FUSED and x.dtype != torch.float32
         name, algorithm = _FUSED[self.activation if fused else "none"]
@@ -134,18 +133,12 @@ class Product:
         return y if fused else self._finish(y, residual)
 
     def _by_blas(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        alpha = self.alpha
-        # In half precision the sum would be rounded twice.
-        if residual is not None and not isinstance(alpha, Tensor) and x.dtype.itemsize >= 4:
-            return residual.add_(self.bias, alpha=alpha).addmm_(x, self._operand, alpha=alpha)
+        if residual is not None and x.dtype.itemsize >= 4:  # in half precision the sum would be rounded twice
+            return residual.add_(self.bias, alpha=self.alpha).addmm_(x, self._operand, alpha=self.alpha)
         return self._finish(torch.addmm(self.bias, x, self._operand), residual)
 
     def _finish(self, y: Tensor, residual: Tensor | None) -> Tensor:
-        if residual is None:
-            return _IN_PLACE[self.activation](y)
-        return (
-            residual.addcmul_(y, self.alpha) if isinstance(self.alpha, Tensor) else residual.add_(y, alpha=self.alpha)
-        )
+        return _IN_PLACE[self.activation](y) if residual is None else residual.add_(y, alpha=self.alpha)
 
 
 def one_query_attention(

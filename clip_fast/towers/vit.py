@@ -16,7 +16,7 @@ token alone.
 
 open_clip's variants: without ln_pre, patch_embed leaves the statistics for the first block. Where the embedding is the
 average of the patch tokens, the last block is as the others, and mean_token follows, before ln_post or after it. A
-LayerScale is the `scale` of a product: no weight is rounded for it, and none becomes too small for float16.
+LayerScale is folded into the product before it: diag(γ) (x Wᵀ + b) has the rows of W and b times γ.
 
 Shapes: B images, N = 1 + G tokens, W width, H heads, D = W / H, P patch size, E embed_dim.
 """
@@ -42,15 +42,11 @@ _Config = TypeVar("_Config", VitConfig, SiglipConfig)
 
 @dataclass(frozen=True)
 class Folded:
-    """An operand of `ops.linear`: weight (N, K), bias (N,), and colsum (N,) where a LayerNorm is folded into it.
-
-    `scale` (N,) is that of a LayerScale behind it, which the bias has in it.
-    """
+    """An operand of `ops.linear`: weight (N, K), bias (N,), and colsum (N,) where a LayerNorm is folded into it."""
 
     weight: Tensor
     bias: Tensor
     colsum: Tensor | None = None
-    scale: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -124,15 +120,16 @@ class Folding:
     def block(self, prefix: str) -> Block:
         return Block(
             qkv=self.folded(*self._linear(f"{prefix}.attn.in_proj_"), norm=f"{prefix}.ln_1"),
-            out=self._scaled(self.linear(f"{prefix}.attn.out_proj"), f"{prefix}.ls_1"),
+            out=self._scaled(f"{prefix}.attn.out_proj", f"{prefix}.ls_1"),
             fc1=self.linear(f"{prefix}.mlp.c_fc", norm=f"{prefix}.ln_2"),
-            fc2=self._scaled(self.linear(f"{prefix}.mlp.c_proj"), f"{prefix}.ls_2"),
+            fc2=self._scaled(f"{prefix}.mlp.c_proj", f"{prefix}.ls_2"),
         )
 
-    def _scaled(self, folded: Folded, layer_scale: str) -> Folded:
-        """A product with the LayerScale of that name behind it, if the tower has one."""
+    def _scaled(self, name: str, layer_scale: str) -> Folded:
+        """A linear layer, and the LayerScale behind it if the tower has one."""
+        weight, bias = self._linear(f"{name}.")
         gamma = self.source.get(f"{layer_scale}.gamma")
-        return folded if gamma is None else replace(folded, bias=folded.bias * gamma, scale=gamma)
+        return self.folded(weight, bias) if gamma is None else self.folded(weight * gamma[:, None], bias * gamma)
 
     def linear(self, name: str, norm: str | None = None) -> Folded:
         return self.folded(*self._linear(f"{name}."), norm=norm)
@@ -242,16 +239,9 @@ class KernelVit(Vit):
         return y
 
     def _added(self, folded: Folded, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """scale · x Wᵀ + b + residual, and its row statistics."""
-        return ops.linear(
-            x,
-            folded.weight,
-            folded.bias,
-            residual=residual,
-            scale=folded.scale,
-            statistics=True,
-            precision=self.precision.products,
-        )
+        """x Wᵀ + b + residual, and its row statistics."""
+        products = self.precision.products
+        return ops.linear(x, folded.weight, folded.bias, residual=residual, statistics=True, precision=products)
 
 
 @dataclass(frozen=True)

@@ -79,9 +79,13 @@ class Casting:
         gain, shift = (self.source[f"{name}.{part}"].to(self.wide) * scale for part in ("weight", "bias"))
         return gain.to(dtype or self.dtype), shift.to(dtype or self.dtype)
 
-    def product(self, name: str, bias_scale: float = 1.0, **options: Any) -> Product:
-        bias = self.source[f"{name}bias"].to(self.wide) * bias_scale
-        return Product(self.source[f"{name}weight"], bias.to(self.dtype), **options)
+    def product(self, name: str, bias_scale: float = 1.0, layer_scale: str = "", **options: Any) -> Product:
+        """A linear layer, and the LayerScale behind it if the tower has one of that name."""
+        weight, bias = self.source[f"{name}weight"], self.source[f"{name}bias"].to(self.wide) * bias_scale
+        if (gamma := self.source.get(f"{layer_scale}.gamma")) is not None:
+            gamma = gamma.to(self.wide)
+            weight, bias = weight.to(self.wide) * gamma[:, None], bias * gamma
+        return Product(weight, bias.to(self.dtype), **options)
 
     def patch(self) -> Product:
         """The patch convolution, without a bias."""
@@ -94,15 +98,8 @@ class Casting:
         return Mlp(
             ln_2=self.pair(norm, self.dtype if beside == 1 else self.wide, beside),
             fc1=self.product(f"{prefix}.c_fc.", self._slope, **options),
-            fc2=self.product(
-                f"{prefix}.c_proj.", beside, scale=1 / in_weights, alpha=self._alpha(layer_scale, 1 / beside)
-            ),
+            fc2=self.product(f"{prefix}.c_proj.", beside, layer_scale, scale=1 / in_weights, alpha=1 / beside),
         )
-
-    def _alpha(self, layer_scale: str, factor: float = 1.0) -> float | Tensor:
-        """`factor`, times the LayerScale of that name if the tower has one."""
-        gamma = self.source.get(f"{layer_scale}.gamma")
-        return factor if gamma is None else (gamma.to(self.wide) * factor).to(self.dtype)
 
     def block(self, i: int) -> Block:
         prefix = f"transformer.resblocks.{i}"
@@ -111,7 +108,7 @@ class Casting:
             *(mlp.ln_2, mlp.fc1, mlp.fc2),
             ln_1=self.pair(f"{prefix}.ln_1"),
             qkv=self.product(f"{prefix}.attn.in_proj_"),
-            out=self.product(f"{prefix}.attn.out_proj.", alpha=self._alpha(f"{prefix}.ls_1")),
+            out=self.product(f"{prefix}.attn.out_proj.", layer_scale=f"{prefix}.ls_1"),
         )
 
 

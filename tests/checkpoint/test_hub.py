@@ -226,9 +226,6 @@ def test_pairs_are_open_clips() -> None:
         config = factory.get_model_config(architecture)
         if config is None or "timm_model_name" in config["vision_cfg"] or "multimodal_cfg" in config:
             continue
-        if config["vision_cfg"].get("no_ln_pre"):
-            assert pairs.hub_model(architecture, tag) is None
-            continue
         wanted = pretrained.get_pretrained_cfg(architecture, tag)["hf_hub"].rstrip("/")
         assert pairs.hub_model(architecture, tag) == wanted, (architecture, tag)
         found += 1
@@ -255,7 +252,11 @@ def test_architectures_are_open_clips() -> None:
         assert (list(layers) if isinstance(layers, tuple) else layers) == vision["layers"]
         assert getattr(ours, "patch_size", None) == vision["patch_size"]
         assert getattr(ours, "mlp_ratio", 4.0) == vision.get("mlp_ratio", 4.0)
-        assert (name in pairs.IMAGES_ONLY) == ("hf_model_name" in model["text_cfg"])
+        assert getattr(ours, "ln_pre", True) != vision.get("no_ln_pre", False)
+        assert getattr(ours, "pool", "tok") == vision.get("pool_type", "tok")
+        assert getattr(ours, "ln_after_pool", False) == vision.get("final_ln_after_pool", False)
+        text = model["text_cfg"]
+        assert (name in pairs.IMAGES_ONLY) == ("hf_model_name" in text or text.get("pool_type") == "last")
 
 
 def test_all_names_are_listed() -> None:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import clip_fast
 from clip_fast.dropin.accelerate import is_accelerated
 from clip_fast.errors import NotServed
-from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD, SIGLIP_MEAN, SIGLIP_STD, Rgb
+from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD, SIGLIP_MEAN, SIGLIP_STD, ImageSize, Rgb, sides
 
 FAST, ORIGINAL = "fast", "original"
 PAGE = Path(__file__).parents[2] / "docs" / "compatibility.md"
@@ -44,7 +44,7 @@ class Family:
     name: str
     make: Callable[[], Any]
     refused: str = ""
-    size: int = 224
+    size: ImageSize = 224
     normalisation: tuple[Rgb, Rgb] = (IMAGE_MEAN, IMAGE_STD)  # mean and deviation
 
 
@@ -60,6 +60,18 @@ def huge() -> nn.Module:
     """DFN-5B's ViT-H at 378 pixels, cut to two layers."""
     vision = {"image_size": 378, "layers": 2, "width": 1280, "head_width": 80, "patch_size": 14}
     return open_clip("ViT-H-14-378-quickgelu", vision_cfg=vision, text_cfg={"layers": 1})()
+
+
+def cut(name: str, layers: int = 1, **vision: Any) -> Callable[[], nn.Module]:
+    """A model of open_clip's, its towers cut to a few layers."""
+
+    def make() -> nn.Module:
+        package: Any = importlib.import_module("open_clip")
+        config = package.get_model_config(name)
+        shape = config["vision_cfg"] | {"layers": layers} | vision
+        return open_clip(name, vision_cfg=shape, text_cfg=config["text_cfg"] | {"layers": 1})()
+
+    return make
 
 
 def llava() -> nn.Module:
@@ -125,6 +137,19 @@ FAMILIES = [
     ),
     Family("open_clip_torch", "ViT-B-32 in a CustomTextCLIP", open_clip("ViT-B-32", force_custom_text=True)),
     Family("open_clip_torch", "ViT-H-14-378-quickgelu, two layers", huge, size=378),
+    Family("open_clip_torch", "ViT-L-14-CLIPA, one layer", cut("ViT-L-14-CLIPA")),
+    Family("open_clip_torch", "ViT-M-16-alt, with LayerScale, two layers", cut("ViT-M-16-alt", 2)),
+    Family(
+        "open_clip_torch", "ViT-B-32, average of the patch tokens, two layers", cut("ViT-B-32", 2, pool_type="avg")
+    ),
+    Family(
+        "open_clip_torch", "ViT-B-16 at 128 by 256 pixels, two layers", cut("ViT-B-16", 2, image_size=(128, 256)),
+        size=(128, 256),
+    ),
+    Family("open_clip_torch", "EVA02-B-16", open_clip("EVA02-B-16"), refused="its visual.trunk is a timm.models.eva"),
+    Family(
+        "open_clip_torch", "MobileCLIP-S1", open_clip("MobileCLIP-S1"), refused="its visual.trunk is a timm.models.fast"
+    ),
     Family("open_clip_torch", "RN50", open_clip("RN50")),
     Family("open_clip_torch", "coca_ViT-B-32", open_clip("coca_ViT-B-32"), refused="attn_pool is"),
     Family(
@@ -324,7 +349,7 @@ def test_a_family(family: Family) -> None:
         return
     original = copy.deepcopy(model)
     assert clip_fast.accelerate(model) is model
-    images = torch.rand(2, 3, family.size, family.size)
+    images = torch.rand(2, 3, *sides(family.size))
     with torch.no_grad():
         for name, (run, way, bound) in OUTPUTS.items():
             wanted = run(original, images)

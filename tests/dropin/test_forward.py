@@ -483,8 +483,7 @@ CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
     "a weight of another shape": (_cut, r"proj is \[128, 32\], expected \[128, 64\]"),
     "a weight of another class": (_quantise, "transformer.resblocks.0.mlp.c_fc.weight is a .*Doubled"),
     "no weight": (lambda model: setattr(tower(model), "proj", None), "the tower has no proj"),
-    "another pool": (lambda model: setattr(tower(model), "pool_type", "avg"), "pool_type is 'avg'"),
-    "ln_post last": (lambda model: setattr(tower(model), "final_ln_after_pool", True), "ln_post comes after"),
+    "no pool": (lambda model: setattr(tower(model), "pool_type", "none"), "pool_type is 'none'"),
     "a block's method": (
         lambda model: setattr(tower(model).transformer.resblocks[1], "attention", lambda *_, **__: 0),
         "transformer.resblocks.1 has a attention of its own",

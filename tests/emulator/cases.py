@@ -79,7 +79,6 @@ EPILOGUES: dict[str, dict[str, Any]] = {
     "plain": {},
     "qkv": {"norm": True, "bias": True},
     "out": {"bias": True, "residual": True, "statistics": True},
-    "out layer_scale": {"scale": True, "bias": True, "residual": True, "statistics": True},
     "fc1 quick_gelu": {"norm": True, "bias": True, "activation": "quick_gelu"},
     "fc1 gelu": {"norm": True, "bias": True, "activation": "gelu"},
     "fc1 gelu_tanh": {"norm": True, "bias": True, "activation": "gelu_tanh"},
@@ -90,7 +89,6 @@ EPILOGUES: dict[str, dict[str, Any]] = {
 _LINEAR = (
     ("plain", 131, 264, 88),
     ("out", 131, 257, 88),
-    ("out layer_scale", 131, 257, 88),
     ("qkv", 17, 512, 768),
     ("out", 150, 320, 1024),
     ("fc1 quick_gelu", 140, 512, 1024),

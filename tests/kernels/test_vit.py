@@ -12,7 +12,7 @@ from kernel_checks import DEVICE, DTYPES, SLOW_IN_FLOAT32, Guards, assert_same_b
 from random_towers import random_tower, relative_error, worst_cosine
 from torch import Tensor
 
-from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD, SIGLIP_MEAN, SIGLIP_STD, SiglipConfig, VitConfig
+from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD, SIGLIP_MEAN, SIGLIP_STD, SiglipConfig, VitConfig, sides
 from clip_fast.towers.precision import BY_DTYPE
 from clip_fast.towers.siglip import FastSiglip
 from clip_fast.towers.vit import FastVit
@@ -21,7 +21,11 @@ from clip_fast.towers.vit import FastVit
 CONFIGS = {
     "as B/16": VitConfig(image_size=64, patch_size=16, width=128, layers=3, heads=2, embed_dim=64),
     "as H/14": VitConfig(42, 14, width=160, layers=2, heads=2, embed_dim=96, mlp_ratio=4.3637, activation="gelu"),
-}
+    "all variants": VitConfig(
+        (42, 70), 14, width=144, layers=2, heads=2, embed_dim=40, mlp_ratio=2, activation="gelu",
+        ln_pre=False, pool="avg", ln_after_pool=True, layer_scale=True,
+    ),
+}  # fmt: skip
 
 
 def prepared(config: VitConfig, dtype: torch.dtype, outliers: bool = False) -> tuple[torch.nn.Module, FastVit]:
@@ -33,7 +37,7 @@ def prepared(config: VitConfig, dtype: torch.dtype, outliers: bool = False) -> t
 
 
 def images(config: VitConfig, batch: int) -> Tensor:
-    return torch.randn(batch, 3, config.image_size, config.image_size, device=DEVICE)
+    return torch.randn(batch, 3, *sides(config.image_size), device=DEVICE)
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +54,15 @@ def test_a_block_is_five_launches(launches: list[str]) -> None:
     pool = ["_head_linear_kernel", "_scores_kernel", "_weighted_sum_kernel", "_head_linear_kernel"]
     last = ["_linear_kernel", *pool, "_linear_kernel", "_linear_kernel", "_linear_kernel"]
     assert launches == ["_patch_embed_kernel", "_layer_norm_kernel", *block, *block, *last, "_linear_kernel"]
+
+
+def test_the_launches_of_an_average(launches: list[str]) -> None:
+    """No LayerNorm is a launch before the pooling, and every block is a whole one."""
+    _, weights = prepared(CONFIGS["all variants"], torch.float16)
+    weights.encode(images(CONFIGS["all variants"], 1))
+    block = ["_linear_kernel", "_flash_attention_kernel", "_linear_kernel", "_linear_kernel", "_linear_kernel"]
+    end = ["_mean_token_kernel", "_layer_norm_kernel", "_linear_kernel"]
+    assert launches == ["_patch_embed_kernel", *block, *block, *end]
 
 
 @pytest.mark.slow
@@ -153,8 +166,9 @@ def test_raw_pixels(guards: Guards) -> None:
     assert relative_error(weights.encode(raw), tower.double()((raw.double() / 255 - mean) / std)) < 1e-5
 
 
-def test_patch_tokens_and_hidden_states(guards: Guards) -> None:
-    config = CONFIGS["as B/16"]
+@pytest.mark.parametrize("name", ["as B/16", "all variants"])
+def test_patch_tokens_and_hidden_states(name: str, guards: Guards) -> None:
+    config = CONFIGS[name]
     tower, weights = prepared(config, torch.float32)
     x = images(config, 2)
     results = [*weights.encode_tokens(x), weights.hidden_state(x, config.layers - 1)]
@@ -162,6 +176,15 @@ def test_patch_tokens_and_hidden_states(guards: Guards) -> None:
     exact = [*tower.encode_tokens(x.double()), tower.hidden_state(x.double(), config.layers - 1)]
     for got, wanted in zip(results, exact, strict=True):
         assert relative_error(got, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_image_has_one_embedding_by_the_variants(dtype: torch.dtype) -> None:
+    _, weights = prepared(CONFIGS["all variants"], dtype)
+    x = images(CONFIGS["all variants"], 5).to(dtype)
+    whole = weights.encode(x)
+    assert_same_bits(weights.encode(x[3:4]), whole[3:4])
+    assert_same_bits(weights.encode(x[[3, 1]]), whole[[3, 1]])
 
 
 @pytest.mark.parametrize("raw", [False, True])

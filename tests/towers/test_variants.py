@@ -99,9 +99,9 @@ def test_float64_is_exact(name: str, kind: Any) -> None:
     assert relative_error(fast.encode(raw), tower((raw.double() / 255 - mean) / std)) < 1e-13
 
 
-def ratio_of_errors(kind: Any, config: VitConfig, dtype: torch.dtype, batch: int) -> float:
-    """The error of a random tower's embeddings to that of open_clip's own, both in `dtype`."""
-    tower = random_tower(config)
+def ratio_of_errors(kind: Any, config: VitConfig, dtype: torch.dtype, batch: int, tower: Any = None) -> float:
+    """The error of a tower's embeddings, by default a random one's, to that of open_clip's own, both in `dtype`."""
+    tower = tower or random_tower(config)
     state = {key: tensor.to(dtype) for key, tensor in tower.state_dict().items()}  # both read the rounded weights
     tower.load_state_dict(state)
     theirs = by_open_clip(config, tower)
@@ -136,7 +136,7 @@ def products_rounded_last(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_as_accurate_as_open_clip(name: str, kind: Any, dtype: torch.dtype) -> None:
     """The typical error of some towers is at most 1.1 times open_clip's.
 
-    The logarithms of single ratios have a standard deviation of 0.08, and no typical ratio was above 1.02.
+    The logarithms of single ratios have a standard deviation of 0.08, and no typical ratio was above 1.03.
     """
     ratios = [ratio_of_errors(kind, variant(name), dtype, 6) for _ in range(16)]
     assert statistics.geometric_mean(ratios) <= 1.1
@@ -161,27 +161,20 @@ def test_published_widths(name: str, kind: Any, dtype: torch.dtype) -> None:
     assert ratio_of_errors(kind, REAL[name], dtype, 8) <= 1.1
 
 
-def test_a_small_layer_scale_is_not_lost_in_float16() -> None:
-    """A gamma of 1e-5 times a weight would be nothing but a few bits of float16."""
-    config = VitConfig(32, 16, width=128, layers=4, heads=2, embed_dim=64, layer_scale=True)
-    tower = random_tower(config)
-    with torch.no_grad():
-        for block in tower.transformer.blocks():
-            for scale in (block.ls_1, block.ls_2):
-                scale.gamma.mul_(1e-4)
-    tower.load_state_dict(state := {name: tensor.half() for name, tensor in tower.state_dict().items()})
-    images = torch.randn(4, 3, 32, 32).half()
-    without = [name for name in state if ".ls_" in name]
-    exact = tower.double()(images.double())
-    for kind in TOWERS:
-        fast = prepared(kind, state, config, torch.float32)
-        changed = prepared(kind, state | {name: -state[name] for name in without}, config, torch.float32)
-        assert relative_error(fast.encode(images.float()), exact) < 1e-5
-        assert relative_error(changed.encode(images.float()), exact) > 1e-5
-        half = prepared(kind, state, config, torch.float16)
-        for i, block in enumerate(half.blocks):
-            for product, name in ((block.out, "attn.out_proj"), (block.fc2, "mlp.c_proj")):
-                assert torch.equal(product.weight, state[f"transformer.resblocks.{i}.{name}.weight"])
+@pytest.mark.parametrize("kind", TOWERS)
+@pytest.mark.usefixtures("products_rounded_last")
+def test_a_small_layer_scale_in_float16(kind: Any) -> None:
+    """A weight times a gamma of 1e-4 is left with few bits of float16; what it adds is as small."""
+    config = VitConfig(32, 16, width=128, layers=4, heads=2, embed_dim=64, activation="gelu", layer_scale=True)
+
+    def ratio() -> float:
+        tower = random_tower(config)
+        for name, tensor in tower.named_parameters():
+            if ".ls_" in name:
+                tensor.mul_(10 ** -(1 + 3 * torch.rand(())))
+        return ratio_of_errors(kind, config, torch.float16, 6, tower)
+
+    assert statistics.geometric_mean([ratio() for _ in range(16)]) <= 1.1
 
 
 @pytest.mark.parametrize("size", [96, (48, 112)])
