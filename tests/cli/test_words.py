@@ -146,7 +146,7 @@ def test_an_error_without_words_has_its_type(
 @pytest.mark.timeout(120)
 def test_an_error_of_a_device_process_keeps_its_type_and_its_traceback(tmp_path: Path) -> None:
     gone = str(tmp_path / "gone.pt")
-    job = ProcessJob(gone, torch.float32, None, Inputs([]), str(tmp_path), Options(workers=0), False)
+    job = ProcessJob(gone, torch.float32, None, Inputs([]), str(tmp_path), Options(workers=0), False, 1)
     with pytest.raises(RuntimeError, match=r"^cpu: CheckpointError: .*gone\.pt") as error:
         run_on_devices([torch.device("cpu")], job, lambda _: None)
     assert "Traceback" in str(error.value.__cause__)
