@@ -10,11 +10,14 @@ Code that was written for openai-clip runs with `import clip_fast as clip`.
 """
 
 # First, since the other imports take seconds.
+from .cli import garbage as _garbage
 from .cli import interrupt as _interrupt
 
 # isort: split
 
 from .version import __version__ as __version__
+
+_garbage.imports_begin()
 
 if not _interrupt.is_command():  # which imports what it needs, when it needs it
     from . import clip as clip  # as openai-clip's package has it

@@ -9,6 +9,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from clip_fast.inputs.items import Item
 
 
@@ -61,3 +63,11 @@ class ThisProcess(Item):
 
     def source(self) -> Path:
         raise ValueError(str(os.getpid()))
+
+
+@dataclass(frozen=True, slots=True)
+class Counting(Item):
+    """Fails with the number of PyTorch's threads in the process that decodes it."""
+
+    def source(self) -> Path:
+        raise ValueError(f"{torch.get_num_threads()} threads")

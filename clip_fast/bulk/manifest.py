@@ -83,8 +83,8 @@ def weights_digest(model: ImageEncoder) -> str:
     return digest.hexdigest()
 
 
-def computer(devices: Sequence[torch.device]) -> dict[str, object]:
-    """The devices and versions that show in an embedding's last bits, or in the bytes of its file."""
+def computer(devices: Sequence[torch.device], threads: int) -> dict[str, object]:
+    """The devices, threads and versions that show in an embedding's last bits, or in the bytes of its file."""
     versions = {
         "clip_fast": __version__,
         "torch": torch.__version__,
@@ -94,7 +94,7 @@ def computer(devices: Sequence[torch.device]) -> dict[str, object]:
     }
     if devices[0].type != "cuda":
         capability = torch.backends.cpu.get_cpu_capability()
-        return {"device": f"cpu, {capability}", "threads": torch.get_num_threads(), "versions": versions}
+        return {"device": f"cpu, {capability}", "threads": threads, "versions": versions}
     if triton_can_run(devices[0]):
         versions["triton"] = import_module("triton").__version__
     names = [torch.cuda.get_device_name(device) for device in devices]

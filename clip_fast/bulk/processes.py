@@ -1,4 +1,8 @@
-"""One process for each device, with the shards divided among them."""
+"""One process for each device, with the shards divided among them.
+
+On a CPU, several processes of few threads each do more than one of many, which wait for each other after every layer:
+`--devices cpu,cpu,cpu,cpu`. They divide the threads that one process would have.
+"""
 
 from __future__ import annotations
 
@@ -38,6 +42,12 @@ class ProcessJob:
     folder: str
     options: Options
     fast_decode: bool
+    threads: int  # of PyTorch, on a CPU
+
+
+def threads_each(devices: Sequence[torch.device]) -> int:
+    """PyTorch's threads in each of the processes for `devices`, which share this machine's CPU."""
+    return max(1, torch.get_num_threads() // len(devices))
 
 
 def run_on_devices(devices: Sequence[torch.device], job: ProcessJob, report: Callable[[Step], None]) -> None:
@@ -120,6 +130,8 @@ def _told(error: Exception) -> tuple[str, str]:
 def _serve(job: ProcessJob, device: torch.device, hand: Connection, channel: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends this process
     end_with_parent()  # otherwise it would write to a folder that is no longer locked
+    if device.type == "cpu":
+        torch.set_num_threads(job.threads)
     try:
         model, preprocess = load(job.model, device, job.dtype, activation=job.activation)
         decoder = Decoder(preprocess, job.fast_decode)

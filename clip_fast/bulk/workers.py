@@ -392,7 +392,7 @@ def _alive(pid: int) -> bool:
 def _context() -> ForkServerContext:
     """A fork server with the imports done: workers start at once, and inherit neither a GPU nor the folder's lock."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([f"{__package__}.preloaded"])
     with interrupts_blocked():
         forkserver.ensure_running()
     return context

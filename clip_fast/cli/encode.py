@@ -20,7 +20,7 @@ from ..bulk.listings import with_listings
 from ..bulk.manifest import computer, weights_digest
 from ..bulk.npy import EmbeddingWriter, embed_files
 from ..bulk.pipeline import Options, run
-from ..bulk.processes import ProcessJob, run_on_devices
+from ..bulk.processes import ProcessJob, run_on_devices, threads_each
 from ..bulk.progress import Bar, Progress, check_errors
 from ..bulk.shards import OutputFolder
 from ..bulk.tables import ParquetWriter
@@ -228,6 +228,7 @@ def _encode_to_folder(arguments: argparse.Namespace, summary: dict[str, Any]) ->
                     folder=arguments.output,
                     options=options,
                     fast_decode=arguments.fast_decode,
+                    threads=threads_each(devices),
                 )
                 run_on_devices(devices, job, progress)
             folder.finish(progress.done.shards)
@@ -299,7 +300,7 @@ def _settings(
         "embedding_dtype": options.dtype,
         "normalize": options.normalize,
         "fast_decode": arguments.fast_decode,
-        **computer(devices),
+        **computer(devices, threads_each(devices)),
     }
 
 

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from ..errors import CheckpointError, TooManyErrors
+from .garbage import imports_end
 from .interrupt import stop_watching
 from .messages import (
     EXIT_INTERRUPTED,
@@ -23,46 +24,48 @@ from .messages import (
 )
 from .parser import dtype_of, parser
 
+Command = Callable[[argparse.Namespace], int]
+
 # Each command imports what it needs. --help, and a command line that does not parse, do not wait for PyTorch.
 
 
-def _encode(arguments: argparse.Namespace) -> int:
+def _encode() -> Command:
     from .encode import encode
 
-    return encode(arguments)
+    return encode
 
 
-def _search(arguments: argparse.Namespace) -> int:
+def _search() -> Command:
     from .search import search
 
-    return search(arguments)
+    return search
 
 
-def _verify(arguments: argparse.Namespace) -> int:
+def _verify() -> Command:
     from .verify import verify
 
-    return verify(arguments)
+    return verify
 
 
-def _demo(arguments: argparse.Namespace) -> int:
+def _demo() -> Command:
     from . import demo
 
-    return demo.run(arguments.device, dtype_of(arguments.dtype))
+    return lambda arguments: demo.run(arguments.device, dtype_of(arguments.dtype))
 
 
-def _warm(arguments: argparse.Namespace) -> int:
+def _warm() -> Command:
     from .warm import warm
 
-    return warm(arguments)
+    return warm
 
 
-def _models(arguments: argparse.Namespace) -> int:
+def _models() -> Command:
     from .models import models
 
-    return models(arguments)
+    return models
 
 
-_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+_COMMANDS: dict[str, Callable[[], Command]] = {
     "encode": _encode,
     "search": _search,
     "verify": _verify,
@@ -101,7 +104,9 @@ def _run(argv: Sequence[str] | None) -> int:
         try:
             arguments = _parsed(sys.argv[1:] if argv is None else argv)
             debug = arguments.debug
-            return _COMMANDS[arguments.command](arguments)
+            run = _COMMANDS[arguments.command]()
+            imports_end()
+            return run(arguments)
         finally:
             flush()
     except (CheckpointError, ImportError, OSError, RuntimeError, ValueError) as error:

@@ -6,10 +6,41 @@ from pathlib import Path
 
 import pytest
 import torch
+from hostile import Counting
 
 from clip_fast.bulk.pipeline import Options, Step
-from clip_fast.bulk.processes import ProcessJob, run_on_devices
-from clip_fast.inputs.inputs import Inputs
+from clip_fast.bulk.processes import ProcessJob, run_on_devices, threads_each
+from clip_fast.bulk.shards import OutputFolder
+from clip_fast.inputs.inputs import Files, Inputs
+
+
+@pytest.mark.parametrize(("threads", "processes", "share"), [(8, 1, 8), (8, 2, 4), (7, 2, 3), (2, 4, 1)])
+def test_processes_divide_the_threads(
+    monkeypatch: pytest.MonkeyPatch, threads: int, processes: int, share: int
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert threads_each([torch.device("cpu")] * processes) == share
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_each_process_has_its_share(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    with OutputFolder(tmp_path / "out") as output:
+        output.begin({})
+        job = ProcessJob(
+            model="tiny-digits",
+            dtype=torch.float32,
+            activation=None,
+            inputs=Inputs([Files([Counting(name, name) for name in "ab"])]),
+            folder=str(output.folder),
+            options=Options(workers=0, shard_size=1),
+            fast_decode=False,
+            threads=3,
+        )
+        run_on_devices([torch.device("cpu")] * 2, job, lambda _: None)
+        assert output.finish(2).failed == 2
+    assert (tmp_path / "out" / "errors.jsonl").read_text().count('"3 threads"') == 2
 
 
 @pytest.mark.slow
@@ -24,6 +55,7 @@ def test_an_error_in_a_process_is_an_error_here(tmp_path: Path) -> None:
         folder=str(tmp_path),
         options=Options(workers=0),
         fast_decode=False,
+        threads=1,
     )
     with pytest.raises(RuntimeError, match=r"cpu: .*gone\.pt"):
         run_on_devices([torch.device("cpu")], job, steps.append)

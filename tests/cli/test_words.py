@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import signal
@@ -61,7 +62,7 @@ def test_a_broken_pipe_of_another_kind_is_an_error(
     def broken(_: object) -> int:
         raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setitem(cli._COMMANDS, "models", broken)
+    monkeypatch.setitem(cli._COMMANDS, "models", lambda: broken)
     assert cli.main(["models"]) == 2
     assert "error: [Errno 32] Broken pipe" in capsys.readouterr().err
 
@@ -136,7 +137,7 @@ def test_an_error_without_words_has_its_type(
     def fail(_: object) -> int:
         raise RuntimeError
 
-    monkeypatch.setitem(cli._COMMANDS, "models", fail)
+    monkeypatch.setitem(cli._COMMANDS, "models", lambda: fail)
     assert cli.main(["models"]) == 2
     assert capsys.readouterr().err == "clip-fast: error: RuntimeError\n"
 
@@ -145,7 +146,7 @@ def test_an_error_without_words_has_its_type(
 @pytest.mark.timeout(120)
 def test_an_error_of_a_device_process_keeps_its_type_and_its_traceback(tmp_path: Path) -> None:
     gone = str(tmp_path / "gone.pt")
-    job = ProcessJob(gone, torch.float32, None, Inputs([]), str(tmp_path), Options(workers=0), False)
+    job = ProcessJob(gone, torch.float32, None, Inputs([]), str(tmp_path), Options(workers=0), False, 1)
     with pytest.raises(RuntimeError, match=r"^cpu: CheckpointError: .*gone\.pt") as error:
         run_on_devices([torch.device("cpu")], job, lambda _: None)
     assert "Traceback" in str(error.value.__cause__)
@@ -206,5 +207,17 @@ def test_ctrl_c_while_other_processes_import(options: list[str], when: str, tmp_
     assert interrupt([*COMMAND, *encode], when, tmp_path) == (130, "clip-fast: interrupted\n")
 
 
-def test_importing_the_library_leaves_ctrl_c_alone() -> None:
+def test_importing_the_library_leaves_ctrl_c_and_the_garbage_collector_alone() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
+
+
+def test_the_command_looks_for_no_garbage_among_its_imports() -> None:
+    program = (
+        "import gc, sys\nsys.argv = ['clip-fast', 'models']\nimport clip_fast.cli.main as cli\n"
+        "assert not gc.isenabled()\nassert cli.main() == 0\n"
+        "assert gc.isenabled()\nassert gc.get_freeze_count() > 10_000"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
