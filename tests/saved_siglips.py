@@ -92,6 +92,8 @@ def unigram(folder: Path) -> Any:
 def byte_pairs(folder: Path, kind: str = "Siglip2Tokenizer", **options: Any) -> Any:
     """transformers' tokenizer of SigLIP 2, or Gemma's, with its settings on the hub; saved in `folder`; itself."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    if transformers.__version__.startswith("4."):
+        pytest.skip("this transformers makes no such tokenizer of a vocabulary")
     tokenizers = pytest.importorskip("tokenizers")
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
     learner = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))

@@ -17,6 +17,7 @@ import torch
 from loopback_hub import LoopbackHub, loopback_hub, visit
 from PIL import Image
 from saved_clips import clip_tokenizer, close, hugging_face_folder, open_clip_folder
+from saved_siglips import byte_pairs, siglip_folder
 
 import clip_fast
 from clip_fast.checkpoint import pairs
@@ -302,8 +303,14 @@ def test_all_names_are_listed() -> None:
 
 
 @pytest.mark.slow
-def test_from_a_name_to_a_search_by_words(hub: LoopbackHub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["ViT-B-32/laion2b_s34b_b79k", "google/siglip2-base-patch16-224"])
+def test_from_a_name_to_a_search_by_words(name: str, hub: LoopbackHub, tmp_path: Path) -> None:
     """With an empty cache, in one line of the shell; then again without the hub."""
+    if name.startswith("google/"):
+        siglip_folder(tmp_path / "siglip")
+        byte_pairs(tmp_path / "siglip", "GemmaTokenizer")
+        hub.add(name, tmp_path / "siglip")
+    weights = "model.safetensors" if name.startswith("google/") else "open_clip_model.safetensors"
     (tmp_path / "photos").mkdir()
     for i in range(3):
         Image.new("RGB", (40, 30), (80 * i, 0, 90)).save(tmp_path / "photos" / f"{i}.png")
@@ -316,7 +323,7 @@ def test_from_a_name_to_a_search_by_words(hub: LoopbackHub, tmp_path: Path) -> N
     environment.pop("HF_HUB_OFFLINE", None)
     command = f"{sys.executable} -m clip_fast"
     line = (
-        f"{command} encode photos/ --model ViT-B-32/laion2b_s34b_b79k --output embeddings/ && "
+        f"{command} encode photos/ --model {name} --output embeddings/ && "
         f'{command} search "a dog on a beach" --index embeddings/'
     )
     for offline in ("0", "1"):
@@ -326,6 +333,6 @@ def test_from_a_name_to_a_search_by_words(hub: LoopbackHub, tmp_path: Path) -> N
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert sorted(row.split("\t")[1] for row in done.stdout.splitlines()) == [f"photos/{i}.png" for i in range(3)]
-        assert ("open_clip_model.safetensors" in hub.downloads()) == (offline == "0")
+        assert (weights in hub.downloads()) == (offline == "0")
         hub.requests.clear()
         shutil.rmtree(tmp_path / "embeddings")
