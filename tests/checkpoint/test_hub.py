@@ -305,12 +305,13 @@ def test_all_names_are_listed() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ViT-B-32/laion2b_s34b_b79k", "google/siglip2-base-patch16-224"])
 def test_from_a_name_to_a_search_by_words(name: str, hub: LoopbackHub, tmp_path: Path) -> None:
-    """With an empty cache, in one line of the shell; then again without the hub."""
-    if name.startswith("google/"):
+    """With an empty cache, in one line of the shell; then, for the first name, again without the hub."""
+    is_siglip = name.startswith("google/")
+    if is_siglip:
         siglip_folder(tmp_path / "siglip")
         byte_pairs(tmp_path / "siglip", "GemmaTokenizer")
         hub.add(name, tmp_path / "siglip")
-    weights = "model.safetensors" if name.startswith("google/") else "open_clip_model.safetensors"
+    weights = "model.safetensors" if is_siglip else "open_clip_model.safetensors"
     (tmp_path / "photos").mkdir()
     for i in range(3):
         Image.new("RGB", (40, 30), (80 * i, 0, 90)).save(tmp_path / "photos" / f"{i}.png")
@@ -326,7 +327,7 @@ def test_from_a_name_to_a_search_by_words(name: str, hub: LoopbackHub, tmp_path:
         f"{command} encode photos/ --model {name} --output embeddings/ && "
         f'{command} search "a dog on a beach" --index embeddings/'
     )
-    for offline in ("0", "1"):
+    for offline in ("0",) if is_siglip else ("0", "1"):
         done = subprocess.run(
             ["bash", "-c", line], env=environment | {"HF_HUB_OFFLINE": offline}, cwd=tmp_path, capture_output=True,
             text=True, timeout=300, check=False,
