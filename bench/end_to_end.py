@@ -25,7 +25,7 @@ from torch import Tensor
 from clip_fast.towers.config import Config
 
 from .environment import Environment, bf16_on_cpu, chosen_device, environment
-from .models import MODELS, random_images, random_tower
+from .models import ENCODERS, random_images, random_tower
 from .report import document, higher, highest, resumed, save, table
 from .roofline import least_seconds, operations, traffic
 from .systems import BASELINE, FLOAT32, OURS, SYSTEMS, Encode, System, Task, Unavailable, compilations
@@ -253,7 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     models = options.models.split(",")
     here = {system.name: system for system in SYSTEMS if device.type in system.devices}
     chosen = options.systems.split(";") if options.systems else list(here)
-    for kind, names, known in (("model", models, MODELS), ("system", chosen, here)):
+    for kind, names, known in (("model", models, ENCODERS), ("system", chosen, here)):
         if unknown := [name for name in names if name not in known]:
             parser.error(f"no {kind} {unknown[0]!r} on this device; there are {', '.join(known)}")
     where, limits = environment(device), ceilings(device, precisions)
@@ -263,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     done = {(row["model"], row["precision"], row["batch"], row["system"]) for row in rows}
     ends = time.monotonic() + options.minutes * 60
     for model in models:
-        config: Any = MODELS[model]
+        config: Any = ENCODERS[model]
         if options.layers and hasattr(config, "patch_size"):
             config = replace(config, layers=options.layers)
             model = f"{model}, {options.layers} layers"

@@ -28,7 +28,7 @@ OPEN_CLIP_MODELS: dict[str, VitConfig] = {
     ),
 }
 
-# SigLIP's, by the names that open_clip gives them. They are known to what calculates and not yet to what measures.
+# SigLIP's, by the names that open_clip gives them. No contest of kernels has their shapes yet.
 SIGLIP_MODELS: dict[str, SiglipConfig] = {
     "ViT-B-16-SigLIP": SiglipConfig(224, 16, width=768, layers=12, heads=12, mlp_width=3072),
     "ViT-L-16-SigLIP-256": SiglipConfig(256, 16, width=1024, layers=24, heads=16, mlp_width=4096),
@@ -41,6 +41,11 @@ MODELS: dict[str, Config] = {
     **PUBLISHED,
     "toy": VitConfig(image_size=32, patch_size=16, width=64, layers=2, heads=1, embed_dim=32),
     "toy-resnet": ResNetConfig(layers=(1, 1, 1, 1), width=8, heads=4, image_size=64, embed_dim=32),
+}
+ENCODERS: dict[str, Config] = {  # what is measured as a whole
+    **MODELS,
+    **SIGLIP_MODELS,
+    "toy-siglip": SiglipConfig(image_size=32, patch_size=16, width=64, layers=2, heads=1, mlp_width=112),
 }
 
 

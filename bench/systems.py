@@ -1,4 +1,4 @@
-"""The systems that encode CLIP images: ours and the ones that people use, each made from the same weights.
+"""The systems that encode images of CLIP and SigLIP: ours and those that people use, each made from the same weights.
 
 A `System` builds an `Encode` from a plain tower. One that cannot be built (its package is missing, or has no such
 model) raises `Unavailable` with the reason. The table shows the reason in its place.
@@ -24,9 +24,9 @@ import torch._inductor.config
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from clip_fast.checkpoint.layouts import hugging_face_keys
+from clip_fast.checkpoint.layouts import hugging_face_keys, timm_keys
 from clip_fast.encoder import ImageEncoder
-from clip_fast.towers.config import EPS, Config, ResNetConfig, VitConfig
+from clip_fast.towers.config import EPS, Config, ResNetConfig, SiglipConfig, VitConfig
 
 from .timing import DTYPES
 
@@ -52,7 +52,7 @@ class Task:
 
     def vit(self, package: str) -> VitConfig:
         if not isinstance(self.config, VitConfig):
-            raise Unavailable(f"{package} has no ResNets")
+            raise Unavailable(f"{package} has no {'ResNets' if isinstance(self.config, ResNetConfig) else 'SigLIP'}")
         return self.config
 
     def ready(self, tower: nn.Module) -> nn.Module:
@@ -99,6 +99,7 @@ def _openai_clip(task: Task) -> Encode:
     if isinstance(c, ResNetConfig):
         tower = towers.ModifiedResNet(c.layers, c.embed_dim, c.heads, c.image_size, c.width)
     else:
+        c = task.vit("openai-clip")
         tower = towers.VisionTransformer(c.image_size, c.patch_size, c.width, c.layers, c.heads, c.embed_dim)
     tower.load_state_dict(task.state_dict)
     if task.precision == "fp16":
@@ -120,6 +121,8 @@ def _in_float32(task: Task) -> Encode:
 def _open_clip_tower(task: Task) -> nn.Module:
     _stand_in_for_torchvision_operators()
     c = task.config
+    if isinstance(c, SiglipConfig):
+        return _timm_siglip(task, c)
     if isinstance(c, ResNetConfig):
         towers: Any = importlib.import_module("open_clip.modified_resnet")
         tower = towers.ModifiedResNet(c.layers, c.embed_dim, c.heads, c.image_size, c.width)
@@ -135,7 +138,44 @@ def _open_clip_tower(task: Task) -> nn.Module:
     return task.ready(tower)
 
 
+def _timm_siglip(task: Task, c: SiglipConfig) -> nn.Module:
+    """timm's tower, which is all that open_clip runs for a SigLIP's images."""
+    timm: Any = importlib.import_module("timm.models.vision_transformer")
+    tower = timm.VisionTransformer(
+        c.image_size, c.patch_size, num_classes=0, global_pool="map", class_token=False, embed_dim=c.width,
+        depth=c.layers, num_heads=c.heads, mlp_ratio=c.mlp_width / c.width, act_layer=c.activation,
+    )  # fmt: skip
+    state: dict[str, Tensor] = {}
+    for name, tensor in task.state_dict.items():
+        keys = timm_keys(name)
+        shares = [2 if ".kv." in key else 1 for key in keys]  # keys and values are one tensor there
+        parts = tensor.split([len(tensor) * share // sum(shares) for share in shares])
+        state |= dict(zip(keys, parts, strict=True))
+    state["pos_embed"] = state["pos_embed"][None]
+    tower.load_state_dict(state)
+    return task.ready(tower)
+
+
+def _transformers_siglip(task: Task, c: SiglipConfig) -> nn.Module:
+    transformers: Any = importlib.import_module("transformers")
+    config = transformers.SiglipVisionConfig(
+        hidden_size=c.width, intermediate_size=c.mlp_width, num_hidden_layers=c.layers, num_attention_heads=c.heads,
+        image_size=c.image_size, patch_size=c.patch_size, attn_implementation="sdpa",
+        hidden_act="gelu_pytorch_tanh" if c.activation == "gelu_tanh" else c.activation,
+    )  # fmt: skip
+    model = transformers.SiglipVisionModel(config)
+    tower = getattr(model, "vision_model", model)  # inside of it before release 5
+    state: dict[str, Tensor] = {}
+    for name, tensor in task.state_dict.items():
+        keys = [key.removeprefix("vision_model.") for key in hugging_face_keys(name)]
+        state |= dict(zip(keys, tensor.chunk(len(keys)), strict=True))
+    tower.load_state_dict(state)
+    return task.ready(model)
+
+
 def _transformers_model(task: Task) -> nn.Module:
+    if isinstance(task.config, SiglipConfig):
+        return _transformers_siglip(task, task.config)
     c = task.vit("transformers")
     transformers: Any = importlib.import_module("transformers")
     config = transformers.CLIPVisionConfig(
@@ -157,10 +197,13 @@ def _transformers_model(task: Task) -> nn.Module:
 
 def _transformers(task: Task) -> Encode:
     model = _transformers_model(task)
-    return lambda images: model(pixel_values=images).image_embeds
+    output = "pooler_output" if isinstance(task.config, SiglipConfig) else "image_embeds"
+    return lambda images: getattr(model(pixel_values=images), output)
 
 
 def _timm_tower(task: Task) -> nn.Module:
+    if isinstance(task.config, SiglipConfig):
+        raise Unavailable("timm's SigLIP is what open_clip runs")
     c = task.vit("timm")
     _stand_in_for_torchvision_operators()
     timm: Any = importlib.import_module("timm.models.vision_transformer")

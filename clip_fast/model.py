@@ -1,4 +1,4 @@
-"""CLIP whole: the fast image encoder with its text side, for zero-shot classification and retrieval by text.
+"""CLIP or SigLIP whole: the fast image encoder with its text side, for zero-shot classification and search by text.
 
 The names are those of openai-clip's `clip.model`, for code that imports it. `CLIP` is made as there; the other classes
 are there for `isinstance`.
@@ -34,7 +34,8 @@ class Clip(ImageEncoder):
     `token_embedding`, `positional_embedding`, `transformer`, `ln_final`, `text_projection`, `logit_scale` (the
     logarithm of what cosines are multiplied by), `context_length` (tokens that a text may have, start and end included)
     and `vocab_size`. State dicts go from one to the other. Those of clip_fast's first versions, which had "text."
-    before the names of the text side, are loaded too.
+    before the names of the text side, are loaded too. SigLIP's parts have the same names, and `logit_bias` is what is
+    added to its logits; it is None in a CLIP.
 
     Args:
         config, state_dict, device, dtype, options: the image encoder's, see `ImageEncoder`.
@@ -55,7 +56,7 @@ class Clip(ImageEncoder):
         **options: Any,
     ) -> None:
         super().__init__(config, state_dict, device, dtype, **options)
-        self._tokenizer, self._end = tokenizer, text_config.end
+        self._tokenizer, self._text_config = tokenizer, text_config
         with torch.device("meta"):
             text = TextEncoder(text_config)
         text = with_weights(text, text_state_dict, device, dtype)
@@ -66,7 +67,7 @@ class Clip(ImageEncoder):
         self.transformer = text.transformer
         self.ln_final = text.ln_final
         self.text_projection = text.text_projection
-        self.logit_scale = text.logit_scale
+        self.logit_scale, self.logit_bias = text.logit_scale, text.logit_bias
         self.register_load_state_dict_pre_hook(_rename_old)  # pyright: ignore[reportUnknownMemberType]
 
     def tokenize(self, texts: str | list[str], truncate: bool = False) -> Tensor:
@@ -96,18 +97,25 @@ class Clip(ImageEncoder):
             raise TypeError(
                 f"text must be a tensor of tokens, got {type(text).__name__}: clip_fast.tokenize(texts) makes one"
             )
-        return encode_text(self, text.to(self.device), self._end).to(self.dtype)
+        return encode_text(self, text.to(self.device), self._text_config).to(self.dtype)
 
     def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Cosines of images (B, …) and texts (T, L), times exp(logit_scale): (B, T), and the same transposed."""
+        """The logits of images (B, …) and texts (T, L): (B, T), and the same transposed.
+
+        They are cosines times exp(logit_scale). Their softmax over the texts gives the probabilities that an image has
+        one of them. SigLIP's have logit_bias added, and their sigmoid, not their softmax, gives the probability of each
+        pair by itself (Zhai et al. 2023).
+        """
         image_embeddings = F.normalize(self.encode_image(image), dim=-1)
         text_embeddings = F.normalize(self.encode_text(text), dim=-1)
         logits = self.logit_scale.exp() * image_embeddings @ text_embeddings.T
+        logits = logits if self.logit_bias is None else logits + self.logit_bias
         return logits, logits.T
 
     def build_attention_mask(self) -> Tensor:
-        """(context_length, context_length): 0 where a token sees another, itself and those before it, else -inf."""
-        return causal_mask(self.context_length)
+        """(context_length, context_length): 0 where a token sees another, in a CLIP up to itself, else -inf."""
+        length = self.context_length
+        return causal_mask(length) if self._text_config.causal else torch.zeros(length, length)
 
     def initialize_parameters(self) -> None:
         """Draws new weights for the text side, and for a ResNet's pool and last batch norms, as `clip` does."""
@@ -116,8 +124,9 @@ class Clip(ImageEncoder):
         deviations = [
             (self.token_embedding.weight, 0.02),
             (self.positional_embedding, 0.01),
-            (projection.weight if isinstance(projection, nn.Linear) else projection, width**-0.5),
         ]
+        if projection is not None:
+            deviations.append((projection.weight if isinstance(projection, nn.Linear) else projection, width**-0.5))
         for block in self.transformer.blocks():
             deviations += [
                 (block.attn.in_proj_weight, width**-0.5),

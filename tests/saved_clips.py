@@ -105,7 +105,7 @@ def texts_of_every_script(count: int) -> list[str]:
 
     Every character that Python knows may come, but for surrogates and private ones.
     """
-    known = [chr(i) for i in range(0x110000) if unicodedata.category(chr(i)) not in ("Cn", "Cs", "Co")]
+    known = _known_characters()
     texts: list[str] = []
     for _ in range(count):
         place = random.randrange(len(known))
@@ -115,6 +115,11 @@ def texts_of_every_script(count: int) -> list[str]:
         random.shuffle(words)
         texts.append(random.choice([" ", "", "  "]).join(words))
     return texts
+
+
+@functools.cache
+def _known_characters() -> str:
+    return "".join(c for c in map(chr, range(0x110000)) if unicodedata.category(c) not in ("Cn", "Cs", "Co"))
 
 
 def close(ours: Tensor, theirs: Tensor) -> bool:

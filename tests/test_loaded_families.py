@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from saved_clips import clip_tokenizer, close, hugging_face_folder, open_clip_folder, whole_words
+from saved_siglips import byte_pairs, full, open_clip_siglip, sentence_piece, siglip_folder, unigram
 
 import clip_fast
 from clip_fast.errors import NotServed
@@ -25,8 +26,9 @@ from clip_fast.towers.config import sides
 HEADING = "\n## Loaded checkpoints\n"
 INTRODUCTION = """
 What `clip_fast.load` gives, as `pytest tests/test_loaded_families.py -m slow --compatibility` saw it: models at their
-real widths, cut to one layer and MetaCLIP 2 to 100 tokens, saved by their package with random weights. **equal**:
-within 1e-5 of what the package computes in float32; of words, the tokens are the same, too.
+real widths, cut to one layer, MetaCLIP 2 to 100 tokens and SigLIP to 4,096, saved by their package with random weights
+(SigLIP with a tokenizer of its kind that was made on the spot). **equal**: within 1e-5 of what the package computes in
+float32; of words, the tokens are the same, too.
 """
 COLUMNS = ("package", "model", "images", "words")
 
@@ -76,6 +78,31 @@ def of_transformers(kind: str, words: Callable[[Path], Any], **text: Any) -> Cal
     return make
 
 
+def siglip_of_open_clip(name: str, words: Callable[[Path], Any]) -> Callable[[Path], tuple[Any, Any]]:
+    def make(folder: Path) -> tuple[Any, Any]:
+        with pytest.MonkeyPatch.context() as patched:
+            model = open_clip_siglip(folder, patched, name)
+        words(folder)
+        return model, pytest.importorskip("open_clip").get_tokenizer(f"local-dir:{folder}")
+
+    return make
+
+
+def siglip_of_transformers(
+    words: Callable[[Path], Any], width: int, heads: int, mlp: int
+) -> Callable[[Path], tuple[Any, Any]]:
+    def make(folder: Path) -> tuple[Any, Any]:
+        shape = {"hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": 1, "num_attention_heads": heads}
+        model, tokenizer = siglip_folder(folder, {**shape, "image_size": 224}, **shape), words(folder)
+        return model, lambda texts: full(tokenizer, texts)
+
+    return make
+
+
+def gemma(folder: Path) -> Any:
+    return byte_pairs(folder, "GemmaTokenizer")
+
+
 FAMILIES = [
     Family("open_clip_torch", "ViT-B-32 (LAION, DataComp)", of_open_clip("ViT-B-32")),
     Family("open_clip_torch", "ViT-B-32-quickgelu (MetaCLIP)", of_open_clip("ViT-B-32-quickgelu")),
@@ -98,6 +125,14 @@ FAMILIES = [
         "open_clip_torch", "xlm-roberta-base-ViT-B-32", of_open_clip("xlm-roberta-base-ViT-B-32", custom=True),
         refused="it is transformers'",
     ),
+    Family("open_clip_torch", "ViT-B-16-SigLIP", siglip_of_open_clip("ViT-B-16-SigLIP", unigram)),
+    Family(
+        "open_clip_torch", "ViT-SO400M-14-SigLIP-384", siglip_of_open_clip("ViT-SO400M-14-SigLIP-384", unigram)
+    ),
+    Family("open_clip_torch", "ViT-B-16-SigLIP2", siglip_of_open_clip("ViT-B-16-SigLIP2", gemma)),
+    Family("open_clip_torch", "ViT-gopt-16-SigLIP2-256", siglip_of_open_clip("ViT-gopt-16-SigLIP2-256", gemma)),
+    Family("transformers", "SiglipModel (SigLIP)", siglip_of_transformers(sentence_piece, 768, 12, 3072)),
+    Family("transformers", "SiglipModel (SigLIP 2)", siglip_of_transformers(byte_pairs, 1152, 16, 4304)),
     Family("transformers", "CLIPModel", of_transformers("CLIP", clip_tokenizer, eos_token_id=2)),
     Family("transformers", "MetaClip2Model", of_transformers("MetaClip2", whole_words, eos_token_id=2, vocab_size=100)),
 ]  # fmt: skip

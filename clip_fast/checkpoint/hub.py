@@ -18,7 +18,7 @@ from .weights_file import is_index, listed_shards, read_json
 # What is read beside weights and configs: see `settings.py` and `tokenizer.py`.
 _BESIDE = (
     *("preprocessor_config.json", "processor_config.json"),
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json"),
 )
 _LIBRARY = {"library_name": "clip_fast", "library_version": __version__}
 

@@ -41,7 +41,9 @@ _HUGGING_FACE_NAMES = {
     "ln_post.": "post_layernorm.",
     "token_embedding.": "embeddings.token_embedding.",
     "ln_final.": "final_layer_norm.",
+    "text_projection.": "head.",  # SigLIP's, which has a bias
 }
+_LOGITS = ("logit_scale", "logit_bias")
 
 
 def hugging_face_keys(name: str) -> list[str]:
@@ -51,7 +53,7 @@ def hugging_face_keys(name: str) -> list[str]:
 
 
 def _hugging_face_text_keys(name: str) -> list[str]:
-    if name in ("text_projection", "logit_scale"):
+    if name in ("text_projection", *_LOGITS):
         return [name.replace("projection", "projection.weight")]
     return [f"text_model.{key}" for key in _in_hugging_face(name)]
 
@@ -124,7 +126,7 @@ _ANY = re.compile(r".*")
 TEXTS = {
     "token_embedding.weight": Layout("", "transformer.resblocks.", _ANY, lambda name: [name]),
     "text.token_embedding.weight": Layout(
-        "text.", "transformer.resblocks.", _ANY, lambda name: [name if name == "logit_scale" else f"text.{name}"]
+        "text.", "transformer.resblocks.", _ANY, lambda name: [name if name in _LOGITS else f"text.{name}"]
     ),
     "text_model.embeddings.token_embedding.weight": Layout(
         "text_model.", "encoder.layers.", _ANY, _hugging_face_text_keys

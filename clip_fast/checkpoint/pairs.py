@@ -1,19 +1,25 @@
 """open_clip's names of published weights: an architecture and a tag, and the model on the hub that open_clip gets.
 
 Sources: open_clip 3.3.0, `pretrained.py` and its model configs, for the image towers that are served; Radford et al.,
-"Learning Transferable Visual Models From Natural Language Supervision" (2021), tables 19 and 20, for OpenAI's nine.
+"Learning Transferable Visual Models From Natural Language Supervision" (2021), tables 19 and 20, for OpenAI's nine;
+transformers' conversion of SigLIP, `convert_siglip_to_hf.py`, for the names of its repositories.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from ..towers.config import Config, ResNetConfig, VitConfig
+from ..towers.config import Config, ResNetConfig, SiglipConfig, VitConfig
 
 _B_32 = VitConfig(224, 32, width=768, layers=12, heads=12, embed_dim=512)
 _L_14 = VitConfig(224, 14, width=1024, layers=24, heads=16, embed_dim=768)
 _H_14 = VitConfig(224, 14, width=1280, layers=32, heads=16, embed_dim=1024)
 _BIG_G_14 = VitConfig(224, 14, width=1664, layers=48, heads=16, embed_dim=1280, mlp_ratio=4.9231)
+_SIGLIP_B_16 = SiglipConfig(224, 16, width=768, layers=12, heads=12, mlp_width=3072)
+_SIGLIP_L_16 = SiglipConfig(256, 16, width=1024, layers=24, heads=16, mlp_width=4096)
+_SIGLIP_SO400M_14 = SiglipConfig(224, 14, width=1152, layers=27, heads=16, mlp_width=4304)
+_SIGLIP_SO400M_16 = replace(_SIGLIP_SO400M_14, image_size=256, patch_size=16)
+_SIGLIP_GOPT_16 = SiglipConfig(256, 16, width=1536, layers=40, heads=16, mlp_width=6144)
 
 
 def _clipa(config: VitConfig, image_size: int = 224) -> VitConfig:
@@ -53,9 +59,37 @@ ARCHITECTURES: dict[str, Config] = {
     "ViT-H-14-worldwide-378": replace(_H_14, image_size=378),
     "ViT-bigG-14-worldwide": _BIG_G_14,
     "ViT-bigG-14-worldwide-378": replace(_BIG_G_14, image_size=378),
+    "ViT-B-16-SigLIP": _SIGLIP_B_16,
+    "ViT-B-16-SigLIP-256": replace(_SIGLIP_B_16, image_size=256),
+    "ViT-B-16-SigLIP-i18n-256": replace(_SIGLIP_B_16, image_size=256),
+    "ViT-B-16-SigLIP-384": replace(_SIGLIP_B_16, image_size=384),
+    "ViT-B-16-SigLIP-512": replace(_SIGLIP_B_16, image_size=512),
+    "ViT-L-16-SigLIP-256": _SIGLIP_L_16,
+    "ViT-L-16-SigLIP-384": replace(_SIGLIP_L_16, image_size=384),
+    "ViT-SO400M-14-SigLIP": _SIGLIP_SO400M_14,
+    "ViT-SO400M-14-SigLIP-384": replace(_SIGLIP_SO400M_14, image_size=384),
+    "ViT-SO400M-16-SigLIP-i18n-256": _SIGLIP_SO400M_16,
+    "ViT-B-32-SigLIP2-256": replace(_SIGLIP_B_16, image_size=256, patch_size=32),
+    "ViT-B-16-SigLIP2": _SIGLIP_B_16,
+    "ViT-B-16-SigLIP2-256": replace(_SIGLIP_B_16, image_size=256),
+    "ViT-B-16-SigLIP2-384": replace(_SIGLIP_B_16, image_size=384),
+    "ViT-B-16-SigLIP2-512": replace(_SIGLIP_B_16, image_size=512),
+    "ViT-L-16-SigLIP2-256": _SIGLIP_L_16,
+    "ViT-L-16-SigLIP2-384": replace(_SIGLIP_L_16, image_size=384),
+    "ViT-L-16-SigLIP2-512": replace(_SIGLIP_L_16, image_size=512),
+    "ViT-SO400M-14-SigLIP2": _SIGLIP_SO400M_14,
+    "ViT-SO400M-14-SigLIP2-378": replace(_SIGLIP_SO400M_14, image_size=378),
+    "ViT-SO400M-16-SigLIP2-256": _SIGLIP_SO400M_16,
+    "ViT-SO400M-16-SigLIP2-384": replace(_SIGLIP_SO400M_16, image_size=384),
+    "ViT-SO400M-16-SigLIP2-512": replace(_SIGLIP_SO400M_16, image_size=512),
+    "ViT-gopt-16-SigLIP2-256": _SIGLIP_GOPT_16,
+    "ViT-gopt-16-SigLIP2-384": replace(_SIGLIP_GOPT_16, image_size=384),
+    "nllb-clip-base-siglip": replace(_SIGLIP_B_16, image_size=384),
+    "nllb-clip-large-siglip": replace(_SIGLIP_SO400M_14, image_size=384),
 }
 
-# By architecture and tag.
+# By architecture and tag. ViT-SO400M-14-SigLIP-378 is not among them: its weights are those of -384, whose config says
+# 384 pixels, and `image_size=378` asks for the others.
 PAIRS: dict[str, dict[str, str]] = {
     "RN50": {
         "openai": "timm/resnet50_clip.openai",
@@ -203,6 +237,68 @@ PAIRS: dict[str, dict[str, str]] = {
     "ViT-bigG-14-worldwide-378": {
         "metaclip2_worldwide": "timm/vit_gigantic_patch14_clip_378.metaclip2_worldwide",
     },
+    "ViT-B-16-SigLIP": {"webli": "timm/ViT-B-16-SigLIP"},
+    "ViT-B-16-SigLIP-256": {"webli": "timm/ViT-B-16-SigLIP-256"},
+    "ViT-B-16-SigLIP-i18n-256": {"webli": "timm/ViT-B-16-SigLIP-i18n-256"},
+    "ViT-B-16-SigLIP-384": {"webli": "timm/ViT-B-16-SigLIP-384"},
+    "ViT-B-16-SigLIP-512": {"webli": "timm/ViT-B-16-SigLIP-512"},
+    "ViT-L-16-SigLIP-256": {"webli": "timm/ViT-L-16-SigLIP-256"},
+    "ViT-L-16-SigLIP-384": {"webli": "timm/ViT-L-16-SigLIP-384"},
+    "ViT-SO400M-14-SigLIP": {"webli": "timm/ViT-SO400M-14-SigLIP"},
+    "ViT-SO400M-14-SigLIP-384": {"webli": "timm/ViT-SO400M-14-SigLIP-384"},
+    "ViT-SO400M-16-SigLIP-i18n-256": {"webli": "timm/ViT-SO400M-16-SigLIP-i18n-256"},
+    "ViT-B-32-SigLIP2-256": {"webli": "timm/ViT-B-32-SigLIP2-256"},
+    "ViT-B-16-SigLIP2": {"webli": "timm/ViT-B-16-SigLIP2"},
+    "ViT-B-16-SigLIP2-256": {"webli": "timm/ViT-B-16-SigLIP2-256"},
+    "ViT-B-16-SigLIP2-384": {"webli": "timm/ViT-B-16-SigLIP2-384"},
+    "ViT-B-16-SigLIP2-512": {"webli": "timm/ViT-B-16-SigLIP2-512"},
+    "ViT-L-16-SigLIP2-256": {"webli": "timm/ViT-L-16-SigLIP2-256"},
+    "ViT-L-16-SigLIP2-384": {"webli": "timm/ViT-L-16-SigLIP2-384"},
+    "ViT-L-16-SigLIP2-512": {"webli": "timm/ViT-L-16-SigLIP2-512"},
+    "ViT-SO400M-14-SigLIP2": {"webli": "timm/ViT-SO400M-14-SigLIP2"},
+    "ViT-SO400M-14-SigLIP2-378": {"webli": "timm/ViT-SO400M-14-SigLIP2-378"},
+    "ViT-SO400M-16-SigLIP2-256": {"webli": "timm/ViT-SO400M-16-SigLIP2-256"},
+    "ViT-SO400M-16-SigLIP2-384": {"webli": "timm/ViT-SO400M-16-SigLIP2-384"},
+    "ViT-SO400M-16-SigLIP2-512": {"webli": "timm/ViT-SO400M-16-SigLIP2-512"},
+    "ViT-gopt-16-SigLIP2-256": {"webli": "timm/ViT-gopt-16-SigLIP2-256"},
+    "ViT-gopt-16-SigLIP2-384": {"webli": "timm/ViT-gopt-16-SigLIP2-384"},
+    "nllb-clip-base-siglip": {
+        "v1": "visheratin/nllb-clip-base-siglip",
+        "mrl": "visheratin/nllb-siglip-mrl-base",
+    },
+    "nllb-clip-large-siglip": {
+        "v1": "visheratin/nllb-clip-large-siglip",
+        "mrl": "visheratin/nllb-siglip-mrl-large",
+    },
+}
+
+# The repositories of SigLIP that have transformers' files, and open_clip's names of their image towers.
+SIGLIP_REPOSITORIES = {
+    "google/siglip-base-patch16-224": "ViT-B-16-SigLIP",
+    "google/siglip-base-patch16-256": "ViT-B-16-SigLIP-256",
+    "google/siglip-base-patch16-256-multilingual": "ViT-B-16-SigLIP-i18n-256",
+    "google/siglip-base-patch16-384": "ViT-B-16-SigLIP-384",
+    "google/siglip-base-patch16-512": "ViT-B-16-SigLIP-512",
+    "google/siglip-large-patch16-256": "ViT-L-16-SigLIP-256",
+    "google/siglip-large-patch16-384": "ViT-L-16-SigLIP-384",
+    "google/siglip-so400m-patch14-224": "ViT-SO400M-14-SigLIP",
+    "google/siglip-so400m-patch14-384": "ViT-SO400M-14-SigLIP-384",
+    "google/siglip-so400m-patch16-256-i18n": "ViT-SO400M-16-SigLIP-i18n-256",
+    "google/siglip2-base-patch32-256": "ViT-B-32-SigLIP2-256",
+    "google/siglip2-base-patch16-224": "ViT-B-16-SigLIP2",
+    "google/siglip2-base-patch16-256": "ViT-B-16-SigLIP2-256",
+    "google/siglip2-base-patch16-384": "ViT-B-16-SigLIP2-384",
+    "google/siglip2-base-patch16-512": "ViT-B-16-SigLIP2-512",
+    "google/siglip2-large-patch16-256": "ViT-L-16-SigLIP2-256",
+    "google/siglip2-large-patch16-384": "ViT-L-16-SigLIP2-384",
+    "google/siglip2-large-patch16-512": "ViT-L-16-SigLIP2-512",
+    "google/siglip2-so400m-patch14-224": "ViT-SO400M-14-SigLIP2",
+    "google/siglip2-so400m-patch14-384": "ViT-SO400M-14-SigLIP-384",
+    "google/siglip2-so400m-patch16-256": "ViT-SO400M-16-SigLIP2-256",
+    "google/siglip2-so400m-patch16-384": "ViT-SO400M-16-SigLIP2-384",
+    "google/siglip2-so400m-patch16-512": "ViT-SO400M-16-SigLIP2-512",
+    "google/siglip2-giant-opt-patch16-256": "ViT-gopt-16-SigLIP2-256",
+    "google/siglip2-giant-opt-patch16-384": "ViT-gopt-16-SigLIP2-384",
 }
 
 # The tags that were trained with QuickGELU.
@@ -224,7 +320,10 @@ _QUICK_GELU = {
 
 # Architectures whose text towers are not served.
 IMAGES_ONLY = frozenset(
-    {"roberta-ViT-B-32", "xlm-roberta-base-ViT-B-32", "xlm-roberta-large-ViT-H-14", "nllb-clip-base", "nllb-clip-large"}
+    {
+        *("roberta-ViT-B-32", "xlm-roberta-base-ViT-B-32", "xlm-roberta-large-ViT-H-14"),
+        *("nllb-clip-base", "nllb-clip-large", "nllb-clip-base-siglip", "nllb-clip-large-siglip"),
+    }
     | {name for name in ARCHITECTURES if "-CLIPA" in name}
 )
 

@@ -15,7 +15,7 @@ from ..errors import CheckpointError
 from ..towers.config import Config, VitConfig
 from .download import Pretrained, download
 from .hub import HubModel
-from .pairs import ARCHITECTURES, IMAGES_ONLY, PAIRS, hub_model, tags_of
+from .pairs import ARCHITECTURES, IMAGES_ONLY, PAIRS, SIGLIP_REPOSITORIES, hub_model, tags_of
 from .reading import OPEN_CLIP_CONFIG
 
 _ASSETS = Path(__file__).parents[1] / "assets"
@@ -66,7 +66,10 @@ class Published(NamedTuple):
 
 
 def published_models() -> list[Published]:
-    """The models that are known by name: OpenAI's, those that come with the package, and open_clip's pairs."""
+    """The models that are known by name.
+
+    They are OpenAI's, those that come with the package, open_clip's pairs, and transformers' SigLIPs.
+    """
     openai = [Published(name, config, OPENAI_CHECKPOINTS[name].url) for name, config in OPENAI_MODELS.items()]
     bundled = [Published(name, config, "comes with clip_fast", True) for name, config in BUNDLED_MODELS.items()]
     of_open_clip = [
@@ -76,11 +79,15 @@ def published_models() -> list[Published]:
         for architecture, config in ARCHITECTURES.items()
         for tag in PAIRS[architecture]
     ]
-    return openai + bundled + of_open_clip
+    of_transformers = [
+        Published(repository, ARCHITECTURES[architecture], f"{_HUB_PREFIX}{repository}")
+        for repository, architecture in SIGLIP_REPOSITORIES.items()
+    ]
+    return openai + bundled + of_open_clip + of_transformers
 
 
 def available_models() -> list[str]:
-    """The names that `load` knows: OpenAI's models, those that come with the package, and open_clip's pairs."""
+    """The names that `load` knows without asking the hub: see `published_models`."""
     return [model.name for model in published_models()]
 
 

@@ -29,7 +29,7 @@ from ..towers.config import (
     Rgb,
     image_size_of,
 )
-from .text_settings import TextSettings, hugging_face_text, open_clip_text
+from .text_settings import ACTIVATIONS, TextSettings, hugging_face_text, open_clip_text
 from .weights_file import read_json
 
 _LARGEST = float(torch.finfo(torch.float32).max)  # that a mean or a deviation may be
@@ -81,6 +81,7 @@ class Conventions:
     settings: BesideWeights  # where no file says otherwise
 
 
+_WITHOUT_CONFIG = TextSettings(unserved="place its package's config and its tokenizer.json beside the weights")
 # Whether a tower is SigLIP's -> its conventions.
 CONVENTIONS = {
     False: Conventions(
@@ -99,10 +100,9 @@ CONVENTIONS = {
         SIGLIP_EPS,
         0,
         False,
-        BesideWeights(mean=SIGLIP_MEAN, std=SIGLIP_STD, squash=True),
+        BesideWeights(mean=SIGLIP_MEAN, std=SIGLIP_STD, squash=True, text=_WITHOUT_CONFIG),
     ),
 }
-_ACTIVATIONS: dict[str, Activation] = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 
 # timm's SigLIP towers, by patch and image size in their names, and those of them that have the tanh-GELU.
 _TIMM_SIGLIP = re.compile(r"vit_(base|large|so400m|giantopt)_patch(\d+)_siglip_(\d+)")
@@ -142,7 +142,7 @@ def description(path: Path, content: dict[str, Any]) -> Described | None:
         vision = _hugging_face_vision(content)
         layers, patch_size = vision.get("num_hidden_layers", 12), vision.get("patch_size", kind.patch_size)
         width, activation = vision.get("hidden_size", 768), vision.get("hidden_act", kind.activation)
-        activation, class_tokens = _ACTIVATIONS.get(activation, activation), kind.class_tokens
+        activation, class_tokens = ACTIVATIONS.get(activation, activation), kind.class_tokens
         embedding = content.get("projection_dim", 512) if class_tokens else None
     else:
         model: dict[str, Any] = content["model_cfg"]
@@ -200,8 +200,8 @@ def _hugging_face_settings(path: Path, content: dict[str, Any], kind: Convention
         raise CheckpointError(path, f"model_type must be {types}, got {content.get('model_type')!r}")
     vision = _hugging_face_vision(content)
     activation = vision.get("hidden_act", kind.activation)
-    if activation not in _ACTIVATIONS:
-        raise CheckpointError(path, f"hidden_act must be one of {(*_ACTIVATIONS,)}, got {activation!r}")
+    if activation not in ACTIVATIONS:
+        raise CheckpointError(path, f"hidden_act must be one of {(*ACTIVATIONS,)}, got {activation!r}")
     eps = vision.get("layer_norm_eps", kind.eps)
     if eps != kind.eps:
         raise CheckpointError(path, f"layer_norm_eps must be {kind.eps}, got {eps}")
@@ -214,7 +214,7 @@ def _hugging_face_settings(path: Path, content: dict[str, Any], kind: Convention
     squash, other = _hugging_face_preprocessing(processing, image_size, kind)
     _warn_of_preprocessing(beside, other)
     return BesideWeights(
-        _ACTIVATIONS[activation],
+        ACTIVATIONS[activation],
         heads=_integer(path, "num_attention_heads", vision.get("num_attention_heads", 12)),
         image_size=image_size,
         mean=_triple(beside, processing, "image_mean", kind.settings.mean),
@@ -316,6 +316,7 @@ def _timm_settings(path: Path, content: dict[str, Any], kind: Conventions) -> Be
         std=_triple(path, processing, "std", kind.settings.std, least=0),
         squash=processing.get("resize_mode", "squash") == "squash",
         bilinear=processing.get("interpolation") == "bilinear",
+        text=open_clip_text(path, content["model_cfg"]),
     )
 
 

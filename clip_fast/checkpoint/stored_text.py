@@ -53,9 +53,9 @@ class StoredText(StoredTower):
 
     def read(self, settings: TextSettings, activation: Callable[[], Activation]) -> Text | str:
         """See `read_text`."""
-        with_bias = self._has("text_projection.bias")
-        projection = "text_projection.weight" if with_bias else "text_projection"
-        names = ("positional_embedding", projection, "logit_scale")
+        affine, linear = self._has("text_projection.bias"), "text_projection"
+        projection = f"{linear}.weight" if affine else linear if settings.projected else None
+        names = filter(None, ("positional_embedding", projection, "logit_scale"))
         if missing := [key for name in names for key in self.layout.keys(name) if key not in self.file.entries]:
             return f"its text tower is not served: it has no {missing[0]}"
         vocabulary, width = self._shape("token_embedding.weight", 2)
@@ -81,12 +81,15 @@ class StoredText(StoredTower):
                 width=width,
                 layers=layers,
                 heads=self._heads(settings.heads, width),
-                embed_dim=self._shape(projection, 2)[0 if with_bias else 1],
+                embed_dim=self._shape(projection, 2)[0 if affine else 1] if projection else width,
                 activation=told,
                 eps=settings.eps,
                 mlp_ratio=mlp_width / width,
                 end=settings.end,
-                projection_bias=with_bias,
+                last=settings.last,
+                causal=settings.causal,
+                projection="affine" if affine else "linear" if projection else "none",
+                logit_bias=self._has("logit_bias"),
             )
         except CheckpointError:
             raise
@@ -101,4 +104,4 @@ class StoredText(StoredTower):
 
     def _tensor(self, key: str) -> Tensor:
         tensor = super()._tensor(key)
-        return tensor.reshape(()) if key == "logit_scale" and tensor.numel() == 1 else tensor  # some have shape [1]
+        return tensor.reshape(()) if key.startswith("logit_") and tensor.numel() == 1 else tensor  # some have shape [1]

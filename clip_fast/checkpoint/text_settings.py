@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args
+from typing import Any, TypeVar, cast
 
-from ..towers.config import EPS, Activation
-from .tokenizer import CLEANINGS, StoredTokenizer
+from ..towers.config import EPS, SIGLIP_EPS, Activation
+from .tokenizer import CLEANINGS, SIGLIP_FILES, StoredTokenizer
 
+# By transformers' names.
+ACTIVATIONS: dict[str, Activation] = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 _LEGACY_END = ("clip", 2)  # as transformers' CLIP configs before release 4.31 have it, for the largest token
-# Keys of open_clip's text_cfg that are read, or change nothing here, and what the others have by default.
+# Keys of open_clip's text_cfg that are read, or change nothing here, and which values of others are served.
 _OPEN_CLIP_KEYS = {
-    *("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "pool_type", "eos_id", "pad_id"),
-    *("proj_bias", "hf_tokenizer_name", "tokenizer_kwargs", "output_tokens"),
+    *("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio", "eos_id", "pad_id"),
+    *("proj_bias", "hf_tokenizer_name", "tokenizer_kwargs", "output_tokens", "no_causal_mask", "norm_kwargs"),
 }
-_OPEN_CLIP_DEFAULTS = {"proj_type": "linear", "block_type": "default"}
-_POOLINGS = ("argmax", "eos")
+_TANH = {"approximate": "tanh"}
+_OPEN_CLIP_SERVED: dict[str, tuple[Any, ...]] = {
+    "pool_type": ("argmax", "eos", "last"),
+    "proj_type": ("linear", "none"),
+    "act_kwargs": (_TANH,),
+    "block_type": ("default",),
+}
 _Number = TypeVar("_Number", int, float)
 
 
@@ -24,7 +31,8 @@ _Number = TypeVar("_Number", int, float)
 class TextSettings:
     """What the config beside the weights says of the text tower, None where it is silent.
 
-    `tokenizer` None is CLIP's own vocabulary. `unserved` is the part of the tower that is not served, in words.
+    `tokenizer` None is CLIP's own vocabulary. `unserved` is the part of the tower that is not served, in words. See
+    `TextConfig` for the others.
     """
 
     heads: int | None = None
@@ -32,6 +40,9 @@ class TextSettings:
     activation: Activation | None = None
     eps: float = EPS
     end: int | None = None
+    last: bool = False
+    causal: bool = True
+    projected: bool = True
     tokenizer: StoredTokenizer | None = None
     unserved: str | None = None
 
@@ -39,15 +50,29 @@ class TextSettings:
 def hugging_face_text(path: Path, content: dict[str, Any]) -> TextSettings:
     """Of a transformers config at `path`; what it leaves out has transformers' defaults."""
     text: dict[str, Any] = {**(content.get("text_config") or {}), **(content.get("text_config_dict") or {})}
-    activation, end = text.get("hidden_act", "quick_gelu"), text.get("eos_token_id", 49407)
-    if activation not in get_args(Activation):
+    siglip = content["model_type"] == "siglip"
+    activation = text.get("hidden_act", "gelu_pytorch_tanh" if siglip else "quick_gelu")
+    if activation not in ACTIVATIONS:
         return TextSettings(unserved=f"its hidden_act is {activation!r}")
+    if siglip:
+        tokenizer = StoredTokenizer.of_siglip(path)
+        return TextSettings(
+            heads=_number(text, "num_attention_heads", 12),
+            layers=_number(text, "num_hidden_layers", 12),
+            activation=ACTIVATIONS[activation],
+            eps=_number(text, "layer_norm_eps", SIGLIP_EPS),
+            last=True,
+            causal=False,
+            tokenizer=tokenizer,
+            unserved=None if tokenizer else f"it has no tokenizer: place {' or '.join(SIGLIP_FILES)} in {path.parent}",
+        )
+    end = text.get("eos_token_id", 49407)
     if not isinstance(end, int):
         return TextSettings(unserved=f"its eos_token_id is {end!r}")
     return TextSettings(
         heads=_number(text, "num_attention_heads", 8),
         layers=_number(text, "num_hidden_layers", 12),
-        activation=activation,
+        activation=ACTIVATIONS[activation],
         eps=_number(text, "layer_norm_eps", EPS),
         end=None if (content["model_type"], end) == _LEGACY_END else end,
         tokenizer=StoredTokenizer.beside(path),
@@ -62,10 +87,11 @@ def open_clip_text(path: Path, model: dict[str, Any]) -> TextSettings:
     if name := text.get("hf_model_name"):
         return TextSettings(unserved=f"it is transformers' {name}")
     for key, value in text.items():
-        if key not in _OPEN_CLIP_KEYS and value and value != _OPEN_CLIP_DEFAULTS.get(key):
+        if key not in _OPEN_CLIP_KEYS and value and value not in _OPEN_CLIP_SERVED.get(key, ()):
             return TextSettings(unserved=f"text_cfg sets {key} to {value!r}")
-    if (pooling := text.get("pool_type", "argmax")) not in _POOLINGS:
-        return TextSettings(unserved=f"text_cfg sets pool_type to {pooling!r}")
+    norm = cast(dict[str, Any], text.get("norm_kwargs") or {})
+    if norm.keys() - {"eps"}:
+        return TextSettings(unserved=f"text_cfg sets norm_kwargs to {norm}")
     tokenizer: StoredTokenizer | None = None
     options = cast(dict[str, Any], text.get("tokenizer_kwargs") or {})
     if name := text.get("hf_tokenizer_name"):
@@ -80,9 +106,23 @@ def open_clip_text(path: Path, model: dict[str, Any]) -> TextSettings:
     return TextSettings(
         heads=_number(text, "heads", 8),
         layers=_number(text, "layers", 12),
-        end=_number(text, "eos_id", 2) if pooling == "eos" else None,
+        activation=_open_clip_activation(model, text),
+        eps=_number(norm, "eps", EPS),
+        end=_number(text, "eos_id", 2) if text.get("pool_type") == "eos" else None,
+        last=text.get("pool_type") == "last",
+        causal=not text.get("no_causal_mask"),
+        projected=text.get("proj_type") != "none",
         tokenizer=tokenizer,
     )
+
+
+def _open_clip_activation(model: dict[str, Any], text: dict[str, Any]) -> Activation | None:
+    """The text tower's activation; None where it is that of the image tower, which is not timm's."""
+    if text.get("act_kwargs") == _TANH:
+        return "gelu_tanh"
+    if model["vision_cfg"].get("timm_model_name"):
+        return "quick_gelu" if model.get("quick_gelu") else "gelu"
+    return None
 
 
 def _number(section: dict[str, Any], key: str, default: _Number) -> _Number:

@@ -1,10 +1,10 @@
-"""The tokenizer that a checkpoint brings: the tokenizer.json beside its weights."""
+"""The tokenizer that a checkpoint brings: the tokenizer.json, or SigLIP's spiece.model, beside its weights."""
 
 from __future__ import annotations
 
 import string
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -15,9 +15,11 @@ from torch import Tensor
 from .. import extras
 from ..errors import CheckpointError, summary
 from ..simple_tokenizer import clean, too_long
+from .sentencepiece import SentencePiece
 from .weights_file import read_json
 
 _PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
+_ALL_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 # What open_clip does to a text before a tokenizer of transformers reads it, by the names in its configs.
 CLEANINGS: dict[str, Callable[[str], str]] = {
@@ -27,31 +29,62 @@ CLEANINGS: dict[str, Callable[[str], str]] = {
 }
 
 
+def _of_siglip(text: str) -> str:
+    """What transformers' tokenizer of SigLIP does to a text."""
+    return " ".join(text.lower().translate(_ALL_PUNCTUATION).split())
+
+
+_CLEANINGS = CLEANINGS | {"siglip": _of_siglip}
+
+SIGLIP_FILES = ("spiece.model", "tokenizer.json")  # transformers' SiglipTokenizer reads the first alone
+_SIGLIP_PADDING = "</s>"  # the default of transformers' SiglipTokenizer
+_GEMMA = ("GemmaTokenizer", "Siglip2Tokenizer")  # of SigLIP 2; by default they fill texts up on the left
+
+
 @dataclass(frozen=True)
 class StoredTokenizer:
     """A tokenizer as it stands in its file, in memory: it outlives the file, and goes along in a pickle.
 
-    `padding` is the token that fills texts up, None where the file itself says it. `cleaning` is one of CLEANINGS; None
-    leaves texts as they are, as transformers does.
+    `padding` is the token that fills texts up, None where the file itself says it, and `on_left` says on which side.
+    `cleaning` is what is done to texts before; None leaves them as they are. `lower` has the tokenizer read small
+    letters.
     """
 
     path: Path
     content: bytes = field(repr=False)
     padding: str | None
+    on_left: bool
     cleaning: str | None
+    lower: bool = False
 
     @classmethod
     def beside(cls, config: Path, cleaning: str | None = None) -> StoredTokenizer | None:
         """The tokenizer in the folder of a config; None where there is none."""
-        path = config.with_name("tokenizer.json")
+        return cls._at(config.with_name("tokenizer.json"), cleaning)
+
+    @classmethod
+    def of_siglip(cls, config: Path) -> StoredTokenizer | None:
+        """The tokenizer in the folder of transformers' config of a SigLIP; None where there is none.
+
+        Texts are changed as SigLIP's tokenizers do before they read them. SigLIP 2 was trained with small letters, and
+        transformers' tokenizer for it reads them so. The one that its folders name, Gemma's, leaves that to its user.
+        """
+        told = _class_told(config)
+        if told not in ("SiglipTokenizer", None):
+            stored = cls.beside(config)
+            return stored and replace(stored, lower=told in _GEMMA)
+        found = (cls._at(config.with_name(name), "siglip") for name in SIGLIP_FILES)
+        stored = next(filter(None, found), None)
+        return stored and replace(stored, padding=stored.padding or _SIGLIP_PADDING)
+
+    @classmethod
+    def _at(cls, path: Path, cleaning: str | None) -> StoredTokenizer | None:
         if not path.is_file():
             return None
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            told = read_json(beside).get("pad_token") if (beside := path.with_name(name)).is_file() else None
-            padding: Any = cast(dict[str, Any], told).get("content") if isinstance(told, dict) else told
-            if isinstance(padding, str):
-                return cls(path, path.read_bytes(), padding, cleaning)
-        return cls(path, path.read_bytes(), None, cleaning)
+        padding = _told(path, "pad_token")
+        padding = cast(dict[str, Any], padding).get("content") if isinstance(padding, dict) else padding
+        side = _told(path, "padding_side") or ("left" if _class_told(path) in _GEMMA else "right")
+        return cls(path, path.read_bytes(), padding if isinstance(padding, str) else None, side == "left", cleaning)
 
     def __call__(self, texts: str | list[str], context_length: int, truncate: bool = False) -> Tensor:
         """Tokens as `simple_tokenizer.tokenize` gives them, and of the same errors; with this tokenizer's own padding.
@@ -61,9 +94,12 @@ class StoredTokenizer:
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         if self.cleaning is not None:
-            texts = list(map(CLEANINGS[self.cleaning], texts))
-        tokenizer = _tokenizer(self, context_length)
-        rows = tokenizer.encode_batch(texts)
+            texts = list(map(_CLEANINGS[self.cleaning], texts))
+        tokenizer, normalized = _tokenizer(self, context_length)
+        try:
+            rows = tokenizer.encode_batch(list(map(normalized, texts)))
+        except (IndexError, ValueError) as error:
+            raise _unreadable(self.path, error) from error
         for text, row in zip(texts, rows, strict=True):
             if row.overflowing and not truncate:
                 content = sum(part.special_tokens_mask.count(0) for part in (row, *row.overflowing))
@@ -71,18 +107,43 @@ class StoredTokenizer:
         return torch.tensor([row.ids for row in rows], dtype=torch.int32).view(len(texts), context_length)
 
 
+def _told(beside: Path, key: str) -> object:
+    """What transformers' settings of the tokenizer in a folder say."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (path := beside.with_name(name)).is_file() and (told := read_json(path).get(key)) is not None:
+            return told
+    return None
+
+
+def _class_told(beside: Path) -> str | None:
+    """The name of transformers' class of the tokenizer in a folder."""
+    told = _told(beside, "tokenizer_class")
+    return told.removesuffix("Fast") if isinstance(told, str) else None
+
+
 @lru_cache(maxsize=4)  # one may take a hundred megabytes
-def _tokenizer(stored: StoredTokenizer, context_length: int) -> Any:
+def _tokenizer(stored: StoredTokenizer, context_length: int) -> tuple[Any, Callable[[str], str]]:
+    """The tokenizer, and what makes a text fit for it."""
+    package, normalized = extras.tokenizers(), str
     try:
-        tokenizer = extras.tokenizers().Tokenizer.from_str(stored.content.decode())
+        if stored.path.suffix == ".model":
+            model = SentencePiece(stored.content)
+            tokenizer, normalized = model.tokenizer, model.normalized
+        else:
+            tokenizer = package.Tokenizer.from_str(stored.content.decode())
+        if stored.lower:
+            own_normalizer = [tokenizer.normalizer] if tokenizer.normalizer else []
+            tokenizer.normalizer = package.normalizers.Sequence([package.normalizers.Lowercase(), *own_normalizer])
         own: dict[str, Any] = tokenizer.padding or {}
         padding = own.get("pad_id", 0) if stored.padding is None else tokenizer.token_to_id(stored.padding)
         if padding is None:
             raise ValueError(f"it has no padding token {stored.padding!r}")
-    except ImportError:
-        raise
     except Exception as error:  # the package raises bare exceptions
-        raise CheckpointError(stored.path, f"holds no tokenizer that can be read: {summary(error)}") from error
+        raise _unreadable(stored.path, error) from error
     tokenizer.enable_truncation(context_length)
-    tokenizer.enable_padding(length=context_length, pad_id=padding)
-    return tokenizer
+    tokenizer.enable_padding(length=context_length, pad_id=padding, direction="left" if stored.on_left else "right")
+    return tokenizer, normalized
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(path, f"holds no tokenizer that can be read: {summary(error)}")

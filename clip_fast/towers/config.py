@@ -13,6 +13,7 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 Pool = Literal["tok", "avg"]  # open_clip's words: the class token, or the average of the patch tokens
+Projection = Literal["linear", "affine", "none"]
 Rgb = tuple[float, float, float]  # a number for each colour channel
 ImageSize = int | tuple[int, int]  # in pixels: the side of a square, or height and width
 TaskName = Literal["encode", "encode_tokens", "hidden_state", "hidden_states"]
@@ -233,10 +234,13 @@ class SiglipConfig(_TransformerConfig):
 
 @dataclass(frozen=True)
 class TextConfig:
-    """A text tower: a causal Transformer over `context_length` tokens, with `vocabulary` different tokens.
+    """A text tower: a Transformer over `context_length` tokens, with `vocabulary` different tokens.
 
-    A text's embedding is read at its first token of the number `end`, or of the largest number in it where `end` is
-    None, as OpenAI's code has it. `projection_bias`: the projection into the space shared with images has a bias.
+    In a `causal` one a token sees itself and the tokens before it, in others all. A text's embedding is read at its
+    last token, whichever that is, where `last` is true, as in SigLIP. Elsewhere it is read at its first token of the
+    number `end`, or of the largest number in it where `end` is None, as OpenAI's code has it. `projection`, into the
+    space shared with images, is a matrix, a matrix and a bias ("affine"), or none. `logit_bias`: logits are more than
+    scaled cosines, see `Clip.forward`.
     """
 
     context_length: int
@@ -249,7 +253,10 @@ class TextConfig:
     eps: float = EPS
     mlp_ratio: float = 4.0
     end: int | None = None
-    projection_bias: bool = False
+    last: bool = False
+    causal: bool = True
+    projection: Projection = "linear"
+    logit_bias: bool = False
 
     def __post_init__(self) -> None:
         _require_positive(self, "context_length", "vocabulary", "width", "layers", "heads", "embed_dim", "mlp_ratio")

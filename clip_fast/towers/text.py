@@ -1,6 +1,7 @@
-"""CLIP's text encoder in plain PyTorch.
+"""The text encoders of CLIP and SigLIP in plain PyTorch.
 
-It is a causal Transformer over tokens, read at the end-of-text token (Radford et al. 2021, section 2.4).
+CLIP's is a causal Transformer over tokens, read at the end-of-text token (Radford et al. 2021, section 2.4). In
+SigLIP's every token sees all, and the last token is read, which is the padding of most texts (Zhai et al. 2023).
 
 Shapes: B texts, L context length, W width, E embed_dim.
 """
@@ -26,11 +27,11 @@ class TextTower(Protocol):
     positional_embedding: nn.Parameter
     transformer: Transformer
     ln_final: nn.LayerNorm
-    text_projection: nn.Parameter | nn.Linear
+    text_projection: nn.Parameter | nn.Linear | None
 
 
-def encode_text(tower: TextTower, tokens: Tensor, end: int | None = None) -> Tensor:
-    """Tokens (B, L) of an integer dtype -> embeddings (B, E), not normalised. `end` is that of `TextConfig`."""
+def encode_text(tower: TextTower, tokens: Tensor, config: TextConfig) -> Tensor:
+    """Tokens (B, L) of an integer dtype -> embeddings (B, E), not normalised."""
     context_length = len(tower.positional_embedding)
     if tokens.ndim != 2 or not 0 < tokens.shape[1] <= context_length or tokens.is_floating_point():
         raise ValueError(
@@ -39,10 +40,18 @@ def encode_text(tower: TextTower, tokens: Tensor, end: int | None = None) -> Ten
         )
     x = tower.token_embedding(tokens) + tower.positional_embedding[: tokens.shape[1]]  # (B, L, W)
     x = tower.transformer(x.transpose(0, 1)).transpose(0, 1)
-    position = (tokens if end is None else (tokens == end).int()).argmax(dim=-1)  # of equals the first
-    x = tower.ln_final(x[torch.arange(len(x), device=x.device), position])  # (B, W)
+    x = tower.ln_final(x[torch.arange(len(x), device=x.device), _read_at(tokens, config)])  # (B, W)
     projection = tower.text_projection
+    if projection is None:
+        return x
     return projection(x) if isinstance(projection, nn.Linear) else x @ projection
+
+
+def _read_at(tokens: Tensor, config: TextConfig) -> Tensor | int:
+    """The place of each text's token (B,) at which its embedding is read; or that of all, -1."""
+    if config.last:
+        return -1
+    return (tokens if config.end is None else (tokens == config.end).int()).argmax(dim=-1)  # of equals the first
 
 
 def causal_mask(length: int) -> Tensor:
@@ -53,24 +62,32 @@ def causal_mask(length: int) -> Tensor:
 class TextEncoder(nn.Module):
     """Tokens (B, L) of an integer dtype -> embeddings (B, E), not normalised.
 
-    Its parameters have OpenAI's names. One of them is `logit_scale`, the logarithm of the factor for cosines.
+    Its parameters have OpenAI's names. One of them is `logit_scale`, the logarithm of the factor for cosines, and one
+    `logit_bias`, where there is one: what is added to them.
     """
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.end = config.end
+        self.config = config
         self.token_embedding: nn.Embedding = nn.Embedding.from_pretrained(  # pyright: ignore[reportUnknownMemberType]
             random_parameter(config.vocabulary, config.width, std=1.0), freeze=False
         )
         self.positional_embedding = random_parameter(config.context_length, config.width, std=0.01)
-        self.transformer = Transformer(config, causal_mask(config.context_length))
+        self.transformer = Transformer(config, causal_mask(config.context_length) if config.causal else None)
         self.ln_final = nn.LayerNorm(config.width, eps=config.eps)
-        self.text_projection = (
-            nn.Linear(config.width, config.embed_dim)
-            if config.projection_bias
-            else random_parameter(config.width, config.embed_dim, std=config.width**-0.5)
-        )
+        self.text_projection = _projection(config)
         self.logit_scale = nn.Parameter(torch.tensor(-math.log(0.07)))
+        self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if config.logit_bias else None
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return encode_text(self, tokens, self.end)
+        return encode_text(self, tokens, self.config)
+
+
+def _projection(config: TextConfig) -> nn.Parameter | nn.Linear | None:
+    match config.projection:
+        case "linear":
+            return random_parameter(config.width, config.embed_dim, std=config.width**-0.5)
+        case "affine":
+            return nn.Linear(config.width, config.embed_dim)
+        case "none":
+            return None

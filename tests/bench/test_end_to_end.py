@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,11 @@ from bench.environment import environment
 from bench.systems import BASELINE, FLOAT32, OURS, SYSTEMS, System, Task, Unavailable
 from bench.timing import Ceilings
 from clip_fast.towers import reference
-from clip_fast.towers.config import Config, ResNetConfig, VitConfig
+from clip_fast.towers.config import Activation, Config, ResNetConfig, SiglipConfig, VitConfig
 
 VIT = VitConfig(image_size=32, patch_size=16, width=64, layers=2, heads=1, embed_dim=32)
 RESNET = ResNetConfig(layers=(1, 1, 1, 1), width=8, heads=4, image_size=64, embed_dim=32)
+SIGLIP = SiglipConfig(image_size=32, patch_size=16, width=64, layers=2, heads=2, mlp_width=112)
 CPU = torch.device("cpu")
 LIMITS = Ceilings({"fp32": 1e12}, 1e11)
 EAGER = [system for system in SYSTEMS if "compiled" not in system.name]
@@ -49,6 +51,21 @@ def test_every_system_computes_the_same(config: Config) -> None:
             assert any(why in row["failed"] for why in ("is not installed", "is measured in", "has no ResNets"))
         else:
             assert row["error"] < 1e-5
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu"])
+def test_every_system_computes_the_same_siglip(activation: Activation) -> None:
+    """open_clip's is timm's; openai-clip has none, and is said to have none."""
+    rows = rows_of(replace(SIGLIP, activation=activation), [3], 2, EAGER)
+    by_name = {row["system"]: row for row in rows}
+    assert by_name[BASELINE]["failed"] == "openai-clip has no SigLIP"
+    for name in (OURS, "open_clip", "transformers"):
+        assert by_name[name]["error"] < 1e-5
+        assert by_name[name]["to_baseline"] is None
+        assert by_name[name]["to_best_rival"] > 0
+    assert all("failed" in row or row["error"] < 1e-5 for row in rows)
+    text = end_to_end.markdown(rows, environment(CPU), LIMITS)
+    assert "- openai-clip: openai-clip has no SigLIP" in text
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
@@ -151,10 +168,12 @@ def test_each_compiled_system_has_a_graph_of_its_own(monkeypatch: pytest.MonkeyP
 def test_resnets_are_refused_where_there_are_none() -> None:
     with pytest.raises(Unavailable, match="timm has no ResNets"):
         systems._timm_tower(Task(RESNET, {}, CPU, "fp32"))
+    with pytest.raises(Unavailable, match="timm's SigLIP is what open_clip runs"):
+        systems._timm_tower(Task(SIGLIP, {}, CPU, "fp32"))
 
 
 def test_the_command_line_writes_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(end_to_end.MODELS, "tiny", VIT)
+    monkeypatch.setitem(end_to_end.ENCODERS, "tiny", VIT)
     monkeypatch.setattr(end_to_end, "ceilings", lambda device, precisions: LIMITS)
     monkeypatch.setattr(end_to_end, "bf16_on_cpu", lambda: False)
     file = tmp_path / "results" / "cpu.json"
@@ -171,7 +190,7 @@ def test_the_command_line_writes_results(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_resumed_run_measures_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(end_to_end.MODELS, "tiny", VIT)
+    monkeypatch.setitem(end_to_end.ENCODERS, "tiny", VIT)
     monkeypatch.setattr(end_to_end, "ceilings", lambda device, precisions: LIMITS)
     file = tmp_path / "cpu.json"
 
@@ -195,7 +214,7 @@ def test_a_resumed_run_measures_what_is_missing(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_resumed_run_asks_only_the_systems_that_lack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(end_to_end.MODELS, "tiny", VIT)
+    monkeypatch.setitem(end_to_end.ENCODERS, "tiny", VIT)
     monkeypatch.setattr(end_to_end, "ceilings", lambda device, precisions: LIMITS)
     file = tmp_path / "cpu.json"
     arguments = ["--models", "tiny", "--batches", "2", "--precisions", "fp32", "--rounds", "1", "--device", "cpu"]

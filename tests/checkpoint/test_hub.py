@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,11 +17,13 @@ import torch
 from loopback_hub import LoopbackHub, loopback_hub, visit
 from PIL import Image
 from saved_clips import clip_tokenizer, close, hugging_face_folder, open_clip_folder
+from saved_siglips import byte_pairs, siglip_folder
 
 import clip_fast
 from clip_fast.checkpoint import pairs
 from clip_fast.checkpoint.published import published_models, resolve
 from clip_fast.errors import CheckpointError
+from clip_fast.towers.config import SiglipConfig
 
 LAION = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
 IMAGES = torch.randn(2, 3, 64, 64)
@@ -217,14 +220,19 @@ def test_the_extra_is_named(name: str, kind: type[Exception], monkeypatch: pytes
 
 
 def test_pairs_are_open_clips() -> None:
-    """Of all architectures whose image towers are plain ViTs and ResNets, as open_clip itself resolves them."""
+    """Of all architectures whose image towers are ViTs, ResNets and SigLIPs, as open_clip itself resolves them."""
     pytest.importorskip("open_clip")
     from open_clip import factory, pretrained
 
     found = 0
     for architecture, tag in pretrained.list_pretrained():
         config = factory.get_model_config(architecture)
-        if config is None or "timm_model_name" in config["vision_cfg"] or "multimodal_cfg" in config:
+        if config is None or "multimodal_cfg" in config:
+            continue
+        if "_siglip_" not in config["vision_cfg"].get("timm_model_name", "_siglip_"):
+            continue
+        if architecture == "ViT-SO400M-14-SigLIP-378":  # -384's weights
+            assert pairs.hub_model(architecture, tag) is None
             continue
         wanted = pretrained.get_pretrained_cfg(architecture, tag)["hf_hub"].rstrip("/")
         assert pairs.hub_model(architecture, tag) == wanted, (architecture, tag)
@@ -234,6 +242,7 @@ def test_pairs_are_open_clips() -> None:
 
 
 def test_architectures_are_open_clips() -> None:
+    timm = pytest.importorskip("timm")
     pytest.importorskip("open_clip")
     from open_clip import factory
 
@@ -241,6 +250,19 @@ def test_architectures_are_open_clips() -> None:
     for name, ours in pairs.ARCHITECTURES.items():
         model = factory.get_model_config(name)
         vision = model["vision_cfg"]
+        text = model["text_cfg"]
+        assert (name in pairs.IMAGES_ONLY) == (
+            "hf_model_name" in text or "strip_sep_token" in text.get("tokenizer_kwargs", {})
+        )
+        if isinstance(ours, SiglipConfig):
+            assert (ours.image_size, ours.embed_dim) == (vision["image_size"], model["embed_dim"])
+            with torch.device("meta"):
+                tower = timm.create_model(vision["timm_model_name"], num_classes=0, img_size=vision["image_size"])
+            block = tower.blocks[0]
+            assert (ours.layers, ours.heads, ours.width) == (len(tower.blocks), block.attn.num_heads, tower.embed_dim)
+            assert ours.mlp_width == block.mlp.fc1.out_features
+            assert ours.patch_size == tower.patch_embed.patch_size[0]
+            continue
         assert (ours.image_size, ours.embed_dim, ours.width) == (
             vision["image_size"],
             model["embed_dim"],
@@ -255,23 +277,47 @@ def test_architectures_are_open_clips() -> None:
         assert getattr(ours, "ln_pre", True) != vision.get("no_ln_pre", False)
         assert getattr(ours, "pool", "tok") == vision.get("pool_type", "tok")
         assert getattr(ours, "ln_after_pool", False) == vision.get("final_ln_after_pool", False)
-        text = model["text_cfg"]
-        assert (name in pairs.IMAGES_ONLY) == ("hf_model_name" in text or text.get("pool_type") == "last")
+
+
+def test_repositories_of_siglip_have_the_shapes_of_their_names() -> None:
+    """Their names tell the patch and the image; the kind of tower is in both names."""
+    kinds = {"base": "B", "large": "L", "so400m": "SO400M", "giant": "gopt"}
+    for repository, architecture in pairs.SIGLIP_REPOSITORIES.items():
+        family, kind, patch, size = re.findall(r"/(siglip2?)-([a-z0-9]+)(?:-opt)?-patch(\d+)-(\d+)", repository)[0]
+        config = pairs.ARCHITECTURES[architecture]
+        assert (config.patch_size, config.image_size) == (int(patch), int(size))  # type: ignore[union-attr]
+        assert f"-{kinds[kind]}-" in architecture
+        if repository != "google/siglip2-so400m-patch14-384":  # which open_clip has for 378 pixels
+            assert ("SigLIP2" in architecture) == (family == "siglip2")
 
 
 def test_all_names_are_listed() -> None:
     names = [model.name for model in published_models()]
     assert names == clip_fast.available_models()
     assert len(names) == len(set(names))
-    assert {"ViT-B/32", "tiny-digits", "ViT-H-14-378/dfn5b"} <= set(names)
+    wanted = {
+        "ViT-B/32",
+        "tiny-digits",
+        "ViT-H-14-378/dfn5b",
+        "ViT-B-16-SigLIP/webli",
+        "google/siglip2-base-patch16-224",
+    }
+    assert wanted <= set(names)
 
 
 # --- as a new user ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_from_a_name_to_a_search_by_words(hub: LoopbackHub, tmp_path: Path) -> None:
-    """With an empty cache, in one line of the shell; then again without the hub."""
+@pytest.mark.parametrize("name", ["ViT-B-32/laion2b_s34b_b79k", "google/siglip2-base-patch16-224"])
+def test_from_a_name_to_a_search_by_words(name: str, hub: LoopbackHub, tmp_path: Path) -> None:
+    """With an empty cache, in one line of the shell; then, for the first name, again without the hub."""
+    is_siglip = name.startswith("google/")
+    if is_siglip:
+        siglip_folder(tmp_path / "siglip")
+        byte_pairs(tmp_path / "siglip", "GemmaTokenizer")
+        hub.add(name, tmp_path / "siglip")
+    weights = "model.safetensors" if is_siglip else "open_clip_model.safetensors"
     (tmp_path / "photos").mkdir()
     for i in range(3):
         Image.new("RGB", (40, 30), (80 * i, 0, 90)).save(tmp_path / "photos" / f"{i}.png")
@@ -284,16 +330,16 @@ def test_from_a_name_to_a_search_by_words(hub: LoopbackHub, tmp_path: Path) -> N
     environment.pop("HF_HUB_OFFLINE", None)
     command = f"{sys.executable} -m clip_fast"
     line = (
-        f"{command} encode photos/ --model ViT-B-32/laion2b_s34b_b79k --output embeddings/ && "
+        f"{command} encode photos/ --model {name} --output embeddings/ && "
         f'{command} search "a dog on a beach" --index embeddings/'
     )
-    for offline in ("0", "1"):
+    for offline in ("0",) if is_siglip else ("0", "1"):
         done = subprocess.run(
             ["bash", "-c", line], env=environment | {"HF_HUB_OFFLINE": offline}, cwd=tmp_path, capture_output=True,
             text=True, timeout=300, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         assert sorted(row.split("\t")[1] for row in done.stdout.splitlines()) == [f"photos/{i}.png" for i in range(3)]
-        assert ("open_clip_model.safetensors" in hub.downloads()) == (offline == "0")
+        assert (weights in hub.downloads()) == (offline == "0")
         hub.requests.clear()
         shutil.rmtree(tmp_path / "embeddings")

@@ -350,7 +350,7 @@ def test_text_towers_of_open_clip(
 
 @pytest.mark.parametrize(
     "changes",
-    [{"pool_type": "eos"}, {"no_causal_mask": True}, {"hf_tokenizer_name": "xlm"}, {"vocab_size": 100}],
+    [{"pool_type": "eos"}, {"embed_cls": True}, {"hf_tokenizer_name": "xlm"}, {"vocab_size": 100}],
     ids=str,
 )
 def test_other_text_towers_are_not_read(

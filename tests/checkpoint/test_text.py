@@ -41,8 +41,10 @@ def loaded(folder: Path) -> Any:
         {"text_cfg": {"context_length": 33, "mlp_ratio": 3.0}, "nonscalar_logit_scale": True},
         {"text_cfg": {"proj_bias": True}},
         {"text_cfg": OTHER_TOKENS},
+        {"text_cfg": {"no_causal_mask": True, "pool_type": "last", "proj_type": "none", "width": 32, "heads": 1}},
+        {"text_cfg": {"act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-3}}},
     ],
-    ids=["quick_gelu", "gelu", "proj_bias", "eos"],
+    ids=["quick_gelu", "gelu", "proj_bias", "eos", "last", "tanh"],
 )
 def test_open_clip(model: dict[str, Any], custom: bool, tmp_path: Path) -> None:
     theirs = open_clip_folder(tmp_path, custom, **copy.deepcopy(model))
@@ -175,13 +177,12 @@ def xlm_roberta(folder: Path) -> dict[str, Any]:
     ("text", "reason"),
     [
         ("xlm-roberta", "its text tower is not served: it is transformers' .*text"),
-        ({"no_causal_mask": True}, "text_cfg sets no_causal_mask to True"),
-        ({"pool_type": "last"}, "text_cfg sets pool_type to 'last'"),
+        ({"pool_type": "first"}, "text_cfg sets pool_type to 'first'"),
+        ({"norm_kwargs": {"eps": 1e-6, "bias": True}}, "text_cfg sets norm_kwargs to {'eps': 1e-06, 'bias': True}"),
         ({"pool_type": "eos"}, "its tokens are not CLIP's; place its tokenizer.json in"),
         ({"vocab_size": 100}, "its tokens are not CLIP's; place its tokenizer.json in"),
         (OTHER_TOKENS, "its tokenizer is that of facebook/xlm-v-base: place its tokenizer.json in"),
         ({"tokenizer_kwargs": {"clean": "canonicalize"}}, "text_cfg sets tokenizer_kwargs to"),
-        ({"proj_type": "none", "width": 32}, "text_cfg sets proj_type to 'none'"),
         ({"embed_cls": True}, "text_cfg sets embed_cls to True"),
     ],
     ids=str,
