@@ -39,6 +39,8 @@ RUN_BY = {
     'pip install -e ".[bench]" && pip install --no-deps -r tests/requirements-peers.txt': ".ci/run",
     "python -m bench.end_to_end": "tests/bench/test_end_to_end.py",
     "python -m bench.pipeline": "tests/bench/test_pipeline.py",
+    "python -m bench.pipeline --json pipeline.json": "tests/bench/test_pipeline.py",
+    "python -m bench.plot pipeline.json": "tests/bench/test_plot.py",
 }
 RECIPES = {"README.md": 3, "bulk.md": 9}  # commands that tests/test_readme.py runs or parses
 

@@ -38,7 +38,7 @@ pytest.importorskip("pyarrow")
 
 ROOT = Path(__file__).parent.parent
 README, BULK = ROOT / "README.md", ROOT / "docs" / "bulk.md"
-TARS = 1000
+TARS, SAMPLES = 1000, 20
 WANTED = 345  # of the tars, which holds the picture that is searched for
 
 IMAGE_TOWER = VitConfig(image_size=32, patch_size=16, width=64, layers=2, heads=1, embed_dim=24)
@@ -126,12 +126,18 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "data").mkdir()
     for i in range(10):
         (folder / "photos" / f"{i}.png").write_bytes(png(i))
+    others = [png(TARS + i) for i in range(99)]
     for i in range(TARS):
-        data = png(i)
-        member = tarfile.TarInfo("picture.png")
-        member.size = len(data)
         with tarfile.open(folder / "data" / f"{i:04}.tar", "w") as tar:
-            tar.addfile(member, io.BytesIO(data))
+            for j in range(SAMPLES):
+                for suffix, data in (
+                    ("png", others[(i + j) % 99] if j else png(i)),
+                    ("txt", b"a picture"),
+                    ("json", b"{}"),
+                ):
+                    member = tarfile.TarInfo(f"{j:02}.{suffix}")
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
     (folder / "photo.jpg").write_bytes(png(0))
     (folder / "query.jpg").write_bytes(png(WANTED))
     return folder
@@ -149,7 +155,7 @@ def working_folder(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def search_as_written(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     """The commands, in an index of all tars whose paths begin with `folder`."""
     pytest.importorskip("tokenizers")
-    assert len(Index("embeddings/")) == TARS
+    assert len(Index("embeddings/")) == TARS * SAMPLES
     capsys.readouterr()
     words, image, queries = SEARCHING
     assert run(words) == 0
@@ -157,7 +163,7 @@ def search_as_written(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     assert run(image) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 100
-    assert lines[0] == f"1.0000\t{folder / 'data'}/{WANTED:04}.tar/picture.png"
+    assert lines[0] == f"1.0000\t{folder / 'data'}/{WANTED:04}.tar/00.png"
     assert Path("found.html").read_text().count("<img ") == 101
     Path("queries.txt").write_text("a dog on a beach\na cat\n")
     assert run(queries) == 0
@@ -201,13 +207,14 @@ def test_ten_images(working_folder: Path) -> None:
 def test_ten_million(working_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(ENCODING[1]) == 0
     assert json.loads(Path("embeddings/manifest.json").read_text())["done"] == {
-        "images": TARS,
+        "images": TARS * SAMPLES,
         "failed": 0,
-        "shards": 1,
+        "shards": 2,
     }
-    rows = np.load("embeddings/img_emb/img_emb_0000.npy")
-    assert rows.dtype == np.float16
-    assert np.abs(np.linalg.norm(rows.astype(np.float32), axis=1) - 1).max() < 2**-10
+    for shard in (0, 1):
+        rows = np.load(f"embeddings/img_emb/img_emb_{shard:04}.npy")
+        assert rows.dtype == np.float16
+        assert np.abs(np.linalg.norm(rows.astype(np.float32), axis=1) - 1).max() < 2**-10
     search_as_written(capsys, Path())
     assert run(ENCODING[1]) == 0  # what the same command continues is all there
 
