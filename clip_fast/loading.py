@@ -88,7 +88,7 @@ def load(
     activation: Activation | None = None,
     cuda_graphs: bool = True,
 ) -> tuple[ImageEncoder, Preprocess]:
-    """Loads a CLIP image encoder and its preprocessing, as `clip.load` does.
+    """Loads an image encoder of CLIP or SigLIP and its preprocessing, as `clip.load` does.
 
     The model is in evaluation mode and its weights require gradients, as those of `clip.load` do. The fast path runs
     under `torch.no_grad()` or `torch.inference_mode()`; otherwise the plain tower does, which can be trained.

@@ -53,6 +53,13 @@ def open_clip_siglip(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str = 
 # --- tokenizers ------------------------------------------------------------------------------------------------------
 
 
+def _release_5() -> Any:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    if transformers.__version__.startswith("4."):
+        pytest.skip("this transformers makes no tokenizer of a vocabulary")
+    return transformers
+
+
 def _corpus() -> list[str]:
     """Texts with every letter of English, and with some of the letters of many scripts."""
     english = ["a photo of a dog on the beach", "the quick brown fox jumps over the lazy dog at night", "naïve café"]
@@ -78,7 +85,7 @@ def sentence_piece(folder: Path, byte_fallback: bool = False) -> Any:
 
 def unigram(folder: Path) -> Any:
     """transformers' tokenizer of T5, which open_clip's SigLIPs have, of random pieces; saved in `folder`; itself."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    transformers = _release_5()
     words = " ".join(_corpus()).split()
     pieces = {"▁", *"".join(words)} | {f"▁{word[:length]}" for word in words for length in (1, 2, 3, 5)}
     pieces |= {word[start : start + 3] for word in words for start in range(0, len(word), 2)}
@@ -91,9 +98,7 @@ def unigram(folder: Path) -> Any:
 
 def byte_pairs(folder: Path, kind: str = "Siglip2Tokenizer", **options: Any) -> Any:
     """transformers' tokenizer of SigLIP 2, or Gemma's, with its settings on the hub; saved in `folder`; itself."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    if transformers.__version__.startswith("4."):
-        pytest.skip("this transformers makes no such tokenizer of a vocabulary")
+    transformers = _release_5()
     tokenizers = pytest.importorskip("tokenizers")
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256))]
     learner = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))

@@ -24,7 +24,7 @@ def models(_: argparse.Namespace) -> int:
         for model in members:
             words = " (images only)" if model.images_only else ""
             show(f"  {model.name:<{longest}}  {model.source}{words}")
-    show("any other CLIP on the Hugging Face hub: owner/name, or hf-hub:owner/name")
+    show("any other CLIP or SigLIP on the Hugging Face hub: owner/name, or hf-hub:owner/name")
     return EXIT_OK
 
 

@@ -125,9 +125,9 @@ MODELS_DESCRIPTION = """\
 Lists the models known by name, each with where it comes from, below a line for each image tower, which has its size and
 the sizes of images and embeddings.
 
---model takes any other CLIP on the Hugging Face hub, too, as owner/name or hf-hub:owner/name, and a checkpoint's path.
-@revision behind a name of the hub is a branch, a tag or a commit. A file or folder of that name wins, unless hf-hub:
-stands before it.
+--model takes any other CLIP or SigLIP on the Hugging Face hub, too, as owner/name or hf-hub:owner/name, and the path of
+a checkpoint. @revision behind a name of the hub is a branch, a tag or a commit. A file or folder of that name wins,
+unless hf-hub: stands before it.
 """
 
 
