@@ -9,8 +9,10 @@ as transformers' image processors have it.
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,6 +21,14 @@ from torch import Tensor
 
 from . import extras
 from .towers.config import IMAGE_MEAN, IMAGE_STD
+
+
+class Geometry(NamedTuple):
+    """Sizes of one image's way to its square: `resized` is (width, height), and the square begins at (left, top)."""
+
+    resized: tuple[int, int]
+    left: int
+    top: int
 
 
 @dataclass(frozen=True)
@@ -87,17 +97,33 @@ class Preprocess:
             ValueError: it has no pixels, or Pillow cannot resize its mode or convert it to RGB.
             OSError: Pillow cannot read the file behind it, for example because it is truncated.
         """
-        if not isinstance(image, Image.Image):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"image must be a PIL image, got {type(image).__module__}.{type(image).__qualname__}")
-        if 0 in image.size:
-            raise ValueError(f"image must have pixels, got one of {image.width}x{image.height}")
-        try:
-            rgb = self._square(_rgb_on_white(image)) if self.on_white else _rgb(self._square(image))
-        except ValueError as error:
-            raise ValueError(
-                f"cannot make RGB pixels of an image of mode {image.mode!r}, {image.width}x{image.height}: {error}"
-            ) from error
-        return torch.as_tensor(np.array(rgb), device="cpu").permute(2, 0, 1).contiguous()
+        return torch.as_tensor(np.array(self.square(image)), device="cpu").permute(2, 0, 1).contiguous()
+
+    def square(self, image: Image.Image) -> Image.Image:
+        """As `uint8`, the image in mode RGB."""
+        with _refused(image):
+            return self._square(_rgb_on_white(image)) if self.on_white else _rgb(self._square(image))
+
+    def unresized(self, image: Image.Image) -> Image.Image | None:
+        """The image in mode RGB, from whose pixels `geometry` alone leads to the square; None where there is none.
+
+        There is one where RGB comes first, and where each band of RGB is resized as the image's own would be. Raises
+        what `uint8` raises.
+        """
+        with _refused(image):
+            if self.on_white:
+                return _rgb_on_white(image)
+            return _rgb(image) if image.mode in ("RGB", "L") else None
+
+    def geometry(self, width: int, height: int) -> Geometry:
+        """Where the square lies in an image of this size, once that is resized."""
+        side = self.image_size
+        if self.squash:
+            return Geometry((side, side), 0, 0)
+        scaled_long = int(side * max(width, height) / min(width, height))  # rounds down; never less than side
+        resized = (side, scaled_long) if width <= height else (scaled_long, side)
+        left, top = (round((length - side) / 2) for length in resized)  # a half goes to the even neighbour
+        return Geometry(resized, left, top)
 
     def _square(self, image: Image.Image) -> Image.Image:
         """The middle of `image` in its own mode, after its shorter side was resized to image_size; or all, squashed.
@@ -105,13 +131,24 @@ class Preprocess:
         Before the conversion to RGB, because clip does so and the order shows: a palette is resized by nearest
         neighbour, transparent pixels do not bleed into opaque ones, 16-bit pixels are clipped to 8 bits last.
         """
-        side = self.image_size
-        if self.squash:
-            return image.resize((side, side), Image.Resampling.BICUBIC)
-        scaled_long = int(side * max(image.size) / min(image.size))  # rounds down; never less than side
-        size = (side, scaled_long) if image.width <= image.height else (scaled_long, side)
-        left, top = (round((length - side) / 2) for length in size)  # a half goes to the even neighbour
-        return image.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+        resized, left, top = self.geometry(*image.size)
+        square = image.resize(resized, Image.Resampling.BICUBIC)
+        return square.crop((left, top, left + self.image_size, top + self.image_size)) if not self.squash else square
+
+
+@contextmanager
+def _refused(image: Image.Image) -> Generator[None, None, None]:
+    """Refuses what is no image, or has no pixels; names the image where Pillow refuses it in the block."""
+    if not isinstance(image, Image.Image):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"image must be a PIL image, got {type(image).__module__}.{type(image).__qualname__}")
+    if 0 in image.size:
+        raise ValueError(f"image must have pixels, got one of {image.width}x{image.height}")
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(
+            f"cannot make RGB pixels of an image of mode {image.mode!r}, {image.width}x{image.height}: {error}"
+        ) from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:
