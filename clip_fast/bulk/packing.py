@@ -128,7 +128,7 @@ class Packed:
         if len(tables) % 2:
             tables = np.append(tables, np.int32(0))
         header = np.array([len(self._sources), side, scratch, 0])
-        numbers = torch.from_numpy(np.concatenate([header, steps.reshape(-1), tables.view(np.int64)]))
+        numbers = torch.as_tensor(np.concatenate([header, steps.reshape(-1), tables.view(np.int64)]))
         if not shared:
             return numbers
         return shared_zeros(8 * len(numbers)).view(torch.int64).copy_(numbers)
@@ -159,7 +159,7 @@ def squares(pixels: Tensor, plan: Tensor, header: tuple[int, int, int]) -> Tenso
 
 def header_of(plan: Tensor) -> tuple[int, int, int]:
     """A plan's numbers for the host: images, side and scratch. The plan is still in the memory of the CPU."""
-    count, side, scratch, _ = plan[:_HEADER].tolist()
+    count, side, scratch, _ = (int(number) for number in plan[:_HEADER].numpy())
     return count, side, scratch
 
 
@@ -169,13 +169,13 @@ def header_of(plan: Tensor) -> tuple[int, int, int]:
 def packing_for(device: torch.device, rooms: int, batch_size: int) -> Packing | None:
     """How images are packed for `device`; None where workers resize them.
 
-    They do for a CPU, where the kernel does not run, where the installed Pillow resizes otherwise, and where shared
-    memory has not twice the room for so many batches.
+    They do for a CPU, where the kernel does not run, where the installed Pillow resizes otherwise, and where `rooms` for
+    batches of this size would take more than half of the shared memory, of which each GPU may want a share.
     """
     if device.type != "cuda" or not dispatch.triton_can_run(device) or not _SHARED.exists():
         return None
-    needed = rooms * min(batch_size * MOST_OF_IMAGE, MOST_OF_BATCH)
-    if needed > shutil.disk_usage(_SHARED).free // 2:
+    wanted = rooms * min(batch_size * MOST_OF_IMAGE, MOST_OF_BATCH)
+    if 2 * wanted * torch.cuda.device_count() > shutil.disk_usage(_SHARED).free:
         return None
     order = tall_images_first()
     return None if order is None else Packing(order)
@@ -203,13 +203,13 @@ def tall_images_first() -> bool | None:
         side = min(resized)
         by_pillow = Image.fromarray(pixels).resize(resized, Image.Resampling.BICUBIC).crop((0, 0, side, side))
         source = Source(0, width, height, resized, 0, 0)
-        asked.append((torch.from_numpy(pixels).flatten(), source, torch.from_numpy(np.array(by_pillow))))
+        asked.append((torch.as_tensor(pixels).flatten(), source, torch.as_tensor(np.array(by_pillow))))
 
     def agrees(order: bool) -> bool:
         for pixels, source, wanted in asked:
             first = order and tall_first((source.width, source.height), source.resized)
             steps, tables, scratch = plan([source._replace(vertical_first=first)], len(wanted))
-            got = oracles.resize(pixels, torch.from_numpy(steps), torch.from_numpy(tables), scratch, len(wanted))
+            got = oracles.resize(pixels, torch.as_tensor(steps), torch.as_tensor(tables), scratch, len(wanted))
             if not torch.equal(got[0].permute(1, 2, 0), wanted):
                 return False
         return True

@@ -25,8 +25,8 @@ from clip_fast.kernels import dispatch
 from clip_fast.preprocess import Preprocess
 
 DATA = Path(__file__).parents[1] / "data"
-TALL = tall_images_first()
-assert TALL is not None, "the installed Pillow resizes otherwise than `resize` does"
+assert tall_images_first() is not None, "the installed Pillow resizes otherwise than `resize` does"
+TALL = tall_images_first() is True
 
 # (width, height) of RGB: around the side of 32; of one order and of the other; thin; too large to travel below
 SIZES = [(32, 32), (33, 31), (20, 70), (40, 150), (150, 40), (64, 48), (16, 16), (15, 200), (1, 9), (400, 300)]
@@ -192,10 +192,14 @@ def test_where_images_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu, free = torch.device("cpu"), torch.device("cuda"), 8 << 30
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     monkeypatch.setattr(dispatch, "triton_can_run", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert packing.packing_for(cpu, 4, 256) is None
     assert packing.packing_for(gpu, 16, 256) == Packing(TALL)
     assert packing.packing_for(gpu, 17, 256) is None  # for want of room
     assert packing.packing_for(gpu, 32, 128) == Packing(TALL)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert packing.packing_for(gpu, 16, 256) is None
+    assert packing.packing_for(gpu, 8, 256) == Packing(TALL)
     monkeypatch.setattr(packing, "tall_images_first", lambda: None)
     assert packing.packing_for(gpu, 4, 256) is None
     monkeypatch.setattr(packing, "tall_images_first", lambda: True)

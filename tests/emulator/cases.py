@@ -282,11 +282,15 @@ def resize(side: int, sizes: tuple[tuple[int, int], ...], squash: bool, kind: Ki
     steps, tables, scratch = resampling.plan(sources, side)
     tensors = pixels, torch.from_numpy(steps), torch.from_numpy(tables)
 
+    def call(guards: Guards) -> Tensor:
+        pixels_, steps_, tables_ = _copies(guards, *tensors)
+        return ops.resize(pixels_, steps_, tables_, scratch, side, impl="triton")
+
     def plain() -> Tensor:
         return oracles.resize(*tensors, scratch, side)
 
     return Problem(
-        lambda guards: ops.resize(*_copies(guards, *tensors), scratch, side, impl="triton"),
+        call,
         plain,
         lambda: plain().double(),
     )
