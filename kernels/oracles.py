@@ -36,7 +36,7 @@ def _resampled(pixels: Tensor, tables: Tensor, step: list[int], side: int) -> Te
     image = pixels.as_strided(shape, (3 * row_stride, 3, 1), pixels.storage_offset() + offset)
     total = torch.full((rows, columns, 3), 1 << (FRACTION_BITS - 1), dtype=torch.int32, device=pixels.device)
     for tap, weight in enumerate(weights):
-        neighbours = image.index_select(1 if along_x else 0, (first + tap).clamp(max=length - 1))
+        neighbours = image.index_select(1 if along_x else 0, first + tap)
         total += neighbours * (weight[None, :, None] if along_x else weight[:, None, None])
     return (total >> FRACTION_BITS).clamp(0, 255).to(torch.uint8)
 

@@ -88,17 +88,20 @@ def axis(length: int, resized: int, start: int, side: int, filter: Filter) -> Ax
     first = np.maximum((centre - reach * stretch + 0.5).astype(np.int64), 0)
     end = np.minimum((centre + reach * stretch + 0.5).astype(np.int64), length)
     taps = int((end - first).max())
-    place = first + np.arange(taps)[:, None]
-    weights = np.where(place < end, function(np.abs((place - centre + 0.5) * (1.0 / stretch))), 0.0)
+    begin, far = int(first[0]), int(end[-1])
+    start_of = np.minimum(first, far - taps)  # so that no tap is past the last pixel that is needed
+    place = start_of + np.arange(taps)[:, None]
+    weights = np.where(
+        (place >= first) & (place < end), function(np.abs((place - centre + 0.5) * (1.0 / stretch))), 0.0
+    )
     total = np.zeros(side)
     for row in weights:  # in this order
         total += row
     weights /= np.where(total == 0.0, 1.0, total)
     fixed = (weights * (1 << FRACTION_BITS) + np.copysign(0.5, weights)).astype(np.int64)  # cut towards zero
-    begin = int(first[0])
-    table = np.concatenate([(first - begin)[None], fixed]).astype(np.int32).reshape(-1)
+    table = np.concatenate([(start_of - begin)[None], fixed]).astype(np.int32).reshape(-1)
     table.flags.writeable = False
-    return Axis(begin, int(end[-1]), taps, table)
+    return Axis(begin, far, taps, table)
 
 
 def plan(sources: Sequence[Source], side: int, filter: Filter = "bicubic") -> Plan:

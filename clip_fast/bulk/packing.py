@@ -169,8 +169,8 @@ def header_of(plan: Tensor) -> tuple[int, int, int]:
 def packing_for(device: torch.device, rooms: int, batch_size: int) -> Packing | None:
     """How images are packed for `device`; None where workers resize them.
 
-    They do for a CPU, where the kernel does not run, where the installed Pillow resizes otherwise, and where `rooms` for
-    batches of this size would take more than half of the shared memory, of which each GPU may want a share.
+    They do for a CPU, where the kernel does not run, where the installed Pillow resizes otherwise, and where `rooms`
+    for batches of this size would take more than half of the shared memory, of which each GPU may want a share.
     """
     if device.type != "cuda" or not dispatch.triton_can_run(device) or not _SHARED.exists():
         return None
