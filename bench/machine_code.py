@@ -48,14 +48,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from clip_fast.kernels import dispatch, ops
+from clip_fast.kernels import dispatch, ops, resampling
 from clip_fast.kernels.launches import TABLE
 from clip_fast.kernels.targets import REGISTERS, SYSTEM_SHARED_MEMORY, TARGETS, assume, pinned
 
 from .report import save
 
 HALF, BFLOAT, FLOAT = torch.float16, torch.bfloat16, torch.float32
-_DTYPE_NAMES = {HALF: "fp16", BFLOAT: "bf16", FLOAT: "fp32", torch.uint8: "u8", torch.float64: "fp64"}
+_DTYPE_NAMES = {
+    HALF: "fp16", BFLOAT: "bf16", FLOAT: "fp32", torch.float64: "fp64",
+    torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
 _WIDE = 128  # bits of the widest load
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")  # of a launch, that the compiler is given
 
@@ -175,6 +178,20 @@ def _mean_token(dtype: torch.dtype) -> object:
     return _launch("mean_token", _empty(64, 49, 2048, dtype=dtype), _empty(2048, dtype=FLOAT))
 
 
+def _resize() -> object:
+    """256 photographs of 640 x 480."""
+    steps, tables, scratch = resampling.plan([resampling.Source(0, 640, 480, (298, 224), 37, 0)] * 256, 224)
+    pixels = _empty(256 * 640 * 480 * 3, dtype=torch.uint8)
+    return _launch(
+        "resize",
+        pixels,
+        _empty(*steps.shape, dtype=torch.int64),
+        _empty(*tables.shape, dtype=torch.int32),
+        scratch,
+        224,
+    )
+
+
 def cases() -> Iterator[Case]:
     """Every kernel in every launch configuration, at shapes of ViT-B, L, H, g and bigG, SigLIP and the ResNets."""
     kinds = (("fp16", HALF, "ieee"), ("bf16", BFLOAT, "ieee"), ("fp32", FLOAT, "ieee"), ("tf32", FLOAT, "tf32"))
@@ -223,6 +240,7 @@ def cases() -> Iterator[Case]:
         if precision == "ieee":
             yield Case(f"layer_norm {kind} W=1024", _bind(_layer_norm, 1024, dtype))
             yield Case(f"mean_token {kind}", _bind(_mean_token, dtype))
+    yield Case("resize u8", _resize)
 
 
 def _bind(function: Callable[..., object], *args: object, **kwargs: object) -> Callable[[], object]:
@@ -608,7 +626,7 @@ def _cuobjdump(option: str, file: str) -> str:
     return subprocess.run([_cuobjdump_path(), option, file], check=True, capture_output=True, text=True).stdout
 
 
-_NO_MATRIX = ("_layer_norm_kernel", "_mean_token_kernel")  # reductions
+_NO_MATRIX = ("_layer_norm_kernel", "_mean_token_kernel", "_resize_kernel")  # memory decides
 
 
 def _problems(row: Row, descriptors: bool) -> list[str]:

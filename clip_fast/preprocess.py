@@ -9,8 +9,10 @@ is open_clip's too. With `on_white`, RGB comes first, as transformers' image pro
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -18,6 +20,14 @@ from torch import Tensor
 
 from . import extras
 from .towers.config import IMAGE_MEAN, IMAGE_STD, ImageSize, sides
+
+
+class Geometry(NamedTuple):
+    """Sizes of one image's way to its result, which begins at (left, top) of the image of (width, height) `resized`."""
+
+    resized: tuple[int, int]
+    left: int
+    top: int
 
 
 @dataclass(frozen=True)
@@ -93,21 +103,34 @@ class Preprocess:
             ValueError: it has no pixels, or Pillow cannot resize its mode or convert it to RGB.
             OSError: Pillow cannot read the file behind it, for example because it is truncated.
         """
-        if not isinstance(image, Image.Image):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise TypeError(f"image must be a PIL image, got {type(image).__module__}.{type(image).__qualname__}")
-        if 0 in image.size:
-            raise ValueError(f"image must have pixels, got one of {image.width}x{image.height}")
-        try:
-            fit = self._fit(_rgb_on_white(image) if self.on_white else image)
-            rgb = fit if fit.mode == "RGB" else _rgb(fit)
-        except ValueError as error:
-            raise ValueError(
-                f"cannot make RGB pixels of an image of mode {image.mode!r}, {image.width}x{image.height}: {error}"
-            ) from error
+        rgb = self.fit(image)
         out = torch.empty((3, rgb.height, rgb.width), dtype=torch.uint8, device="cpu") if out is None else out
         for plane, band in zip(out.numpy(), rgb.split(), strict=True):
             plane[:] = band  # Pillow takes an image apart faster than NumPy and PyTorch transpose one
         return out
+
+    def fit(self, image: Image.Image) -> Image.Image:
+        """As `uint8`, the image in mode RGB."""
+        with _refused(image):
+            fit = self._fit(_rgb_on_white(image) if self.on_white else image)
+            return fit if fit.mode == "RGB" else _rgb(fit)
+
+    def unresized(self, image: Image.Image) -> Image.Image | None:
+        """The image in mode RGB, from whose pixels `geometry` alone leads to the result; None where there is none.
+
+        There is one where RGB comes first, and where each band of RGB is resized as the image's own would be. Raises
+        what `uint8` raises.
+        """
+        with _refused(image):
+            if self.on_white:
+                return _rgb_on_white(image)
+            return _rgb(image) if image.mode in ("RGB", "L") else None
+
+    def geometry(self, size: tuple[int, int]) -> Geometry:
+        """Where the result lies in an image of this width and height, once that is resized."""
+        resized, (height, width) = self.resized(size), sides(self.image_size)
+        left, top = round((resized[0] - width) / 2), round((resized[1] - height) / 2)  # a half to the even neighbour
+        return Geometry(resized, left, top)
 
     def resized(self, size: tuple[int, int]) -> tuple[int, int]:
         """Width and height of an image of this width and height after it was resized, and before a crop."""
@@ -130,12 +153,25 @@ class Preprocess:
         Before the conversion to RGB, because clip does so and the order shows: a palette is resized by nearest
         neighbour, transparent pixels do not bleed into opaque ones, 16-bit pixels are clipped to 8 bits last.
         """
-        image = self._resize(image)
+        _, left, top = self.geometry(image.size)
         height, width = sides(self.image_size)
-        if image.size == (width, height):
-            return image
-        left, top = round((image.width - width) / 2), round((image.height - height) / 2)  # a half to the even neighbour
-        return image.crop((left, top, left + width, top + height))
+        image = self._resize(image)
+        return image if image.size == (width, height) else image.crop((left, top, left + width, top + height))
+
+
+@contextmanager
+def _refused(image: Image.Image) -> Generator[None, None, None]:
+    """Refuses what is no image, or has no pixels; names the image where Pillow refuses it in the block."""
+    if not isinstance(image, Image.Image):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"image must be a PIL image, got {type(image).__module__}.{type(image).__qualname__}")
+    if 0 in image.size:
+        raise ValueError(f"image must have pixels, got one of {image.width}x{image.height}")
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(
+            f"cannot make RGB pixels of an image of mode {image.mode!r}, {image.width}x{image.height}: {error}"
+        ) from error
 
 
 def _rgb(image: Image.Image) -> Image.Image:

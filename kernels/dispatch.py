@@ -62,8 +62,9 @@ def is_trusted() -> bool:
 class Op:
     """An op, called with the implementation that is asked for, its tensors, and its other arguments.
 
-    `lead` is the position, among the arguments, of the tensor whose dtype is computed in. The lead's last dimension may
-    be at most `widest` for the kernel; `wide` is the plural of what that dimension is, in words.
+    `lead` is the position, among the arguments, of the tensor whose dtype is computed in; ops of `bytes` compute in
+    integers. The lead's last dimension may be at most `widest` for the kernel; `wide` is the plural of what that
+    dimension is, in words.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Op:
     lead: int
     widest: int | None
     wide: str
+    bytes: bool
 
     def __call__(self, impl: Impl, tensors: tuple[Tensor | None, ...], *options: Any) -> Any:
         """The op's results.
@@ -110,7 +112,7 @@ class Op:
         """The reason why the kernel does not serve operands with this lead; None where it does."""
         if not triton_can_run(lead.device):
             return toolchain.why_not(lead.device)
-        if reason := why_not_computed(lead.dtype):
+        if not self.bytes and (reason := why_not_computed(lead.dtype)):
             return reason
         if self.widest is not None and lead.shape[-1] > self.widest:
             return f"{self.wide} are at most {self.widest} wide, got {lead.shape[-1]}"
@@ -126,6 +128,7 @@ def define(
     lead: int = 0,
     widest: int | None = None,
     wide: str = "",
+    bytes: bool = False,
 ) -> Op:
     """Registers an op with PyTorch.
 
@@ -134,9 +137,9 @@ def define(
         schema: arguments and results in PyTorch's language.
         fake: results without values for arguments without values.
         check: raises ValueError or TypeError for arguments that the op does not take.
-        lead, widest, wide: see `Op`.
+        lead, widest, wide, bytes: see `Op`.
     """
-    op = Op(name, check, lead, widest, wide)
+    op = Op(name, check, lead, widest, wide, bytes)
     _launching[name] = threading.RLock()
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):

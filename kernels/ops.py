@@ -7,7 +7,7 @@ through it, and is called through the function of that name below. `dispatch.py`
 The ops are for inference: they carry no derivative formula.
 
 Shapes: B images, N tokens, G = N − 1 of them patches, W width, H heads, D head_dim; M rows, K and N of a GEMM.
-Kernels take float16, bfloat16 and float32, and accumulate in float32.
+Kernels take float16, bfloat16 and float32, and accumulate in float32; `resize` takes bytes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import Impl, define
+from .resampling import FIELDS
 from .statistics import empty_statistics, statistics_tiles
 from .targets import InputPrecision
 
@@ -43,6 +44,52 @@ def operand(weight: Tensor, dtype: torch.dtype, precision: InputPrecision) -> Te
     """A weight as kernels multiply by it: contiguous, of `dtype`, and rounded where they would cut it."""
     weight = weight.to(dtype).contiguous()
     return to_tf32(weight) if dtype == torch.float32 and precision == "tf32" else weight
+
+
+# --- resize -----------------------------------------------------------------------------------------------------------
+
+
+def _fake_resize(pixels: Tensor, steps: Tensor, tables: Tensor, scratch: int, side: int) -> Tensor:
+    return pixels.new_empty(steps.shape[1], 3, side, side)
+
+
+def _check_resize(pixels: Tensor, steps: Tensor, tables: Tensor, scratch: int, side: int) -> None:
+    for name, tensor, dtype in (
+        ("pixels", pixels, torch.uint8), ("steps", steps, torch.int64), ("tables", tables, torch.int32)
+    ):  # fmt: skip
+        if tensor.dtype != dtype:
+            raise TypeError(f"{name} must be of {dtype}, got {tensor.dtype}")
+        _require(tensor.is_contiguous(), f"{name} must be contiguous, got strides {tensor.stride()}")
+    _require(pixels.ndim == 1, "pixels must be [bytes], got", pixels)
+    _require(steps.ndim == 3 and (steps.shape[0], steps.shape[2]) == (2, FIELDS),
+             f"steps must be [2, batch, {FIELDS}], got", steps)  # fmt: skip
+    _require(tables.ndim == 1, "tables must be of one dimension, got", tables)
+    _require(side > 0 and scratch >= 0, f"side must be positive and scratch not negative, got {side} and {scratch}")
+    _require_device(pixels=pixels, steps=steps, tables=tables)
+
+
+_resize = define(
+    "resize",
+    "(Tensor pixels, Tensor steps, Tensor tables, int scratch, int side) -> Tensor",
+    _fake_resize,
+    _check_resize,
+    bytes=True,
+)
+
+
+def resize(pixels: Tensor, steps: Tensor, tables: Tensor, scratch: int, side: int, *, impl: Impl = "auto") -> Tensor:
+    """Images of any size, resized to squares bit for bit as Pillow does, which may cut them out of a larger result.
+
+    Args:
+        pixels: uint8 (bytes,), contiguous: RGB images behind each other, each row by row.
+        steps, tables, scratch: what `resampling.plan` gives for these images and this side, the arrays as tensors on
+            the device of the pixels. They are trusted: a plan of other images reads beside the pixels.
+        side: S, of the squares in pixels.
+
+    Returns:
+        uint8 (B, 3, S, S), contiguous.
+    """
+    return _resize(impl, (pixels, steps, tables), scratch, side)
 
 
 # --- patch_embed ------------------------------------------------------------------------------------------------------

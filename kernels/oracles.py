@@ -16,7 +16,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .resampling import FRACTION_BITS
 from .statistics import empty_statistics, merge_statistics, row_statistics
+
+
+def resize(pixels: Tensor, steps: Tensor, tables: Tensor, scratch: int, side: int) -> Tensor:
+    squares = [pixels.new_empty((0, side, side, 3))]
+    for first, second in steps.transpose(0, 1).tolist():
+        between = _resampled(pixels, tables, first, side)
+        squares.append(_resampled(between.flatten(), tables, [0, *second[1:]], side)[None])
+    return torch.cat(squares).permute(0, 3, 1, 2).contiguous()
+
+
+def _resampled(pixels: Tensor, tables: Tensor, step: list[int], side: int) -> Tensor:
+    """One pass of one image, (rows, columns, 3); the fields of a step are those of `resampling.plan`."""
+    offset, row_stride, rows, columns, length, place, taps, along_x, _ = step
+    first, *weights = tables[place : place + (1 + taps) * side].view(1 + taps, side)
+    shape = (rows, length, 3) if along_x else (length, columns, 3)
+    image = pixels.as_strided(shape, (3 * row_stride, 3, 1), pixels.storage_offset() + offset)
+    total = torch.full((rows, columns, 3), 1 << (FRACTION_BITS - 1), dtype=torch.int32, device=pixels.device)
+    for tap, weight in enumerate(weights):
+        neighbours = image.index_select(1 if along_x else 0, first + tap)
+        total += neighbours * (weight[None, :, None] if along_x else weight[:, None, None])
+    return (total >> FRACTION_BITS).clamp(0, 255).to(torch.uint8)
 
 
 def patch_embed(

@@ -1,8 +1,9 @@
 """What machine code executes: instructions of one step of the main loop, and of everything else a block does once.
 
 cuobjdump's listing is cut into basic blocks. The main loop's step is the shortest cycle through the block that has the
-most matrix instructions (float32 multiply-adds where there are none). A kernel whose programs walk over tiles has a
-loop around it, or both in one loop; the rest of that loop runs once a tile. Elsewhere the rest is all that is no step.
+most matrix instructions (float32 multiply-adds where there are none, and loads where there are neither). A kernel whose
+programs walk over tiles has a loop around it, or both in one loop; the rest of that loop runs once a tile. Elsewhere
+the rest is all that is no step.
 
 A listing has no trip counts and no bank conflicts. Conflicts of 16-bit stores are taken from `tests.emulator count`,
 which executes the same kernels: two wavefronts for each.
@@ -135,14 +136,14 @@ def _reached(start: int, following: Sequence[set[int]]) -> set[int]:
 
 
 def _anchor(looping: Iterable[int], blocks: Sequence[Sequence[Line]]) -> int | None:
-    """Of the blocks in loops the one that multiplies most."""
+    """Of the blocks in loops the one that multiplies most, or else loads most."""
 
-    def weight(i: int) -> tuple[int, int]:
+    def weight(i: int) -> tuple[int, int, int]:
         kinds = Counter(line.kind for line in blocks[i])
-        return sum(kinds[kind] for kind in _MATRIX), sum(kinds[kind] for kind in _FLOAT)
+        return sum(kinds[kind] for kind in _MATRIX), sum(kinds[kind] for kind in _FLOAT), kinds["LDG"]
 
     best = max(looping, key=weight, default=None)
-    return None if best is None or weight(best) == (0, 0) else best
+    return None if best is None or weight(best) == (0, 0, 0) else best
 
 
 def _shortest_cycle(

@@ -7,7 +7,7 @@ caught as `bench.machine_code` catches it. A kernel is known here by the names o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clip_fast.kernels import dispatch
+from clip_fast.kernels import dispatch, resampling
 from clip_fast.kernels.targets import assume
 from clip_fast.towers import precision as precisions
 from clip_fast.towers import reference
@@ -26,6 +26,8 @@ from clip_fast.towers.vit import FastVit, KernelVit
 
 from ..machine_code import Job, arguments_of, caught, job_of
 from .devices import Device
+
+PHOTOGRAPH = (640, 480)  # pixels, of an image that is resized
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,27 @@ def launches_of(config: VitConfig | SiglipConfig, batch: int, precision: str, de
     with assume(device.arch, device.multiprocessors), caught() as launches, torch.no_grad(), _Launching():
         tower.encode(images)
     return [_launch(device.arch, *launch) for launch in launches]
+
+
+def resize_of(side: int, batch: int, device: Device) -> list[Launch]:
+    """The launches that resize a batch of photographs before they are encoded, as `clip-fast encode` has them."""
+    width, height = PHOTOGRAPH
+    resized = side * width // height, side
+    steps, tables, scratch = resampling.plan(
+        [resampling.Source(0, width, height, resized, (resized[0] - side) // 2, 0)] * batch, side
+    )
+    pixels = torch.empty(batch * 3 * width * height, dtype=torch.uint8, device="meta")
+    shapes = ((steps.shape, torch.int64), (tables.shape, torch.int32))
+    operands = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes]
+    with assume(device.arch, device.multiprocessors), caught() as launches:
+        dispatch.launcher("resize")(pixels, *operands, scratch, side)
+    them: list[Launch] = []
+    for axis, step, launch in zip("xy", steps[:, 0], launches, strict=True):
+        plain, a = _launch(device.arch, *launch), arguments_of(*launch)
+        rows, columns, taps = (int(step[field]) for field in (2, 3, 6))
+        tiles = batch * _tiles(rows, a["BLOCK_Y"]) * _tiles(columns, a["BLOCK_X"])
+        them.append(replace(plain, label=f"resize {width} × {height} along {axis}", work=Work(tiles, taps, 0, 0)))
+    return them
 
 
 @cache

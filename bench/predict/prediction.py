@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clip_fast.engine.graphs import bucket_of
-from clip_fast.towers.config import Config, ResNetConfig
+from clip_fast.towers.config import Config, ResNetConfig, sides
 
 from ..machine_code import Job, compiled_kernel, disassembled, resident_blocks
 from ..models import MODELS, SIGLIP_MODELS
@@ -17,7 +17,7 @@ from ..roofline import least_seconds, operations, traffic
 from ..timing import Ceilings
 from . import code, rival
 from .devices import DEVICES, Device
-from .launches import Launch, launches_of
+from .launches import Launch, launches_of, resize_of
 from .terms import Kernel, Time, launch_time
 
 PREDICTABLE: dict[str, Config] = MODELS | SIGLIP_MODELS
@@ -46,6 +46,7 @@ class Prediction:
     replayed: bool  # as a CUDA graph, which costs the host next to nothing
     rival: float | None  # None where the device's sustained rates are not known, which it is a share of
     least: float  # what the arithmetic that the mathematics needs takes at the device's rates
+    before: tuple[Predicted, ...] = ()  # what resizes the batch in bulk encoding, which no sum here has
 
     @property
     def on_device(self) -> float:
@@ -83,9 +84,15 @@ def read_kernels(jobs: Iterable[Job], processes: int) -> dict[tuple[Any, ...], K
 
 
 def predict(
-    model: str, batch: int, precision: str, device: Device, launches: Sequence[Launch], kernels: Kernels
+    model: str,
+    batch: int,
+    precision: str,
+    device: Device,
+    launches: Sequence[Launch],
+    kernels: Kernels,
+    before: Sequence[Launch] = (),
 ) -> Prediction:
-    """The prediction for a batch that has these launches."""
+    """The prediction for a batch that has these launches, and those `before` them."""
     config = PREDICTABLE[model]
     assert not isinstance(config, ResNetConfig)
     counts: dict[tuple[Any, ...], int] = {}
@@ -100,6 +107,7 @@ def predict(
         device.name, model, batch, precision, predicted, bucket_of(batch, config) is not None,
         rival.seconds_of(config, batch, precision, device) if precision in device.sustained else None,
         least_seconds(batch * operations(config), traffic(config, batch, precision), precision, limits),
+        tuple(_predicted(launch, 1, precision, device, kernels) for launch in before),
     )  # fmt: skip
 
 
@@ -118,11 +126,12 @@ def predictions(
 ) -> list[Prediction]:
     """All of them; what several share is compiled once."""
     asked = [(m, b, p, DEVICES[d]) for d in devices for p in precisions for m in models for b in batches]
-    launches: list[list[Launch]] = []
+    launches: list[tuple[list[Launch], list[Launch]]] = []
     for model, batch, precision, device in asked:
         config = PREDICTABLE[model]
         if isinstance(config, ResNetConfig):
             raise ValueError(f"{model} is a ResNet: the time of cuDNN's convolutions is not calculated")
-        launches.append(launches_of(config, bucket_of(batch, config) or batch, precision, device))
-    kernels = read_kernels((launch.job for each in launches for launch in each), processes)
-    return [predict(*one, each, kernels) for one, each in zip(asked, launches, strict=True)]
+        encode = launches_of(config, bucket_of(batch, config) or batch, precision, device)
+        launches.append((encode, resize_of(sides(config.image_size)[0], batch, device)))
+    kernels = read_kernels((launch.job for both in launches for each in both for launch in each), processes)
+    return [predict(*one, encode, kernels, before) for one, (encode, before) in zip(asked, launches, strict=True)]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import threading
 import warnings
-from contextlib import ExitStack
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -61,14 +62,20 @@ class Decoder:
 
     def __call__(self, item: Item, pixels: Tensor) -> tuple[int, int]:
         """Writes the item's pixels, uint8 (3, height, width); its size. Raises whatever decoders raise."""
+        with self.opened(item) as (image, size):
+            self.preprocess.uint8(image, pixels)
+            return size
+
+    @contextmanager
+    def opened(self, item: Item) -> Generator[tuple[Image.Image, tuple[int, int]], None, None]:
+        """The item's image, which is yet to be decoded, and its size. Raises whatever decoders raise."""
         with UNREMARKED, item.open() as image:
             size = image.size
             self.check(size)
             if self.fast:
                 height, width = sides(self.preprocess.image_size)
                 image.draft(None, (2 * width, 2 * height))  # pyright: ignore[reportArgumentType]
-            self.preprocess.uint8(image, pixels)
-            return size
+            yield image, size
 
     def check(self, size: tuple[int, int]) -> None:
         """Refuses an image that resizing would make larger than Pillow opens.
@@ -100,6 +107,22 @@ class Decoder:
         """
         shape = (count, 3, *sides(self.preprocess.image_size))
         return shared_zeros(math.prod(shape)).view(shape) if shared else torch.zeros(shape, dtype=torch.uint8)
+
+
+class Squares:
+    """A batch of resized images, `pixels` uint8 (count, 3, height, width). Those that failed are black.
+
+    Raises:
+        RuntimeError: shared memory has no room for them.
+    """
+
+    def __init__(self, decoder: Decoder, count: int, *, shared: bool) -> None:
+        self._decoder = decoder
+        self.pixels = decoder.black(count, shared=shared)
+
+    def into(self, number: int, item: Item) -> tuple[tuple[int, int], str | None]:
+        """As `Decoder.into`, for the image of this number."""
+        return self._decoder.into(self.pixels[number], item)
 
 
 def failure_reason(error: Exception) -> str:

@@ -3,7 +3,8 @@
     worker processes          this thread                            a writer thread
     read, decode, resize  ->  copy (side stream), encode, copy back  ->  gather a shard, write, rename
 
-Raw uint8 pixels go between the stages in shared, page-locked memory. Embeddings go with a CUDA event that tells when
+Raw uint8 pixels go between the stages in shared, page-locked memory. On a GPU images are resized after the copy, see
+`packing.py`. Embeddings go with a CUDA event that tells when
 they have arrived. The thread that feeds the GPU waits for pixels only, and for the writer when that is `WRITES_AHEAD`
 batches behind. Batches are cut at the same places in every run, so that a resumed run computes the same bits.
 """
@@ -28,9 +29,10 @@ from ..encoder import ImageEncoder
 from ..inputs.inputs import Inputs
 from ..inputs.items import Item
 from .decoder import Decoder
+from .packing import header_of, packing_for, squares
 from .rows import encode_rows, settle
 from .tables import Record, Shard, Totals
-from .workers import TIME_LIMIT, Workers, WorkItem
+from .workers import ROOMS, TIME_LIMIT, Decoded, Workers, WorkItem
 
 WRITES_AHEAD = 8  # batches
 
@@ -101,7 +103,8 @@ def run_shards(
     work = _batches(shards, sink, options, report)
     encode = _encoder(model, options)
     writer = ThreadPoolExecutor(1, thread_name_prefix="write")
-    workers = Workers(decoder, options.workers, time_limit=options.time_limit, pin_memory=on_gpu)
+    packing = packing_for(decoder.preprocess, model.device, options.workers * ROOMS, options.batch_size)
+    workers = Workers(decoder, options.workers, time_limit=options.time_limit, pin_memory=on_gpu, packing=packing)
     # The DataLoader's pinning thread opens the current device. Without this it would open the first one.
     current = torch.cuda.device(model.device) if on_gpu else nullcontext()
     try:
@@ -109,7 +112,7 @@ def run_shards(
             before = time.perf_counter()
             for batch, decoded in decoding:
                 arrived = time.perf_counter()
-                rows = encode(decoded.pixels)
+                rows = encode(decoded)
                 writes.append(writer.submit(gatherer.add, batch, decoded.sizes, decoded.errors, rows))
                 done = Totals()
                 while writes and (len(writes) > WRITES_AHEAD or writes[0].done()):
@@ -165,17 +168,18 @@ class _Gatherer:
         return Totals(len(batch.items), len(failed), int(complete))
 
 
-def _encoder(model: ImageEncoder, options: Options) -> Callable[[Tensor], Callable[[], Tensor]]:
-    """A function that starts to encode pixels, uint8 (B, 3, H, W), and returns another that waits for the rows."""
+def _encoder(model: ImageEncoder, options: Options) -> Callable[[Decoded], Callable[[], Tensor]]:
+    """A function that starts to encode a decoded batch, and returns another that waits for the rows."""
     dtype = torch.float16 if options.dtype == "float16" else torch.float32
 
-    def embed(pixels: Tensor) -> Tensor:
-        return encode_rows(model, pixels, options.normalize).to(dtype)
+    def embed(pixels: Tensor, plan: Tensor | None, header: tuple[int, int, int] | None) -> Tensor:
+        images = pixels if plan is None or header is None else squares(pixels, plan, header)
+        return encode_rows(model, images, options.normalize).to(dtype)
 
     if model.device.type != "cuda":
 
-        def encode_here(pixels: Tensor) -> Callable[[], Tensor]:
-            rows = embed(pixels).to("cpu")
+        def encode_here(decoded: Decoded) -> Callable[[], Tensor]:
+            rows = embed(decoded.pixels, decoded.plan, _header(decoded)).to("cpu")
             return lambda: rows
 
         return encode_here
@@ -183,13 +187,16 @@ def _encoder(model: ImageEncoder, options: Options) -> Callable[[Tensor], Callab
     device = model.device
     copying, returning = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
-    def encode_there(pixels: Tensor) -> Callable[[], Tensor]:
+    def encode_there(decoded: Decoded) -> Callable[[], Tensor]:
         computing = torch.cuda.current_stream(device)
         with torch.cuda.stream(copying):
-            images = pixels.to(device, non_blocking=True)
+            pixels = decoded.pixels.to(device, non_blocking=True)
+            plan = None if decoded.plan is None else decoded.plan.to(device, non_blocking=True)
         computing.wait_stream(copying)
-        images.record_stream(computing)
-        rows = embed(images)
+        for moved in (pixels, plan):
+            if moved is not None:
+                moved.record_stream(computing)
+        rows = embed(pixels, plan, _header(decoded))
         returning.wait_stream(computing)
         with torch.cuda.stream(returning):
             host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
@@ -205,3 +212,7 @@ def _encoder(model: ImageEncoder, options: Options) -> Callable[[Tensor], Callab
         return wait
 
     return encode_there
+
+
+def _header(decoded: Decoded) -> tuple[int, int, int] | None:
+    return None if decoded.plan is None else header_of(decoded.plan)

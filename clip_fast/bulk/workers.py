@@ -36,9 +36,11 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..inputs import images
 from ..inputs.items import Item, Unreadable
-from .decoder import Decoder, failure_reason
+from .decoder import Decoder, Squares, failure_reason
+from .packing import Packed, Packing, Rooms
 
 BATCHES_AHEAD = 3  # per worker
+ROOMS = BATCHES_AHEAD + 1  # of packed batches, per worker: the one that is encoded, too
 STRIKES = 2  # worker deaths that make an image a failure
 MAX_RESTARTS = 5  # in a row without a batch, for deaths without an image to blame
 
@@ -58,17 +60,22 @@ class SharedMemoryError(RuntimeError):
 class Decoded(NamedTuple):
     """A decoded batch: pixels, uint8 (B, 3, height, width), and notes on them, JSON in uint8.
 
-    Both are tensors in shared memory, so that the message about them is shorter than PIPE_BUF. A write that short is
+    Where images travel as they are, the pixels are those of `Packed`, with its plan.
+
+    All are tensors in shared memory, so that the message about them is shorter than PIPE_BUF. A write that short is
     whole or not at all: a worker that is killed in it leaves no half message to wait for.
     """
 
     pixels: Tensor
     notes: Tensor
+    plan: Tensor | None = None
 
     @classmethod
-    def of(cls, pixels: Tensor, sizes: list[tuple[int, int]], errors: dict[int, str]) -> Decoded:
+    def of(
+        cls, pixels: Tensor, sizes: list[tuple[int, int]], errors: dict[int, str], plan: Tensor | None = None
+    ) -> Decoded:
         notes = json.dumps([sizes, list(errors.items())])  # in ASCII, since a reason may have bytes that are no text
-        return cls(pixels, torch.frombuffer(bytearray(notes, "ascii"), dtype=torch.uint8))
+        return cls(pixels, torch.frombuffer(bytearray(notes, "ascii"), dtype=torch.uint8), plan)
 
     @classmethod
     def joined(cls, parts: Iterable[Decoded], count: int) -> Decoded:
@@ -126,15 +133,23 @@ class Workers:
             decoder survives it, and nothing stops an image that hangs.
         time_limit: seconds for an image.
         pin_memory: page-locks the pixels, for copies to a GPU.
+        packing: how images travel as they are; by default they are resized here.
     """
 
     def __init__(
-        self, decoder: Decoder, count: int, *, time_limit: float = TIME_LIMIT, pin_memory: bool = False
+        self,
+        decoder: Decoder,
+        count: int,
+        *,
+        time_limit: float = TIME_LIMIT,
+        pin_memory: bool = False,
+        packing: Packing | None = None,
     ) -> None:
         self._decoder = decoder
         self._count = count
         self._time_limit = time_limit
         self._pin_memory = pin_memory
+        self._packing = packing
         self._sampler = _Sampler()
         self._board = torch.empty(0)
         self._loader: DataLoader[Decoded] | None = None
@@ -197,7 +212,7 @@ class Workers:
             self._board = torch.full((self._count, 2), _IDLE, dtype=torch.int64)
             self._board.share_memory_()
             self._loader = DataLoader(
-                _Decoding(self._decoder, self._board, self._time_limit),
+                _Decoding(self._decoder, self._board, self._time_limit, self._packing),
                 batch_sampler=self._sampler,  # pyright: ignore[reportArgumentType]
                 num_workers=self._count,
                 worker_init_fn=_start_worker,
@@ -261,10 +276,12 @@ class _Sampler:
 class _Decoding(Dataset[Decoded]):
     """For the DataLoader: decodes a batch. The board, (workers, 2), has each worker's process and image."""
 
-    def __init__(self, decoder: Decoder, board: Tensor, time_limit: float) -> None:
+    def __init__(self, decoder: Decoder, board: Tensor, time_limit: float, packing: Packing | None = None) -> None:
         self._decoder = decoder
         self._board = board
         self._time_limit = time_limit
+        self._packing = packing
+        self._rooms = Rooms(ROOMS)
 
     def __getitems__(self, batch: WorkItem) -> Decoded:
         worker = get_worker_info()
@@ -274,26 +291,37 @@ class _Decoding(Dataset[Decoded]):
     def _decoded(self, batch: WorkItem, worker: int | None) -> Decoded:
         if worker is not None:
             self._board[worker, 0] = os.getpid()
+        shared = worker is not None
         with _room_asked_for():
-            pixels = self._decoder.black(len(batch.items), shared=worker is not None)
+            into = self._begun(len(batch.items), shared)
         sizes: list[tuple[int, int]] = []
         errors: dict[int, str] = {}
         for i, item in enumerate(batch.items):
             if worker is not None:
                 self._board[worker, 1] = batch.shard * _SPAN + batch.start + i
-            size, error = self._decode(pixels[i], item, limited=worker is not None)
+            size, error = self._decode(into, i, item, limited=shared)
             sizes.append(size)
             if error is not None:
                 errors[i] = error
-        decoded = Decoded.of(pixels, sizes, errors)
         if worker is not None:
             self._board[worker, 1] = _IDLE
-            with _room_asked_for():
+        with _room_asked_for():
+            plan = into.plan(shared=shared) if isinstance(into, Packed) else None
+            decoded = Decoded.of(into.pixels, sizes, errors, plan)
+            if shared:
                 decoded.notes.share_memory_()
         return decoded
 
-    def _decode(self, pixels: Tensor, item: Item, limited: bool) -> tuple[tuple[int, int], str | None]:
-        """`Decoder.into` within the time limit. `Item.prepare` is not counted against it."""
+    def _begun(self, count: int, shared: bool) -> Squares | Packed:
+        """A new batch, to write images into."""
+        if self._packing is None:
+            return Squares(self._decoder, count, shared=shared)
+        return Packed(self._decoder, self._packing, count, self._rooms if shared else None)
+
+    def _decode(
+        self, into: Squares | Packed, number: int, item: Item, limited: bool
+    ) -> tuple[tuple[int, int], str | None]:
+        """Writes an item within the time limit. `Item.prepare` is not counted against it."""
         try:
             item.prepare()
         except Exception as error:  # as in `Decoder.into`
@@ -301,7 +329,7 @@ class _Decoding(Dataset[Decoded]):
         if limited:
             signal.setitimer(signal.ITIMER_REAL, self._time_limit)  # the default action of its signal is to kill
         try:
-            return self._decoder.into(pixels, item)
+            return into.into(number, item)
         finally:
             if limited:
                 signal.setitimer(signal.ITIMER_REAL, 0)

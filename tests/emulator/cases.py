@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .problem import Case, Kind, Problem
-from .subject import Guards, merge_statistics, ops, oracles, row_statistics
+from .subject import Guards, merge_statistics, ops, oracles, resampling, row_statistics
 
 _WITHOUT_PRODUCTS = ("fp16", "bf16", "fp32")  # kinds of an op that has no TF32
 
@@ -266,6 +266,37 @@ def mean_token(batch: int, positions: int, width: int, kind: Kind) -> Problem:
     )
 
 
+# --- resize ----------------------------------------------------------------------------------------------------------
+
+
+def resize(side: int, sizes: tuple[tuple[int, int], ...], squash: bool, kind: Kind) -> Problem:
+    """Noise of these sizes, width and height, every second one along y first. The twin's error is none."""
+    sources: list[resampling.Source] = []
+    offset = 0
+    for number, (width, height) in enumerate(sizes):
+        shortest = min(width, height)
+        wide, high = (side, side) if squash else (side * width // shortest, side * height // shortest)
+        corner = (wide - side) // 2, (high - side) // 2
+        sources.append(resampling.Source(offset, width, height, (wide, high), *corner, number % 2 == 1))
+        offset += 3 * width * height
+    pixels = torch.randint(-128, 384, (offset,)).clamp(0, 255).to(kind.dtype)
+    steps, tables, scratch = resampling.plan(sources, side)
+    tensors = pixels, torch.from_numpy(steps), torch.from_numpy(tables)
+
+    def call(guards: Guards) -> Tensor:
+        pixels_, steps_, tables_ = _copies(guards, *tensors)
+        return ops.resize(pixels_, steps_, tables_, scratch, side, impl="triton")
+
+    def plain() -> Tensor:
+        return oracles.resize(*tensors, scratch, side)
+
+    return Problem(
+        call,
+        plain,
+        lambda: plain().double(),
+    )
+
+
 # --- all of them -----------------------------------------------------------------------------------------------------
 
 
@@ -296,6 +327,10 @@ def _cases() -> tuple[Case, ...]:
     add("attention_pool", "SO400M/14 cut", partial(attention_pool, 2, 4, 72, 256, False, shared=True))
     for batch, positions, width in ((2, 49, 2048), (2, 197, 200)):
         add("mean_token", f"G={positions} W={width}", partial(mean_token, batch, positions, width), _WITHOUT_PRODUCTS)
+    sizes = (67, 45), (20, 50), (3, 5), (40, 40)
+    add("resize", "S=40 crop", partial(resize, 40, sizes, False), ("u8",))
+    add("resize", "S=24 squash", partial(resize, 24, sizes, True), ("u8",))
+    add("resize", "S=16 of rows and columns", partial(resize, 16, ((1, 90), (90, 1)), True), ("u8",))
     return tuple(cases)
 
 

@@ -16,7 +16,7 @@ Precision = Literal["ieee", "tf32"]
 
 @dataclass(frozen=True)
 class Kind:
-    """In what a case is computed: a dtype, and for float32 how tensor cores take it."""
+    """In what a case is computed: a dtype, and for float32 how tensor cores take it. Bytes make integers."""
 
     name: str
     dtype: torch.dtype
@@ -45,8 +45,12 @@ KINDS = {
         Kind("bf16", torch.bfloat16),
         Kind("fp32", torch.float32),
         Kind("tf32", torch.float32, "tf32"),
+        Kind("u8", torch.uint8),
     )
 }
+
+
+FLOATS = tuple(name for name, kind in KINDS.items() if kind.dtype.is_floating_point)
 
 
 @dataclass(frozen=True)
@@ -64,4 +68,4 @@ class Case:
     op: str
     name: str
     build: Callable[[Kind], Problem]
-    kinds: tuple[str, ...] = tuple(KINDS)
+    kinds: tuple[str, ...] = FLOATS

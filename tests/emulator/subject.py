@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from kernel_checks import Guards, assert_as_accurate, assert_statistics_of, bits, rms
 
-from clip_fast.kernels import dispatch, ops, oracles, targets
+from clip_fast.kernels import dispatch, ops, oracles, resampling, targets
 from clip_fast.kernels.launches import TABLE
 from clip_fast.kernels.statistics import merge_statistics, row_statistics
 
@@ -30,6 +30,7 @@ __all__ = [
     "persistent_programs",
     "pinned",
     "poisoned",
+    "resampling",
     "rms",
     "row_statistics",
     "shared_memory",

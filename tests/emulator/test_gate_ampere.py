@@ -7,7 +7,12 @@ import pytest
 from .part import Part, assert_passes
 
 # The launches of sm_89 are those of sm_86, which differ from sm_80's in these ops.
-PARTS = (Part("sm_80", "fp16"), Part("sm_80", "tf32"), Part("sm_86", "fp16", ("linear", "flash_attention")))
+PARTS = (
+    Part("sm_80", "fp16"),
+    Part("sm_80", "tf32"),
+    Part("sm_80", "u8"),
+    Part("sm_86", "fp16", ("linear", "flash_attention")),
+)
 
 
 @pytest.mark.slow

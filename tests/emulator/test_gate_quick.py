@@ -6,7 +6,7 @@ import pytest
 
 from .part import Part, assert_passes
 
-PARTS = (Part("sm_80", "fp16", quick=True), Part("sm_90", "fp16", quick=True))
+PARTS = tuple(Part(arch, dtype, quick=True) for arch in ("sm_80", "sm_90") for dtype in ("fp16", "u8"))
 
 
 @pytest.mark.parametrize(("part", "op", "case"), [p for part in PARTS for p in part.parameters()])
