@@ -110,8 +110,8 @@ SIZES = [
 @pytest.mark.parametrize("geometry", [shortest_side, squashed])
 @pytest.mark.parametrize("filter", FILTERS)
 def test_oracle(filter: Filter, geometry: Any, vertical_first: bool, guards: Guards) -> None:
-    photographs = [noise(640, 480), *map(photograph, PHOTOGRAPHS)]
-    for side, images in ((20, [noise(*size) for size in SIZES]), (224, photographs)):
+    models = [noise(320, 240), *map(photograph, PHOTOGRAPHS if (filter, vertical_first) == ("bicubic", False) else ())]
+    for side, images in ((20, [noise(*size) for size in SIZES]), (224, models)):
         sources = [geometry(image, side, vertical_first) for image in images]
         assert_as_pillow(guards, images, sources, side, filter, ["reference"])
 
