@@ -118,13 +118,15 @@ class Preprocess:
     def unresized(self, image: Image.Image) -> Image.Image | None:
         """The image in mode RGB, from whose pixels `geometry` alone leads to the result; None where there is none.
 
-        There is one where RGB comes first, and where each band of RGB is resized as the image's own would be. Raises
-        what `uint8` raises.
+        There is one where RGB comes first, and where each band of RGB is resized as the image's own would be. It may be
+        `image` itself, not yet loaded. Raises what `uint8` raises.
         """
         with _refused(image):
+            if image.mode == "RGB" and not (self.on_white and _is_transparent(image)):
+                return image
             if self.on_white:
                 return _rgb_on_white(image)
-            return _rgb(image) if image.mode in ("RGB", "L") else None
+            return _rgb(image) if image.mode == "L" else None
 
     def geometry(self, size: tuple[int, int]) -> Geometry:
         """Where the result lies in an image of this width and height, once that is resized."""
@@ -180,7 +182,11 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 def _rgb_on_white(image: Image.Image) -> Image.Image:
     """`image` in RGB, with what is transparent on white."""
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
+    if _is_transparent(image):
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _is_transparent(image: Image.Image) -> bool:
+    return "A" in image.getbands() or image.info.get("transparency") is not None

@@ -8,8 +8,8 @@ the second pass needs; most images are resampled along x first. The second pass 
 One program takes one image, and of a pass's result every n-th tile, where n programs share an image. Lanes lie along x,
 where the bytes are. Each result is a sum of integers of 32 bits, which has the same bits in any order.
 
-A photograph of 640 × 480 pixels and S = 224 is 0.92 MB to read, 0.32 MB to leave and read between, 0.15 MB to write. Of
-its 5 M multiply-adds three share 14 instructions, as compiled for Hopper, and these decide, by calculation.
+A photograph of 640 × 480 pixels and S = 224 is 0.92 MB to read, 0.32 MB to leave and read between, 0.15 MB to write.
+Of its 5 M multiply-adds three share 14 instructions, as compiled for Hopper, and these decide, by calculation.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,6 +31,15 @@ TALL = tall_images_first() is True
 # (width, height) of RGB: around the side of 32; of one order and of the other; thin; too large to travel below
 SIZES = [(32, 32), (33, 31), (20, 70), (40, 150), (150, 40), (64, 48), (16, 16), (15, 200), (1, 9), (400, 300)]
 MODES = ("1", "L", "LA", "P", "RGBA", "CMYK", "I", "F")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A CPU's sums may depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def noise(mode: str, width: int, height: int) -> Image.Image:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,15 @@ FILTERS: dict[Filter, Image.Resampling] = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The oracle makes many small steps, between which threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -110,8 +119,8 @@ SIZES = [
 @pytest.mark.parametrize("geometry", [shortest_side, squashed])
 @pytest.mark.parametrize("filter", FILTERS)
 def test_oracle(filter: Filter, geometry: Any, vertical_first: bool, guards: Guards) -> None:
-    photographs = [noise(640, 480), *map(photograph, PHOTOGRAPHS)]
-    for side, images in ((20, [noise(*size) for size in SIZES]), (224, photographs)):
+    models = [noise(320, 240), *map(photograph, PHOTOGRAPHS if (filter, vertical_first) == ("bicubic", False) else ())]
+    for side, images in ((20, [noise(*size) for size in SIZES]), (224, models)):
         sources = [geometry(image, side, vertical_first) for image in images]
         assert_as_pillow(guards, images, sources, side, filter, ["reference"])
 
