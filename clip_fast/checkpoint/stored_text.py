@@ -53,8 +53,8 @@ class StoredText(StoredTower):
 
     def read(self, settings: TextSettings, activation: Callable[[], Activation]) -> Text | str:
         """See `read_text`."""
-        affine, linear = self._has("text_projection.bias"), "text_projection"
-        projection = f"{linear}.weight" if affine else linear if settings.projected else None
+        affine = self._has("text_projection.bias")
+        projection = "text_projection.weight" if affine else "text_projection" if settings.projected else None
         names = filter(None, ("positional_embedding", projection, "logit_scale"))
         if missing := [key for name in names for key in self.layout.keys(name) if key not in self.file.entries]:
             return f"its text tower is not served: it has no {missing[0]}"

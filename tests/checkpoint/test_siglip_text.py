@@ -147,6 +147,8 @@ def test_tokens_of_siglip(byte_fallback: bool, tmp_path: Path) -> None:
     siglip_folder(tmp_path)
     tokenizer = sentence_piece(tmp_path, byte_fallback)
     texts = EVERY_SCRIPT + texts_of_every_script(2000)
+    if pytest.importorskip("transformers").__version__.startswith("4."):
+        texts = [text for text in texts if "Σ" not in text]  # it lowers letters one by one: none is a final sigma
     ours = loaded(tmp_path).tokenize(texts, truncate=True)
     assert not differing(ours, full(tokenizer, texts), texts)
     assert (ours == 1).any(dim=1).all()  # each has an end
