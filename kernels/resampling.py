@@ -78,7 +78,7 @@ class Axis(NamedTuple):
         return self.end - self.begin
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def axis(length: int, resized: int, start: int, side: int, filter: Filter) -> Axis:
     """The weights of `side` outputs from `start` on, where `length` pixels become `resized`."""
     function, reach = _FILTERS[filter]

@@ -6,7 +6,12 @@ import pytest
 
 from .part import Part, assert_passes
 
-PARTS = (Part("sm_90", "fp16"), Part("sm_90", "tf32"), Part("sm_120", "fp16", ("linear", "flash_attention")))
+PARTS = (
+    Part("sm_90", "fp16"),
+    Part("sm_90", "tf32"),
+    Part("sm_90", "u8"),
+    Part("sm_120", "fp16", ("linear", "flash_attention")),
+)
 
 
 @pytest.mark.slow
