@@ -94,7 +94,7 @@ class Casting:
 
     def mlp(self, prefix: str, norm: str, layer_scale: str = "") -> Mlp:
         in_weights, beside = self._in_weights, self._beside
-        options = {"activation": self._activation, "scale": in_weights}
+        options: dict[str, Any] = {"activation": self._activation, "scale": in_weights}
         return Mlp(
             ln_2=self.pair(norm, self.dtype if beside == 1 else self.wide, beside),
             fc1=self.product(f"{prefix}.c_fc.", self._slope, **options),
