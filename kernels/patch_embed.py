@@ -47,6 +47,7 @@ from .direct import launch_kernel
 from .launches import TABLE
 from .primitives import (
     add_product,
+    by_name,
     dependent_launch,
     stages_from_registers,
     store_row_statistics,
@@ -79,6 +80,7 @@ def _patch_embed_kernel(
     K: tl.constexpr,  # 3 · P², rounded up to a multiple of PATCH_K_STEP
     C: tl.constexpr,  # class tokens: 0 or 1
     WHOLE_TILES: tl.constexpr,  # TILE divides W
+    BY_NAME: tl.constexpr,  # NVIDIA's special functions can be asked for
     DEPENDENT: tl.constexpr,
     PRECISION: tl.constexpr,  # of products of float32 operands: "ieee" or "tf32"
     BLOCK_M: tl.constexpr,
@@ -132,7 +134,7 @@ def _patch_embed_kernel(
         tl.store(first_ptrs, class_token, mask=inside & (patch == 0)[:, None])
     else:
         n0 = tl.program_id(0) % tiles_n * BLOCK_N
-        store_row_statistics(statistics_ptr, out, offs_m, offs_m < M, n0, W, WHOLE_TILES)
+        store_row_statistics(statistics_ptr, out, offs_m, offs_m < M, n0, W, WHOLE_TILES, BY_NAME)
 
 
 def patch_embed(
@@ -174,6 +176,7 @@ def patch_embed(
         K=k,
         C=int(class_token),
         WHOLE_TILES=width % STATISTICS_TILE == 0,
+        BY_NAME=by_name(target),
         PRECISION=precision,
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
