@@ -65,7 +65,7 @@ from .statistics import statistics_tiles
 from .targets import Target, kind_of, target_of
 
 _MIN_HEADS = 16  # what a tensor core takes at least
-_NUM_STAGES = 2
+_NUM_STAGES = 3
 # Chains of a step of exact float32. With keys and values every token has a rounding of its own, and attention averages
 # them away. Here one sum stands for all tokens, and must be as much better.
 _LINEAR_CHAINS = tl.constexpr(4)
@@ -325,7 +325,7 @@ def _weighted_sum_kernel(
         )  # fmt: skip
         score_ptrs = scores_ptr + heads[:, None] * tokens + 1 + index[None, :]
         score = tl.load(score_ptrs, mask=inside_h[:, None] & inside_n[None, :], other=float("-inf"))
-        p, rescale, running_max, running_sum = online_softmax_update(score, running_max, running_sum)
+        p, rescale, running_max, running_sum = online_softmax_update(score, 1.0, running_max, running_sum)
         acc = add_product(p.to(y.dtype), y, acc * rescale[:, None], PRECISION)
 
     z = acc * (1.0 / running_sum)[:, None]

@@ -8,13 +8,15 @@ them (Dao et al. 2022, algorithm 1; Milakov & Gimelshein 2018, algorithm 3). The
 queries, keys and values are read where the GEMM left them: a row of qkv holds all heads, so a head's rows are 3 · H · D
 elements apart. The output is (B, N, H · D), as the next GEMM reads it.
 
-A sequence of a ViT is one class token and G patches, and G is often a whole number of tiles where N = G + 1 is not:
+A sequence of a ViT is one class token and G patches, and G is often a whole number of tiles where N = G + 1 is not. The
+keys that are left over come first, in a tile that is as narrow as they are few, so that all others are whole:
 
     token     0 | 1 ........ 64 | 65 ...... 128 | ... | 193 ..... 256         N = 257
               ^   whole tiles of keys, no mask
-              the softmax starts from the class token: m = its score, l = 1, acc = its value
+              16 keys wide, of which one counts
 
-Exponentials are powers of two, with scale · log2 e multiplied into the scores once. Per image and head 4 · N² · D
+Exponentials are powers of two. Only the maximum of a row's scores is multiplied by scale · log2 e; the others are in a
+multiply-add that takes the maximum off. Per image and head 4 · N² · D
 operations are done, 3 · N · D elements read and N · D written: N operations a byte in half precision, 257 for ViT-L/14.
 Attention is 1 to 9 per cent of an encoder's operations.
 """
@@ -34,6 +36,8 @@ from .primitives import LOG2_E, add_product, dependent_launch, online_softmax_up
 from .sizes import cdiv, next_power_of_2
 from .targets import target_of
 
+_MIN_KEYS = 16  # what a tensor core takes at least
+
 
 @triton.jit
 def _flash_attention_kernel(
@@ -45,7 +49,8 @@ def _flash_attention_kernel(
     D: tl.constexpr,
     DEPENDENT: tl.constexpr,
     PRECISION: tl.constexpr,  # of products of float32 operands: "ieee" or "tf32"
-    EVEN: tl.constexpr,  # BLOCK_N divides N − 1
+    TILES: tl.constexpr,  # whether there are whole tiles of keys
+    REST: tl.constexpr,  # the width of a tile for the keys that are left over; 0 where none are
     BLOCK_D: tl.constexpr,  # D, rounded up to a power of two
     BLOCK_M: tl.constexpr,  # queries
     BLOCK_N: tl.constexpr,  # keys
@@ -66,37 +71,55 @@ def _flash_attention_kernel(
     inside_d = offs_d < D  # the compiler sees that this always holds where D is BLOCK_D, and leaves the masks out
     q = tl.load(q_ptr + rows[:, None] * row_stride + offs_d[None, :], mask=inside_d[None, :], other=0.0)
 
-    # --- the class token
+    # --- keys that are left over whole tiles, then these
     scale = scale * LOG2_E
-    k_0 = tl.load(k_ptr + offs_d, mask=inside_d, other=0.0).to(tl.float32)
-    v_0 = tl.load(v_ptr + offs_d, mask=inside_d, other=0.0).to(tl.float32)
-    m = tl.sum(q.to(tl.float32) * k_0[None, :], axis=1) * scale
-    l = tl.full((BLOCK_M,), 1.0, dtype=tl.float32)  # noqa: E741 (the name that the papers use)
-    acc = tl.broadcast_to(v_0[None, :], (BLOCK_M, BLOCK_D))
-
-    # --- the patches
-    offs_n = tl.arange(0, BLOCK_N)
-    for n0 in range(1, N, BLOCK_N):
-        n = n0 + offs_n
-        inside_n = n < N
-        k_ptrs = k_ptr + n[None, :] * row_stride + offs_d[:, None]
-        v_ptrs = v_ptr + n[:, None] * row_stride + offs_d[None, :]
-        if EVEN:
-            k = tl.load(k_ptrs, mask=inside_d[:, None], other=0.0)
-            v = tl.load(v_ptrs, mask=inside_d[None, :], other=0.0)
-        else:
-            k = tl.load(k_ptrs, mask=inside_d[:, None] & inside_n[None, :], other=0.0)
-            v = tl.load(v_ptrs, mask=inside_d[None, :] & inside_n[:, None], other=0.0)
-        score = tl.dot(q, k, input_precision=PRECISION) * scale
-        if not EVEN:
-            score = tl.where(inside_n[None, :], score, float("-inf"))
-        p, rescale, m, l = online_softmax_update(score, m, l)  # noqa: E741
-        acc = add_product(p.to(v.dtype), v, acc * rescale[:, None], PRECISION)
+    m = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
+    l = tl.zeros((BLOCK_M,), dtype=tl.float32)  # noqa: E741 (the name that the papers use)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    rest = N % BLOCK_N
+    if REST > 0:
+        acc, m, l = _attend(  # noqa: E741
+            q, k_ptr, v_ptr, 0, rest, row_stride, scale, acc, m, l, True, PRECISION, D, BLOCK_D, REST
+        )
+    if TILES:
+        for n0 in range(rest, N, BLOCK_N):
+            acc, m, l = _attend(  # noqa: E741
+                q, k_ptr, v_ptr, n0, N, row_stride, scale, acc, m, l, False, PRECISION, D, BLOCK_D, BLOCK_N
+            )
 
     # --- store
     out_ptrs = out_ptr + (image * N + offs_m[:, None]) * (H * D) + head * D + offs_d[None, :]
     inside = (offs_m < N)[:, None] & inside_d[None, :]
     tl.store(out_ptrs, (acc * (1.0 / l)[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _attend(
+    q, k_ptr, v_ptr, n0, end, row_stride, scale, acc, m, l, FIRST: tl.constexpr, PRECISION: tl.constexpr,  # noqa: E741
+    D: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """One step of the softmax: keys n0 to n0 + WIDTH. In the first those from `end` on do not count."""
+    n, offs_d = n0 + tl.arange(0, WIDTH), tl.arange(0, BLOCK_D)
+    inside_n, inside_d = n < end, offs_d < D
+    k_ptrs = k_ptr + n[None, :] * row_stride + offs_d[:, None]
+    v_ptrs = v_ptr + n[:, None] * row_stride + offs_d[None, :]
+    if FIRST:
+        k = tl.load(k_ptrs, mask=inside_d[:, None] & inside_n[None, :], other=0.0)
+        v = tl.load(v_ptrs, mask=inside_d[None, :] & inside_n[:, None], other=0.0)
+    else:
+        k = tl.load(k_ptrs, mask=inside_d[:, None], other=0.0)
+        v = tl.load(v_ptrs, mask=inside_d[None, :], other=0.0)
+    score = tl.dot(q, k, input_precision=PRECISION)
+    if FIRST:
+        score = tl.where(inside_n[None, :], score, float("-inf"))
+    if q.dtype == tl.float32:  # the largest score less the maximum is then exactly zero; half precision cannot tell
+        p, rescale, m, l = online_softmax_update(score * scale, 1.0, m, l)  # noqa: E741
+    else:
+        p, rescale, m, l = online_softmax_update(score, scale, m, l)  # noqa: E741
+    # Before the first tile nothing was summed. The compiler must not take zeros times `rescale` for a sum: equal values
+    # in an accumulator's registers are copied between wgmma's fence and wgmma, where nothing may write to them.
+    acc = tl.zeros_like(acc) if FIRST else acc * rescale[:, None]
+    return add_product(p.to(v.dtype), v, acc, PRECISION), m, l
 
 
 def flash_attention(qkv: Tensor, scale: float, precision: str) -> Tensor:
@@ -108,6 +131,7 @@ def flash_attention(qkv: Tensor, scale: float, precision: str) -> Tensor:
 
     size = "flash_attention_64" if head_dim <= 64 else "flash_attention_128"
     (launch,) = TABLE.launches_for(size, qkv.dtype, target_of(qkv.device), precision)
+    rest = tokens % launch.block_n
     launch_kernel(
         _flash_attention_kernel,
         qkv.device,
@@ -119,7 +143,8 @@ def flash_attention(qkv: Tensor, scale: float, precision: str) -> Tensor:
         scale,
         D=head_dim,
         PRECISION=precision,
-        EVEN=(tokens - 1) % launch.block_n == 0,
+        TILES=tokens >= launch.block_n,
+        REST=max(_MIN_KEYS, next_power_of_2(rest)) if rest else 0,
         BLOCK_D=max(16, next_power_of_2(head_dim)),
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from .direct import launch_kernel
 from .primitives import dependent_launch, rounded_product, tile_counts, tile_statistics, wait_for_the_last
-from .sizes import next_power_of_2
+from .sizes import cdiv, next_power_of_2
 from .statistics import STATISTICS_TILE, empty_statistics, statistics_tiles
 
-_NUM_WARPS = 4  # 1024 columns of 2 bytes are then one 16-byte load a thread
+_COLUMNS_OF_A_WARP = 1024  # a row that one warp holds is summed without a barrier
 
 
 @triton.jit
@@ -71,6 +71,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, statistics: 
     rows = rows if rows.stride(1) == 1 or width == 1 else rows.contiguous()
     y = x.new_empty(x.shape)
     y_statistics = empty_statistics(y, statistics)
+    tiles = next_power_of_2(statistics_tiles(width))
     if len(rows) > 0:
         launch_kernel(
             _layer_norm_kernel,
@@ -84,10 +85,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, statistics: 
             width,
             rows.stride(0),
             eps,
-            T=next_power_of_2(statistics_tiles(width)),
+            T=tiles,
             TILE=STATISTICS_TILE,
             STATISTICS=statistics,
-            num_warps=_NUM_WARPS,
+            num_warps=cdiv(tiles * STATISTICS_TILE, _COLUMNS_OF_A_WARP),
             enable_fp_fusion=True,
             **dependent_launch(x.device),
         )

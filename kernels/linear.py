@@ -29,6 +29,8 @@ tile of y overlap the epilogue of the last. Elsewhere, and for exact float32, th
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -45,6 +47,7 @@ from .primitives import (
     load_row_statistics,
     store_row_statistics,
     wait_for_the_last,
+    widened,
 )
 from .sizes import cdiv, next_power_of_2
 from .statistics import STATISTICS_TILE, empty_statistics, statistics_tiles
@@ -52,6 +55,7 @@ from .targets import Launch, Target, fitting, multiprocessors, target_of
 
 _GROUP_M = 8  # rows of tiles that share the weight while it is in the cache
 _ALIGNMENT = 16  # bytes; the copy engine wants addresses and strides in multiples of it
+_SMALL_THINGS = 1024  # bytes of shared memory for barriers, bias and statistics
 
 
 @triton.jit(do_not_specialize=["M", "x_statistics_pairs"])  # one compiled kernel for every batch: one row, one result
@@ -59,7 +63,7 @@ def _linear_kernel(
     x,  # (M, K), rows x_stride apart: pointer, or descriptor with blocks of (BLOCK_M, BLOCK_K)
     weight,  # (N, K), contiguous: pointer, or descriptor with blocks of (BLOCK_N, BLOCK_K)
     y,  # (M, N), contiguous: pointer, or descriptor with blocks of (BLOCK_M, BLOCK_N / PARTS)
-    residual,  # (M, N), rows residual_stride apart: pointer, or descriptor with blocks as y's
+    residual,  # (M, N), rows residual_stride apart: pointer, or descriptor with blocks of (BLOCK_M, BLOCK_N / READS)
     bias_ptr,  # (N,)
     colsum_ptr,  # (N,), float32
     scale_ptr,  # (N,)
@@ -80,6 +84,7 @@ def _linear_kernel(
     STATISTICS: tl.constexpr,
     WHOLE_TILES: tl.constexpr,  # TILE divides N
     DESCRIPTORS: tl.constexpr,
+    WGMMA: tl.constexpr,  # the accumulator is in registers, and Hopper's instructions add to it
     BY_NAME: tl.constexpr,  # NVIDIA's special functions can be asked for
     DEPENDENT: tl.constexpr,
     PRECISION: tl.constexpr,  # of products of float32 operands: "ieee" or "tf32"
@@ -89,7 +94,8 @@ def _linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
-    PARTS: tl.constexpr,  # of a tile's columns that the epilogue takes one after another: 1 or 2
+    READS: tl.constexpr,  # loads of a tile of the residual, each of as many columns
+    PARTS: tl.constexpr,  # of a tile's columns, that the epilogue takes one after another; a multiple of READS
 ):
     wait_for_the_last(DEPENDENT)
     tl.assume(K > 0)  # or the compiler keeps a second epilogue, for a product without steps
@@ -102,7 +108,9 @@ def _linear_kernel(
         m0 = (group * GROUP_M + within % group_m) * BLOCK_M
         n0 = (within // group_m) * BLOCK_N
 
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        # A zero that the compiler does not know: known ones come to each register by way of another.
+        zero = (M >> 31).to(tl.float32) if WGMMA else 0.0
+        acc = tl.full((BLOCK_M, BLOCK_N), zero, dtype=tl.float32)
         if DESCRIPTORS:
             for k0 in range(0, K, BLOCK_K):
                 a = x.load([m0, k0])
@@ -124,82 +132,77 @@ def _linear_kernel(
                     b = tl.load(b_ptrs + k0, mask=offs_k[:, None] < K - k0, other=0.0)
                 acc = add_product(a, b, acc, PRECISION)
 
+        rows = m0 + tl.arange(0, BLOCK_M)
+        inside_m = rows < M
         mean = tl.zeros((BLOCK_M,), dtype=tl.float32)
         rstd = tl.zeros((BLOCK_M,), dtype=tl.float32)
         if NORM:
-            rows = m0 + tl.arange(0, BLOCK_M)
-            mean, rstd = load_row_statistics(x_statistics_ptr, rows, x_statistics_pairs, rows < M, K, eps, X_TILES)
+            mean, rstd = load_row_statistics(x_statistics_ptr, rows, x_statistics_pairs, inside_m, K, eps, X_TILES)
+        # Read before anything asks for the product, whose last step is then still being multiplied.
+        added = (acc,)
+        if RESIDUAL:
+            added = _columns(
+                _load_tile(residual, residual_stride, m0, n0, M, N, DESCRIPTORS, BLOCK_M, BLOCK_N // READS),
+                PARTS // READS,
+            )
 
         # Parts take less memory at a time than the tile. A whole one keeps the layout that matrix instructions give it.
-        if PARTS == 1:  # noqa: SIM108
-            parts = (acc,)
-        else:
-            parts = tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)).split()
+        WIDTH: tl.constexpr = BLOCK_N // PARTS
+        dtype: tl.constexpr = y.dtype if DESCRIPTORS else y.dtype.element_ty
+        parts = _columns(acc, PARTS)
         for part in tl.static_range(PARTS):  # pyright: ignore
-            _epilogue(
-                parts[part], m0, n0 + part * (BLOCK_N // PARTS), mean, rstd,
-                y, residual, bias_ptr, colsum_ptr, scale_ptr, y_statistics_ptr, M, N, residual_stride,
-                NORM, SCALE, BIAS, ACTIVATION, RESIDUAL, STATISTICS, WHOLE_TILES, DESCRIPTORS, BY_NAME,
-                BLOCK_M, BLOCK_N // PARTS,
-            )  # fmt: skip
+            first = n0 + part * WIDTH
+            columns = tl.arange(0, WIDTH)
+            inside_n = columns < N - first
+            out = parts[part]
+            if NORM:
+                colsum = tl.load(colsum_ptr + first + columns, mask=inside_n, other=0.0).to(tl.float32)
+                out = rstd[:, None] * (out - mean[:, None] * colsum[None, :])
+            if SCALE:
+                out *= tl.load(scale_ptr + first + columns, mask=inside_n, other=0.0).to(tl.float32)[None, :]
+            if BIAS:
+                out += tl.load(bias_ptr + first + columns, mask=inside_n, other=0.0).to(tl.float32)[None, :]
+            if RESIDUAL:
+                if part > 0 and part % (PARTS // READS) == 0:
+                    added = _columns(
+                        _load_tile(residual, residual_stride, m0, first, M, N, DESCRIPTORS, BLOCK_M, BLOCK_N // READS),
+                        PARTS // READS,
+                    )
+                out += widened(added[part % (PARTS // READS)], BY_NAME)
+
+            out = activate(out, ACTIVATION, dtype, BY_NAME).to(dtype)
+            if DESCRIPTORS:
+                y.store([m0, first], out)
+            else:
+                address = y + rows[:, None].to(tl.int64) * N + (first + columns)[None, :]
+                tl.store(address, out, mask=inside_m[:, None] & inside_n[None, :])
+            if STATISTICS:
+                store_row_statistics(y_statistics_ptr, out, rows, inside_m, first, N, WHOLE_TILES, BY_NAME)
 
 
 @triton.jit
-def _epilogue(
-    acc,  # (BLOCK_M, BLOCK_N), float32: columns n0 to n0 + BLOCK_N of the product
-    m0,
-    n0,
-    mean,  # (BLOCK_M,)
-    rstd,  # (BLOCK_M,)
-    y,
-    residual,
-    bias_ptr,
-    colsum_ptr,
-    scale_ptr,
-    y_statistics_ptr,
-    M,
-    N,
-    residual_stride,
-    NORM: tl.constexpr,
-    SCALE: tl.constexpr,
-    BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    STATISTICS: tl.constexpr,
-    WHOLE_TILES: tl.constexpr,
-    DESCRIPTORS: tl.constexpr,
-    BY_NAME: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    rows = m0 + tl.arange(0, BLOCK_M)
-    columns = n0 + tl.arange(0, BLOCK_N)
-    inside_n = columns < N
-    inside = (rows < M)[:, None] & inside_n[None, :]
-
-    if NORM:
-        colsum = tl.load(colsum_ptr + columns, mask=inside_n, other=0.0).to(tl.float32)
-        acc = rstd[:, None] * (acc - mean[:, None] * colsum[None, :])
-    if SCALE:
-        acc *= tl.load(scale_ptr + columns, mask=inside_n, other=0.0).to(tl.float32)[None, :]
-    if BIAS:
-        acc += tl.load(bias_ptr + columns, mask=inside_n, other=0.0).to(tl.float32)[None, :]
-    if RESIDUAL:
-        if DESCRIPTORS:
-            acc += residual.load([m0, n0]).to(tl.float32)
-        else:
-            address = residual + rows[:, None].to(tl.int64) * residual_stride + columns[None, :]
-            acc += tl.load(address, mask=inside, other=0.0).to(tl.float32)
-
-    dtype: tl.constexpr = y.dtype if DESCRIPTORS else y.dtype.element_ty
-    out = activate(acc, ACTIVATION, dtype, BY_NAME).to(dtype)
+def _load_tile(
+    x, stride, m0, n0, M, N, DESCRIPTORS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):  # fmt: skip
+    """Rows m0 to m0 + BLOCK_M and columns n0 to n0 + BLOCK_N of x (M, N), zero beyond it."""
     if DESCRIPTORS:
-        y.store([m0, n0], out)
+        tile = x.load([m0, n0])
     else:
-        tl.store(y + rows[:, None].to(tl.int64) * N + columns[None, :], out, mask=inside)
+        rows, columns = m0 + tl.arange(0, BLOCK_M), n0 + tl.arange(0, BLOCK_N)
+        address = x + rows[:, None].to(tl.int64) * stride + columns[None, :]
+        tile = tl.load(address, mask=(rows < M)[:, None] & (columns < N)[None, :], other=0.0)
+    return tile
 
-    if STATISTICS:
-        store_row_statistics(y_statistics_ptr, out, rows, rows < M, n0, N, WHOLE_TILES)
+
+@triton.jit
+def _columns(x, PARTS: tl.constexpr):
+    """x (M, N) as a tuple of PARTS tiles of as many columns, from left to right."""
+    if PARTS == 1:
+        parts = (x,)
+    else:
+        left, right = tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)).split()
+        parts = _columns(left, PARTS // 2) + _columns(right, PARTS // 2)
+    return parts
 
 
 def linear(
@@ -229,16 +232,12 @@ def linear(
     launches = TABLE.launches_for("linear", x.dtype, target, precision)
     launch = fitting(launches, m, n, multiprocessors(x.device))
     block_m, block_n, block_k = launch.block_m, launch.block_n, launch.block_k
-    parts = _parts(launch, target, residual)
-    part = (block_m, block_n // parts)
-    operands = [(x_rows, (block_m, block_k)), (weight, (block_n, block_k)), (y.view(m, n), part)]
-    if residual_rows is not None:
-        operands.append((residual_rows, part))
+    tensors = [x_rows, weight, y.view(m, n)] + ([] if residual_rows is None else [residual_rows])
     exact_float = x.dtype == torch.float32 and precision == "ieee"  # no tensor cores: nothing to feed so fast
-    descriptors = target.descriptors and not exact_float and all(_served_by_copy_engine(t) for t, _ in operands)
-    x_arg, weight_arg, y_arg, *residual_arg = (_descriptor(*o) for o in operands) if descriptors else (
-        tensor for tensor, _ in operands
-    )  # fmt: skip
+    descriptors = target.descriptors and not exact_float and all(map(_served_by_copy_engine, tensors))
+    reads, parts = _pieces(launch, target, x.itemsize, residual is not None, descriptors)
+    blocks = [(block_m, block_k), (block_n, block_k), (block_m, block_n // parts), (block_m, block_n // reads)]
+    x_arg, weight_arg, y_arg, *residual_arg = map(_descriptor, tensors, blocks) if descriptors else tensors
     launch_kernel(
         _linear_kernel,
         x.device,
@@ -267,6 +266,7 @@ def linear(
         STATISTICS=statistics,
         WHOLE_TILES=n % STATISTICS_TILE == 0,
         DESCRIPTORS=descriptors,
+        WGMMA=descriptors and target.wgmma,
         BY_NAME=by_name(target),
         PRECISION=precision,
         X_TILES=1 if pairs is None else next_power_of_2(statistics_tiles(k)),
@@ -275,6 +275,7 @@ def linear(
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         GROUP_M=_GROUP_M,
+        READS=reads,
         PARTS=parts,
         **launch.options,
         **dependent_launch(x.device),
@@ -282,14 +283,26 @@ def linear(
     return y, y_statistics
 
 
-def _parts(launch: Launch, target: Target, residual: Tensor | None) -> int:
-    """How many parts the epilogue takes a tile in; each holds whole tiles of statistics.
+@cache
+def _pieces(launch: Launch, target: Target, itemsize: int, residual: bool, descriptors: bool) -> tuple[int, int]:
+    """READS and PARTS of the kernel. Each part holds whole tiles of statistics.
 
-    A residual's tile is in shared memory beside the result's. So is, on a datacenter Blackwell, what comes from the
-    memory that its tensor cores sum in.
+    With Hopper's copy engine a tile of the residual and a part of the result are in shared memory beside the operands.
+    Of reads only the first is hidden by the product, so there are as few as fit, and then as few parts. Elsewhere
+    halves take fewer registers. On a datacenter Blackwell, what comes from the memory that its tensor cores sum in
+    passes through shared memory, too.
     """
-    crowded = residual is not None or (target.descriptors and not target.wgmma)
-    return 2 if crowded and launch.block_n >= 2 * STATISTICS_TILE else 1
+    halves = 2 if launch.block_n >= 2 * STATISTICS_TILE else 1
+    if not (descriptors and target.wgmma):
+        return (halves, halves) if residual or descriptors else (1, 1)
+    if not residual:
+        return 1, 1
+    tile = launch.block_m * launch.block_n * itemsize
+    operands = launch.num_stages * (launch.block_m + launch.block_n) * launch.block_k * itemsize
+    room = target.room(launch.blocks) - operands - _SMALL_THINGS
+    most = launch.block_n // STATISTICS_TILE
+    pieces = ((reads, parts) for reads in (1, 2) for parts in (1, 2, 4) if reads <= parts <= most)
+    return next(((r, p) for r, p in pieces if tile // r + tile // p <= room), (halves, halves))
 
 
 def _grid(launch: Launch, m: int, n: int, device: torch.device) -> tuple[int]:

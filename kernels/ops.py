@@ -318,10 +318,12 @@ def _fake_flash_attention(qkv: Tensor, scale: float, precision: str) -> Tensor:
     return qkv.new_empty(batch, tokens, heads * head_dim)
 
 
-def _check_flash_attention(qkv: Tensor, *_: Any) -> None:
+def _check_flash_attention(qkv: Tensor, scale: float, *_: Any) -> None:
     _require_float("qkv", qkv)
     _require(qkv.ndim == 5 and qkv.shape[2] == 3, "qkv must be [batch, tokens, 3, heads, head_dim], got", qkv)
     _require(min(qkv.shape[1:]) > 0, "qkv must have tokens, heads and head_dim, got", qkv)
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}")
 
 
 _flash_attention = define(
@@ -339,7 +341,7 @@ def flash_attention(qkv: Tensor, scale: float, *, precision: InputPrecision = "i
 
     Args:
         qkv: (B, N, 3, H, D), contiguous, as one GEMM wrote queries, keys and values; D at most MAX_HEAD_DIM.
-        scale: usually 1 / √D; ln 2 where 1 / √D and log2 e were folded into the query weights.
+        scale: positive, usually 1 / √D; ln 2 where 1 / √D and log2 e were folded into the query weights.
         precision: of products of float32 operands on a GPU: exact, or cut to TF32, see `to_tf32`.
 
     Returns:

@@ -47,6 +47,7 @@ from .direct import launch_kernel
 from .launches import TABLE
 from .primitives import (
     add_product,
+    by_name,
     dependent_launch,
     stages_from_registers,
     store_row_statistics,
@@ -80,6 +81,7 @@ def _patch_embed_kernel(
     C: tl.constexpr,  # class tokens: 0 or 1
     STATISTICS: tl.constexpr,
     WHOLE_TILES: tl.constexpr,  # TILE divides W
+    BY_NAME: tl.constexpr,  # NVIDIA's special functions can be asked for
     DEPENDENT: tl.constexpr,
     PRECISION: tl.constexpr,  # of products of float32 operands: "ieee" or "tf32"
     BLOCK_M: tl.constexpr,
@@ -129,7 +131,7 @@ def _patch_embed_kernel(
     n0 = tl.program_id(0) % tiles_n * BLOCK_N
     if STATISTICS:
         rows = offs_m + C * (image + 1)  # so many class rows are before it
-        store_row_statistics(statistics_ptr, out, rows, offs_m < M, n0, W, WHOLE_TILES)
+        store_row_statistics(statistics_ptr, out, rows, offs_m < M, n0, W, WHOLE_TILES, BY_NAME)
     if C == 1:
         # The program with an image's first patch writes its class row.
         class_token = tl.load(position_ptr + offs_n[None, :], mask=inside_n, other=0.0).to(tl.float32)
@@ -138,7 +140,7 @@ def _patch_embed_kernel(
         tl.store(first_ptrs, tl.broadcast_to(class_token, (BLOCK_M, BLOCK_N)), mask=first)
         if STATISTICS:
             first_rows = (offs_m < M) & (patch == 0)
-            store_row_statistics(statistics_ptr, class_token, image * (C + G), first_rows, n0, W, WHOLE_TILES)
+            store_row_statistics(statistics_ptr, class_token, image * (C + G), first_rows, n0, W, WHOLE_TILES, BY_NAME)
 
 
 def patch_embed(
@@ -187,6 +189,7 @@ def patch_embed(
         C=int(class_token),
         STATISTICS=statistics,
         WHOLE_TILES=width % STATISTICS_TILE == 0,
+        BY_NAME=by_name(target),
         PRECISION=precision,
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,

@@ -185,6 +185,25 @@ def _reciprocal(x, BY_NAME: tl.constexpr):
 
 
 @triton.jit
+def widened(x, BY_NAME: tl.constexpr):
+    """x as float32. Two values of 2 bytes lie in one register, which the compiler would first take apart: by name, each
+    is one instruction."""
+    if BY_NAME and x.dtype == tl.bfloat16:
+        x = tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    elif BY_NAME and x.dtype == tl.float16:
+        x = tl.inline_asm_elementwise(
+            "{ .reg .b16 low, high; mov.b32 {low, high}, $2; cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }",
+            "=r,=r,r", [x], dtype=tl.float32, is_pure=True, pack=2,
+        )  # fmt: skip
+    else:
+        x = x.to(tl.float32)
+    return x
+
+
+@triton.jit
 def tile_statistics(x, count, WHOLE: tl.constexpr):
     """Mean and sum of squared deviations of each tile of columns.
 
@@ -222,15 +241,18 @@ def tile_counts(T: tl.constexpr, width):
 
 
 @triton.jit
-def store_row_statistics(statistics_ptr, y, rows, inside, n0, width, WHOLE: tl.constexpr):
+def store_row_statistics(
+    statistics_ptr, y, rows, inside, n0, width, WHOLE: tl.constexpr, BY_NAME: tl.constexpr
+):  # fmt: skip
     """Writes the statistics of columns n0 to n0 + N of some rows of `width` elements.
 
     statistics_ptr (M, ⌈width / TILE⌉, 2) float32, contiguous; y (S, N) as it is stored, or (1, N) if all rows are the
-    same; rows (S,), written where `inside` (S,); WHOLE where TILE divides the width.
+    same; rows (S,), written where `inside` (S,); WHOLE where TILE divides the width; BY_NAME whether NVIDIA's
+    instructions can be asked for.
     """
     N: tl.constexpr = y.shape[1]
     T: tl.constexpr = N // TILE
-    stored = y.to(tl.float32)
+    stored = widened(y, BY_NAME)
     if not WHOLE:
         stored = tl.where((n0 + tl.arange(0, N) < width)[None, :], stored, 0.0)
     mean, m2 = tile_statistics(tl.reshape(stored, (y.shape[0], T, TILE)), tile_counts(T, width - n0), WHOLE)
@@ -258,13 +280,13 @@ def load_row_statistics(statistics_ptr, rows, row_pairs, inside, width, eps, T: 
 
 
 @triton.jit
-def online_softmax_update(score, running_max, running_sum):
+def online_softmax_update(score, scale, running_max, running_sum):
     """One step of a softmax whose scores come in tiles (Milakov & Gimelshein 2018, algorithm 3), in base 2.
 
-    score (M, S), running_max and running_sum (M,) -> probabilities relative to the new maximum (M, S), the factor that
-    brings what was summed before to it (M,), the new maximum and the new sum.
+    score (M, S), to be multiplied by scale > 0, running_max and running_sum (M,) -> probabilities relative to the new
+    maximum (M, S), the factor that brings what was summed before to it (M,), the new maximum and the new sum.
     """
-    new_max = tl.maximum(running_max, tl.max(score, axis=1))
-    p = tl.exp2(score - new_max[:, None])
+    new_max = tl.maximum(running_max, tl.max(score, axis=1) * scale)
+    p = tl.exp2(tl.fma(score, scale, -new_max[:, None]))
     rescale = tl.exp2(running_max - new_max)
     return p, rescale, new_max, running_sum * rescale + tl.sum(p, axis=1)

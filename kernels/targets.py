@@ -55,6 +55,12 @@ class Target:
     wgmma: bool = False
     dependent_launch: bool = False
 
+    def room(self, blocks: int) -> int:
+        """The bytes of shared memory that each of `blocks` on one multiprocessor may have."""
+        if self.resident is None:
+            return self.shared_memory // blocks
+        return min(self.shared_memory, self.resident.shared_memory // blocks - SYSTEM_SHARED_MEMORY)
+
 
 TARGETS: dict[str, Target] = {
     target.name: target

@@ -97,8 +97,9 @@ def _launch_line(p: Predicted) -> list[str]:
 def _about(devices: Iterable[str]) -> str:
     lines: list[str] = []
     for name in sorted(devices):
-        kind = "sustained rates" if DEVICES[name].sustained else "peak rates, so these are upper bounds, and no rival's"
-        lines.append(f"Calculated with the {name}'s {kind}. {DEVICES[name].source}.")
+        kind = "sustained rates" if DEVICES[name].sustained else "peak rates, so these are upper bounds"
+        rival = "" if DEVICES[name].library else ", and no rival's"
+        lines.append(f"Calculated with the {name}'s {kind}{rival}. {DEVICES[name].source}.")
     version = importlib.metadata.version("triton")
     lines.append(
         f"Every figure is calculated, from the code that Triton {version} makes. Take calculated times as right to 15 "

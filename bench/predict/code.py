@@ -3,7 +3,8 @@
 cuobjdump's listing is cut into basic blocks. The main loop's step is the shortest cycle through the block that has the
 most matrix instructions (float32 multiply-adds where there are none, and loads where there are neither). A kernel whose
 programs walk over tiles has a loop around it, or both in one loop; the rest of that loop runs once a tile. Elsewhere
-the rest is all that is no step.
+the rest is all that is no step. A loop of few steps may be unrolled whole. Its matrix instructions are then in no loop,
+and the code from the first of them to the last is one step that does all.
 
 A listing has no trip counts and no bank conflicts. Conflicts of 16-bit stores are taken from `tests.emulator count`,
 which executes the same kernels: two wavefronts for each.
@@ -15,7 +16,7 @@ import heapq
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 _LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?);", re.MULTILINE)
 _MATRIX = ("HGMMA", "HMMA", "IGMMA", "UTCHMMA", "UTCQMMA")
@@ -57,6 +58,7 @@ class Counts:
     shared: int = 0
     wavefronts: int = 0  # of 128 bytes, of shared memory and the first-level cache
     bulk_loads: int = 0  # by the tensor copy engine
+    covered_loads: int = 0  # of these, those that are waited for while a tile's last product still runs
 
     def __add__(self, other: Counts) -> Counts:
         mine, theirs = asdict(self), asdict(other)
@@ -77,14 +79,45 @@ def read(sass: str) -> Code:
     following = _edges(blocks)
     reachable = _reached(0, following)
     anchor = _anchor([i for i in reachable if i in _after(i, following)], blocks)
-    if anchor is None:
-        return Code(Counts(), _count(line for i in reachable for line in blocks[i]))
+    if anchor is None or (not _multiplies(blocks[anchor]) and any(_multiplies(blocks[i]) for i in reachable)):
+        return _unrolled([line for i in sorted(reachable) for line in blocks[i]])
     around = {i for i in _after(anchor, following) if anchor in _after(i, following)}
     step = _shortest_cycle(anchor, around, blocks, following)
     # A loop that is more than its step goes on to the next tile. Blocks of a few instructions spin on a barrier.
     walks = sum(len(blocks[i]) for i in around - step) > sum(len(blocks[i]) for i in step)
-    rest = (around if walks else reachable) - step
-    return Code(*(_count(line for i in part for line in blocks[i]) for part in (step, rest)))
+    rest = sorted((around if walks else reachable) - step)
+    once = [line for i in rest for line in blocks[i]]
+    return Code(_count(line for i in step for line in blocks[i]), replace(_count(once), covered_loads=_covered(once)))
+
+
+def _unrolled(lines: Sequence[Line]) -> Code:
+    """The counts of code without a loop of products: from the first to the last is the one step."""
+    products = [number for number, line in enumerate(lines) if line.kind in _MATRIX]
+    if not products:
+        return Code(Counts(), _count(lines))
+    first, end = products[0], products[-1] + 1
+    return Code(_count(lines[first:end]), _count([*lines[:first], *lines[end:]]))
+
+
+def _multiplies(block: Iterable[Line]) -> bool:
+    return any(line.kind in _MATRIX for line in block)
+
+
+def _covered(once: Sequence[Line]) -> int:
+    """The number of the copy engine's loads that are asked for and waited for before the last product is.
+
+    A load is waited for by spinning on its barrier, `SYNCS…TRYWAIT`; the last product by `WARPGROUP.DEPBAR.LE gsb0,
+    0x0`.
+    """
+    covered = asked = 0
+    for line in once:
+        if line.name.startswith("WARPGROUP.DEPBAR") and line.operands.rstrip().endswith(" 0x0"):
+            return covered
+        if line.kind == "UTMALDG":
+            asked += 1
+        elif line.kind == "SYNCS" and "TRYWAIT" in line.name:
+            covered = asked
+    return 0
 
 
 def _line(found: tuple[str, str, str, str]) -> Line:

@@ -1,7 +1,7 @@
 """What the calculation knows of a GPU: its rates, each with its source.
 
-Peaks follow from a vendor's document. A sustained rate is what a large product reaches. Where none is known the peak
-stands for it, and the prediction is then an upper bound.
+Peaks follow from a vendor's document. A sustained rate is what a large product reaches. Where none is published the
+peak stands for it, and the prediction is then an upper bound. Rates of memory are vendors', but for the H200's.
 """
 
 from __future__ import annotations
@@ -17,10 +17,15 @@ SHARED_BYTES = (
     128  # a clock and multiprocessor, of shared memory and first-level cache: vendors' whitepapers since Volta
 )
 
-# What cuBLAS reaches of a product of endless K where K is 768 to 4096, fused passes of a copy's bytes a second, and
-# cuDNN's attention with heads of 64 of the product's operations a second. Estimated: 660 of 795 TFLOP/s, 3.75 of 4.3
-# TB/s and 300 TFLOP/s on an H200. Sure to about a tenth.
-LIBRARY_PRODUCT, LIBRARY_PASS, LIBRARY_ATTENTION = 0.83, 0.87, 0.38
+
+@dataclass(frozen=True)
+class Library:
+    """What vendors' libraries reach: where K is 768 to 4096, of a product of endless K; fused passes, of a copy's bytes
+    a second; attention with heads of 64, of the product's operations a second."""
+
+    product: float
+    passes: float
+    attention: float
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Device:
     memory: float  # bytes a second of a large copy, reads and writes together
     source: str
     sustained: Mapping[str, float] = field(default_factory=dict)  # precision -> operations a second of endless products
+    library: Library | None = None  # None where it is not known, and no rival is then predicted
 
     def chip(self, precision: str) -> float:
         """Operations a second of the whole device: sustained where that is known, else the peak."""
@@ -61,11 +67,15 @@ DEVICES: dict[str, Device] = {
             "publication. That a tile of K columns takes as long as one of K + 120 is from the table in Triton's Gluon "
             "tutorial 07-persistence, of an H100",
             {"bf16": 795e12, "fp16": 795e12, "tf32": 397e12},
+            # Estimated: 660 of 795 TFLOP/s, 3.75 of 4.3 TB/s and 300 TFLOP/s. Sure to about a tenth.
+            Library(0.83, 0.87, 0.38),
         ),
         Device(
             "A100", "sm_80", 108, 1.41e9, _tensor(2048, 64), 2.039e12,
             "NVIDIA A100 80GB SXM datasheet and A100 architecture whitepaper: 312 TFLOP/s dense in half precision, "
-            "1.41 GHz, 2,039 GB/s",
+            "1.41 GHz, 2,039 GB/s. Taken are 271 TFLOP/s of products in bfloat16, the best of many shapes that Bekman "
+            "measured with PyTorch 2.6 (Machine Learning Engineering, Maximum Achievable Matmul FLOPS)",
+            {"bf16": 271e12, "fp16": 271e12},
         ),
         Device(
             "RTX 4090", "sm_89", 128, 2.52e9, _tensor(512, 128), 1.008e12,
@@ -79,7 +89,9 @@ DEVICES: dict[str, Device] = {
         ),
         Device(
             "B200", "sm_100", 148, 1.85e9, _tensor(8192, 128), 7.7e12,
-            "NVIDIA HGX B200 datasheet: 4.5 PFLOP/s in half precision with sparsity, so 2.25 dense, 7.7 TB/s",
+            "NVIDIA HGX B200 datasheet: 4.5 PFLOP/s in half precision with sparsity, so 2.25 dense, 7.7 TB/s. Taken "
+            "are 1,610 TFLOP/s, cuBLAS's of 8192 cubed in float16 in NVIDIA's Tilus tutorial on Blackwell's products",
+            {"bf16": 1610e12, "fp16": 1610e12},
         ),
     )
 }  # fmt: skip

@@ -38,6 +38,7 @@ class Work:
     steps: int
     operations: int  # of a step
     copied: int  # bytes that a step brings into shared memory
+    added: int = 0  # bytes that one of the copy engine's loads in the epilogue brings there
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,8 @@ def _linear(a: Named, grid: int) -> tuple[str, Work]:
     features += [a["ACTIVATION"]] if a["ACTIVATION"] != "none" else []
     features += ["residual"] if a["RESIDUAL"] else []
     label = f"linear {m} × {n} × {k} {' + '.join(features)}"
-    return label, Work(tiles, _tiles(k, block_k), 2 * block_m * block_n * block_k, copied)
+    added = prod(getattr(a["residual"], "block_shape", [0])) * _itemsize(a["x"])
+    return label, Work(tiles, _tiles(k, block_k), 2 * block_m * block_n * block_k, copied, added)
 
 
 def _patch_embed(a: Named, grid: int) -> tuple[str, Work]:
@@ -153,8 +155,9 @@ def _patch_embed(a: Named, grid: int) -> tuple[str, Work]:
 
 
 def _flash_attention(a: Named, grid: int) -> tuple[str, Work]:
-    m, n, d = a["BLOCK_M"], a["BLOCK_N"], a["BLOCK_D"]
-    work = Work(grid, _tiles(a["N"] - 1, n), 4 * m * n * d, 2 * n * d * _itemsize(a["qkv_ptr"]))
+    m, n, d = a["BLOCK_M"], a["BLOCK_N"] if a["TILES"] else a["REST"], a["BLOCK_D"]
+    steps = a["N"] // n if a["TILES"] else 1  # the keys that are left over are in no loop
+    work = Work(grid, steps, 4 * m * n * d, 2 * n * d * _itemsize(a["qkv_ptr"]))
     return f"flash_attention of {a['N']} tokens", work
 
 

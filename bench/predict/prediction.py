@@ -44,7 +44,7 @@ class Prediction:
     precision: str
     launches: tuple[Predicted, ...]
     replayed: bool  # as a CUDA graph, which costs the host next to nothing
-    rival: float | None  # None where the device's sustained rates are not known, which it is a share of
+    rival: float | None  # None where what the device's libraries reach is not known
     least: float  # what the arithmetic that the mathematics needs takes at the device's rates
     before: tuple[Predicted, ...] = ()  # what resizes the batch in bulk encoding, which no sum here has
 
@@ -105,7 +105,7 @@ def predict(
     limits = Ceilings({precision: device.chip(precision)}, device.memory)
     return Prediction(
         device.name, model, batch, precision, predicted, bucket_of(batch, config) is not None,
-        rival.seconds_of(config, batch, precision, device) if precision in device.sustained else None,
+        rival.seconds_of(config, batch, precision, device),
         least_seconds(batch * operations(config), traffic(config, batch, precision), precision, limits),
         tuple(_predicted(launch, 1, precision, device, kernels) for launch in before),
     )  # fmt: skip
@@ -116,7 +116,7 @@ def _predicted(launch: Launch, count: int, precision: str, device: Device, kerne
     descriptors = any(kind.startswith("tensordesc") for _, kind in launch.job.signature)
     time = launch_time(
         kernel, work.tiles, launch.grid, work.steps, work.operations, work.copied, launch.moved, precision, descriptors,
-        device, dependent=dict(launch.job.options).get("launch_pdl", 0) == 1,
+        device, dependent=dict(launch.job.options).get("launch_pdl", 0) == 1, added=work.added,
     )  # fmt: skip
     return Predicted(launch, count, kernel, time)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from clip_fast.towers.config import SiglipConfig, VitConfig
 
 from ..timing import DTYPES
-from .devices import LIBRARY_ATTENTION, LIBRARY_PASS, LIBRARY_PRODUCT, Device
+from .devices import Device, Library
 
 # Seconds that even the smallest takes, its way from the last launch in it: estimated.
 _LEAST = {"product": 5e-6, "attention": 4e-6, "pass": 2e-6}
@@ -60,15 +60,18 @@ def steps_of(config: VitConfig | SiglipConfig, batch: int, precision: str) -> li
     ]
 
 
-def step_seconds(step: Step, precision: str, device: Device) -> float:
+def step_seconds(step: Step, precision: str, device: Device, library: Library) -> float:
     """max(operations / rate, least + bytes / rate): a large one is bound by its work, a small one by its latency."""
-    reached = LIBRARY_ATTENTION if step.kind == "attention" else LIBRARY_PRODUCT
+    reached = library.attention if step.kind == "attention" else library.product
     return max(
         step.operations / (reached * device.chip(precision)),
-        _LEAST[step.kind] + step.moved / (LIBRARY_PASS * device.memory),
+        _LEAST[step.kind] + step.moved / (library.passes * device.memory),
     )
 
 
-def seconds_of(config: VitConfig | SiglipConfig, batch: int, precision: str, device: Device) -> float:
-    """The rival's time for a batch."""
-    return sum(step.count * step_seconds(step, precision, device) for step in steps_of(config, batch, precision))
+def seconds_of(config: VitConfig | SiglipConfig, batch: int, precision: str, device: Device) -> float | None:
+    """The rival's time for a batch; None where the device's libraries are not known."""
+    if device.library is None or precision not in device.sustained:
+        return None
+    steps = steps_of(config, batch, precision)
+    return sum(step.count * step_seconds(step, precision, device, device.library) for step in steps)

@@ -6,6 +6,10 @@ A block works on a tile: a main loop of steps, then an epilogue, in series, sinc
     step  = max(tensor, issue, special, memory pipe, latency / stages ahead)
     once  = fill and drain + barriers + waits + max(issue, special, memory pipe)
 
+Products outside the loop are in `once`, too. Of loads that are waited for while the last step's product runs, what is
+longer than that is a wait. A pass is a step, or as many as the compiler made one loop of; loads are asked for step by
+step.
+
 Loads and products run by themselves, so the slowest decides a step. Where a step's products wait for its own softmax,
 as attention's do, a step is tensor + issue + special.
 
@@ -32,6 +36,7 @@ FILL_AND_DRAIN = (
     1200  # of a tile: last product, first load, handing over the store. Of K₀ = 120 in `devices`: estimated
 )
 LATENCY = 1000  # of a load from memory or second-level cache that nothing hides: estimated
+WITHIN_LATENCY = 32 * 1024  # bytes that the copy engine brings in that time. More take as many times as long: estimated
 GAP = 1e-6  # seconds between two launches of a graph: estimated
 # The same where the second kernel's blocks are in place before the first ends (`primitives.wait_for_the_last`), so that
 # only its end and its stores are waited for, not the launch: estimated as a half.
@@ -128,12 +133,17 @@ def passes(kernel: Kernel, steps: int, operations: int) -> float:
 
 
 def tile_of(
-    kernel: Kernel, steps: int, operations: int, copied: int, precision: str, busy_multiprocessors: int, device: Device
-) -> Tile:
-    """See the equations at the top. `operations` and `copied` bytes are those of a step."""
+    kernel: Kernel, steps: int, operations: int, copied: int, precision: str, busy_multiprocessors: int, device: Device,
+    added: int = 0,
+) -> Tile:  # fmt: skip
+    """See the equations at the top. `operations` and `copied` bytes are those of a step, `added` those of one load by
+    the copy engine in the epilogue."""
     step, once, warps = kernel.code.step, kernel.code.once, kernel.warps
     times = passes(kernel, steps, operations)
     matrix = 0.0 if precision == "fp32" else tensor_seconds(operations, precision, busy_multiprocessors, device)
+    outside = 0.0 if precision == "fp32" else tensor_seconds(
+        warps * once.matrix_operations, precision, busy_multiprocessors, device
+    )  # fmt: skip
     tensor = steps * matrix
     issue = [issue_clocks(part, warps, device) / device.clock for part in (step, once)]
     special = [special_clocks(part, warps) / device.clock for part in (step, once)]
@@ -142,11 +152,14 @@ def tile_of(
         loop = tensor + times * (issue[0] + special[0])
     else:
         ahead = LATENCY / max(1, kernel.stages - 1) / device.clock if times else 0.0
-        loop = max(tensor, times * max(issue[0], special[0], pipe[0], ahead))
-    waits = FILL_AND_DRAIN + BARRIER * once.barriers + LATENCY * once.bulk_loads
-    rest = waits / device.clock + max(issue[1], special[1], pipe[1])
-    busy = max(tensor, *(times * term[0] + term[1] for term in (issue, special, pipe)))
-    return Tile(tensor, loop, rest, busy)
+        loop = max(tensor, times * max(issue[0], special[0], pipe[0]), steps * ahead)
+    load = LATENCY * max(1.0, added / WITHIN_LATENCY) / device.clock
+    covered = max(0.0, once.covered_loads * load - matrix)
+    waits = (FILL_AND_DRAIN + BARRIER * once.barriers) / device.clock
+    waits += (once.bulk_loads - once.covered_loads) * load + covered
+    rest = waits + outside + max(issue[1], special[1], pipe[1])
+    busy = max(tensor + outside, *(times * term[0] + term[1] for term in (issue, special, pipe)))
+    return Tile(tensor + outside, loop, rest, busy)
 
 
 def rounds_of(tiles: int, grid: int, slots: int) -> list[int]:
@@ -170,12 +183,12 @@ def memory_seconds(moved: int, device: Device) -> float:
 
 def launch_time(
     kernel: Kernel, tiles: int, grid: int, steps: int, operations: int, copied: int, moved: int, precision: str,
-    descriptors: bool, device: Device, dependent: bool = False,
+    descriptors: bool, device: Device, dependent: bool = False, added: int = 0,
 ) -> Time:  # fmt: skip
     """The time of a launch on `device`, with all its terms."""
     slots = device.multiprocessors * max(1, kernel.resident)
     rounds = rounds_of(tiles, grid, slots)
-    tile = tile_of(kernel, steps, operations, copied, precision, min(grid, device.multiprocessors), device)
+    tile = tile_of(kernel, steps, operations, copied, precision, min(grid, device.multiprocessors), device, added)
     fullest = sum(ceil(blocks / device.multiprocessors) for blocks in rounds)
     compute = compute_seconds(tile, rounds, device.multiprocessors)
     loop = compute * tile.loop / tile.alone

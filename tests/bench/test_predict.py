@@ -19,7 +19,7 @@ from bench.models import MODELS
 from bench.predict import __main__ as command
 from bench.predict import code, rival, terms
 from bench.predict.code import Code, Counts
-from bench.predict.devices import DEVICES, Device
+from bench.predict.devices import DEVICES, Device, Library
 from bench.predict.launches import Launch, Work
 from bench.predict.prediction import Prediction, predict
 from bench.predict.terms import Kernel, Tile
@@ -75,6 +75,12 @@ PLAIN = """
         /*0060*/                   EXIT ;
 """
 
+SPIN = """
+        /*0200*/                   FADD R1, R1, R1 ;
+        /*0210*/               @P2 BRA 0x200 ;
+        /*0220*/                   EXIT ;
+"""
+
 
 def test_a_flat_loop_has_its_step_apart_from_its_epilogue() -> None:
     read = code.read(FLAT)
@@ -92,10 +98,45 @@ def test_a_block_a_tile_has_its_prologue_and_epilogue_once() -> None:
     assert read.once == Counts(instructions=4, wavefronts=8)
 
 
-def test_code_without_a_loop_runs_once() -> None:
-    read = code.read(PLAIN.replace("@P1 BRA 0x20", "NOP"))
+def test_code_without_products_and_loops_runs_once() -> None:
+    read = code.read(PLAIN.replace("@P1 BRA 0x20", "NOP").replace("HMMA.16816.F32.BF16", "MUFU.EX2"))
     assert read.step == Counts()
-    assert read.once.matrix == 1
+    assert read.once.special == 1
+
+
+def test_a_loop_that_was_unrolled_whole_is_one_step() -> None:
+    """All of the products' code is the loop's, and not the epilogue's: from the first of them to the last."""
+    step = """
+        /*0020*/                   HMMA.16816.F32.BF16 R4, R8, R12, R4 ;
+        /*0030*/                   LDSM.16.M88.4 R8, [R9] ;
+"""
+    looped = PLAIN.replace("@P1 BRA 0x20", "NOP")
+    read = code.read(looped.replace(step.strip(), step.strip() + step + step))
+    assert read.step == Counts(instructions=5, matrix=3, matrix_operations=3 * 4096, shared=2, wavefronts=8)
+    assert read.once == Counts(instructions=5, shared=1, wavefronts=12)
+    # A loop of something else, as one that spins, makes no difference.
+    spins = code.read(looped.replace("EXIT", "BRA 0x200") + SPIN)
+    assert (spins.step.matrix, spins.step.instructions, spins.once.floats) == (1, 1, 1)
+
+
+COVERED = """
+        /*0082*/              @!P2 UTMALDG.2D [UR16], [UR12] ;
+        /*0083*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR8], R16 ;
+        /*0084*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0085*/              @!P2 UTMALDG.2D [UR16], [UR12] ;
+        /*0086*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR8], R16 ;
+"""
+
+
+def test_a_load_that_is_waited_for_before_the_last_product_is_covered_by_it() -> None:
+    barrier = "        /*0080*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;\n"
+    once = code.read(FLAT.replace(barrier, barrier + COVERED)).once
+    assert (once.bulk_loads, once.covered_loads) == (2, 1)
+    late = COVERED.replace("WARPGROUP.DEPBAR.LE gsb0, 0x0", "NOP").replace("0x0082", "0x0081")
+    drained = barrier + "        /*0081*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n" + late
+    once = code.read(FLAT.replace(barrier, drained)).once
+    assert (once.bulk_loads, once.covered_loads) == (2, 0)
+    assert code.read(FLAT).once.covered_loads == 0
 
 
 def test_without_matrix_instructions_the_multiply_adds_are_the_loop() -> None:
@@ -150,6 +191,34 @@ def test_a_tile_of_a_product() -> None:
     assert large.loop == pytest.approx(6 * 8e-6)
 
 
+def test_a_load_covers_what_the_last_step_takes_and_large_ones_count_several_times() -> None:
+    def once_of(added: int = 0, **loads: int) -> float:
+        kernel = replace(KERNEL, code=Code(replace(STEP, matrix_operations=1000), replace(ONCE, **loads)))
+        return terms.tile_of(kernel, 6, 8000 * 50, 0, "bf16", 1, DEVICE, added).once
+
+    least = once_of()
+    step = 8000 * 50 / 1000 * 1e-9  # 400 clocks of products
+    assert once_of(bulk_loads=2) == pytest.approx(least + 2 * 1000e-9)
+    assert once_of(bulk_loads=2, covered_loads=1) == pytest.approx(least + 2 * 1000e-9 - step)
+    assert once_of(bulk_loads=1, covered_loads=1, added=64 * 1024) == pytest.approx(least + 2000e-9 - step)
+    assert once_of(bulk_loads=1, added=64) == once_of(bulk_loads=1)
+
+
+def test_products_outside_of_the_loop_take_their_time() -> None:
+    outside = replace(KERNEL, code=Code(STEP, replace(ONCE, matrix=1, matrix_operations=500)))
+    tiles = [terms.tile_of(kernel, 6, 8000, 0, "bf16", 1, DEVICE) for kernel in (KERNEL, outside)]
+    more = 8 * 500 / 1000 * 1e-9
+    assert tiles[1].once - tiles[0].once == pytest.approx(more)
+    assert tiles[1].tensor - tiles[0].tensor == pytest.approx(more)
+
+
+def test_a_pass_of_several_steps_waits_for_the_loads_of_each() -> None:
+    unrolled = replace(KERNEL, code=Code(replace(STEP, matrix_operations=3000), ONCE))
+    assert terms.passes(unrolled, 6, 8000) == 2
+    tile = terms.tile_of(unrolled, 6, 8000, 0, "bf16", 1, DEVICE)
+    assert tile.loop == pytest.approx(6 * 1000 / 2 * 1e-9)  # of three stages two are ahead
+
+
 def test_a_tile_whose_products_wait_for_its_softmax() -> None:
     chained = replace(KERNEL, code=Code(replace(STEP, special=10), ONCE))
     tile = terms.tile_of(chained, 6, 8000, 0, "bf16", 1, DEVICE)
@@ -197,10 +266,19 @@ def test_the_rival() -> None:
     assert steps["qkv"].moved == 2 * (m * w + 3 * w * w + m * 3 * w)
     passes = ("residual and LayerNorm", "activation")  # two of one, one of the other: 32 bytes an element of a block
     assert sum(steps[name].count * steps[name].moved for name in passes) == 12 * 32 * m * w
+    library = Library(0.8, 0.87, 0.4)
     large = rival.Step("", "product", 1, 1e12, 1e6)
-    assert rival.step_seconds(large, "bf16", DEVICE) == pytest.approx(1e12 / (0.83 * 5e12))
+    assert rival.step_seconds(large, "bf16", DEVICE, library) == pytest.approx(1e12 / (0.8 * 5e12))
+    attention = replace(large, kind="attention")
+    assert rival.step_seconds(attention, "bf16", DEVICE, library) == pytest.approx(1e12 / (0.4 * 5e12))
     small = rival.Step("", "product", 1, 1, 870_000)
-    assert rival.step_seconds(small, "bf16", DEVICE) == pytest.approx(5e-6 + 1e-6)
+    assert rival.step_seconds(small, "bf16", DEVICE, library) == pytest.approx(5e-6 + 1e-6)
+    assert rival.seconds_of(config, 256, "bf16", DEVICE) is None  # nothing is known of such libraries
+    known = replace(DEVICE, library=library)
+    seconds = rival.seconds_of(config, 256, "bf16", known)
+    assert seconds is not None
+    assert seconds > max(step.count * rival.step_seconds(step, "bf16", known, library) for step in steps.values())
+    assert rival.seconds_of(config, 256, "fp16", known) is None
 
 
 # --- what must cost more ----------------------------------------------------------------------------------------------
@@ -258,11 +336,12 @@ def test_the_slower_of_host_and_device_decides_but_a_graph_has_no_host() -> None
     assert replayed.seconds == replayed.on_device
 
 
-@pytest.mark.parametrize("device", ["H200", "A100"])
+@pytest.mark.parametrize("device", ["H200", "A100", "L4"])
 def test_every_printed_figure_says_that_it_is_calculated(device: str) -> None:
     them = [predicted(device=device), predicted(batch=1, device=device)]
     text = command.markdown(them, {(device, "ViT-L/14", 256, "bf16"): "12,345"})
-    assert ("upper bounds" in text) == (device == "A100")  # no sustained rate of it is known
+    assert ("upper bounds" in text) == (device == "L4")  # no sustained rate of it is published
+    assert ("no rival's" in text) == (device != "H200")
     tables = 0
     for part in text.split("\n\n"):
         lines = part.strip().splitlines()

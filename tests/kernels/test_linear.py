@@ -14,7 +14,7 @@ from torch import Tensor
 
 from clip_fast.kernels import linear, ops, oracles, targets
 from clip_fast.kernels.launches import TABLE
-from clip_fast.kernels.statistics import row_statistics
+from clip_fast.kernels.statistics import STATISTICS_TILE, row_statistics
 
 EPILOGUES: dict[str, dict[str, bool | str]] = {
     "plain": {},
@@ -211,6 +211,21 @@ def test_as_many_programs_as_the_multiprocessors_hold(
     monkeypatch.setattr(linear, "multiprocessors", lambda device: 7)
     launch = targets.Launch(128, 128, 64, num_warps=4, num_stages=3, blocks=blocks)
     assert linear._grid(launch, rows, 384, DEVICE) == (programs,)
+
+
+def test_on_hopper_a_residual_is_read_by_as_few_loads_as_fit() -> None:
+    """Beside the operands lie what one load brings and a part of the result. Parts hold whole tiles of statistics."""
+    target = targets.TARGETS["sm_90"]
+    pieces = []
+    for launch in TABLE.entry("linear", "half", target):
+        reads, parts = linear._pieces(launch, target, 2, True, True)
+        pieces.append((reads, parts))
+        tile = 2 * launch.block_m * launch.block_n
+        operands = 2 * launch.num_stages * (launch.block_m + launch.block_n) * launch.block_k
+        assert operands + tile // reads + tile // parts < target.room(launch.blocks)
+        assert launch.block_n // parts % STATISTICS_TILE == 0
+        assert linear._pieces(launch, target, 2, False, True) == (1, 1)
+    assert pieces == [(1, 4), (1, 1), (2, 2), (1, 1)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
