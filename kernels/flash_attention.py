@@ -50,7 +50,8 @@ def _flash_attention_kernel(
     DEPENDENT: tl.constexpr,
     PRECISION: tl.constexpr,  # of products of float32 operands: "ieee" or "tf32"
     TILES: tl.constexpr,  # whether there are whole tiles of keys
-    REST: tl.constexpr,  # the width of a tile for the keys that are left over; 0 where none are
+    REST: tl.constexpr,  # the width of a tile for the keys that are left over; 0 where none are, or the loop has them
+    MASKED: tl.constexpr,  # the loop has them, in a first tile that begins before the first key
     BLOCK_D: tl.constexpr,  # D, rounded up to a power of two
     BLOCK_M: tl.constexpr,  # queries
     BLOCK_N: tl.constexpr,  # keys
@@ -79,12 +80,12 @@ def _flash_attention_kernel(
     rest = N % BLOCK_N
     if REST > 0:
         acc, m, l = _attend(  # noqa: E741
-            q, k_ptr, v_ptr, 0, rest, row_stride, scale, acc, m, l, True, PRECISION, D, BLOCK_D, REST
+            q, k_ptr, v_ptr, 0, rest, row_stride, scale, acc, m, l, True, True, PRECISION, D, BLOCK_D, REST
         )
     if TILES:
-        for n0 in range(rest, N, BLOCK_N):
+        for n0 in range(rest - BLOCK_N if MASKED else rest, N, BLOCK_N):
             acc, m, l = _attend(  # noqa: E741
-                q, k_ptr, v_ptr, n0, N, row_stride, scale, acc, m, l, False, PRECISION, D, BLOCK_D, BLOCK_N
+                q, k_ptr, v_ptr, n0, N, row_stride, scale, acc, m, l, False, MASKED, PRECISION, D, BLOCK_D, BLOCK_N
             )
 
     # --- store
@@ -95,22 +96,22 @@ def _flash_attention_kernel(
 
 @triton.jit
 def _attend(
-    q, k_ptr, v_ptr, n0, end, row_stride, scale, acc, m, l, FIRST: tl.constexpr, PRECISION: tl.constexpr,  # noqa: E741
-    D: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,
+    q, k_ptr, v_ptr, n0, end, row_stride, scale, acc, m, l, FIRST: tl.constexpr, MASKED: tl.constexpr,  # noqa: E741
+    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One step of the softmax: keys n0 to n0 + WIDTH. In the first those from `end` on do not count."""
+    """One step of the softmax: keys n0 to n0 + WIDTH. Where MASKED those before 0 and from `end` on do not count."""
     n, offs_d = n0 + tl.arange(0, WIDTH), tl.arange(0, BLOCK_D)
-    inside_n, inside_d = n < end, offs_d < D
+    inside_n, inside_d = (n >= 0) & (n < end), offs_d < D
     k_ptrs = k_ptr + n[None, :] * row_stride + offs_d[:, None]
     v_ptrs = v_ptr + n[:, None] * row_stride + offs_d[None, :]
-    if FIRST:
+    if MASKED:
         k = tl.load(k_ptrs, mask=inside_d[:, None] & inside_n[None, :], other=0.0)
         v = tl.load(v_ptrs, mask=inside_d[None, :] & inside_n[:, None], other=0.0)
     else:
         k = tl.load(k_ptrs, mask=inside_d[:, None], other=0.0)
         v = tl.load(v_ptrs, mask=inside_d[None, :], other=0.0)
     score = tl.dot(q, k, input_precision=PRECISION)
-    if FIRST:
+    if MASKED:
         score = tl.where(inside_n[None, :], score, float("-inf"))
     if q.dtype == tl.float32:  # the largest score less the maximum is then exactly zero; half precision cannot tell
         p, rescale, m, l = online_softmax_update(score * scale, 1.0, m, l)  # noqa: E741
@@ -132,6 +133,7 @@ def flash_attention(qkv: Tensor, scale: float, precision: str) -> Tensor:
     size = "flash_attention_64" if head_dim <= 64 else "flash_attention_128"
     (launch,) = TABLE.launches_for(size, qkv.dtype, target_of(qkv.device), precision)
     rest = tokens % launch.block_n
+    narrow = qkv.dtype.itemsize == 2  # a second product of float32 queries would take more registers than there are
     launch_kernel(
         _flash_attention_kernel,
         qkv.device,
@@ -143,8 +145,9 @@ def flash_attention(qkv: Tensor, scale: float, precision: str) -> Tensor:
         scale,
         D=head_dim,
         PRECISION=precision,
-        TILES=tokens >= launch.block_n,
-        REST=max(_MIN_KEYS, next_power_of_2(rest)) if rest else 0,
+        TILES=tokens >= launch.block_n or not narrow,
+        REST=max(_MIN_KEYS, next_power_of_2(rest)) if rest and narrow else 0,
+        MASKED=rest > 0 and not narrow,
         BLOCK_D=max(16, next_power_of_2(head_dim)),
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
