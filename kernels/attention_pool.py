@@ -65,7 +65,7 @@ from .statistics import statistics_tiles
 from .targets import Target, kind_of, target_of
 
 _MIN_HEADS = 16  # what a tensor core takes at least
-_NUM_STAGES = 3
+_NUM_STAGES = {2: 3, 4: 2}  # by bytes of an element; with three, float32 spills registers
 # Chains of a step of exact float32. With keys and values every token has a rounding of its own, and attention averages
 # them away. Here one sum stands for all tokens, and must be as much better.
 _LINEAR_CHAINS = tl.constexpr(4)
@@ -86,7 +86,8 @@ def _step(dtype: torch.dtype) -> int:
 
 
 def _stages(operand: Tensor, precision: str) -> int:
-    return stages_from_registers(_NUM_STAGES, kind_of(operand.dtype, precision), target_of(operand.device))
+    stages = _NUM_STAGES[operand.dtype.itemsize]
+    return stages_from_registers(stages, kind_of(operand.dtype, precision), target_of(operand.device))
 
 
 def _token_warps(dtype: torch.dtype, target: Target) -> int:

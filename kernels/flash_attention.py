@@ -9,7 +9,8 @@ queries, keys and values are read where the GEMM left them: a row of qkv holds a
 elements apart. The output is (B, N, H · D), as the next GEMM reads it.
 
 A sequence of a ViT is one class token and G patches, and G is often a whole number of tiles where N = G + 1 is not. The
-keys that are left over come first, in a tile that is as narrow as they are few, so that all others are whole:
+keys that are left over come first, in a tile that is as narrow as they are few, so that all others are whole. In
+float32 the class token comes first, and the last tile is ragged where G is no whole number of them.
 
     token     0 | 1 ........ 64 | 65 ...... 128 | ... | 193 ..... 256         N = 257
               ^   whole tiles of keys, no mask
@@ -51,6 +52,7 @@ def _flash_attention_kernel(
     PRECISION: tl.constexpr,  # of products of float32 operands: "ieee" or "tf32"
     TILES: tl.constexpr,  # whether there are whole tiles of keys
     REST: tl.constexpr,  # the width of a tile for the keys that are left over; 0 where none are
+    MASKED: tl.constexpr,  # the last tile of the loop is not whole
     BLOCK_D: tl.constexpr,  # D, rounded up to a power of two
     BLOCK_M: tl.constexpr,  # queries
     BLOCK_N: tl.constexpr,  # keys
@@ -76,15 +78,24 @@ def _flash_attention_kernel(
     m = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     l = tl.zeros((BLOCK_M,), dtype=tl.float32)  # noqa: E741 (the name that the papers use)
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-    rest = N % BLOCK_N
-    if REST > 0:
+    start = N % BLOCK_N
+    if q.dtype == tl.float32:
+        # Two products of the queries take more registers than there are. The class token needs none: m is its score,
+        # summed by halves and so more exactly than a product is, l = 1, acc its value.
+        k_0 = tl.load(k_ptr + offs_d, mask=inside_d, other=0.0)
+        v_0 = tl.load(v_ptr + offs_d, mask=inside_d, other=0.0)
+        m = tl.sum(q * k_0[None, :], axis=1) * scale
+        l = tl.full((BLOCK_M,), 1.0, dtype=tl.float32)  # noqa: E741
+        acc = tl.broadcast_to(v_0[None, :], (BLOCK_M, BLOCK_D))
+        start = 1
+    elif REST > 0:
         acc, m, l = _attend(  # noqa: E741
-            q, k_ptr, v_ptr, 0, rest, row_stride, scale, acc, m, l, True, PRECISION, D, BLOCK_D, REST
+            q, k_ptr, v_ptr, 0, start, row_stride, scale, acc, m, l, True, True, PRECISION, D, BLOCK_D, REST
         )
     if TILES:
-        for n0 in range(rest, N, BLOCK_N):
+        for n0 in range(start, N, BLOCK_N):
             acc, m, l = _attend(  # noqa: E741
-                q, k_ptr, v_ptr, n0, N, row_stride, scale, acc, m, l, False, PRECISION, D, BLOCK_D, BLOCK_N
+                q, k_ptr, v_ptr, n0, N, row_stride, scale, acc, m, l, False, MASKED, PRECISION, D, BLOCK_D, BLOCK_N
             )
 
     # --- store
@@ -95,22 +106,22 @@ def _flash_attention_kernel(
 
 @triton.jit
 def _attend(
-    q, k_ptr, v_ptr, n0, end, row_stride, scale, acc, m, l, FIRST: tl.constexpr, PRECISION: tl.constexpr,  # noqa: E741
-    D: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,
+    q, k_ptr, v_ptr, n0, end, row_stride, scale, acc, m, l, FIRST: tl.constexpr, MASKED: tl.constexpr,  # noqa: E741
+    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """One step of the softmax: keys n0 to n0 + WIDTH. In the first those from `end` on do not count."""
+    """One step of the softmax: keys n0 to n0 + WIDTH. Where MASKED those from `end` on do not count."""
     n, offs_d = n0 + tl.arange(0, WIDTH), tl.arange(0, BLOCK_D)
     inside_n, inside_d = n < end, offs_d < D
     k_ptrs = k_ptr + n[None, :] * row_stride + offs_d[:, None]
     v_ptrs = v_ptr + n[:, None] * row_stride + offs_d[None, :]
-    if FIRST:
+    if MASKED:
         k = tl.load(k_ptrs, mask=inside_d[:, None] & inside_n[None, :], other=0.0)
         v = tl.load(v_ptrs, mask=inside_d[None, :] & inside_n[:, None], other=0.0)
     else:
         k = tl.load(k_ptrs, mask=inside_d[:, None], other=0.0)
         v = tl.load(v_ptrs, mask=inside_d[None, :], other=0.0)
     score = tl.dot(q, k, input_precision=PRECISION)
-    if FIRST:
+    if MASKED:
         score = tl.where(inside_n[None, :], score, float("-inf"))
     if q.dtype == tl.float32:  # the largest score less the maximum is then exactly zero; half precision cannot tell
         p, rescale, m, l = online_softmax_update(score * scale, 1.0, m, l)  # noqa: E741
@@ -131,7 +142,8 @@ def flash_attention(qkv: Tensor, scale: float, precision: str) -> Tensor:
 
     size = "flash_attention_64" if head_dim <= 64 else "flash_attention_128"
     (launch,) = TABLE.launches_for(size, qkv.dtype, target_of(qkv.device), precision)
-    rest = tokens % launch.block_n
+    half = qkv.dtype.itemsize == 2
+    rest = (tokens if half else tokens - 1) % launch.block_n
     launch_kernel(
         _flash_attention_kernel,
         qkv.device,
@@ -143,8 +155,9 @@ def flash_attention(qkv: Tensor, scale: float, precision: str) -> Tensor:
         scale,
         D=head_dim,
         PRECISION=precision,
-        TILES=tokens >= launch.block_n,
-        REST=max(_MIN_KEYS, next_power_of_2(rest)) if rest else 0,
+        TILES=tokens >= launch.block_n or not half,
+        REST=max(_MIN_KEYS, next_power_of_2(rest)) if rest and half else 0,
+        MASKED=rest > 0 and not half,
         BLOCK_D=max(16, next_power_of_2(head_dim)),
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
