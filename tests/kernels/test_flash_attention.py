@@ -30,7 +30,8 @@ def check(qkv: Tensor, scale: float, guards: Guards) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_accuracy(shape: tuple[int, int, int], dtype: torch.dtype, guards: Guards, launches: list[str]) -> None:
-    check(random_qkv(1 if shape[0] > 100 else 2, *shape, dtype), shape[-1] ** -0.5, guards)
+    batch = 1 if shape[0] > 100 else max(2, 32 // shape[0])  # of a few rows the error is no steady statistic
+    check(random_qkv(batch, *shape, dtype), shape[-1] ** -0.5, guards)
     assert launches == ["_flash_attention_kernel"]
 
 
