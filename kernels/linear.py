@@ -138,9 +138,10 @@ def _linear_kernel(
         rstd = tl.zeros((BLOCK_M,), dtype=tl.float32)
         if NORM:
             mean, rstd = load_row_statistics(x_statistics_ptr, rows, x_statistics_pairs, inside_m, K, eps, X_TILES)
-        # Read before anything asks for the product, whose last step is then still being multiplied.
+        # Read before anything asks for the product, whose last step is then still being multiplied. What pointers read
+        # would wait in registers, which are few.
         added = (acc,)
-        if RESIDUAL:
+        if RESIDUAL and DESCRIPTORS:
             added = _columns(
                 _load_tile(residual, residual_stride, m0, n0, M, N, DESCRIPTORS, BLOCK_M, BLOCK_N // READS),
                 PARTS // READS,
@@ -163,7 +164,7 @@ def _linear_kernel(
             if BIAS:
                 out += tl.load(bias_ptr + first + columns, mask=inside_n, other=0.0).to(tl.float32)[None, :]
             if RESIDUAL:
-                if part > 0 and part % (PARTS // READS) == 0:
+                if part % (PARTS // READS) == 0 and (part > 0 or not DESCRIPTORS):
                     added = _columns(
                         _load_tile(residual, residual_stride, m0, first, M, N, DESCRIPTORS, BLOCK_M, BLOCK_N // READS),
                         PARTS // READS,
