@@ -223,9 +223,9 @@ def test_what_the_machine_code_condemns() -> None:
     program = """
 from bench import tune
 from clip_fast.kernels.targets import Launch
-entry = tune.Entry("flash_attention_64", "half", ("flash_attention fp16 N=50 D=64",), {})
+entry = tune.Entry("flash_attention_64", "half", ("flash_attention fp16 N=257 D=64",), {})
 sound = Launch(128, 64, 0, num_warps=4, num_stages=3)
-large = Launch(128, 128, 0, num_warps=8, num_stages=4)
+large = Launch(128, 128, 0, num_warps=8, num_stages=5)
 odd = Launch(64, 48, 0, num_warps=4, num_stages=2)
 crowded = Launch(128, 64, 0, num_warps=4, num_stages=3, blocks=3)
 problems = tune.problems_of(entry, "sm_86", [sound, large, odd, crowded], 2)

@@ -145,7 +145,7 @@ def test_a_second_run_and_a_page_list_no_tar(tmp_path: Path, monkeypatch: pytest
 def test_processes_list_no_tar_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paths = [write_tar(tmp_path / f"{i}.tar", [f"{i}{j}.png" for j in range(7)]) for i in range(4)]
     inputs = with_listings(find_inputs(paths), tmp_path)
-    job = ProcessJob("m", torch.float32, None, inputs, str(tmp_path), Options(shard_size=5), False)
+    job = ProcessJob("m", torch.float32, None, inputs, str(tmp_path), Options(shard_size=5), False, 1)
     hands = [multiprocessing.Pipe(duplex=False) for _ in range(2)]
     told, telling = multiprocessing.Pipe(duplex=False)
     times = Listed(monkeypatch)
