@@ -11,6 +11,8 @@ import pytest
 import torch
 from interpreter import import_kernels_interpreted
 
+os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # Ray's server starts slowly beside other tests
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--compatibility", metavar="FILE", help="where test_compatibility.py writes its table")
