@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from clip_fast.towers import reference
-from clip_fast.towers.config import Config
+from clip_fast.towers.config import HIDDEN_STATES, Config
 
 
 def random_tower(config: Config, outliers: bool = False) -> reference.VisionTransformer | reference.ModifiedResNet:
@@ -36,6 +38,17 @@ def relative_error(got: Tensor, exact: Tensor) -> float:
     """‖got − exact‖ / ‖exact‖, in float64."""
     assert got.shape == exact.shape
     return float((got.double() - exact.double()).norm() / exact.double().norm())
+
+
+def assert_as_exact(fast: Any, tower: Any, images: Tensor) -> None:
+    """Every task of a fast tower gives what the plain one gives, both in float64, where no rounding hides a mistake."""
+    assert relative_error(fast.encode(images), tower(images)) < 1e-13
+    for got, exact in zip(fast.encode_tokens(images), tower.encode_tokens(images), strict=True):
+        assert relative_error(got, exact) < 1e-13
+    states = fast.hidden_states(images)
+    for layer, exact in enumerate(tower.results(images, HIDDEN_STATES)):
+        assert relative_error(states[layer], exact) < 1e-13
+        assert relative_error(fast.hidden_state(images, layer), exact) < 1e-13
 
 
 def worst_cosine(got: Tensor, exact: Tensor) -> float:

@@ -4,9 +4,9 @@
     read, decode, resize  ->  copy (side stream), encode, copy back  ->  gather a shard, write, rename
 
 Raw uint8 pixels go between the stages in shared, page-locked memory. On a GPU images are resized after the copy, see
-`packing.py`. Embeddings go with a CUDA event that tells when
-they have arrived. The thread that feeds the GPU waits for pixels only, and for the writer when that is `WRITES_AHEAD`
-batches behind. Batches are cut at the same places in every run, so that a resumed run computes the same bits.
+`packing.py`. Embeddings go with a CUDA event that tells when they have arrived. The thread that feeds the GPU waits for
+pixels only, and for the writer when that is `WRITES_AHEAD` batches behind. Batches are cut at the same places in every
+run, so that a resumed run computes the same bits.
 """
 
 from __future__ import annotations

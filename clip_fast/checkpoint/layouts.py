@@ -136,8 +136,8 @@ TEXTS = {
 _UNSERVED = {r"visual\.attn_pool\.": "an attentional pooler, as CoCa has"}  # parts of open_clip's models, by keys
 
 
-def layout_of(path: Path, keys: Collection[str], timm_model: str = "") -> Layout:
-    """How the image tower in a file is named. `timm_model` is the name of its model in timm, where that is known.
+def layout_of(path: Path, keys: Collection[str], timm_model: Callable[[], str] = str) -> Layout:
+    """How the image tower in a file is named. `timm_model` gives the name of its model in timm, empty if unknown.
 
     Raises:
         CheckpointError: the file has none, or one that is not served.
@@ -148,7 +148,7 @@ def layout_of(path: Path, keys: Collection[str], timm_model: str = "") -> Layout
     layout = _layout(keys)
     if layout is TIMM and "visual.trunk.attn_pool.latent" not in keys:
         key = next(key for key in keys if key.startswith(TIMM.prefix))
-        named = timm_model and f", {timm_model}"
+        named = f", {name}" if (name := timm_model()) else ""
         raise CheckpointError(
             path, f"{key} belongs to an image tower from timm that is no SigLIP's{named}, which is not served"
         )

@@ -63,7 +63,7 @@ def read_checkpoint(path: str | os.PathLike[str], activation: Activation | None 
     if activation is not None and activation not in get_args(Activation):
         raise ValueError(f"activation must be one of {get_args(Activation)} or None, got {activation!r}")
     file = read_weights(_locate(Path(path)))
-    tower = StoredTower(file, layout_of(file.path, file.entries.keys(), _timm_model(file.path)))
+    tower = StoredTower(file, layout_of(file.path, file.entries.keys(), lambda: _timm_model(file.path)))
     settings = _settings_beside(tower)
 
     @cache

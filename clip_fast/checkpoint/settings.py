@@ -7,7 +7,7 @@ import re
 import reprlib
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -281,9 +281,6 @@ def _open_clip_settings(path: Path, content: dict[str, Any]) -> BesideWeights:
     _warn_of_preprocessing(path, _unfollowed(processing))
     width = _integer(path, "width", vision.get("width", 768))
     width *= 32 if isinstance(vision.get("layers"), list) else 1  # of the attention
-    text = open_clip_text(path, model)
-    if activation == "gelu_tanh":  # of the image tower alone
-        text = replace(text, activation=text.activation or "gelu")
     size, squash = _open_clip_size(path, vision), processing.get("resize_mode") == "squash"
     return BesideWeights(
         activation,
@@ -298,7 +295,7 @@ def _open_clip_settings(path: Path, content: dict[str, Any]) -> BesideWeights:
         ln_pre=not vision.get("no_ln_pre"),
         pool=pool,
         ln_after_pool=bool(vision.get("final_ln_after_pool")),
-        text=text,
+        text=open_clip_text(path, model),
     )
 
 

@@ -106,7 +106,7 @@ def open_clip_text(path: Path, model: dict[str, Any]) -> TextSettings:
     return TextSettings(
         heads=_number(text, "heads", 8),
         layers=_number(text, "layers", 12),
-        activation=_open_clip_activation(model, text),
+        activation=_text_activation(model, text),
         eps=_number(norm, "eps", EPS),
         end=_number(text, "eos_id", 2) if text.get("pool_type") == "eos" else None,
         last=text.get("pool_type") == "last",
@@ -116,11 +116,11 @@ def open_clip_text(path: Path, model: dict[str, Any]) -> TextSettings:
     )
 
 
-def _open_clip_activation(model: dict[str, Any], text: dict[str, Any]) -> Activation | None:
-    """The text tower's activation; None where it is that of the image tower, which is not timm's."""
+def _text_activation(model: dict[str, Any], text: dict[str, Any]) -> Activation | None:
+    """The text tower's activation; None where the image tower has the same: it is not timm's, nor tanh's alone."""
     if text.get("act_kwargs") == _TANH:
         return "gelu_tanh"
-    if model["vision_cfg"].get("timm_model_name"):
+    if model["vision_cfg"].get("timm_model_name") or model["vision_cfg"].get("act_kwargs") == _TANH:
         return "quick_gelu" if model.get("quick_gelu") else "gelu"
     return None
 

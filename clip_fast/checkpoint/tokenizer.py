@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -60,7 +60,7 @@ class StoredTokenizer:
     @classmethod
     def beside(cls, config: Path, cleaning: str | None = None) -> StoredTokenizer | None:
         """The tokenizer in the folder of a config; None where there is none."""
-        return cls._at(config.with_name("tokenizer.json"), cleaning)
+        return cls._at(config.with_name("tokenizer.json"), cleaning, _settings_beside(config))
 
     @classmethod
     def of_siglip(cls, config: Path) -> StoredTokenizer | None:
@@ -69,21 +69,22 @@ class StoredTokenizer:
         Texts are changed as SigLIP's tokenizers do before they read them. SigLIP 2 was trained with small letters, and
         transformers' tokenizer for it reads them so. The one that its folders name, Gemma's, leaves that to its user.
         """
-        told = _class_told(config)
-        if told not in ("SiglipTokenizer", None):
-            stored = cls.beside(config)
-            return stored and replace(stored, lower=told in _GEMMA)
-        found = (cls._at(config.with_name(name), "siglip") for name in SIGLIP_FILES)
+        told = _settings_beside(config)
+        kind = _class_told(told)
+        if kind not in ("SiglipTokenizer", None):
+            stored = cls._at(config.with_name("tokenizer.json"), None, told)
+            return stored and replace(stored, lower=kind in _GEMMA)
+        found = (cls._at(config.with_name(name), "siglip", told) for name in SIGLIP_FILES)
         stored = next(filter(None, found), None)
         return stored and replace(stored, padding=stored.padding or _SIGLIP_PADDING)
 
     @classmethod
-    def _at(cls, path: Path, cleaning: str | None) -> StoredTokenizer | None:
+    def _at(cls, path: Path, cleaning: str | None, told: Callable[[str], object]) -> StoredTokenizer | None:
         if not path.is_file():
             return None
-        padding = _told(path, "pad_token")
+        padding = told("pad_token")
         padding = cast(dict[str, Any], padding).get("content") if isinstance(padding, dict) else padding
-        side = _told(path, "padding_side") or ("left" if _class_told(path) in _GEMMA else "right")
+        side = told("padding_side") or ("left" if _class_told(told) in _GEMMA else "right")
         return cls(path, path.read_bytes(), padding if isinstance(padding, str) else None, side == "left", cleaning)
 
     def __call__(self, texts: str | list[str], context_length: int, truncate: bool = False) -> Tensor:
@@ -107,18 +108,23 @@ class StoredTokenizer:
         return torch.tensor([row.ids for row in rows], dtype=torch.int32).view(len(texts), context_length)
 
 
-def _told(beside: Path, key: str) -> object:
-    """What transformers' settings of the tokenizer in a folder say."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (path := beside.with_name(name)).is_file() and (told := read_json(path).get(key)) is not None:
-            return told
-    return None
+def _settings_beside(config: Path) -> Callable[[str], object]:
+    """Key -> what transformers' settings of the tokenizer in a config's folder say. Each file is read once."""
+    read = cache(read_json)
+
+    def told(key: str) -> object:
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):
+            if (path := config.with_name(name)).is_file() and (value := read(path).get(key)) is not None:
+                return value
+        return None
+
+    return told
 
 
-def _class_told(beside: Path) -> str | None:
-    """The name of transformers' class of the tokenizer in a folder."""
-    told = _told(beside, "tokenizer_class")
-    return told.removesuffix("Fast") if isinstance(told, str) else None
+def _class_told(told: Callable[[str], object]) -> str | None:
+    """The name of transformers' class of the tokenizer."""
+    name = told("tokenizer_class")
+    return name.removesuffix("Fast") if isinstance(name, str) else None
 
 
 @lru_cache(maxsize=4)  # one may take a hundred megabytes

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sinks import Kept
 
 import clip_fast
 from clip_fast.bulk import packing, pipeline
@@ -128,19 +129,6 @@ def test_an_image_that_never_comes_is_black() -> None:
 
 
 # --- the embeddings --------------------------------------------------------------------------------------------------
-
-
-class Kept:
-    """A sink that keeps what it gets."""
-
-    def __init__(self) -> None:
-        self.shards: list[Shard] = []
-
-    def finished(self, index: int, items: object) -> None:
-        return None
-
-    def write(self, shard: Shard) -> None:
-        self.shards.append(shard)
 
 
 def embedded(items: list[Item], workers: int) -> Shard:

@@ -23,13 +23,14 @@ from bad_files import BAD_FILES
 from hostile import Hanging, Killing, KillingOnce
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image, features
+from sinks import Kept
 
 import clip_fast
 from clip_fast.bulk.decoder import Decoder
 from clip_fast.bulk.manifest import weights_digest
 from clip_fast.bulk.pipeline import Options, Step, run
 from clip_fast.bulk.shards import read_records
-from clip_fast.bulk.tables import Shard, Totals
+from clip_fast.bulk.tables import Totals
 from clip_fast.cli import main as cli
 from clip_fast.inputs.inputs import Files, Inputs
 from clip_fast.inputs.items import ImageFile, Item
@@ -593,19 +594,6 @@ def test_a_small_disk(
 
 
 # --- Bad images ------------------------------------------------------------------------------------------------------
-
-
-class Kept:
-    """A sink that keeps what it gets."""
-
-    def __init__(self) -> None:
-        self.shards: list[Shard] = []
-
-    def finished(self, index: int, items: object) -> None:
-        return None
-
-    def write(self, shard: Shard) -> None:
-        self.shards.append(shard)
 
 
 def embedded(items: list[Item], **options: object) -> tuple[Kept, Totals]:

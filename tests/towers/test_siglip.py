@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from random_towers import random_tower, relative_error, worst_cosine
+from random_towers import assert_as_exact, random_tower, relative_error, worst_cosine
 from torch import Tensor
 
 from clip_fast.kernels import oracles as kernel_oracles
 from clip_fast.towers import reference
-from clip_fast.towers.config import HIDDEN_STATES, SIGLIP_MEAN, SIGLIP_STD, SiglipConfig
+from clip_fast.towers.config import SIGLIP_MEAN, SIGLIP_STD, SiglipConfig
 from clip_fast.towers.families import for_image_size
 from clip_fast.towers.precision import BY_DTYPE
 from clip_fast.towers.siglip import FastSiglip
@@ -48,13 +48,7 @@ def test_float64_is_exact(kind: Any, activation: Any) -> None:
     assert isinstance(tower, reference.SiglipTransformer)
     images = torch.randn(3, 3, 70, 70, dtype=torch.float64)
     fast = prepared(kind, tower.state_dict(), config, torch.float64)
-    assert relative_error(fast.encode(images), tower(images)) < 1e-13
-    for got, exact in zip(fast.encode_tokens(images), tower.encode_tokens(images), strict=True):
-        assert relative_error(got, exact) < 1e-13
-    states = fast.hidden_states(images)
-    for layer, exact in enumerate(tower.results(images, HIDDEN_STATES)):
-        assert relative_error(states[layer], exact) < 1e-13
-        assert relative_error(fast.hidden_state(images, layer), exact) < 1e-13
+    assert_as_exact(fast, tower, images)
     raw = torch.randint(0, 256, images.shape, dtype=torch.uint8)
     assert relative_error(fast.encode(raw), tower(raw.double() / 127.5 - 1)) < 1e-13
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from random_towers import random_tower, relative_error, worst_cosine
+from random_towers import assert_as_exact, random_tower, relative_error, worst_cosine
 from torch import Tensor
 
 from clip_fast.kernels import oracles as kernel_oracles
 from clip_fast.towers import reference
-from clip_fast.towers.config import HIDDEN_STATES, IMAGE_MEAN, IMAGE_STD, VitConfig
+from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD, VitConfig
 from clip_fast.towers.families import for_image_size
 from clip_fast.towers.precision import BY_DTYPE
 from clip_fast.towers.vit import FastVit
@@ -87,13 +87,7 @@ def test_float64_is_exact(name: str, kind: Any) -> None:
     assert isinstance(tower, reference.VisionTransformer)
     images = images_for(config, 3).double()
     fast = prepared(kind, tower.state_dict(), config, torch.float64)
-    assert relative_error(fast.encode(images), tower(images)) < 1e-13
-    for got, exact in zip(fast.encode_tokens(images), tower.encode_tokens(images), strict=True):
-        assert relative_error(got, exact) < 1e-13
-    states = fast.hidden_states(images)
-    for layer, exact in enumerate(tower.results(images, HIDDEN_STATES)):
-        assert relative_error(states[layer], exact) < 1e-13
-        assert relative_error(fast.hidden_state(images, layer), exact) < 1e-13
+    assert_as_exact(fast, tower, images)
     raw = torch.randint(0, 256, images.shape, dtype=torch.uint8)
     mean, std = (torch.tensor(x, dtype=torch.float64).view(3, 1, 1) for x in (IMAGE_MEAN, IMAGE_STD))
     assert relative_error(fast.encode(raw), tower((raw.double() / 255 - mean) / std)) < 1e-13
