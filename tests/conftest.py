@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import secrets
 import signal
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 import torch
 from interpreter import import_kernels_interpreted
 
-os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "120")  # Ray's server starts slowly beside other tests
+# Ray turns its token authentication on for the whole process, and keeps the token under HOME, which tests change.
+os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
