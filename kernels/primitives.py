@@ -204,11 +204,11 @@ def widened(x, BY_NAME: tl.constexpr):
 
 
 @triton.jit
-def tile_statistics(x, count, WHOLE: tl.constexpr):
-    """Mean and sum of squared deviations of each tile of columns.
+def tile_deviations(x, count, WHOLE: tl.constexpr):
+    """Mean of each tile of columns, and the deviations from it.
 
     x (…, T, STATISTICS_TILE) float32, zero beyond a tile's `count` (T,) of columns; WHOLE where no tile that counts is
-    short of columns -> two tensors (…, T).
+    short of columns -> means (…, T), deviations as x, zero where x counts not.
     """
     if WHOLE:
         mean = tl.sum(x, axis=-1) / TILE
@@ -218,7 +218,29 @@ def tile_statistics(x, count, WHOLE: tl.constexpr):
         divisor = tl.maximum(count, 1).to(tl.float32)  # a tile that is padding has no columns
         mean = tl.sum(x, axis=-1) / divisor
         deviation = tl.where(inside, x - tl.expand_dims(mean, -1), 0.0)
-    return mean, tl.sum(rounded_product(deviation, deviation), axis=-1)
+    return mean, deviation
+
+
+@triton.jit
+def _sum_of_squares(x):
+    """The sum over the last axis of x² (S, T, TILE) -> (S, T)."""
+    eighths = _split(x, 8)
+    squares = rounded_product(eighths[0], eighths[0])
+    for i in tl.static_range(1, 8):  # pyright: ignore
+        squares = tl.fma(eighths[i], eighths[i], squares)
+    return tl.sum(squares, axis=2)
+
+
+@triton.jit
+def _split(x, PARTS: tl.constexpr):
+    """x (S, T, N) as a tuple of PARTS tensors of as many columns, from left to right."""
+    if PARTS == 1:
+        parts = (x,)
+    else:
+        halves = tl.reshape(x, (x.shape[0], x.shape[1], 2, x.shape[2] // 2))
+        left, right = tl.permute(halves, (0, 1, 3, 2)).split()
+        parts = _split(left, PARTS // 2) + _split(right, PARTS // 2)
+    return parts
 
 
 @triton.jit
@@ -255,7 +277,8 @@ def store_row_statistics(
     stored = widened(y, BY_NAME)
     if not WHOLE:
         stored = tl.where((n0 + tl.arange(0, N) < width)[None, :], stored, 0.0)
-    mean, m2 = tile_statistics(tl.reshape(stored, (y.shape[0], T, TILE)), tile_counts(T, width - n0), WHOLE)
+    mean, deviation = tile_deviations(tl.reshape(stored, (y.shape[0], T, TILE)), tile_counts(T, width - n0), WHOLE)
+    m2 = _sum_of_squares(deviation)
     tiles = (width + TILE - 1) // TILE
     tile = n0 // TILE + tl.arange(0, T)
     address = statistics_ptr + (rows[:, None].to(tl.int64) * tiles + tile[None, :]) * 2
