@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
@@ -95,8 +94,7 @@ class StoredText(StoredTower):
             raise
         except ValueError as error:
             raise CheckpointError(self.file.path, f"its text tower makes none: {error}") from error
-        with torch.device("meta"):
-            wanted = TextEncoder(config).state_dict()
+        wanted = self._wanted(lambda: TextEncoder(config))
         return Text(config, self._load_all(wanted), settings.tokenizer or tokenize)
 
     def _is_transposed(self, name: str) -> bool:

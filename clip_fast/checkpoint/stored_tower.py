@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..towers import reference
@@ -129,14 +129,21 @@ class StoredTower:
 
     def state_dict(self, config: Config) -> dict[str, Tensor]:
         """All tensors of the tower, checked: complete, nothing besides, right in shape and dtype, finite."""
-        with torch.device("meta"):
-            wanted = reference.build(config).state_dict()
+        wanted = self._wanted(lambda: reference.build(config))
         used = {key for name in wanted for key in self.layout.keys(name)}
         state_dict = self._load_all(wanted)
         surplus = [key for key in self.file.entries if key not in used and not self.layout.other.match(key)]
         if surplus:
             raise CheckpointError(self.file.path, f"holds what a CLIP model has not: {listing(surplus)}")
         return state_dict
+
+    def _wanted(self, build: Callable[[], nn.Module]) -> dict[str, Tensor]:
+        """The tensors of the module that `build` makes: their names, shapes and dtypes, without storage."""
+        try:
+            with torch.device("meta"):
+                return build().state_dict()
+        except RuntimeError as error:  # a stored tensor may be one number, and its shape any
+            raise CheckpointError(self.file.path, f"its tensors' shapes make no tower: {error}") from error
 
     def _load_all(self, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of `wanted` names and shapes."""

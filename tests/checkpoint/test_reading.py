@@ -1003,6 +1003,17 @@ def test_tensors_that_are_larger_than_what_is_stored(
         read_checkpoint(tmp_path / "m.pt", "quick_gelu")
 
 
+@pytest.mark.parametrize("key", ["visual.conv1.weight", "token_embedding.weight"])
+def test_a_width_that_no_tensor_can_have(key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stored_text, "VOCABULARY", 64)
+    entries = openai_clip("vit").state_dict()
+    shape = list(entries[key].shape)
+    shape[0 if key == "visual.conv1.weight" else 1] = 1 << 31
+    torch.save(entries | {key: torch.zeros(1).expand(shape)}, tmp_path / "m.pt")
+    with pytest.raises(CheckpointError, match=r"m\.pt: its tensors' shapes make no tower: Storage size"):
+        read_checkpoint(tmp_path / "m.pt", "quick_gelu")
+
+
 @pytest.mark.parametrize(
     ("processing", "message"),
     [
