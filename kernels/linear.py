@@ -45,6 +45,7 @@ from .primitives import (
     by_name,
     dependent_launch,
     load_row_statistics,
+    split_columns,
     store_row_statistics,
     wait_for_the_last,
     widened,
@@ -142,7 +143,7 @@ def _linear_kernel(
         # would wait in registers, which are few.
         added = (acc,)
         if RESIDUAL and DESCRIPTORS:
-            added = _columns(
+            added = split_columns(
                 _load_tile(residual, residual_stride, m0, n0, M, N, DESCRIPTORS, BLOCK_M, BLOCK_N // READS),
                 PARTS // READS,
             )
@@ -150,7 +151,7 @@ def _linear_kernel(
         # Parts take less memory at a time than the tile. A whole one keeps the layout that matrix instructions give it.
         WIDTH: tl.constexpr = BLOCK_N // PARTS
         dtype: tl.constexpr = y.dtype if DESCRIPTORS else y.dtype.element_ty
-        parts = _columns(acc, PARTS)
+        parts = split_columns(acc, PARTS)
         for part in tl.static_range(PARTS):  # pyright: ignore
             first = n0 + part * WIDTH
             columns = tl.arange(0, WIDTH)
@@ -165,7 +166,7 @@ def _linear_kernel(
                 out += tl.load(bias_ptr + first + columns, mask=inside_n, other=0.0).to(tl.float32)[None, :]
             if RESIDUAL:
                 if part % (PARTS // READS) == 0 and (part > 0 or not DESCRIPTORS):
-                    added = _columns(
+                    added = split_columns(
                         _load_tile(residual, residual_stride, m0, first, M, N, DESCRIPTORS, BLOCK_M, BLOCK_N // READS),
                         PARTS // READS,
                     )
@@ -193,17 +194,6 @@ def _load_tile(
         address = x + rows[:, None].to(tl.int64) * stride + columns[None, :]
         tile = tl.load(address, mask=(rows < M)[:, None] & (columns < N)[None, :], other=0.0)
     return tile
-
-
-@triton.jit
-def _columns(x, PARTS: tl.constexpr):
-    """x (M, N) as a tuple of PARTS tiles of as many columns, from left to right."""
-    if PARTS == 1:
-        parts = (x,)
-    else:
-        left, right = tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)).split()
-        parts = _columns(left, PARTS // 2) + _columns(right, PARTS // 2)
-    return parts
 
 
 def linear(

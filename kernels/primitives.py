@@ -223,23 +223,25 @@ def tile_deviations(x, count, WHOLE: tl.constexpr):
 
 @triton.jit
 def _sum_of_squares(x):
-    """The sum over the last axis of x² (S, T, TILE) -> (S, T)."""
-    eighths = _split(x, 8)
-    squares = rounded_product(eighths[0], eighths[0])
-    for i in tl.static_range(1, 8):  # pyright: ignore
-        squares = tl.fma(eighths[i], eighths[i], squares)
-    return tl.sum(squares, axis=2)
+    """The sum of x² over the last axis: (S, T, TILE) -> (S, T).
+
+    Eight columns far apart are one thread's where a product has left them: their squares are summed by multiply-adds.
+    """
+    parts = split_columns(tl.reshape(x, (x.shape[0] * x.shape[1], TILE)), 8)
+    squares = rounded_product(parts[0], parts[0])
+    for part in tl.static_range(1, 8):  # pyright: ignore
+        squares = tl.fma(parts[part], parts[part], squares)
+    return tl.reshape(tl.sum(squares, axis=1), (x.shape[0], x.shape[1]))
 
 
 @triton.jit
-def _split(x, PARTS: tl.constexpr):
-    """x (S, T, N) as a tuple of PARTS tensors of as many columns, from left to right."""
+def split_columns(x, PARTS: tl.constexpr):
+    """x (M, N) as a tuple of PARTS tiles of as many columns, from left to right."""
     if PARTS == 1:
         parts = (x,)
     else:
-        halves = tl.reshape(x, (x.shape[0], x.shape[1], 2, x.shape[2] // 2))
-        left, right = tl.permute(halves, (0, 1, 3, 2)).split()
-        parts = _split(left, PARTS // 2) + _split(right, PARTS // 2)
+        left, right = tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)).split()
+        parts = split_columns(left, PARTS // 2) + split_columns(right, PARTS // 2)
     return parts
 
 
