@@ -36,11 +36,14 @@ def _layer_norm_kernel(
     x_stride,
     eps,
     T: tl.constexpr,  # tiles in a row, rounded up to a power of two
+    WHOLE: tl.constexpr,  # a row is T whole tiles
     TILE: tl.constexpr,
     STATISTICS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     wait_for_the_last(DEPENDENT)
+    if WHOLE:
+        width = T * TILE  # the compiler then leaves the masks out
     row = tl.program_id(0).to(tl.int64)
     tile = tl.arange(0, T)
     column = tile[:, None] * TILE + tl.arange(0, TILE)[None, :]
@@ -58,7 +61,7 @@ def _layer_norm_kernel(
     tl.store(y_ptr + row * width + column, y, mask=inside)
 
     if STATISTICS:
-        tile_mean, deviation = tile_deviations(y.to(tl.float32), tile_counts(T, width), WHOLE=False)
+        tile_mean, deviation = tile_deviations(y.to(tl.float32), tile_counts(T, width), WHOLE)
         tile_m2 = tl.sum(rounded_product(deviation, deviation), axis=1)
         tiles = (width + TILE - 1) // TILE
         address = statistics_ptr + (row * tiles + tile) * 2
@@ -87,6 +90,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, statistics: 
             rows.stride(0),
             eps,
             T=tiles,
+            WHOLE=width == tiles * STATISTICS_TILE,
             TILE=STATISTICS_TILE,
             STATISTICS=statistics,
             num_warps=cdiv(tiles * STATISTICS_TILE, _COLUMNS_OF_A_WARP),

@@ -225,11 +225,11 @@ def tile_deviations(x, count, WHOLE: tl.constexpr):
 def _sum_of_squares(x):
     """The sum of x² over the last axis: (S, T, TILE) -> (S, T).
 
-    Eight columns far apart are one thread's where a product has left them: their squares are summed by multiply-adds.
+    Four columns are one thread's where a product has left them, 16 apart: multiply-adds sum their squares.
     """
-    parts = split_columns(tl.reshape(x, (x.shape[0] * x.shape[1], TILE)), 8)
+    parts = split_columns(tl.reshape(x, (x.shape[0] * x.shape[1], TILE)), 4)
     squares = rounded_product(parts[0], parts[0])
-    for part in tl.static_range(1, 8):  # pyright: ignore
+    for part in tl.static_range(1, 4):  # pyright: ignore
         squares = tl.fma(parts[part], parts[part], squares)
     return tl.reshape(tl.sum(squares, axis=1), (x.shape[0], x.shape[1]))
 
