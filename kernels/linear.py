@@ -179,7 +179,7 @@ def _linear_kernel(
                 address = y + rows[:, None].to(tl.int64) * N + (first + columns)[None, :]
                 tl.store(address, out, mask=inside_m[:, None] & inside_n[None, :])
             if STATISTICS:
-                store_row_statistics(y_statistics_ptr, out, rows, inside_m, first, N, WHOLE_TILES, BY_NAME)
+                store_row_statistics(y_statistics_ptr, out, rows, inside_m, first, N, WHOLE_TILES, WGMMA, BY_NAME)
 
 
 @triton.jit

@@ -131,7 +131,7 @@ def _patch_embed_kernel(
     n0 = tl.program_id(0) % tiles_n * BLOCK_N
     if STATISTICS:
         rows = offs_m + C * (image + 1)  # so many class rows are before it
-        store_row_statistics(statistics_ptr, out, rows, offs_m < M, n0, W, WHOLE_TILES, BY_NAME)
+        store_row_statistics(statistics_ptr, out, rows, offs_m < M, n0, W, WHOLE_TILES, False, BY_NAME)
     if C == 1:
         # The program with an image's first patch writes its class row.
         class_token = tl.load(position_ptr + offs_n[None, :], mask=inside_n, other=0.0).to(tl.float32)
@@ -139,8 +139,8 @@ def _patch_embed_kernel(
         first = inside & (patch == 0)[:, None]
         tl.store(first_ptrs, tl.broadcast_to(class_token, (BLOCK_M, BLOCK_N)), mask=first)
         if STATISTICS:
-            first_rows = (offs_m < M) & (patch == 0)
-            store_row_statistics(statistics_ptr, class_token, image * (C + G), first_rows, n0, W, WHOLE_TILES, BY_NAME)
+            rows, first_rows = image * (C + G), (offs_m < M) & (patch == 0)
+            store_row_statistics(statistics_ptr, class_token, rows, first_rows, n0, W, WHOLE_TILES, False, BY_NAME)
 
 
 def patch_embed(

@@ -225,11 +225,11 @@ def tile_deviations(x, count, WHOLE: tl.constexpr):
 def _sum_of_squares(x):
     """The sum of x² over the last axis: (S, T, TILE) -> (S, T).
 
-    Four columns are one thread's where a product has left them, 16 apart: multiply-adds sum their squares.
+    A thread has columns 8 apart where Hopper's products left them. Multiply-adds sum the squares of eight such columns.
     """
-    parts = split_columns(tl.reshape(x, (x.shape[0] * x.shape[1], TILE)), 4)
+    parts = split_columns(tl.reshape(x, (x.shape[0] * x.shape[1], TILE)), 8)
     squares = rounded_product(parts[0], parts[0])
-    for part in tl.static_range(1, 4):  # pyright: ignore
+    for part in tl.static_range(1, 8):  # pyright: ignore
         squares = tl.fma(parts[part], parts[part], squares)
     return tl.reshape(tl.sum(squares, axis=1), (x.shape[0], x.shape[1]))
 
@@ -266,13 +266,13 @@ def tile_counts(T: tl.constexpr, width):
 
 @triton.jit
 def store_row_statistics(
-    statistics_ptr, y, rows, inside, n0, width, WHOLE: tl.constexpr, BY_NAME: tl.constexpr
+    statistics_ptr, y, rows, inside, n0, width, WHOLE: tl.constexpr, WGMMA: tl.constexpr, BY_NAME: tl.constexpr
 ):  # fmt: skip
     """Writes the statistics of columns n0 to n0 + N of some rows of `width` elements.
 
     statistics_ptr (M, ⌈width / TILE⌉, 2) float32, contiguous; y (S, N) as it is stored, or (1, N) if all rows are the
-    same; rows (S,), written where `inside` (S,); WHOLE where TILE divides the width; BY_NAME whether NVIDIA's
-    instructions can be asked for.
+    same; rows (S,), written where `inside` (S,); WHOLE where TILE divides the width; WGMMA whether y lies in registers
+    as Hopper's products leave it; BY_NAME whether NVIDIA's instructions can be asked for.
     """
     N: tl.constexpr = y.shape[1]
     T: tl.constexpr = N // TILE
@@ -280,7 +280,7 @@ def store_row_statistics(
     if not WHOLE:
         stored = tl.where((n0 + tl.arange(0, N) < width)[None, :], stored, 0.0)
     mean, deviation = tile_deviations(tl.reshape(stored, (y.shape[0], T, TILE)), tile_counts(T, width - n0), WHOLE)
-    m2 = _sum_of_squares(deviation)
+    m2 = _sum_of_squares(deviation) if WGMMA else tl.sum(rounded_product(deviation, deviation), axis=2)
     tiles = (width + TILE - 1) // TILE
     tile = n0 // TILE + tl.arange(0, T)
     address = statistics_ptr + (rows[:, None].to(tl.int64) * tiles + tile[None, :]) * 2
