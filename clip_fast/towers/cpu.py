@@ -13,9 +13,10 @@ from .. import pytorch
 from .reference import QUICK_GELU_SLOPE
 
 # The number of rows that weights are packed for. MKL takes its blocks from it: weights that are packed for 50 rows
-# multiply 100 to 400 rows up to a quarter more slowly, those for 320 and more multiply any number of rows as fast as
-# weights that are packed for that number, to 4 %.
-_PACKED_FOR = 1024
+# multiply 100 to 400 rows up to a quarter more slowly. Those that are packed for more rows than they are wide multiply
+# any number up to 400 rows a third more slowly, on a Xeon without AMX. In between any number of rows is multiplied as
+# fast as by weights that are packed for that number, to 4 %.
+_PACKED_FOR = 320
 # activation -> oneDNN's name for it, and for the algorithm where oneDNN has several
 _FUSED = {"none": ("none", ""), "swish": ("swish", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
 
