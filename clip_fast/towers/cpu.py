@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import cache, cached_property
 from typing import Any
@@ -17,6 +18,9 @@ from .reference import QUICK_GELU_SLOPE
 # any number up to 400 rows a third more slowly, on a Xeon without AMX. In between any number of rows is multiplied as
 # fast as by weights that are packed for that number, to 4 %.
 _PACKED_FOR = 320
+_ROWS_IN_CACHE = 128  # of an activation, whose passes take a fifth longer for 64 rows or for 256
+GELU_TANH_SLOPE = math.sqrt(2 / math.pi)
+GELU_TANH_CUBIC = 0.044715
 # activation -> oneDNN's name for it, and for the algorithm where oneDNN has several
 _FUSED = {"none": ("none", ""), "swish": ("swish", ""), "gelu": ("gelu", "none"), "gelu_tanh": ("gelu", "tanh")}
 
@@ -25,12 +29,27 @@ def _quick_gelu_(x: Tensor) -> Tensor:
     return x.mul_((QUICK_GELU_SLOPE * x).sigmoid_())
 
 
+def _tanh_gelu_(x: Tensor) -> Tensor:
+    """2 √(2 / π) times GELU at x, by its tanh approximation, for a given √(2 / π) x; written over it.
+
+    It is x' + x' · tanh(x' + c x'³) of the given x'. PyTorch's own pass takes twice as long, for its tanh is not MKL's.
+    A part of the rows at a time stays in the caches.
+    """
+    parts: tuple[Tensor, ...] = torch.split(x, _ROWS_IN_CACHE)
+    for rows in parts:
+        gate = rows * rows
+        torch.addcmul(rows, rows, gate, value=GELU_TANH_CUBIC / GELU_TANH_SLOPE**2, out=gate)
+        torch.addcmul(rows, rows, gate.tanh_(), out=rows)
+    return x
+
+
 _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "swish": torch.ops.aten.silu_.default,
     "quick_gelu": _quick_gelu_,
     "gelu": torch.ops.aten.gelu_.default,
     "gelu_tanh": lambda x: torch.ops.aten.gelu_.default(x, approximate="tanh"),
+    "scaled_gelu_tanh": _tanh_gelu_,
 }
 
 

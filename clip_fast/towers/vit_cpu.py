@@ -14,6 +14,8 @@ swish(1.702 x) / 1.702, so the factors go into the weights around the activation
   LayerNorm before the weights, whose gain and shift may be float32, and into the sum after them.
 * In float16, 1.702 x might overflow. There the activation is a pass of its own.
 
+In float32 the tanh approximation of GELU is made of passes (`cpu._tanh_gelu_`) that need such factors, too.
+
 Shapes: B images, N = 1 + G tokens, W width, H heads, D = W / H, E embed_dim.
 """
 
@@ -30,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import Rgb, SiglipConfig, VitConfig
-from .cpu import Product, one_query_attention
+from .cpu import GELU_TANH_SLOPE, Product, one_query_attention
 from .fast import normalised
 from .precision import Precision
 from .reference import QUICK_GELU_SLOPE
@@ -67,12 +69,15 @@ class Casting:
         self.source = {name: tensor.detach() for name, tensor in state_dict.items()}
         self._width = config.width
         self.dtype, self.wide = precision.weights, precision.wide
-        # QuickGELU(x) = swish(1.702 x) / 1.702
-        as_swish = config.activation == "quick_gelu" and self.dtype != torch.float16
-        self._slope, self._activation = (QUICK_GELU_SLOPE, "swish") if as_swish else (1.0, config.activation)
+        # activation(x) = self._activation(slope · x) / rise
+        self._slope, self._rise, self._activation = 1.0, 1.0, str(config.activation)
+        if config.activation == "quick_gelu" and self.dtype != torch.float16:
+            self._slope, self._rise, self._activation = QUICK_GELU_SLOPE, QUICK_GELU_SLOPE, "swish"
+        elif config.activation == "gelu_tanh" and self.dtype.itemsize >= 4:  # oneDNN has it in half precision
+            self._slope, self._rise, self._activation = GELU_TANH_SLOPE, 2 * GELU_TANH_SLOPE, "scaled_gelu_tanh"
         given = self.source["transformer.resblocks.0.mlp.c_fc.weight"].dtype
         rounded_anyway = self.dtype.itemsize >= 4 or torch.finfo(given).eps < torch.finfo(self.dtype).eps
-        self._in_weights, self._beside = (self._slope, 1.0) if rounded_anyway else (1.0, self._slope)
+        self._in_weights = rounded_anyway
 
     def pair(self, name: str, dtype: torch.dtype | None = None, scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """Gain and shift of a LayerNorm."""
@@ -93,12 +98,11 @@ class Casting:
         return Product(weight, weight.new_zeros(self._width, dtype=self.dtype))
 
     def mlp(self, prefix: str, norm: str, layer_scale: str = "") -> Mlp:
-        in_weights, beside = self._in_weights, self._beside
-        options: dict[str, Any] = {"activation": self._activation, "scale": in_weights}
+        slope, fall, beside = (self._slope, 1 / self._rise, 1.0) if self._in_weights else (1.0, 1.0, self._slope)
         return Mlp(
             ln_2=self.pair(norm, self.dtype if beside == 1 else self.wide, beside),
-            fc1=self.product(f"{prefix}.c_fc.", self._slope, **options),
-            fc2=self.product(f"{prefix}.c_proj.", beside, layer_scale, scale=1 / in_weights, alpha=1 / beside),
+            fc1=self.product(f"{prefix}.c_fc.", self._slope, scale=slope, activation=self._activation),
+            fc2=self.product(f"{prefix}.c_proj.", beside, layer_scale, scale=fall, alpha=1 / beside),
         )
 
     def block(self, i: int) -> Block:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clip_fast import pytorch
 from clip_fast.towers import cpu
-from clip_fast.towers.cpu import Product
+from clip_fast.towers.cpu import GELU_TANH_SLOPE, Product
 from clip_fast.towers.reference import gelu_tanh, quick_gelu
 
 ACTIVATIONS = {
@@ -21,6 +21,7 @@ ACTIVATIONS = {
     "quick_gelu": quick_gelu,
     "gelu": F.gelu,
     "gelu_tanh": gelu_tanh,
+    "scaled_gelu_tanh": lambda x: 2 * GELU_TANH_SLOPE * gelu_tanh(x / GELU_TANH_SLOPE),
 }
 ROWS = [1, 50, 300]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
