@@ -208,7 +208,7 @@ def tile_deviations(x, count, WHOLE: tl.constexpr):
     """Mean of each tile of columns, and the deviations from it.
 
     x (…, T, STATISTICS_TILE) float32, zero beyond a tile's `count` (T,) of columns; WHOLE where no tile that counts is
-    short of columns -> means (…, T), deviations as x, zero where x counts not.
+    short of columns -> means (…, T), and deviations as x, zero beyond the count.
     """
     if WHOLE:
         mean = tl.sum(x, axis=-1) / TILE
