@@ -17,6 +17,7 @@ _QUICK_GELU_CUBIC: tl.constexpr = tl.constexpr(0.0)
 _GELU_TANH_SLOPE: tl.constexpr = tl.constexpr(1.5957691216057308)  # 2 √(2 / π)
 _GELU_TANH_CUBIC: tl.constexpr = tl.constexpr(1.5957691216057308 * 0.044715)
 TILE: tl.constexpr = tl.constexpr(STATISTICS_TILE)
+_SQUARES: tl.constexpr = tl.constexpr(8)  # columns of a tile that one thread has
 
 # Abramowitz & Stegun 1964, 7.1.26: erf(z) = 1 − (a₁ t + … + a₅ t⁵) exp(−z²) with t = 1 / (1 + p z), within 1.5e-7.
 _ERF_P: tl.constexpr = tl.constexpr(0.3275911)
@@ -227,9 +228,9 @@ def _sum_of_squares(x):
 
     A thread has columns 8 apart where Hopper's products left them. Multiply-adds sum the squares of eight such columns.
     """
-    parts = split_columns(tl.reshape(x, (x.shape[0] * x.shape[1], TILE)), 8)
+    parts = split_columns(tl.reshape(x, (x.shape[0] * x.shape[1], TILE)), _SQUARES)
     squares = rounded_product(parts[0], parts[0])
-    for part in tl.static_range(1, 8):  # pyright: ignore
+    for part in tl.static_range(1, _SQUARES):  # pyright: ignore
         squares = tl.fma(parts[part], parts[part], squares)
     return tl.reshape(tl.sum(squares, axis=1), (x.shape[0], x.shape[1]))
 
