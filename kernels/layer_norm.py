@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .direct import launch_kernel
-from .primitives import dependent_launch, rounded_product, tile_counts, tile_deviations, wait_for_the_last
+from .primitives import dependent_launch, rounded_product, tile_counts, tile_statistics, wait_for_the_last
 from .sizes import cdiv, next_power_of_2
 from .statistics import STATISTICS_TILE, empty_statistics, statistics_tiles
 
@@ -61,8 +61,7 @@ def _layer_norm_kernel(
     tl.store(y_ptr + row * width + column, y, mask=inside)
 
     if STATISTICS:
-        tile_mean, deviation = tile_deviations(y.to(tl.float32), tile_counts(T, width), WHOLE)
-        tile_m2 = tl.sum(rounded_product(deviation, deviation), axis=1)
+        tile_mean, tile_m2 = tile_statistics(y.to(tl.float32), tile_counts(T, width), WHOLE, WGMMA=False)
         tiles = (width + TILE - 1) // TILE
         address = statistics_ptr + (row * tiles + tile) * 2
         tl.store(address, tile_mean, mask=tile < tiles)

@@ -17,7 +17,7 @@ _QUICK_GELU_CUBIC: tl.constexpr = tl.constexpr(0.0)
 _GELU_TANH_SLOPE: tl.constexpr = tl.constexpr(1.5957691216057308)  # 2 √(2 / π)
 _GELU_TANH_CUBIC: tl.constexpr = tl.constexpr(1.5957691216057308 * 0.044715)
 TILE: tl.constexpr = tl.constexpr(STATISTICS_TILE)
-_SQUARES: tl.constexpr = tl.constexpr(8)  # columns of a tile that one thread has
+_SQUARES: tl.constexpr = tl.constexpr(8)  # of columns of a tile, that multiply-adds sum
 
 # Abramowitz & Stegun 1964, 7.1.26: erf(z) = 1 − (a₁ t + … + a₅ t⁵) exp(−z²) with t = 1 / (1 + p z), within 1.5e-7.
 _ERF_P: tl.constexpr = tl.constexpr(0.3275911)
@@ -205,11 +205,12 @@ def widened(x, BY_NAME: tl.constexpr):
 
 
 @triton.jit
-def tile_deviations(x, count, WHOLE: tl.constexpr):
-    """Mean of each tile of columns, and the deviations from it.
+def tile_statistics(x, count, WHOLE: tl.constexpr, WGMMA: tl.constexpr):
+    """Mean and sum of squared deviations of each tile of columns.
 
     x (…, T, STATISTICS_TILE) float32, zero beyond a tile's `count` (T,) of columns; WHOLE where no tile that counts is
-    short of columns -> means (…, T), and deviations as x, zero beyond the count.
+    short of columns; WGMMA whether x (S, T, STATISTICS_TILE) lies in registers as Hopper's products leave it -> two
+    tensors (…, T).
     """
     if WHOLE:
         mean = tl.sum(x, axis=-1) / TILE
@@ -219,7 +220,8 @@ def tile_deviations(x, count, WHOLE: tl.constexpr):
         divisor = tl.maximum(count, 1).to(tl.float32)  # a tile that is padding has no columns
         mean = tl.sum(x, axis=-1) / divisor
         deviation = tl.where(inside, x - tl.expand_dims(mean, -1), 0.0)
-    return mean, deviation
+    m2 = _sum_of_squares(deviation) if WGMMA else tl.sum(rounded_product(deviation, deviation), axis=-1)
+    return mean, m2
 
 
 @triton.jit
@@ -280,8 +282,7 @@ def store_row_statistics(
     stored = widened(y, BY_NAME)
     if not WHOLE:
         stored = tl.where((n0 + tl.arange(0, N) < width)[None, :], stored, 0.0)
-    mean, deviation = tile_deviations(tl.reshape(stored, (y.shape[0], T, TILE)), tile_counts(T, width - n0), WHOLE)
-    m2 = _sum_of_squares(deviation) if WGMMA else tl.sum(rounded_product(deviation, deviation), axis=2)
+    mean, m2 = tile_statistics(tl.reshape(stored, (y.shape[0], T, TILE)), tile_counts(T, width - n0), WHOLE, WGMMA)
     tiles = (width + TILE - 1) // TILE
     tile = n0 // TILE + tl.arange(0, T)
     address = statistics_ptr + (rows[:, None].to(tl.int64) * tiles + tile[None, :]) * 2

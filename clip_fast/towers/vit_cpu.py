@@ -76,8 +76,8 @@ class Casting:
         elif config.activation == "gelu_tanh" and self.dtype.itemsize >= 4:  # oneDNN has it in half precision
             self._slope, self._rise, self._activation = GELU_TANH_SLOPE, 2 * GELU_TANH_SLOPE, "scaled_gelu_tanh"
         given = self.source["transformer.resblocks.0.mlp.c_fc.weight"].dtype
-        rounded_anyway = self.dtype.itemsize >= 4 or torch.finfo(given).eps < torch.finfo(self.dtype).eps
-        self._in_weights = rounded_anyway
+        # whether the factors go into the weights: these are rounded anyway
+        self._in_weights = self.dtype.itemsize >= 4 or torch.finfo(given).eps < torch.finfo(self.dtype).eps
 
     def pair(self, name: str, dtype: torch.dtype | None = None, scale: float = 1.0) -> tuple[Tensor, Tensor]:
         """Gain and shift of a LayerNorm."""
