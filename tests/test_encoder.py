@@ -69,7 +69,7 @@ def test_precision_is_apart_from_the_embeddings_dtype(
     assert embeddings.dtype == torch.float32
     error = relative_error(embeddings, exact(model, images))
     assert error < bound
-    served = cpu.can_multiply(BY_NAME[precision].weights)
+    served = cpu.multiplies_fast(BY_NAME[precision].weights)
     assert (error > 1e-4) == (precision in ("bf16", "fp16") and served)  # it was really computed in it
 
 
@@ -79,11 +79,15 @@ def test_a_half_precision_that_the_cpu_has_not(
     config: VitConfig | ResNetConfig, dtype: torch.dtype, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Computed in float32, of the rounded weights, and rounded once."""
-    monkeypatch.setattr(cpu, "can_multiply", lambda asked: asked not in (torch.float16, torch.bfloat16))
+    monkeypatch.setattr(cpu, "multiplies_fast", lambda asked: asked.itemsize >= 4)
+    monkeypatch.setattr(cpu, "can_fuse", lambda asked: asked == torch.float32)
     model = make(config, dtype)
     wide = ImageEncoder(config, model.visual.state_dict(), CPU, torch.float32)
-    assert torch.equal(model.encode_image(images), wide.encode_image(images).to(dtype))
-    assert model.encode_image(images).dtype == dtype
+    embeddings, wanted = model.encode_image(images), wide.encode_image(images)
+    assert embeddings.dtype == dtype
+    # Sums in another order may be rounded to a neighbour; hardly any are.
+    assert relative_error(embeddings, wanted.to(dtype).double()) < torch.finfo(dtype).eps / 10
+    assert relative_error(embeddings, wanted.double()) < torch.finfo(dtype).eps / 2
 
 
 def test_raw_pixels_in_either_layout() -> None:

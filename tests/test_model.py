@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import clip_fast
 from clip_fast import model as model_module
+from clip_fast.towers import cpu
 
 clip_model = pytest.importorskip("clip.model")
 
@@ -84,8 +85,11 @@ def test_without_its_text_tower_a_checkpoint_gives_the_image_encoder(tmp_path: P
 
 @pytest.mark.parametrize("squash", [False, True])
 @pytest.mark.parametrize("text", [False, True])
-def test_what_is_asked_for_and_what_the_config_says_reach_the_model(text: bool, squash: bool, tmp_path: Path) -> None:
+def test_what_is_asked_for_and_what_the_config_says_reach_the_model(
+    text: bool, squash: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A model with a text tower and one without are made in two places."""
+    monkeypatch.setattr(cpu, "multiplies_fast", cpu.can_multiply)
     state = {name: tensor.contiguous() for name, tensor in make(2).state_dict().items()}
     save_file(
         {name: tensor for name, tensor in state.items() if text or name.startswith("visual.")},

@@ -17,7 +17,7 @@ from .. import pytorch
 from ..kernels import ops
 from ..kernels.dispatch import triton_can_run
 from ..kernels.targets import POINTWISE, InputPrecision
-from .cpu import can_fuse
+from .cpu import can_fuse, stays_half
 from .precision import Precision
 
 
@@ -68,7 +68,7 @@ class Convolution:
         elif weight.device.type == "cpu" and can_fuse(dtype):
             self._run = Convolution._by_onednn
             self.weight, self.scale = weight, scale
-            self._packed: dict[bool, Tensor] = {}  # True: for one image; False: for several
+            self._packed: dict[bool, Tensor] | None = None if stays_half(weight, dtype) else {}  # whether for one image
         else:
             self.weight = _folded(weight, scale, dtype)
             if weight.is_cuda and torch.version.cuda is not None and dtype != torch.float64:
@@ -108,11 +108,7 @@ class Convolution:
         return self._finish(y.add_(self.bias[:, None, None]), residual)
 
     def _by_onednn(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        alone = len(x) == 1
-        packed = self._packed.get(alone)
-        if packed is None:
-            packed = self._packed[alone] = self._layout(x)
-        operands = (x, packed, self.bias, *self._geometry, 1)
+        operands = (x, self._layout(x), self.bias, *self._geometry, 1)
         activation = "relu" if self.relu else "none"
         if residual is None:
             return pytorch.convolution_pointwise(*operands, activation, [], "")
@@ -125,9 +121,18 @@ class Convolution:
 
         The wrong layout is up to 50 times slower. Where both are the same, which is most often, there is one.
         """
-        folded = _folded(self.weight, self.scale, self.bias.dtype)
-        packed = pytorch.reorder_convolution_weight(folded, *self._geometry, 1, list(x.shape))
-        return next((other for other in self._packed.values() if pytorch.same_layout(other, packed)), packed)
+        if self._packed is None:
+            return self._reordered(_widened(self.weight, self.scale), x)
+        alone = len(x) == 1
+        packed = self._packed.get(alone)
+        if packed is None:
+            packed = self._reordered(_folded(self.weight, self.scale, self.bias.dtype), x)
+            packed = next((other for other in self._packed.values() if pytorch.same_layout(other, packed)), packed)
+            self._packed[alone] = packed
+        return packed
+
+    def _reordered(self, folded: Tensor, x: Tensor) -> Tensor:
+        return pytorch.reorder_convolution_weight(folded, *self._geometry, 1, list(x.shape))
 
     def _plain(self, x: Tensor, residual: Tensor | None) -> Tensor:
         return self._finish(F.conv2d(x, self.weight, self.bias, self.stride, self.padding), residual)
@@ -142,3 +147,8 @@ def _folded(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The weight (O, C, k, k) times the scale (O,), in float64, then cast."""
     folded = (weight.double() * scale[:, None, None, None]).to(dtype)
     return folded.contiguous(memory_format=torch.channels_last)
+
+
+def _widened(weight: Tensor, scale: Tensor) -> Tensor:
+    """`_folded` to float32 of a weight in half precision, in float32: for weights that are folded for each call."""
+    return weight.float().mul_(scale.float()[:, None, None, None])

@@ -18,6 +18,7 @@ from .reference import QUICK_GELU_SLOPE
 # any number up to 400 rows a third more slowly, on a Xeon without AMX. In between any number of rows is multiplied as
 # fast as by weights that are packed for that number, to 4 %.
 _PACKED_FOR = 320
+_FEW_ROWS = 64  # which half weights multiply faster as they are, and more rows in float32
 _ROWS_IN_CACHE = 128  # of an activation, whose passes take a fifth longer for 64 rows or for 256
 GELU_TANH_SLOPE = math.sqrt(2 / math.pi)
 GELU_TANH_CUBIC = 0.044715
@@ -82,6 +83,26 @@ def _is_intel() -> bool:
     return str(_capabilities().get("cpu_name")).startswith("Intel")
 
 
+@cache
+def multiplies_fast(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies in `dtype` at least as fast as in float32.
+
+    bfloat16 without AMX reached half of float32's rate on an Intel Xeon, by instructions. On others they are emulated.
+    """
+    if dtype == torch.bfloat16 and _is_intel():
+        return bool(_capabilities().get("amx_bf16"))
+    return can_multiply(dtype)
+
+
+def stays_half(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `weight` stays in its half precision, and a copy in `dtype`, float32, is made for each product.
+
+    Kept, that copy would take twice the memory of the weights.
+    """
+    on_cpu = weight.device.type == "cpu"
+    return on_cpu and dtype == torch.float32 and weight.dtype.itemsize < 4 and not multiplies_fast(weight.dtype)
+
+
 def can_pack_for_mkl() -> bool:
     """Whether this build of PyTorch has MKL's packed products, and this is a CPU of MKL's maker."""
     return pytorch.has_mkl() and _is_intel()
@@ -92,12 +113,14 @@ class Product:
 
     | dtype | library | why |
     |---|---|---|
+    | float32 of half weights that multiply slowly | BLAS, a copy in float32 for each call | see `stays_half` |
+    | the same, up to 64 rows by bfloat16 | oneDNN, packed weights in bfloat16 | the copy would take longer |
     | float32 on Intel's CPUs | MKL, packed weights | 6 to 11 % faster than oneDNN, from 50 rows to 800 |
     | float32 and bfloat16 elsewhere | oneDNN, packed weights | bias and residual are fused, and bfloat16's activation |
     | others | BLAS, weights as they are | |
 
-    There is one layout of W for all numbers of rows and of threads, made when it is first needed. oneDNN's fused
-    activation costs a quarter of a float32 product, PyTorch's pass in place a twentieth.
+    Where W does not stay as it is, it has one layout for all numbers of rows and of threads, made when it is first
+    needed. oneDNN's fused activation costs a quarter of a float32 product, PyTorch's pass in place a twentieth.
 
     Args:
         weight: (N, K), of any float dtype; multiplied by `scale`, then cast to the bias's dtype.
@@ -113,7 +136,9 @@ class Product:
         self.alpha = alpha
         self._given, self._scale = weight, scale
         self._multiply = Product._by_blas  # the function, not a bound method: the instance would hold on to itself
-        if bias.device.type == "cpu" and bias.dtype == torch.float32 and can_pack_for_mkl():
+        if stays_half(weight, bias.dtype):
+            self._multiply = Product._by_widening
+        elif bias.device.type == "cpu" and bias.dtype == torch.float32 and can_pack_for_mkl():
             self._multiply = Product._by_mkl
             # MKL would multiply by this operand where no packed one is given. Here it reads the operand's shape alone.
             self._unpacked = bias.new_full((), torch.nan).expand(weight.shape)
@@ -132,6 +157,8 @@ class Product:
         """W in the layout of the library."""
         if self._multiply is Product._by_mkl:
             return pytorch.mkl_reorder_linear_weight(self.weight, _PACKED_FOR)
+        if self._multiply is Product._by_widening:
+            return pytorch.reorder_linear_weight(self._given.contiguous(), _FEW_ROWS)
         if self._multiply is Product._by_onednn:
             return pytorch.reorder_linear_weight(self.weight, _PACKED_FOR)
         return self.weight.T
@@ -143,6 +170,15 @@ class Product:
     def _by_mkl(self, x: Tensor, residual: Tensor | None) -> Tensor:
         y = pytorch.mkl_linear(x, self._operand, self._unpacked, self.bias, x.shape[0])
         return self._finish(y, residual)
+
+    def _by_widening(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if len(x) <= _FEW_ROWS and can_fuse(self._given.dtype):
+            y = pytorch.linear_pointwise(x.to(self._given.dtype), self._operand, None, "none", [], "")
+            return self._finish(torch.add(self.bias, y, alpha=self._scale), residual)
+        weight = self._given.to(self.bias.dtype)
+        if self._scale != 1:
+            weight.mul_(self._scale)
+        return self._finish(torch.addmm(self.bias, x, weight.T), residual)
 
     def _by_onednn(self, x: Tensor, residual: Tensor | None) -> Tensor:
         if residual is not None and self.alpha == 1:

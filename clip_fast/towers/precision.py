@@ -61,7 +61,8 @@ def precision_of(name: PrecisionName | None, weight: Tensor) -> Precision:
     Args:
         name: the user's choice; None is the precision of the weights.
 
-    A half precision that a CPU has no instructions for becomes "fp32", and so does "tf32" where Triton has none.
+    A half precision that a CPU multiplies more slowly than float32 becomes "fp32", and so does "tf32" where Triton has
+    none.
 
     Raises:
         NotServed: no precision has the dtype of the weights.
@@ -70,7 +71,7 @@ def precision_of(name: PrecisionName | None, weight: Tensor) -> Precision:
         raise NotServed(f"its weights are {weight.dtype}")
     precision = BY_DTYPE[weight.dtype] if name is None else BY_NAME[name]
     device = weight.device
-    if device.type == "cpu" and not cpu.can_multiply(precision.weights) and not triton_can_run(device):
+    if device.type == "cpu" and not cpu.multiplies_fast(precision.weights) and not triton_can_run(device):
         return FP32
     if precision is TF32 and not has_tf32(device):
         return FP32

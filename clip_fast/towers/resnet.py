@@ -29,7 +29,7 @@ from torch import Tensor
 from ..kernels import ops
 from .config import ResNetConfig, Rgb, TaskName
 from .convolution import Convolution, by_kernels
-from .cpu import Product, one_query_attention
+from .cpu import one_query_attention
 from .fast import FastTower, Results
 from .precision import Precision
 
@@ -195,10 +195,9 @@ def _prepare_pool(source: dict[str, Tensor], config: ResNetConfig, precision: Pr
         return ops.operand(matrix, precision.weights, precision.products) if kernels else matrix.to(wide)
 
     def product(name: str) -> Callable[[Tensor], Tensor]:
-        bias = source[f"attnpool.{name}.bias"].to(wide)
+        matrix, bias = weight(name), source[f"attnpool.{name}.bias"].to(wide)
         if not kernels:
-            return Product(source[f"attnpool.{name}.weight"], bias)
-        matrix = weight(name)
+            return lambda x: F.linear(x, matrix, bias)
         return lambda x: ops.linear(x, matrix, bias, precision=precision.products)[0]
 
     def per_head(name: str) -> Tensor:

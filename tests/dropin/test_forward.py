@@ -39,6 +39,7 @@ import clip_fast
 from clip_fast.dropin.forward import _UNREAD, Forward
 from clip_fast.engine.engine import Engine
 from clip_fast.errors import NotServed
+from clip_fast.towers import cpu
 from clip_fast.towers.config import VitConfig
 
 
@@ -656,7 +657,8 @@ def test_compiled_and_then_hooked(images: Tensor) -> None:
         assert not falls_back(model, images, "hooks", lambda m, x: compiled(x)).any()
 
 
-def test_compiled_and_then_accelerated_anew(images: Tensor) -> None:
+def test_compiled_and_then_accelerated_anew(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "multiplies_fast", cpu.can_multiply)
     torch.compiler.reset()
     model = clip_fast.accelerate(openai_vit())
     compiled = torch.compile(lambda x: embeddings(model, x), backend="eager", fullgraph=True)

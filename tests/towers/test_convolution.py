@@ -9,7 +9,7 @@ from random_towers import relative_error
 
 from clip_fast import pytorch
 from clip_fast.kernels import ops, targets
-from clip_fast.towers import convolution
+from clip_fast.towers import convolution, cpu
 from clip_fast.towers.convolution import Convolution
 from clip_fast.towers.cpu import can_fuse
 from clip_fast.towers.precision import BY_DTYPE
@@ -63,6 +63,25 @@ def test_convolution(
     assert relative_error(got, exact) <= (walk if wide else 1.2 * relative_error(plain, exact))
 
 
+@pytest.mark.skipif(not can_fuse(torch.float32), reason="no oneDNN")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1, 3])
+def test_half_weights_that_multiply_slowly_stay_as_they_are(
+    size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "multiplies_fast", lambda asked: asked.itemsize >= 4)
+    weight, bias, scale = torch.randn(40, 24, size, size).to(dtype), torch.randn(40).double(), torch.randn(40).double()
+    given = weight.clone()
+    half = Convolution(weight, scale, bias, BY_DTYPE[torch.float32])
+    wide = Convolution(weight.float(), scale, bias, BY_DTYPE[torch.float32])
+    for batch in (1, 3):
+        x = torch.randn(batch, 24, 9, 9).contiguous(memory_format=torch.channels_last)
+        assert relative_error(half(x), wide(x)) < 2 * torch.finfo(torch.float32).eps
+    assert half._packed is None
+    assert wide._packed
+    assert torch.equal(weight, given)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_table_says_whose_a_pointwise_convolution_is(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convolution, "by_kernels", lambda weight: True)
@@ -93,4 +112,4 @@ def test_layouts_that_are_alike_are_kept_once(alike: bool, monkeypatch: pytest.M
     one = Convolution(*operands, BY_DTYPE[torch.float32])
     for batch in (1, 2, 1, 3):
         one(torch.randn(batch, 24, 9, 9).contiguous(memory_format=torch.channels_last))
-    assert len({id(layout) for layout in one._packed.values()}) == (1 if alike else 2)
+    assert len({id(layout) for layout in (one._packed or {}).values()}) == (1 if alike else 2)

@@ -120,6 +120,50 @@ def test_one_layout_serves_all_rows_and_threads(
         assert product.weight is weight
 
 
+@pytest.mark.parametrize("rows", [*ROWS, 64, 65])
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_weights_that_multiply_slowly_stay_as_they_are(
+    rows: int, added: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are multiplied in float32, or, few rows by bfloat16, as they are: no worse than a product in bfloat16."""
+    monkeypatch.setattr(cpu, "multiplies_fast", lambda asked: asked.itemsize >= 4)
+    as_they_are = rows <= 64 and cpu.can_fuse(dtype)
+    got, plain, exact = [], [], []
+    for _ in range(DRAWS):
+        x, weight, bias, residual = fresh(rows, torch.float32)
+        weight = weight.to(dtype)
+        given = weight.clone()
+        product = Product(weight, bias, "none" if added else "quick_gelu", scale=1.702, alpha=0.5)
+        sums = F.linear(x.double(), weight.double() * 1.702, bias.double())
+        exact.append(residual.double() + 0.5 * sums if added else quick_gelu(sums))
+        low = dtype if as_they_are else torch.float32
+        y = F.linear(x.to(low), weight.to(low)).float() * 1.702 + bias
+        plain.append(residual + 0.5 * y if added else quick_gelu(y))
+        got.append(product(x, residual=residual.clone()) if added else product(x))
+        assert torch.equal(weight, given)
+        assert ("_operand" in vars(product)) == as_they_are
+    assert got[0].dtype == torch.float32
+    assert relative_error(torch.stack(got), torch.stack(exact)) <= bound(torch.stack(plain), torch.stack(exact))
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "fast"),
+    [
+        ({"cpu_name": "Intel Xeon", "amx_bf16": True}, True),
+        ({"cpu_name": "Intel Xeon", "amx_bf16": False, "avx512_bf16": True}, False),
+        ({"cpu_name": "Intel Core"}, False),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, True),
+        ({}, True),  # a release of PyTorch that cannot say
+    ],
+)
+def test_where_bfloat16_is_fast(capabilities: dict[str, Any], fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_capabilities", lambda: capabilities)
+    monkeypatch.setattr(cpu, "can_multiply", lambda dtype: True)
+    ask = cpu.multiplies_fast.__wrapped__
+    assert (ask(torch.bfloat16), ask(torch.float16), ask(torch.float32)) == (fast, True, True)
+
+
 @pytest.mark.parametrize(
     ("capabilities", "mkl", "packs"),
     [

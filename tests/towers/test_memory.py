@@ -61,7 +61,8 @@ print(json.dumps([of_first, of_second]))
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
-@pytest.mark.parametrize(("model", "dtype"), [("ViT-B/32", "float32"), ("ViT-B/32", "bfloat16"), ("RN50", "float32")])
+@pytest.mark.parametrize("model", ["ViT-B/32", "RN50"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_model_takes_its_weights_once_more(model: str, dtype: str) -> None:
     if not can_fuse(getattr(torch, dtype)):
         pytest.skip(f"no library packs weights of {dtype} here")
@@ -69,5 +70,5 @@ def test_a_model_takes_its_weights_once_more(model: str, dtype: str) -> None:
     first, second = json.loads(child.stdout)
     print(f"beside the weights, by batch: {first} of the first model, {second} of the second")
     assert max(second) <= MOST
-    if (model, dtype) == ("ViT-B/32", "float32"):
+    if dtype == "float32":
         assert max(first) <= MOST
