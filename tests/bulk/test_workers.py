@@ -299,3 +299,14 @@ def test_processes_are_started_with_ctrl_c_blocked() -> None:
         "    assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_decoding_processes_keep_the_memory_of_large_photographs() -> None:
+    program = (
+        "from PIL import Image\nfrom clip_fast.bulk import preloaded\n"
+        "block = Image.core.get_block_size()\nassert Image.core.get_blocks_max() * block >= 4 * 12_000_000\n"
+        "for _ in range(2):\n    Image.new('RGB', (4000, 3000), 'white')\n"
+        "stats = Image.core.get_stats()\n"
+        "assert stats['reused_blocks'] >= 4 * 12_000_000 // block and not stats['freed_blocks'], stats\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
