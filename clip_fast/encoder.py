@@ -53,8 +53,8 @@ class ImageEncoder(nn.Module):
         dtype: of the weights and of the embeddings.
         precision: to compute in, by default that of `dtype`. "fp32" is exact float32 (on a CPU unless
             `torch.set_float32_matmul_precision` says otherwise). "tf32" cuts the operands of float32 products to 11
-            bits on a GPU, and is "fp32" elsewhere. "fp16" and "bf16" accumulate in float32; a CPU that has no
-            instructions for one of them computes in float32 instead.
+            bits on a GPU, and is "fp32" elsewhere. "fp16" and "bf16" accumulate in float32; a CPU that multiplies
+            faster in float32 computes in it instead.
         mean, std: of the RGB channels of pixels scaled to [0, 1], with which uint8 images are normalised.
         cuda_graphs: replay batches on an NVIDIA GPU as CUDA graphs where launching takes longer; they keep some memory.
 

@@ -87,25 +87,26 @@ def _is_intel() -> bool:
 def multiplies_fast(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies in `dtype` at least as fast as in float32.
 
-    bfloat16 without AMX reached half of float32's rate on an Intel Xeon, by instructions. On others they are emulated.
+    Without AMX bfloat16 reached half of float32's rate on an Intel Xeon that has instructions for it. Others emulate
+    them.
     """
     if dtype == torch.bfloat16 and _is_intel():
         return bool(_capabilities().get("amx_bf16"))
     return can_multiply(dtype)
 
 
-def stays_half(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether `weight` stays in its half precision, and a copy in `dtype`, float32, is made for each product.
-
-    Kept, that copy would take twice the memory of the weights.
-    """
-    on_cpu = weight.device.type == "cpu"
-    return on_cpu and dtype == torch.float32 and weight.dtype.itemsize < 4 and not multiplies_fast(weight.dtype)
-
-
 def can_pack_for_mkl() -> bool:
     """Whether this build of PyTorch has MKL's packed products, and this is a CPU of MKL's maker."""
     return pytorch.has_mkl() and _is_intel()
+
+
+def stays_half(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether `weight` stays in its half precision, and a copy in `dtype`, float32, is made for each product.
+
+    Kept, that copy would take twice the memory of the weights. Where MKL is slow, it is kept, in oneDNN's layout.
+    """
+    on_cpu = weight.device.type == "cpu" and can_pack_for_mkl()
+    return on_cpu and dtype == torch.float32 and weight.dtype.itemsize < 4 and not multiplies_fast(weight.dtype)
 
 
 class Product:

@@ -70,6 +70,7 @@ def test_half_weights_that_multiply_slowly_stay_as_they_are(
     size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu, "multiplies_fast", lambda asked: asked.itemsize >= 4)
+    monkeypatch.setattr(cpu, "can_pack_for_mkl", lambda: True)
     weight, bias, scale = torch.randn(40, 24, size, size).to(dtype), torch.randn(40).double(), torch.randn(40).double()
     given = weight.clone()
     half = Convolution(weight, scale, bias, BY_DTYPE[torch.float32])

@@ -128,6 +128,7 @@ def test_half_weights_that_multiply_slowly_stay_as_they_are(
 ) -> None:
     """They are multiplied in float32, or, few rows by bfloat16, as they are: no worse than a product in bfloat16."""
     monkeypatch.setattr(cpu, "multiplies_fast", lambda asked: asked.itemsize >= 4)
+    monkeypatch.setattr(cpu, "can_pack_for_mkl", lambda: True)
     as_they_are = rows <= 64 and cpu.can_fuse(dtype)
     got, plain, exact = [], [], []
     for _ in range(DRAWS):
@@ -145,6 +146,15 @@ def test_half_weights_that_multiply_slowly_stay_as_they_are(
         assert ("_operand" in vars(product)) == as_they_are
     assert got[0].dtype == torch.float32
     assert relative_error(torch.stack(got), torch.stack(exact)) <= bound(torch.stack(plain), torch.stack(exact))
+
+
+def test_half_weights_where_mkl_is_slow_are_laid_out_once_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "multiplies_fast", lambda asked: asked.itemsize >= 4)
+    for fast in (True, False):
+        monkeypatch.setattr(cpu, "can_pack_for_mkl", lambda fast=fast: fast)
+        assert cpu.stays_half(torch.ones(2, 2).half(), torch.float32) == fast
+        assert not cpu.stays_half(torch.ones(2, 2), torch.float32)
+        assert not cpu.stays_half(torch.ones(2, 2).half(), torch.float64)
 
 
 @pytest.mark.parametrize(
