@@ -150,7 +150,7 @@ class Product:
     def weight(self) -> Tensor:
         """W, (N, K), scaled and cast; the given tensor itself where nothing is to be done."""
         wide = torch.promote_types(self._given.dtype, torch.float32)
-        weight = self._given if self._scale == 1 else self._given.to(wide) * self._scale
+        weight = self._given if self._scale == 1 else self._given.to(wide, copy=True).mul_(self._scale)
         return weight.to(self.bias.dtype).contiguous()
 
     @cached_property
@@ -176,10 +176,7 @@ class Product:
         if len(x) <= _FEW_ROWS and can_fuse(self._given.dtype):
             y = pytorch.linear_pointwise(x.to(self._given.dtype), self._operand, None, "none", [], "")
             return self._finish(torch.add(self.bias, y, alpha=self._scale), residual)
-        weight = self._given.to(self.bias.dtype)
-        if self._scale != 1:
-            weight.mul_(self._scale)
-        return self._finish(torch.addmm(self.bias, x, weight.T), residual)
+        return self._finish(torch.addmm(self.bias, x, self.weight.T), residual)
 
     def _by_onednn(self, x: Tensor, residual: Tensor | None) -> Tensor:
         if residual is not None and self.alpha == 1:
