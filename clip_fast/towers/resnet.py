@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +32,9 @@ from .cpu import one_query_attention
 from .fast import FastTower, Results
 from .precision import Precision
 
+# Images whose large maps a CPU computes together. The allocator returns those of more images to the system after each
+# layer, and their pages are cleared anew for the next: with all of a batch together RN50x4 takes 4 per cent longer.
+_IMAGES_OF_LARGE_MAPS = 2
 _PIXEL_OFFSET = 128  # a pixel u enters as u − 128, which is exact in every dtype; as in `ops.patch_embed`
 
 
@@ -72,10 +74,6 @@ class FastResNet(FastTower):
 
     `stem` is for normalised images. For raw pixels `stem_uint8` replaces its first convolution.
     """
-
-    # Tokens of the pool: 8 images of 224 pixels. The allocator returns the first maps of more images to the system
-    # after each call.
-    rows_on_cpu: ClassVar[int] = 400
 
     config: ResNetConfig
     precision: Precision
@@ -160,10 +158,23 @@ class FastResNet(FastTower):
 
     def encode(self, images: Tensor) -> Tensor:
         """Embeds images (B, 3, h, w), normalised floats or raw uint8 pixels: (B, E), not normalised."""
-        x = self._stem(images)
-        for block in self.bottlenecks:
+        groups = images.split(_IMAGES_OF_LARGE_MAPS) if images.device.type == "cpu" else (images,)
+        maps = [self._large_maps(group) for group in groups]
+        x = torch.cat(maps) if len(maps) > 1 else maps[0]
+        for block in self.bottlenecks[self._large :]:
             x = _bottleneck(block, x)
         return attention_pool(self.pool, x)
+
+    @property
+    def _large(self) -> int:
+        """The number of bottlenecks that read maps of more than an eighth of the image's side."""
+        return self.config.layers[0] + 1
+
+    def _large_maps(self, images: Tensor) -> Tensor:
+        x = self._stem(images)
+        for block in self.bottlenecks[: self._large]:
+            x = _bottleneck(block, x)
+        return x
 
     def _stem(self, images: Tensor) -> Tensor:
         first, *rest = self.stem

@@ -26,7 +26,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -61,8 +61,6 @@ class Block:
 
 class Vit(FastTower):
     """A ViT on any device: its tasks, and the memory that they take."""
-
-    rows_on_cpu: ClassVar[int] = 800  # more are no faster by two cores, and take memory
 
     @property
     def tasks(self) -> Mapping[TaskName, Callable[..., Tensor | Results]]:
