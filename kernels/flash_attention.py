@@ -18,7 +18,7 @@ float32 the class token comes first, and the last tile is ragged where G is no w
 
 Exponentials are powers of two. A row's maximum is multiplied by scale · log2 e; the scores themselves are, too, in the
 multiply-add that takes the maximum off. Per image and head 4 · N² · D operations are done, 3 · N · D elements read and
-N · D written: N operations a byte in half precision, 257 for ViT-L/14. Attention is 1 to 9 per cent of an encoder's
+N · D written: N / 2 operations a byte in half precision, 128 for ViT-L/14. Attention is 1 to 9 per cent of an encoder's
 operations.
 """
 

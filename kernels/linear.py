@@ -12,7 +12,7 @@ share rows of x and all of the weight in the L2 cache:
 
             N ->                    order of the tiles in one group of GROUP_M rows of tiles:
       M   0  4   8  12              down the group first, then along N. M · K + M · N elements move through memory once,
-      |   1  5   9  13              2 · M · N · K operations are done; for ViT-L/14 at batch 256 that is 410 to 820
+      |   1  5   9  13              2 · M · N · K operations are done; for ViT-L/14 at batch 256 that is 510 to 820
       v   2  6  10  14              operations a byte, so the tensor cores decide.
           3  7  11  15
 

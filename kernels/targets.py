@@ -1,8 +1,8 @@
 """The facts of each architecture: what it can do, how much fits, and whose launches it takes.
 
-Nothing is tuned at run time. Block sizes, warps and stages are looked up in `launches.py` by op, kind of dtype and
-architecture. The number of rows chooses between launches that reduce a row in the same order: its bits never depend on
-its batch.
+Nothing is tuned at run time. Block sizes, warps and stages of products and attention are looked up in `launches.py` by
+op, kind of dtype and architecture. The number of rows chooses between launches that reduce a row in the same order: its
+bits never depend on its batch.
 
 Sources: the CUDA C++ Programming Guide, table "Technical specifications per compute capability"; AMD's CDNA 3
 instruction-set reference.
@@ -42,8 +42,9 @@ class Target:
 
     `capability` is the compute capability of an NVIDIA GPU, times ten; None for AMD. `shared_memory` is the bytes that
     one block may have. `like` is the architecture whose launches it takes where the table does not list its own.
-    `descriptors` tells whether it has a tensor copy engine, `wgmma` whether it multiplies by Hopper's instructions for
-    groups of warps, `dependent_launch` whether a kernel can be launched before the one ahead of it has ended.
+    `descriptors` tells whether `linear` uses its tensor copy engine, `wgmma` whether it multiplies by Hopper's
+    instructions for groups of warps, `dependent_launch` whether a kernel can be launched before the one ahead of it has
+    ended.
     """
 
     name: str

@@ -25,10 +25,10 @@ from clip_fast.towers.config import sides
 
 HEADING = "\n## Loaded checkpoints\n"
 INTRODUCTION = """
-What `clip_fast.load` gives, as `pytest tests/test_loaded_families.py -m slow --compatibility` saw it: models at their
-real widths, cut to one layer, MetaCLIP 2 to 100 tokens and SigLIP to 4,096, saved by their package with random weights
-(SigLIP with a tokenizer of its kind that was made on the spot). **equal**: within 1e-5 of what the package computes in
-float32; of words, the tokens are the same, too.
+What `clip_fast.load` gives, as `pytest tests/test_loaded_families.py -m slow --compatibility FILE` saw it: models at
+their real widths, cut to one layer, MetaCLIP 2 to 100 tokens and SigLIP to 4,096, saved by their package with random
+weights (SigLIP with a tokenizer of its kind that was made on the spot). **equal**: within 1e-5 of what the package
+computes in float32; of words, the tokens are the same, too.
 """
 COLUMNS = ("package", "model", "images", "words")
 

@@ -51,11 +51,12 @@ FILE.npy, for small jobs: beside each other, each whole or not at all
 
 FOLDER/, for any number: shards as clip-retrieval and autofaiss read them, and a run that was stopped can --resume
   img_emb/img_emb_0000.npy           [shard size, embed_dim]; rows of images that failed are zero
-  metadata/metadata_0000.parquet     key, image_path, width, height, status, error of each row
+  metadata/metadata_0000.parquet     key, image_path, width, height, status, error, norm of each row
   errors.jsonl                       only if images failed: key, image_path, reason
   manifest.json                      the settings; once all is done, the totals
+  listings/                          what is in each tar, so that no tar is listed twice
 
-FILE.parquet: the columns of the metadata and `embedding`, a list of fixed size
+FILE.parquet: the columns of the metadata but `norm`, and `embedding`, a list of fixed size
 
 A file that is no image is named in the errors, and the rest goes on. In paths.txt a path must fit a line (no line
 break, UTF-8). Errors that end the run, and Ctrl-C, leave a single file of an earlier run as it was, and a folder ready

@@ -18,7 +18,7 @@ from .reference import QUICK_GELU_SLOPE
 # any number up to 400 rows a third more slowly, on a Xeon without AMX. In between any number of rows is multiplied as
 # fast as by weights that are packed for that number, to 4 %.
 _PACKED_FOR = 320
-_FEW_ROWS = 64  # which half weights multiply faster as they are, and more rows in float32
+_FEW_ROWS = 64  # Up to so many rows are multiplied faster by half weights as they are, more rows in float32.
 _ROWS_IN_CACHE = 128  # of an activation, whose passes take a fifth longer for 64 rows or for 256
 GELU_TANH_SLOPE = math.sqrt(2 / math.pi)
 GELU_TANH_CUBIC = 0.044715

@@ -1,12 +1,12 @@
 """The Vision Transformer on a CPU, fused as far as PyTorch's own CPU kernels go.
 
 The steps are those of `vit.py`, in the form that suits a CPU. LayerNorm is a pass of its own, since its input is still
-in the caches. A product includes its bias, residual and activation (`cpu.Product`). Attention is PyTorch's flash
+in the caches. `cpu.Product` adds bias and residual, too, and applies the activation. Attention is PyTorch's flash
 attention for CPUs. The last block is computed for the class token alone, as in `vit.py`. Its attention and the
 projection are products of one row for each image. They are computed in float32 for every dtype, since oneDNN is slow to
 begin a product in half precision.
 
-Both fast libraries know swish, x · σ(x), and neither knows QuickGELU, x · σ(1.702 x). But QuickGELU(x) =
+oneDNN and PyTorch have a fast swish, x · σ(x), and neither has QuickGELU, x · σ(1.702 x). But QuickGELU(x) =
 swish(1.702 x) / 1.702, so the factors go into the weights around the activation:
 
 * If the weights are rounded to the dtype anyway, the factors go into the weights, before the rounding.

@@ -311,7 +311,7 @@ def write_table(path: Path, seen: dict[tuple[str, str], dict[str, str]]) -> None
     header = ["package", "model", *OUTPUTS]
     rows = (read_table(path) if path.exists() else {}) | seen
     title = (
-        "What `clip_fast.accelerate` gives, as `pytest tests/dropin/test_compatibility.py --compatibility` saw it.\n"
+        "What `clip_fast.accelerate` gives, as `pytest tests/dropin --compatibility FILE` saw it.\n"
         "**fast**: the fast path ran, and what it returned was what the original returns, but for rounding.\n"
         "**original**: the original forward runs, and a warning says why. Empty: there is no such output."
     )
