@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, TypeVar, overload
 
@@ -17,7 +18,7 @@ from . import pytorch
 from .engine import route
 from .engine.compiled import register
 from .engine.engine import Engine, checked
-from .engine.tower import Tower, Watch
+from .engine.tower import Tower, Watch, plain_tensors
 from .errors import NotServed
 from .towers import reference
 from .towers.config import (
@@ -40,6 +41,23 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 _REPLICA = "it is a replica of DataParallel, whose weights last for one call"
 _SILENT = route.SILENT | {route.TRANSFORMED, _REPLICA}
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A tower as it was looked through: how it differs from what `reference.build` makes, or else its engine.
+
+    `inside` is the attributes of the modules inside it, `settings` those of them that the plain tower computes with, by
+    name, and `stamp` what `_stamp` gave for them.
+    """
+
+    difference: str | None
+    engine: Engine | None
+    watch: Watch
+    norms: tuple[nn.BatchNorm2d, ...]
+    inside: tuple[dict[str, Any], ...]
+    settings: tuple[tuple[dict[str, Any], str], ...]
+    stamp: object
 
 
 class ImageEncoder(nn.Module):
@@ -102,25 +120,32 @@ class ImageEncoder(nn.Module):
         Needed only after writes that leave no trace: to `weight.data`, or through NumPy.
         """
         visual, config = self.visual, self.config  # used below in place of `self`, which would hold on to itself
-        self._difference = _difference(visual, config)
-        self._watch = Watch(visual, called=False)
-        self._norms = [module for module in visual.modules() if isinstance(module, nn.BatchNorm2d)]
-        self._warned: set[str] = set()
 
         def state_dict() -> dict[str, Tensor]:
             if difference := _difference(visual, config):
                 raise NotServed(difference)
+            plain_tensors(visual.state_dict(keep_vars=True))
             return visual.state_dict()
 
-        self._engine: Engine | None = None
-        if self._difference is None:
-            tower = Tower(config, self._watch.modules, state_dict, lambda: visual.conv1.weight)
+        watch, difference, engine = Watch(visual, called=False), _difference(visual, config), None
+        if difference is None:
+            tower = Tower(config, watch.modules, state_dict, lambda: visual.conv1.weight)
             precision, cuda_graphs = self._precision, self._cuda_graphs
-            self._engine = Engine(tower, precision=precision, mean=self.mean, std=self.std, cuda_graphs=cuda_graphs)
+            engine = Engine(tower, precision=precision, mean=self.mean, std=self.std, cuda_graphs=cuda_graphs)
+        norms = tuple(module for module in watch.modules if isinstance(module, nn.BatchNorm2d))
+        inside = tuple(map(vars, watch.modules[1:]))
+        settings = tuple((own, name) for own in inside for name in _SETTINGS if name in own)
+        self._warned: set[str] = set()
+        # At once, and last: other threads may be encoding.
+        self._reading = _Reading(difference, engine, watch, norms, inside, settings, _stamp(inside, settings))
+
+    @property
+    def _engine(self) -> Engine | None:
+        return self._reading.engine
 
     def __getstate__(self) -> dict[str, Any]:
         """The state for copies and pickles: all but what `refresh` makes, and the name."""
-        made = ("_difference", "_watch", "_norms", "_engine", "_warned", "_name")
+        made = ("_reading", "_warned", "_name")
         state: dict[str, Any] = super().__getstate__()
         return {name: value for name, value in state.items() if name not in made}
 
@@ -231,21 +256,15 @@ class ImageEncoder(nn.Module):
     def _look(self) -> tuple[Engine | None, str | None]:
         if self._replica():
             return None, _REPLICA
-        if self.visual is not self._watch.modules[0] or self._watch.replaced():
+        reading = self._reading
+        replaced = self.visual is not reading.watch.modules[0] or reading.watch.replaced()
+        if replaced or _stamp(reading.inside, reading.settings) != reading.stamp:
             self.refresh()
-        return self._engine, self._problem()
+            reading = self._reading
+        return reading.engine, _problem(reading)
 
     def _traced_engine(self) -> Engine | None:
         return None if self._replica() else self._engine
-
-    def _problem(self) -> str | None:
-        if self._difference:
-            return self._difference
-        if self._watch.hooked() or pytorch.has_global_hook():
-            return "hooks are registered inside the tower"
-        if any(norm.training for norm in self._norms):
-            return "its batch norms are in training mode"
-        return None
 
     def _autocast(self) -> str:
         return ""  # a loaded encoder has its own precision
@@ -298,23 +317,59 @@ def _kind(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
 
 
+def _problem(reading: _Reading) -> str | None:
+    """The reason why a tower's engine cannot serve at the moment; None where nothing is in the way."""
+    if reading.difference:
+        return reading.difference
+    if reading.watch.hooked() or pytorch.has_global_hook():
+        return "hooks are registered inside the tower"
+    if any(norm.training for norm in reading.norms):
+        return "its batch norms are in training mode"
+    return None
+
+
+# --- what is in the tower --------------------------------------------------------------------------------------------
+
+_SETTINGS = ("eps", "attn_mask")  # attributes of modules that the plain tower computes with
+
+
+def _setting(own: dict[str, Any], name: str) -> object:
+    """The value of a module's setting; of a mask, whether there is one."""
+    value = own.get(name)
+    return value is None if name == "attn_mask" else value
+
+
+def _stamp(inside: tuple[dict[str, Any], ...], settings: tuple[tuple[dict[str, Any], str], ...]) -> object:
+    """A value that differs where an attribute was put on a module, or a setting was changed."""
+    return tuple(map(len, inside)), [_setting(own, name) for own, name in settings]
+
+
 @cache
-def _wanted(config: Config) -> tuple[dict[str, type], dict[str, torch.Size]]:
-    """The classes of all modules and the shapes of all tensors, as `reference.build` makes them."""
+def _wanted(config: Config) -> tuple[dict[str, type], dict[str, dict[str, object]], dict[str, torch.Size]]:
+    """The classes and settings of all modules and the shapes of all tensors, as `reference.build` makes them."""
     with torch.device("meta"):
         plain: Any = reference.build(config)
     classes: dict[str, type] = {name: type(module) for name, module in plain.named_modules()}
-    return classes, {name: tensor.shape for name, tensor in plain.state_dict().items()}
+    settings = {
+        name: {setting: _setting(vars(module), setting) for setting in _SETTINGS}
+        for name, module in plain.named_modules()
+    }
+    return classes, settings, {name: tensor.shape for name, tensor in plain.state_dict().items()}
 
 
 def _difference(tower: Any, config: Config) -> str | None:
     """The first part of a tower that is not as `reference.build` makes it; None where there is none."""
-    classes, shapes = _wanted(config)
+    classes, settings, shapes = _wanted(config)
     classes, shapes = dict(classes), dict(shapes)  # what the tower has is taken out
     for name, module in tower.named_modules():
+        place = f"visual.{name}" if name else "visual"
         if classes.pop(name, None) is not type(module):
-            place = f"visual.{name}" if name else "visual"
             return f"{place} is a {type(module).__qualname__}"
+        for setting, value in settings[name].items():
+            if _setting(vars(module), setting) != value:
+                return f"{place} has another {setting}"
+        if name and "forward" in vars(module):
+            return f"{place} has a forward of its own"
     if classes:
         return f"visual.{next(iter(classes))} is gone"
     for name, tensor in tower.state_dict().items():

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from PIL import Image
 from random_towers import random_tower, relative_error
 from torch import Tensor
@@ -226,6 +227,14 @@ def _set_data_to_the_same_address(model: ImageEncoder) -> None:
         kept.append(torch.empty(shape[0]))
 
 
+def _transpose_data(model: ImageEncoder) -> None:
+    """A view at the same address, of the same shape."""
+    visual: Any = model.visual
+    pool = getattr(visual, "attnpool", None)
+    weight = visual.transformer.resblocks[0].attn.out_proj.weight if pool is None else pool.q_proj.weight
+    weight.data = weight.data.T
+
+
 def _train(model: ImageEncoder, **options: bool) -> None:
     model.requires_grad_(True)
     optimiser = torch.optim.AdamW(model.parameters(), lr=0.1, **options)  # type: ignore[arg-type]
@@ -251,8 +260,8 @@ def _replace_the_tower(model: ImageEncoder) -> None:
 
 
 CHANGES = (
-    _load, _assign, _edit, _edit_in_inference_mode, _set_data, _set_data_to_the_same_address, _train, _train_fused,
-    _train_foreach, _narrow_and_back, _replace_the_tower,
+    _load, _assign, _edit, _edit_in_inference_mode, _set_data, _set_data_to_the_same_address, _transpose_data, _train,
+    _train_fused, _train_foreach, _narrow_and_back, _replace_the_tower,
 )  # fmt: skip
 
 
@@ -314,10 +323,42 @@ def _a_parametrisation(model: Any) -> None:
     torch.nn.utils.parametrize.register_parametrization(model.visual.ln_post, "weight", Doubling())
 
 
+def _a_mask(model: Any) -> None:
+    tokens = model.config.tokens
+    model.visual.transformer.resblocks[0].attn_mask = torch.full((tokens, tokens), -torch.inf).triu(1)
+
+
+def _another_eps(model: Any) -> None:
+    model.visual.ln_post.eps = 1.0
+
+
+def _a_forward_of_its_own(model: Any) -> None:
+    model.visual.transformer.resblocks[1].forward = lambda x: 2 * x
+
+
+class HalfLinear(Tensor):
+    """A weight that counts for half, as a quantised one counts for other numbers than it holds."""
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.nn.functional.linear:
+            return function(args[0], 0.5 * args[1].as_subclass(Tensor), *args[2:], **(kwargs or {}))
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def _a_weight_of_another_class(model: Any) -> None:
+    layer = model.visual.transformer.resblocks[0].mlp.c_fc
+    layer.weight = torch.nn.Parameter(layer.weight.detach().as_subclass(HalfLinear), requires_grad=False)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
         (_another_module, "visual.ln_post is a Doubling"),
+        (_a_mask, "visual.transformer.resblocks.0 has another attn_mask"),
+        (_another_eps, "visual.ln_post has another eps"),
+        (_a_forward_of_its_own, "visual.transformer.resblocks.1 has a forward of its own"),
+        (_a_weight_of_another_class, "transformer.resblocks.0.mlp.c_fc.weight is a HalfLinear, not a plain tensor"),
         (_a_hook, "hooks are registered"),
         (_a_hook_on_the_tower, "hooks are registered"),
         (_a_parametrisation, "visual.ln_post"),
@@ -546,6 +587,38 @@ def test_threads_get_their_own_results() -> None:
         assert relative_error(result, expected) < 1e-6
 
 
+def test_a_refresh_beside_other_threads(images: Tensor) -> None:
+    model = make()
+    wanted, stop = model.encode_image(images), threading.Event()
+
+    def again() -> None:
+        while not stop.is_set():
+            model.refresh()
+
+    thread = threading.Thread(target=again)
+    thread.start()
+    try:
+        for _ in range(200):
+            assert torch.equal(model.encode_image(images), wanted)
+    finally:
+        stop.set()
+        thread.join()
+
+
+@pytest.mark.filterwarnings("ignore:the plain tower runs")
+def test_without_its_projection_an_empty_batch_and_a_graph_have_the_width_too(images: Tensor) -> None:
+    torch.compiler.reset()
+    model = make(dataclasses.replace(VIT, layers=1))
+    model.encode_image(images)
+    model.visual.proj = None  # type: ignore[assignment]
+    with torch.no_grad():
+        wanted = model.encode_image(images)
+        assert wanted.shape == (len(images), 128)
+        assert model.encode_image(images[:0]).shape == (0, 128)
+        graph = torch.compile(lambda x: model.encode_image(x) + torch.zeros(128), backend="aot_eager")
+        assert relative_error(graph(images), wanted) < 1e-5
+
+
 def test_a_large_batch_goes_in_parts(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make()
     wanted = model.encode_image(images)
@@ -681,6 +754,17 @@ def test_torch_compile_sees_one_graph(config: VitConfig | ResNetConfig, mode: st
         got = compiled(images)
     assert got.requires_grad == (mode == "trainable")
     assert relative_error(got.detach() / 2, wanted) < 1e-5
+
+
+def test_one_graph_serves_batches_of_any_size() -> None:
+    torch.compiler.reset()
+    model = make(dataclasses.replace(VIT, layers=1))
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(lambda x: model.encode_image(x), backend=counter, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for size in range(2, 7):
+            assert len(compiled(torch.randn(size, 3, 64, 64))) == size
+    assert counter.frame_count == 1
 
 
 def test_a_compiled_graph_sees_what_has_happened_since(images: Tensor) -> None:

@@ -88,8 +88,12 @@ class ListedTar(Tar):
         stamp = self._stamp()
         types = {"key": arrow.binary(), "name": arrow.binary(), "offset": arrow.int64(), "size": arrow.int64()}
         schema = arrow.schema({**types, "problem": arrow.binary()}, metadata={_STAMP: stamp or b""})
-        os.makedirs(os.path.dirname(self.listing), exist_ok=True)
-        new = NewFile(Path(self.listing))
+        try:
+            os.makedirs(os.path.dirname(self.listing), exist_ok=True)
+            new = NewFile(Path(self.listing))
+        except OSError:  # as on a disk that is for reading only
+            yield from super().__iter__()
+            return
         try:
             with parquet.ParquetWriter(new.file, schema, compression="zstd", write_page_checksum=True) as writer:
                 items = super().__iter__()

@@ -41,9 +41,9 @@ ERRORS_NAME = "errors.txt"
 
 @dataclass(frozen=True)
 class EmbeddedBatch:
-    """Embeddings `rows`, float32 (len(paths), E), of `paths`; and the files between them that failed."""
+    """Embeddings `rows`, float32 (len(paths), E), of the items at `paths`; and the items between them that failed."""
 
-    paths: list[Path]
+    paths: list[str]
     rows: NDArray[np.float32]
     failures: list[Failure]
 
@@ -107,7 +107,7 @@ def _embed(model: Encoder, preprocess: Preprocess, items: Sequence[Item], decode
     places = [items[i].location for i in good]
     failures += [Failure(places[i], reason) for i, reason in failed.items()]
     finite = [i for i in range(len(good)) if i not in failed]
-    return EmbeddedBatch([Path(places[i]) for i in finite], rows[finite], failures)
+    return EmbeddedBatch([places[i] for i in finite], rows[finite], failures)
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------------

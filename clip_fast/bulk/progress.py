@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from ..errors import TooManyErrors
 from .pipeline import Step
+from .standard_error import tell
 from .tables import Totals
 
 LINE_SECONDS = 60.0  # between lines where there is no terminal
@@ -70,7 +71,7 @@ class Bar:
             postfix=self._note,
             bar_format="{n_fmt}/{total_fmt} images, {elapsed}, {remaining} left, {rate_fmt}{postfix}",
         )
-        tqdm.write(f"clip-fast: {line}", file=sys.stderr)
+        tell(f"clip-fast: {line}")
 
 
 class Progress:

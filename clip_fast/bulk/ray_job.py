@@ -74,7 +74,7 @@ def encode(
 
     Raises:
         ModuleNotFoundError: the extra `ray` is not installed.
-        ValueError: URLs of several kinds, no image, or an output that has parquet files already.
+        ValueError: URLs of several kinds, no image, or an output that is no empty folder.
         RuntimeError: the cluster gave up; the output is then incomplete.
     """
     cluster, data = ray()
@@ -157,8 +157,8 @@ def _place(output: str) -> tuple[Any, str]:
     fs = importlib.import_module("pyarrow.fs")
     filesystem, folder = fs.FileSystem.from_uri(output if "://" in output else _absolute(output))
     there = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
-    if any(file.path.endswith(Parquet.suffix) for file in there):
-        raise ValueError(f"the folder {output} has parquet files already: choose another")
+    if any(not file.base_name.startswith(".") for file in there):
+        raise ValueError(f"the folder {output} is not empty: choose another")
     return filesystem, folder.rstrip("/")
 
 

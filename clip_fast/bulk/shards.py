@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import summary
+from ..errors import reason_of, summary
 from ..extras import pyarrow
 from ..inputs.items import Item
 from .atomic import TEMPORARY_SUFFIX, locked, naming, new_file
@@ -145,6 +145,8 @@ class OutputFolder(ShardFolder):
         pyarrow()  # its absence is better known now than after the first shard
         self._manifest = self.folder / MANIFEST_NAME
         self._settings: dict[str, Any] = {}
+        self._earlier: bytes | None = None  # the manifest that this run has found
+        self._found: dict[Path, int] = {}  # the shards that this run has found
         self._refuse_others()
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = locked(self.folder / LOCK_NAME)
@@ -172,6 +174,7 @@ class OutputFolder(ShardFolder):
         self._settings = json.loads(json.dumps(settings))
         if self._manifest.exists():
             compare(read_manifest(self._manifest).settings, self._settings, self.folder)
+            self._earlier, self._found = self._manifest.read_bytes(), self._times()
         names = (EMBEDDINGS_FOLDER, METADATA_FOLDER, LISTINGS_FOLDER)
         for folder in (self.folder, *(self.folder / name for name in names)):
             for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
@@ -210,7 +213,15 @@ class OutputFolder(ShardFolder):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        # A run that was refused, or stopped before its first shard, leaves the manifest as it was.
+        if error is not None and self._earlier is not None and self._times() == self._found:
+            with suppress(OSError), new_file(self._manifest) as file:
+                file.write(self._earlier)
         self.close()
+
+    def _times(self) -> dict[Path, int]:
+        """When each finished shard was written."""
+        return {path: path.stat().st_mtime_ns for path in self.all_metadata()}
 
     def _write_errors(self) -> None:
         """Writes errors.jsonl anew from the finished shards, in their order; damaged ones are left to `finished`."""
@@ -284,16 +295,20 @@ def check_embeddings(path: Path, footer: Footer, *, contents: bool) -> None:
     """Compares a shard's embeddings with what its metadata says of them: the size, and with `contents` the checksum.
 
     Raises:
-        ValueError: they differ; the message names the file.
+        ValueError: they differ, or the file cannot be read; the message names it.
     """
     if not path.exists():
         raise ValueError(f"{path} is missing")
     if (size := path.stat().st_size) != footer.bytes:
         raise ValueError(f"{path} is damaged: it has {size} bytes of {footer.bytes}")
     if contents and footer.sha256 is not None:
-        with open(path, "rb") as file:
-            if file_digest(file, "sha256").hexdigest() != footer.sha256:
-                raise ValueError(f"{path} is damaged: its contents are not those that were written")
+        try:
+            with open(path, "rb") as file:
+                digest = file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {reason_of(error)}") from error
+        if digest != footer.sha256:
+            raise ValueError(f"{path} is damaged: its contents are not those that were written")
 
 
 def check_records(path: Path, footer: Footer) -> None:

@@ -10,16 +10,19 @@ import multiprocessing
 import os
 import signal
 import sys
+from functools import cache
 
 INTERRUPTED = 130  # exit status: 128 + SIGINT, as shells have it
 
 
+@cache
 def is_command() -> bool:
-    """Whether this process was started as `clip-fast` or `python -m clip_fast`."""
+    """Whether this process was started as `clip-fast` or `python -m clip_fast`; first asked while that is imported."""
     if multiprocessing.parent_process() is not None:
         return False
     as_module = "-m" in sys.orig_argv and sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] == ["clip_fast"]
-    return as_module or os.path.basename(sys.argv[0]) == "clip-fast"
+    # While Python looks for the module to run, the first argument is "-m". Later it is a path, as of a script.
+    return (as_module and sys.argv[:1] == ["-m"]) or os.path.basename(sys.argv[0]) == "clip-fast"
 
 
 def _end(*_: object) -> None:

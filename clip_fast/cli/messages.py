@@ -8,8 +8,7 @@ import sys
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 
-from tqdm import tqdm
-
+from ..bulk.standard_error import tell
 from ..inputs.items import Failure
 from .interrupt import INTERRUPTED
 
@@ -28,8 +27,8 @@ class ReaderGoneError(Exception):
 
 
 def say(text: str) -> None:
-    """Prints a line without breaking a progress bar."""
-    tqdm.write(f"clip-fast: {text}", file=sys.stderr)
+    """Prints a line on standard error, as `tell` does."""
+    tell(f"clip-fast: {text}")
 
 
 def report(failures: Iterable[Failure]) -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from .. import pytorch
 
 _ATTACHED = "_clip_fast"  # the attribute that holds what was put on an instance, by name
-_copying = threading.RLock()  # held while a module is copied, since its methods are off then
+_copying = threading.RLock()  # held while a class's own way of copying a module runs, since the methods are off then
 
 
 def attach(module: nn.Module, methods: Mapping[str, Callable[..., Any]], renew: Callable[[nn.Module], object]) -> None:
@@ -26,12 +26,7 @@ def attach(module: nn.Module, methods: Mapping[str, Callable[..., Any]], renew: 
     own = vars(module)
 
     def deepcopy(memo: dict[int, Any]) -> nn.Module:
-        with _copying:
-            taken = detach(module)
-            try:
-                other = copy.deepcopy(module, memo)
-            finally:
-                own.update(taken)
+        other = _copied(module, memo)
         renew(other)
         return other
 
@@ -48,6 +43,21 @@ def attach(module: nn.Module, methods: Mapping[str, Callable[..., Any]], renew: 
     }
     ours = {name: method for name, method in wanted.items() if name not in own}
     own.update({**ours, _ATTACHED: ours})
+
+
+def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy of a module, without the methods that `attach` put on it. Other threads may call these meanwhile."""
+    kind = type(module)
+    if hasattr(kind, "__deepcopy__") or kind.__reduce_ex__ is not object.__reduce_ex__:  # it has its own way
+        with _copying:
+            taken = detach(module)
+            try:
+                return copy.deepcopy(module, memo)
+            finally:
+                vars(module).update(taken)
+    memo[id(module)] = other = kind.__new__(kind)
+    other.__setstate__(copy.deepcopy(state(module), memo))  # pyright: ignore[reportUnknownMemberType]
+    return other
 
 
 def detach(module: nn.Module) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.layouts import hugging_face_keys, timm_keys
-from ..engine.tower import Tower
+from ..engine.tower import Tower, plain_tensors
 from ..errors import NotServed
 from ..towers import reference
 from ..towers.config import Activation, Config, ImageSize, Pool, ResNetConfig, SiglipConfig, VitConfig, image_size_of
@@ -65,7 +65,6 @@ _KNOWN = (
 
 # transformers computes the same attention by any of these. None means "eager" in its older releases.
 _ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-_WEIGHTS = (Tensor, nn.Parameter, nn.Buffer)  # the values of other classes may be quantised or sharded
 
 
 def find(model: nn.Module) -> list[nn.Module]:
@@ -142,9 +141,9 @@ def read(tower: nn.Module) -> Tower:
     keys = _keys(tower)
 
     def state_dict() -> dict[str, Tensor]:
-        return _canonical(_checked(_weights(tower)), shapes, keys)
+        return _canonical(plain_tensors(_weights(tower)), shapes, keys)
 
-    state = {name: tensor.to("meta") for name, tensor in _checked(_weights(tower)).items()}
+    state = {name: tensor.to("meta") for name, tensor in plain_tensors(_weights(tower)).items()}
     _canonical(state, shapes, keys)  # has it all?
     if is_clip(tower):
         _check_wiring(tower, plain)
@@ -196,20 +195,6 @@ def judged(attributes: Mapping[str, Any], name: str) -> object:
 def attention_setting(tower: nn.Module) -> object:
     """The attention implementation that a tower of transformers looks up at every call; `read` judges it."""
     return getattr(vars(tower).get("config"), "_attn_implementation", None)
-
-
-def _checked(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """`state` unchanged.
-
-    Raises:
-        NotServed: its values are not plain tensors on one device.
-    """
-    for name, tensor in state.items():
-        if type(tensor) not in _WEIGHTS:
-            raise NotServed(f"{name} is a {type(tensor).__qualname__}, not a plain tensor")
-    if len(devices := {str(tensor.device) for tensor in state.values()}) > 1:
-        raise NotServed(f"its weights are on several devices: {', '.join(sorted(devices))}")
-    return state
 
 
 def _canonical(

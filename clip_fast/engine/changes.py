@@ -2,13 +2,13 @@
 
 PyTorch counts the writes to a tensor in its version. Three kinds of change do not show there:
 
-* another tensor takes a weight's place: its id or its address differs;
+* another tensor takes a weight's place, or its `data`: its id, its address, its shape or its strides differ;
 * a weight is freed and another is made at its address: a weak reference to the old storage has expired;
 * an optimiser steps fused, or through `weight.data`, or a module is put into a tower that changes weights so: hooks of
   ours, which PyTorch calls for the whole process, count these. They are installed with the first tower and removed
   with the last.
 
-Other writes to `weight.data`, or through NumPy, cannot be seen.
+Other writes to `weight.data`, through NumPy, by another process, or by a CUDA graph's replay cannot be seen.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .. import pytorch
 
-_cdata = attrgetter("cdata")
+_cdata, _shape = attrgetter("cdata"), attrgetter("shape")
 
 
 class Weights(Protocol):
@@ -47,7 +47,8 @@ def fingerprint(tensors: list[Tensor]) -> object:
             "weights were made in inference mode, where PyTorch counts no changes; make or clone them outside it"
         )
         return object()  # equal to nothing
-    return _hooks.uncounted, tuple(map(id, tensors)), tuple(map(torch.Tensor.data_ptr, tensors)), versions
+    places = tuple(map(id, tensors)), tuple(map(Tensor.data_ptr, tensors))
+    return _hooks.uncounted, places, tuple(map(_shape, tensors)), tuple(map(Tensor.stride, tensors)), versions
 
 
 def _warn_once(reason: str) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import NotServed
 from ..kernels import toolchain
 from ..kernels.dispatch import triton_can_run, trusted
 from ..towers.config import ENCODE, IMAGE_MEAN, IMAGE_STD, ImageSize, Rgb, Task, sides
@@ -66,6 +67,7 @@ class Engine:
         self._lock = threading.Lock()
         self._pause = graphs.Pause()
         self._slots = [vars(m)[kind] for m in tower.modules for kind in ("_parameters", "_buffers") if vars(m)[kind]]
+        self._count = len(self.tensors())
         follow(self, tower.modules)
 
     @property
@@ -105,9 +107,20 @@ class Engine:
         """The tower's parameters and buffers. Does not walk through the modules, since this runs at every call."""
         return [tensor for slot in self._slots for tensor in slot.values() if tensor is not None]
 
+    @property
+    def complete(self) -> bool:
+        """Whether the tower has as many tensors as it had."""
+        return len(self.tensors()) == self._count
+
     def run(self, images: Tensor, task: Task) -> Results:
-        """A task's results for checked images. Gradients do not flow through it."""
+        """A task's results for checked images. Gradients do not flow through it.
+
+        Raises:
+            NotServed: weights are gone, or others have been put in.
+        """
         if len(images) == 0:
+            if not self.complete:
+                raise NotServed("weights of the tower are gone, or others have come")
             return self.without_values(images, task)
         current = torch.cuda.device(images.device) if images.is_cuda else nullcontext()
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False), current:
@@ -152,7 +165,8 @@ class Engine:
     def without_values(self, images: Tensor, task: Task) -> Results:
         """Results without values, with a row for each image."""
         shapes = self.config.row_shapes(task)
-        return tuple(images.new_empty(len(images), *s, dtype=self.dtype, device=self.device) for s in shapes)
+        batch = images.shape[0]  # `len` would make a number of a graph's symbol
+        return tuple(images.new_empty(batch, *s, dtype=self.dtype, device=self.device) for s in shapes)
 
     def _bucket(self, images: Tensor) -> int | None:
         """The batch size of the CUDA graph that encodes `images`; None if no graph does."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 from operator import itemgetter
@@ -10,8 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..errors import NotServed
 from ..towers.config import Config
 
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)  # the values of other classes may be quantised or sharded
 _hooks_of = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -23,6 +25,20 @@ class Tower:
     modules: tuple[nn.Module, ...]  # the modules that hold its weights
     state_dict: Callable[[], dict[str, Tensor]]  # gives the weights as they are now, under canonical names
     weight: Callable[[], Tensor]  # gives one weight, whose dtype and device are the tower's
+
+
+def plain_tensors(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """`state` unchanged.
+
+    Raises:
+        NotServed: its values are not plain tensors on one device.
+    """
+    for name, tensor in state.items():
+        if type(tensor) not in _PLAIN:
+            raise NotServed(f"{name} is a {type(tensor).__qualname__}, not a plain tensor")
+    if len(devices := {str(tensor.device) for tensor in state.values()}) > 1:
+        raise NotServed(f"its weights are on several devices: {', '.join(sorted(devices))}")
+    return state
 
 
 class Watch:

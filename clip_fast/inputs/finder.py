@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from ..errors import reason_of
 from .images import image_suffixes
-from .items import Failure
+from .items import Failure, may_pass
 
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")  # {0000..0099} or {train,test}
 _MOST_NAMES = 1_000_000  # that the braces of one argument may stand for
@@ -126,6 +126,9 @@ class Finder:
 
     Args:
         containers: suffixes of the files that hold many images. They are not looked for in folders.
+
+    Raises:
+        OSError: at a call, where a folder cannot be read at the moment.
     """
 
     def __init__(self, containers: tuple[str, ...] = ()) -> None:
@@ -163,6 +166,8 @@ class Finder:
         failures: list[Failure] = []
 
         def cannot_list(error: OSError) -> None:
+            if may_pass(error):
+                raise error
             failures.append(Failure(str(error.filename), reason_of(error)))
 
         for root, folders, files in os.walk(folder, onerror=cannot_list, followlinks=True):
@@ -198,7 +203,9 @@ def _is_folder(path: str) -> bool | None:
     """None where there is nothing. One question to the disk: a list may name millions of files."""
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if may_pass(error):
+            raise
         return False if os.path.lexists(path) else None  # a dangling link is a file that cannot be read
 
 

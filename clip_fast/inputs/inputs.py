@@ -136,6 +136,9 @@ def find_inputs(
 
     A file that is reached twice keeps its first place; links to one file are several files. An argument that stands
     for no file, and a folder that cannot be listed, are `Unreadable` items.
+
+    Raises:
+        OSError: a folder cannot be listed at the moment.
     """
     columns = Columns(image_column, key_column)
     parts: list[Files | Container] = []

@@ -80,11 +80,14 @@ class Parquet:
         path, found, row = location.rpartition("#")
         return cls.named(path, columns) if found and row.isdecimal() and path.lower().endswith(cls.suffix) else None
 
-    def count(self) -> int:
+    def count(self) -> int | None:
+        """None where keys or texts are read to list the rows: a damaged page of them cuts the list."""
         _, parquet = pyarrow()
         try:
             size_of_file(self.path)
-            return parquet.read_metadata(self.path).num_rows
+            with parquet.ParquetFile(self.path) as file:
+                holds_text = self._check_columns(file.schema_arrow)
+                return None if holds_text or self.key_column else file.metadata.num_rows
         except Exception as error:  # as in `__iter__`
             if may_pass(error):
                 raise
@@ -235,12 +238,13 @@ class _Column:
     """A column of a row group, read ahead in slices.
 
     Rows are asked for in order, or nearly so where several threads ask. The last slices stay in memory. A row before
-    them makes the group be read again from its beginning.
+    them makes the group be read again from its beginning. Rows behind a damaged page fail without being looked for.
     """
 
     def __init__(self, file: str, group: int, column: str) -> None:
         self._place = (file, group, column)
         self._lock = Lock()
+        self._damage: tuple[int, Exception] | None = None  # the first row that cannot be read, and why
         self._rewind()
 
     def _rewind(self) -> None:
@@ -264,6 +268,8 @@ class _Column:
 
     def _slice(self, row: int) -> tuple[int, Any]:
         """The number of the first row, and the rows, of the slice that `row` is in."""
+        if self._damage is not None and row >= self._damage[0]:
+            raise self._damage[1].with_traceback(None)
         if self._slices and row < self._slices[0][0]:
             self._rewind()
         try:
@@ -274,8 +280,10 @@ class _Column:
                 rows = batch.column(0)
                 self._slices.append((self._next, rows))
                 self._next += len(rows)
-        except Exception:
-            self._rewind()  # a broken stream counts as ended; the next row must fail for the same reason
+        except Exception as error:
+            if not may_pass(error):
+                self._damage = self._next, error
+            self._rewind()  # a broken stream counts as ended
             raise
         return next(found for found in reversed(self._slices) if found[0] <= row)
 

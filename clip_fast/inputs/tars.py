@@ -107,6 +107,8 @@ class Tar:
             with tarfile.open(self.path, "r:", file) as tar:
                 known = last is not None
                 for member in tar:
+                    if tar.offset <= member.offset:
+                        raise tarfile.ReadError("a size below zero")  # tarfile would come back to this header forever
                     file.left = _TAR_HEADERS
                     tar.members = []  # pyright: ignore[reportAttributeAccessIssue]  # tarfile would keep them all
                     if not known and not member.isdir():
@@ -169,4 +171,6 @@ def _unreadable_kind(member: tarfile.TarInfo) -> str | None:
         return "a sparse file"
     if member.islnk() or member.issym():
         return "a link"
+    if member.size >> 63:
+        return "an impossible size"
     return None if member.isreg() else "no regular file"

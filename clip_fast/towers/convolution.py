@@ -127,7 +127,8 @@ class Convolution:
         packed = self._packed.get(alone)
         if packed is None:
             packed = self._reordered(_folded(self.weight, self.scale, self.bias.dtype), x)
-            packed = next((other for other in self._packed.values() if pytorch.same_layout(other, packed)), packed)
+            others = tuple(self._packed.values())  # another thread may add one
+            packed = next((other for other in others if pytorch.same_layout(other, packed)), packed)
             self._packed[alone] = packed
         return packed
 

@@ -127,14 +127,22 @@ class Product:
         weight: (N, K), of any float dtype; multiplied by `scale`, then cast to the bias's dtype.
         bias: (N,), of the dtype to compute in.
         alpha: the factor of the product in a sum with a residual.
+        few_in_half: a half weight that stays so multiplies few rows in its own precision, where that is faster.
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor, activation: str = "none", scale: float = 1.0, alpha: float = 1.0
+        self,
+        weight: Tensor,
+        bias: Tensor,
+        activation: str = "none",
+        scale: float = 1.0,
+        alpha: float = 1.0,
+        few_in_half: bool = False,
     ) -> None:
         self.bias = bias
         self.activation = activation
         self.alpha = alpha
+        self._few_in_half = few_in_half
         self._given, self._scale = weight, scale
         self._multiply = Product._by_blas  # the function, not a bound method: the instance would hold on to itself
         if stays_half(weight, bias.dtype):
@@ -173,7 +181,7 @@ class Product:
         return self._finish(y, residual)
 
     def _by_widening(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        if len(x) <= _FEW_ROWS and can_fuse(self._given.dtype):
+        if self._few_in_half and len(x) <= _FEW_ROWS and can_fuse(self._given.dtype):
             y = pytorch.linear_pointwise(x.to(self._given.dtype), self._operand, None, "none", [], "")
             return self._finish(torch.add(self.bias, y, alpha=self._scale), residual)
         return self._finish(torch.addmm(self.bias, x, self.weight.T), residual)

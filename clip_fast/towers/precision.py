@@ -21,12 +21,14 @@ class Precision:
     """How a tower is computed.
 
     `weights` is the dtype of weights and activations. Sums, biases and statistics are float32 or wider. `products` is
-    how a GPU multiplies float32 operands: exactly, or cut to TF32.
+    how a GPU multiplies float32 operands: exactly, or cut to TF32. `stands_in` tells that float32 stands in for a half
+    precision which is slower on this CPU: products of few rows, where it is not, may be taken in it.
     """
 
     name: str
     weights: torch.dtype
     products: InputPrecision = "ieee"
+    stands_in: bool = False
 
     @property
     def kind(self) -> Kind:
@@ -44,6 +46,7 @@ TF32 = Precision("tf32", torch.float32, products="tf32")
 FP16 = Precision("fp16", torch.float16)
 BF16 = Precision("bf16", torch.bfloat16)
 FP64 = Precision("fp64", torch.float64)  # by the plain tower only
+FP32_FOR_HALF = Precision("fp32", torch.float32, stands_in=True)
 
 BY_NAME: dict[str, Precision] = {precision.name: precision for precision in (FP32, TF32, FP16, BF16)}
 BY_DTYPE = {precision.weights: precision for precision in (FP64, FP32, FP16, BF16)}
@@ -72,7 +75,7 @@ def precision_of(name: PrecisionName | None, weight: Tensor) -> Precision:
     precision = BY_DTYPE[weight.dtype] if name is None else BY_NAME[name]
     device = weight.device
     if device.type == "cpu" and not cpu.multiplies_fast(precision.weights) and not triton_can_run(device):
-        return FP32
+        return FP32_FOR_HALF
     if precision is TF32 and not has_tf32(device):
         return FP32
     return precision

@@ -68,10 +68,12 @@ class Casting:
     ) -> None:
         self.source = {name: tensor.detach() for name, tensor in state_dict.items()}
         self._width = config.width
+        self._few_in_half = precision.stands_in
         self.dtype, self.wide = precision.weights, precision.wide
         # activation(x) = self._activation(slope · x) / rise
         self._slope, self._rise, self._activation = 1.0, 1.0, str(config.activation)
-        if config.activation == "quick_gelu" and self.dtype != torch.float16:
+        on_cpu = self.source["conv1.weight"].device.type == "cpu"  # elsewhere no LayerNorm takes factors in float32
+        if config.activation == "quick_gelu" and self.dtype != torch.float16 and on_cpu:
             self._slope, self._rise, self._activation = QUICK_GELU_SLOPE, QUICK_GELU_SLOPE, "swish"
         elif config.activation == "gelu_tanh" and self.dtype.itemsize >= 4:  # oneDNN has it in half precision
             self._slope, self._rise, self._activation = GELU_TANH_SLOPE, 2 * GELU_TANH_SLOPE, "scaled_gelu_tanh"
@@ -90,12 +92,13 @@ class Casting:
         if (gamma := self.source.get(f"{layer_scale}.gamma")) is not None:
             gamma = gamma.to(self.wide)
             weight, bias = weight.to(self.wide) * gamma[:, None], bias * gamma
-        return Product(weight, bias.to(self.dtype), **options)
+        return Product(weight, bias.to(self.dtype), few_in_half=self._few_in_half, **options)
 
     def patch(self) -> Product:
         """The patch convolution, without a bias."""
         weight = self.source["conv1.weight"].flatten(1)
-        return Product(weight, weight.new_zeros(self._width, dtype=self.dtype))
+        bias = weight.new_zeros(self._width, dtype=self.dtype)
+        return Product(weight, bias, few_in_half=self._few_in_half)
 
     def mlp(self, prefix: str, norm: str, layer_scale: str = "") -> Mlp:
         slope, fall, beside = (self._slope, 1 / self._rise, 1.0) if self._in_weights else (1.0, 1.0, self._slope)

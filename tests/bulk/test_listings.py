@@ -155,3 +155,37 @@ def test_processes_list_no_tar_themselves(tmp_path: Path, monkeypatch: pytest.Mo
     assert times.times == 4
     items = list(inputs)
     assert shards == {i: items[5 * i : 5 * i + 5] for i in range(6)}
+
+
+def test_an_impossible_size_is_a_row_of_a_listing(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "t.tar", ["0.png"])
+    member = tarfile.TarInfo("1.png")
+    member.size = 1 << 70
+    path.write_bytes(path.read_bytes()[:1024] + member.tobuf(tarfile.GNU_FORMAT) + bytes(10240))
+    inputs = find_inputs([path])
+    assert list(with_listings(inputs, tmp_path / "out")) == list(inputs)
+    assert list(with_listings(inputs, tmp_path / "out")) == list(inputs)
+
+
+def test_where_no_listing_can_be_written_the_tar_is_read(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "t.tar", ["0.png", "1.png"])
+    (tmp_path / "out").write_text("no folder")
+    inputs = find_inputs([path])
+    assert list(with_listings(inputs, tmp_path / "out")) == list(inputs)
+
+
+@pytest.mark.parametrize("column", ["bytes", "paths", "none", "nested"])
+@pytest.mark.parametrize("key", [None, "key", "gone"])
+def test_spans_of_tables_are_their_items(tmp_path: Path, column: str, key: str | None) -> None:
+    """Of a table that is one failed row, too."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    cells = {"bytes": [b"x"] * 25, "paths": ["a.png"] * 25, "nested": [[1]] * 25}
+    table = {"key": [str(i) for i in range(25)], "image": cells.get(column)}
+    pq.write_table(pa.table({name: cell for name, cell in table.items() if cell}), tmp_path / "t.parquet")
+    inputs = find_inputs([tmp_path / "t.parquet", tmp_path / "gone.png"], key_column=key)
+    reader = SpanReader(inputs)
+    shards = [[item for span in spans for item in reader.read(span)] for spans in spans_of(inputs, 10)]
+    items = list(inputs)
+    assert shards == [items[start : start + 10] for start in range(0, len(items), 10)]

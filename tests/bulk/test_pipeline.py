@@ -517,8 +517,12 @@ def test_changed_inputs_are_refused(
 ) -> None:
     files = sorted(map(str, photos.iterdir()))
     assert encode_list(tmp_path / "names", files, tmp_path / "out") == 1
+    manifest = (tmp_path / "out" / "manifest.json").read_bytes()
+    assert b"done" in manifest
     assert encode_list(tmp_path / "names", CHANGES[change](files), tmp_path / "out", "--resume") == 2
     assert "the inputs have changed" in capsys.readouterr().err
+    assert (tmp_path / "out" / "manifest.json").read_bytes() == manifest
+    assert encode_list(tmp_path / "names", files, tmp_path / "out", "--resume") == 1
 
 
 @pytest.mark.parametrize("first", [35, 37])

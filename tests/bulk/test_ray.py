@@ -427,7 +427,7 @@ def test_the_command_writes_the_rows_of_a_run_without_ray(
     assert cli.main(["search", "--image", "odd", "--index", "out", "-k", "1"]) == 0
     assert capsys.readouterr().out == f"1.0000\t{tmp_path / 'odd'}\n"
     assert cli.main(["encode", *on_ray]) == 2
-    assert "has parquet files already" in capsys.readouterr().err
+    assert "is not empty" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
 from earlier import as_earlier
 
+from clip_fast.bulk import shards as shards_module
 from clip_fast.bulk.manifest import RAY_MANIFEST_NAME
 from clip_fast.bulk.shards import OutputFolder
 from clip_fast.bulk.tables import ParquetWriter, Record, Shard
@@ -54,6 +57,25 @@ def test_a_whole_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> Non
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     assert verified(capsys) == (0, "out: 4 shards, 20 images, no damage found", [])
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_disk_that_fails_under_a_file_is_told_with_its_name(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest = shards_module.file_digest
+
+    def failing(file: BinaryIO, name: str) -> object:
+        if file.name.endswith("_0001.npy"):
+            raise OSError(errno.EIO, "Input/output error")
+        return digest(file, name)
+
+    monkeypatch.setattr(shards_module, "file_digest", failing)
+    flip(folder / "img_emb" / "img_emb_0002.npy", -1)
+    status, _, problems = verified(capsys)
+    assert status == 1
+    assert len(problems) == 2
+    assert "out/img_emb/img_emb_0001.npy cannot be read: Input/output error" in problems[0]
+    assert "img_emb_0002.npy is damaged" in problems[1]
 
 
 def test_every_damage_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -79,6 +79,28 @@ def test_a_full_disk_under_the_results(unbuffered: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_under_the_messages(tmp_path: Path, unbuffered: str) -> None:
+    """The job goes on, and ends with the status that it has."""
+    Image.new("RGB", (9, 8)).save(tmp_path / "0.png")
+    line = f"$clip_fast encode {tmp_path}/{{}}.png --model tiny-digits --output {tmp_path}/e.npy 2>/dev/full"
+    gone = run(line.format("gone"), PYTHONUNBUFFERED=unbuffered)
+    assert (gone.returncode, gone.stdout, gone.stderr) == (2, "", "")
+    there = run(f"{line.format('*')} --workers 1 --json", PYTHONUNBUFFERED=unbuffered)
+    assert there.returncode == 0
+    assert '"images": 1' in there.stdout
+
+
+@pytest.mark.slow
+def test_another_program_with_an_argument_of_this_name(tmp_path: Path) -> None:
+    """Such as `pytest -m clip_fast` is not the command: its package is whole, and its garbage is collected."""
+    script = tmp_path / "script.py"
+    script.write_text("import gc, clip_fast; clip_fast.load; assert gc.isenabled(); print('whole')")
+    done = run(f"{sys.executable} {script} -m clip_fast")
+    assert (done.stdout, done.stderr) == ("whole\n", "")
+
+
+@pytest.mark.slow
 def test_a_standard_output_that_is_closed() -> None:
     done = run("$clip_fast models >&-")
     assert (done.returncode, done.stderr) == (0, "")

@@ -400,6 +400,29 @@ def test_what_others_put_on_an_instance_stays(images: Tensor) -> None:
     assert not is_accelerated(model)
 
 
+def test_while_it_is_copied_a_model_stays_accelerated() -> None:
+    """Raw pixels, which the original would not normalise, are embedded meanwhile."""
+    model: Any = clip_fast.accelerate(openai_vit())
+    raw = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    seen: list[Tensor] = []
+
+    class Spy:
+        def __deepcopy__(self, memo: dict[int, Any]) -> Spy:
+            seen.append(model.encode_image(raw))
+            return self
+
+    with torch.no_grad():
+        wanted = model.encode_image(raw)
+        model.spy = model.visual.spy = Spy()
+        other = copy.deepcopy(model)
+        assert len(seen) == 2
+        assert all(torch.equal(each, wanted) for each in seen)
+        assert torch.equal(other.encode_image(raw), wanted)
+        assert other.visual is not model.visual
+        other.visual.proj.mul_(2)
+        assert torch.equal(model.encode_image(raw), wanted)
+
+
 def test_a_model_on_the_meta_device(images: Tensor) -> None:
     """It can be accelerated before it has weights."""
     with torch.device("meta"):

@@ -6,6 +6,7 @@ import base64
 import datetime
 import errno
 import io
+import itertools
 import os
 import pickle
 import random
@@ -165,6 +166,23 @@ def test_a_folder_that_cannot_be_listed_is_a_failure(folder: Path, monkeypatch: 
     paths, failures = find_images(["photos"])
     assert [path.as_posix() for path in paths] == [name for name in IN_PHOTOS if "b/" not in name]
     assert failures == [Failure(os.path.join("photos", "b"), "Permission denied")]
+
+
+@pytest.mark.parametrize("asked", ["scandir", "stat"])
+def test_a_folder_that_does_not_answer_for_a_moment_is_no_row(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    function, name = getattr(os, asked), "b" if asked == "scandir" else "photos"
+
+    def failing(path: str, **options: object) -> object:
+        if Path(path).name == name:
+            raise OSError(errno.EIO, "Input/output error", path)
+        return function(path, **options)
+
+    monkeypatch.setattr(os, asked, failing)
+    with pytest.raises(OSError, match="Input/output error") as error:
+        find_inputs(["photos"])
+    assert Path(error.value.filename).name == name
 
 
 def test_a_folder_that_gives_nothing_is_a_failure(folder: Path) -> None:
@@ -446,6 +464,28 @@ def test_a_size_that_leads_beyond_any_file_is_unreadable(tmp_path: Path, size: i
     first, *_, last = find_inputs([path])
     assert value_of(first) == 0
     assert isinstance(last, Unreadable)
+
+
+def header_with_size(name: str, size: int) -> bytes:
+    """The header of a member with a size below zero, which `tarfile` reads and does not write."""
+    header = bytearray(tarfile.TarInfo(name).tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = size.to_bytes(12, "big", signed=True)
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+@pytest.mark.parametrize("size", [-1, -511, -512, -513, -1023, -1024, -10_000])
+@pytest.mark.parametrize("name", ["1.png", "1.txt"])
+def test_a_size_below_zero_is_not_read_forever(tmp_path: Path, name: str, size: int) -> None:
+    path = write_tar(tmp_path / "t.tar", {"0.png": png(0)})
+    path.write_bytes(path.read_bytes()[:1024] + header_with_size(name, size) + bytes(10240))
+    first, *rest = itertools.islice(find_inputs([path]), 100)
+    assert value_of(first) == 0
+    assert len(rest) <= 2
+    for item in rest:
+        with pytest.raises(ValueError, match=r"below zero|not a readable|zero bytes|impossible"):
+            item.source()
 
 
 PASSING = [errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.EMFILE]
@@ -880,6 +920,40 @@ def test_a_broken_page_fails_its_rows_whichever_is_asked_for_first(tmp_path: Pat
     assert len(set(first)) == 1
     assert first[0]
     assert [reason(item) for item in reversed(items)] == first
+
+
+def test_rows_behind_a_broken_page_fail_without_being_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pa = pytest.importorskip("pyarrow")
+    images = [png(i % 256).ljust(2_000, b"\0") for i in range(1_000)]
+    path = tmp_path / "t.parquet"
+    options = {"write_batch_size": 10, "data_page_size": 20_000, "compression": "none", "use_dictionary": False}
+    pq.write_table(pa.table({"image": images}), path, **options)
+    data = bytearray(path.read_bytes())
+    middle = data.index(images[500]) - 40
+    data[middle : middle + 40] = bytes(byte ^ 0xFF for byte in data[middle : middle + 40])
+    path.write_bytes(data)
+
+    rewound: list[int] = []
+    rewind = parquet._Column._rewind
+
+    def counted(column: parquet._Column) -> None:
+        rewound.append(1)
+        rewind(column)
+
+    monkeypatch.setattr(parquet._Column, "_rewind", counted)
+    read, reasons = 0, set[str]()
+    for item in find_inputs([path]):
+        try:
+            item.source()
+            read += 1
+        except Exception as error:
+            reasons.add(str(error))
+    assert 0 < read < 1_000
+    assert len(reasons) == 1
+    assert len(rewound) <= 3
 
 
 def test_an_item_is_found_again_by_its_location(tmp_path: Path) -> None:

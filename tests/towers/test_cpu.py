@@ -123,19 +123,21 @@ def test_one_layout_serves_all_rows_and_threads(
 @pytest.mark.parametrize("rows", [*ROWS, 64, 65])
 @pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("few_in_half", [False, True])
 def test_half_weights_that_multiply_slowly_stay_as_they_are(
-    rows: int, added: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    rows: int, added: bool, dtype: torch.dtype, few_in_half: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They are multiplied in float32, or, few rows by bfloat16, as they are: no worse than a product in bfloat16."""
+    """They are multiplied in float32, or, few rows by bfloat16 where that may be, as they are: no worse than so."""
     monkeypatch.setattr(cpu, "multiplies_fast", lambda asked: asked.itemsize >= 4)
     monkeypatch.setattr(cpu, "can_pack_for_mkl", lambda: True)
-    as_they_are = rows <= 64 and cpu.can_fuse(dtype)
+    as_they_are = few_in_half and rows <= 64 and cpu.can_fuse(dtype)
     got, plain, exact = [], [], []
     for _ in range(DRAWS):
         x, weight, bias, residual = fresh(rows, torch.float32)
         weight = weight.to(dtype)
         given = weight.clone()
-        product = Product(weight, bias, "none" if added else "quick_gelu", scale=1.702, alpha=0.5)
+        activation = "none" if added else "quick_gelu"
+        product = Product(weight, bias, activation, scale=1.702, alpha=0.5, few_in_half=few_in_half)
         sums = F.linear(x.double(), weight.double() * 1.702, bias.double())
         exact.append(residual.double() + 0.5 * sums if added else quick_gelu(sums))
         low = dtype if as_they_are else torch.float32

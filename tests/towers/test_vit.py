@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import statistics
 from collections.abc import Callable
@@ -16,8 +17,8 @@ from clip_fast.checkpoint.published import OPENAI_MODELS
 from clip_fast.kernels import ops
 from clip_fast.kernels import oracles as kernel_oracles
 from clip_fast.towers import cpu, reference
-from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD, VitConfig
-from clip_fast.towers.precision import BF16, BY_DTYPE, FP32, FP64, TF32
+from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD, Activation, VitConfig
+from clip_fast.towers.precision import BF16, BY_DTYPE, FP32, FP32_FOR_HALF, FP64, TF32
 from clip_fast.towers.vit import FastVit
 from clip_fast.towers.vit_cpu import CpuVit
 
@@ -188,6 +189,35 @@ def test_weights_that_would_be_rounded_twice() -> None:
         assert block.fc1.activation == "swish"
         assert torch.equal(block.fc1.weight, state[f"transformer.resblocks.{i}.mlp.c_fc.weight"])
         assert torch.equal(block.fc2.weight, state[f"transformer.resblocks.{i}.mlp.c_proj.weight"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu", "gelu_tanh"])
+def test_on_a_gpu_a_layer_norm_has_one_dtype(dtype: torch.dtype, activation: Activation) -> None:
+    """CUDA's takes no other; on a GPU without Triton the CPU's way computes. No GPU is needed to look."""
+    config = VitConfig(image_size=32, patch_size=16, width=128, layers=2, heads=2, embed_dim=64, activation=activation)
+    state = {name: tensor.to("meta", dtype) for name, tensor in random_tower(config).state_dict().items()}
+    fast = CpuVit.prepare(state, config, BY_DTYPE[dtype], IMAGE_MEAN, IMAGE_STD)
+    for block in fast.blocks:
+        assert {each.dtype for each in (*block.ln_1, *block.ln_2)} == {dtype}
+
+
+def test_float32_that_is_asked_for_is_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of half weights that stay as they are, too. Where it stands in for them, few rows are multiplied in theirs."""
+    if not (cpu.can_pack_for_mkl() and cpu.can_fuse(torch.bfloat16)):
+        pytest.skip("half weights stay as they are only where MKL is fast, and multiply only where oneDNN does")
+    monkeypatch.setattr(cpu, "multiplies_fast", lambda dtype: dtype.itemsize >= 4)
+    config = VitConfig(image_size=32, patch_size=16, width=128, layers=2, heads=2, embed_dim=64)
+    tower = random_tower(config).bfloat16()
+    images = torch.randn(4, 3, 32, 32)
+    wanted = copy.deepcopy(tower).double()(images.double())
+    errors = [
+        relative_error(
+            CpuVit.prepare(tower.state_dict(), config, precision, IMAGE_MEAN, IMAGE_STD).encode(images), wanted
+        )
+        for precision in (FP32, FP32_FOR_HALF)
+    ]
+    assert errors[0] < 1e-5 < 1e-4 < errors[1]
 
 
 def test_activations_near_the_largest_float16() -> None:

@@ -1,0 +1,24 @@
+"""Lines on standard error, between those of a progress bar."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from tqdm import tqdm
+
+
+def tell(line: str) -> None:
+    """Prints a line on standard error without breaking a bar. Where that fails, as on a full disk, no more is told.
+
+    Raises:
+        BrokenPipeError: nobody reads it any more.
+    """
+    try:
+        tqdm.write(line, file=sys.stderr)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stderr.fileno())
+        os.close(nowhere)
