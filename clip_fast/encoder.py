@@ -349,10 +349,10 @@ def _wanted(config: Config) -> tuple[dict[str, type], dict[str, dict[str, object
     """The classes and settings of all modules and the shapes of all tensors, as `reference.build` makes them."""
     with torch.device("meta"):
         plain: Any = reference.build(config)
-    classes: dict[str, type] = {name: type(module) for name, module in plain.named_modules()}
+    modules: dict[str, nn.Module] = dict(plain.named_modules())
+    classes = {name: type(module) for name, module in modules.items()}
     settings = {
-        name: {setting: _setting(vars(module), setting) for setting in _SETTINGS}
-        for name, module in plain.named_modules()
+        name: {setting: _setting(vars(module), setting) for setting in _SETTINGS} for name, module in modules.items()
     }
     return classes, settings, {name: tensor.shape for name, tensor in plain.state_dict().items()}
 
@@ -361,7 +361,8 @@ def _difference(tower: Any, config: Config) -> str | None:
     """The first part of a tower that is not as `reference.build` makes it; None where there is none."""
     classes, settings, shapes = _wanted(config)
     classes, shapes = dict(classes), dict(shapes)  # what the tower has is taken out
-    for name, module in tower.named_modules():
+    modules: dict[str, nn.Module] = dict(tower.named_modules())
+    for name, module in modules.items():
         place = f"visual.{name}" if name else "visual"
         if classes.pop(name, None) is not type(module):
             return f"{place} is a {type(module).__qualname__}"

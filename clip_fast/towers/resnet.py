@@ -158,7 +158,9 @@ class FastResNet(FastTower):
 
     def encode(self, images: Tensor) -> Tensor:
         """Embeds images (B, 3, h, w), normalised floats or raw uint8 pixels: (B, E), not normalised."""
-        groups = images.split(_IMAGES_OF_LARGE_MAPS) if images.device.type == "cpu" else (images,)
+        groups: tuple[Tensor, ...] = (images,)
+        if images.device.type == "cpu":
+            groups = torch.split(images, _IMAGES_OF_LARGE_MAPS)
         maps = [self._large_maps(group) for group in groups]
         x = torch.cat(maps) if len(maps) > 1 else maps[0]
         for block in self.bottlenecks[self._large :]:
