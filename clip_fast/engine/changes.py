@@ -2,7 +2,7 @@
 
 PyTorch counts the writes to a tensor in its version. Three kinds of change do not show there:
 
-* another tensor takes a weight's place, or its `data`: its id, its address, its shape or its strides differ;
+* another tensor takes a weight's place, or a view that of its data: its id, its address or its order in memory differs;
 * a weight is freed and another is made at its address: a weak reference to the old storage has expired;
 * an optimiser steps fused, or through `weight.data`, or a module is put into a tower that changes weights so: hooks of
   ours, which PyTorch calls for the whole process, count these. They are installed with the first tower and removed
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .. import pytorch
 
-_cdata, _shape = attrgetter("cdata"), attrgetter("shape")
+_cdata = attrgetter("cdata")
 
 
 class Weights(Protocol):
@@ -48,7 +48,8 @@ def fingerprint(tensors: list[Tensor]) -> object:
         )
         return object()  # equal to nothing
     places = tuple(map(id, tensors)), tuple(map(Tensor.data_ptr, tensors))
-    return _hooks.uncounted, places, tuple(map(_shape, tensors)), tuple(map(Tensor.stride, tensors)), versions
+    # A view at the same address is not contiguous, or it is the first rows; and no weight alone has fewer rows.
+    return _hooks.uncounted, places, tuple(map(Tensor.is_contiguous, tensors)), versions
 
 
 def _warn_once(reason: str) -> None:
