@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from clip_fast.cli import warm
 from clip_fast.cli.main import main
 from clip_fast.encoder import ImageEncoder
+from clip_fast.kernels import ops
 
 
 def test_every_dtype_of_images(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[torch.dtype] = []
     monkeypatch.setattr(warm, "triton_can_run", lambda device: True)
     monkeypatch.setattr(ImageEncoder, "encode_image", lambda self, images: seen.append(images.dtype))
+    resized: list[Tensor] = []
+    resize = ops.resize
+    monkeypatch.setattr(ops, "resize", lambda *operands: resized.append(resize(*operands)))
     assert main(["warm", "--model", "tiny-digits", "--device", "cpu", "--dtype", "bfloat16"]) == 0
     assert seen == [torch.uint8, torch.float32, torch.bfloat16]
+    assert [each.shape for each in resized] == [(1, 3, 32, 32)]
     assert "the kernels of tiny-digits in torch.bfloat16 are compiled" in capsys.readouterr().err
 
 
