@@ -606,17 +606,13 @@ def test_a_refresh_beside_other_threads(images: Tensor) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:the plain tower runs")
-def test_without_its_projection_an_empty_batch_and_a_graph_have_the_width_too(images: Tensor) -> None:
-    torch.compiler.reset()
+def test_without_its_projection_an_empty_batch_has_the_width_too(images: Tensor) -> None:
     model = make(dataclasses.replace(VIT, layers=1))
     model.encode_image(images)
     model.visual.proj = None  # type: ignore[assignment]
     with torch.no_grad():
-        wanted = model.encode_image(images)
-        assert wanted.shape == (len(images), 128)
+        assert model.encode_image(images).shape == (len(images), 128)
         assert model.encode_image(images[:0]).shape == (0, 128)
-        graph = torch.compile(lambda x: model.encode_image(x) + torch.zeros(128), backend="aot_eager")
-        assert relative_error(graph(images), wanted) < 1e-5
 
 
 def test_a_large_batch_goes_in_parts(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

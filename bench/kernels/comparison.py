@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..timing import Ceilings, Failed, Times, measure, products_in, reason, rotated
-from .contests import OURS, PRODUCT, SEPARATE, Contest, Operands
+from .contests import OURS, PIXELS, PRODUCT, SEPARATE, Contest, Operands
 
 KEY = ("op", "model", "part", "batch", "precision")  # the columns that name a row's contest
 _MOST_ERROR = 0.05  # relative to the result; a system with a larger error computes something else
@@ -48,8 +48,9 @@ def compare(contest: Contest, systems: Iterable[str], rounds: int, limits: Ceili
 
 
 def of_ceiling(row: Row, limits: Ceilings) -> float:
-    """The fraction that an op reached of the ceiling that limits it."""
-    return max(row["flops"] / limits.flops[row["precision"]], row["bytes"] / limits.bytes)
+    """The fraction that an op reached of the ceiling that limits it: of integers, that of bytes."""
+    flops = 0.0 if row["precision"] == PIXELS else row["flops"] / limits.flops[row["precision"]]
+    return max(flops, row["bytes"] / limits.bytes)
 
 
 def measured(

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clip_fast.kernels import ops
+from clip_fast.kernels.resampling import CHANNELS, Source, plan
 from clip_fast.kernels.statistics import row_statistics
 from clip_fast.kernels.targets import InputPrecision
 from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD, Config, ResNetConfig, VitConfig, sides
@@ -33,7 +34,10 @@ COMPILED = "compiled"  # torch.compile(mode="max-autotune") of the separate pass
 # The 1×1 convolution with bias, residual and ReLU fused: another way to compute a ResNet.
 CONVOLUTION = "cuDNN's convolution"
 PRODUCT = "product alone"  # the library's product without the steps that we fuse into it: a bound, not a rival
-OPS = ("linear", "flash_attention", "patch_embed", "layer_norm", "attention_pool", "mean_token")
+OPS = ("linear", "flash_attention", "patch_embed", "layer_norm", "attention_pool", "mean_token", "resize")
+PIXELS = "u8"  # the precision of what computes in integers, whatever the model's
+
+_PHOTOGRAPH = (640, 480)  # pixels, of an image that is resized
 
 _BACKENDS = {"cuDNN": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
 _EPS = 1e-5
@@ -76,7 +80,7 @@ def contests(
                 for model, config in models.items():
                     for contest in _MAKERS[op](model, config, batch, precision):
                         shapes = {name: t.shape for name, t in contest.operands(torch.device("meta")).items()}
-                        key = (op, contest.part, precision, *sorted(shapes.items()))
+                        key = (op, contest.part, contest.precision, *sorted(shapes.items()))
                         if key not in met:
                             met.add(key)
                             yield contest
@@ -418,6 +422,47 @@ def _mean_tokens(model: str, config: Config, batch: int, precision: str) -> Iter
     )  # fmt: skip
 
 
+# --- resize ----------------------------------------------------------------------------------------------------------
+
+
+def _resizes(model: str, config: Config, batch: int, precision: str) -> Iterator[Contest]:
+    """Photographs to a model's squares. Ours rounds to bytes after each axis, as Pillow does; PyTorch rounds once."""
+    side, across = sides(config.image_size)
+    if side != across:
+        return
+    width, height = _PHOTOGRAPH
+    resized = side * width // height, side
+    left = (resized[0] - side) // 2
+    size = CHANNELS * width * height
+    sources = [Source(i * size, width, height, resized, left, 0) for i in range(batch)]
+    steps, tables, scratch = plan(sources, side)
+
+    def operands(device: torch.device) -> dict[str, Tensor]:
+        pixels = torch.randint(64, 192, (batch * size,), dtype=torch.uint8, device=device)
+        return {
+            "pixels": pixels,
+            "steps": torch.as_tensor(steps).to(device),
+            "tables": torch.as_tensor(tables).to(device),
+        }
+
+    def ours(o: Operands) -> Tensor:
+        return ops.resize(o["pixels"], o["steps"], o["tables"], scratch, side, impl="triton")
+
+    def separate(o: Operands) -> Tensor:
+        pixels = o["pixels"].view(batch, height, width, CHANNELS).permute(0, 3, 1, 2)
+        wide = pixels if pixels.is_floating_point() else pixels.float()
+        whole = F.interpolate(wide, resized[::-1], mode="bicubic", antialias=True)[..., left : left + side]
+        return whole if pixels.is_floating_point() else whole.round_().clamp_(0, 255).to(torch.uint8)
+
+    rows, columns, taps = (steps[..., field] for field in (2, 3, 6))
+    yield Contest(
+        "resize", model, f"{width} x {height} to {side}", 1, batch, PIXELS, operands,
+        {OURS: ours, SEPARATE: separate, COMPILED: _compiled(separate)},
+        int((2 * CHANNELS * rows * columns * taps).sum()),
+        batch * (size + CHANNELS * side**2) + 2 * scratch,
+    )  # fmt: skip
+
+
 def _compiled(compute: Compute) -> Compute:
     """`compute`, compiled at the first call, so that making contests is cheap."""
     made: list[Compute] = []
@@ -438,4 +483,5 @@ _MAKERS: dict[str, Callable[[str, Config, int, str], Iterator[Contest]]] = {
     "layer_norm": _layer_norms,
     "attention_pool": _pools,
     "mean_token": _mean_tokens,
+    "resize": _resizes,
 }

@@ -107,11 +107,6 @@ class Engine:
         """The tower's parameters and buffers. Does not walk through the modules, since this runs at every call."""
         return [tensor for slot in self._slots for tensor in slot.values() if tensor is not None]
 
-    @property
-    def complete(self) -> bool:
-        """Whether the tower has as many tensors as it had."""
-        return len(self.tensors()) == self._count
-
     def run(self, images: Tensor, task: Task) -> Results:
         """A task's results for checked images. Gradients do not flow through it.
 
@@ -119,7 +114,7 @@ class Engine:
             NotServed: weights are gone, or others have been put in.
         """
         if len(images) == 0:
-            if not self.complete:
+            if len(self.tensors()) != self._count:
                 raise NotServed("weights of the tower are gone, or others have come")
             return self.without_values(images, task)
         current = torch.cuda.device(images.device) if images.is_cuda else nullcontext()

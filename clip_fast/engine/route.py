@@ -72,7 +72,7 @@ def route(owner: Owner, images: Tensor, task: Task, asked: str | None = None) ->
     if torch.compiler.is_compiling():
         plain = asked or pytorch.transformed() or pytorch.may_be_replayed(images)
         engine = None if plain else owner._traced_engine()
-        if engine is None or not engine.complete or _by_plain_tower(engine, images):
+        if engine is None or _by_plain_tower(engine, images):
             return PROGRAM
         return compiled(owner._name, engine.checked(images), task, owner._autocast())
     if pytorch.without_values(images):
