@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .. import extras
@@ -20,6 +20,7 @@ _BESIDE = (
     *("preprocessor_config.json", "processor_config.json"),
     *("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json"),
 )
+_FOLDERS = ("", "0_CLIPModel/")  # where weights are: sentence-transformers has each part of a model in a folder
 _LIBRARY = {"library_name": "clip_fast", "library_version": __version__}
 
 
@@ -67,7 +68,7 @@ class HubModel:
             found = hub.try_to_load_from_cache(self.repository, name, cache_dir=self.cache, revision=self.revision)
             return found if isinstance(found, str) else None  # it may also say that the hub has no such file
 
-        if not any(map(cached, FOLDER_FILES)):
+        if not any(cached(f"{folder}{name}") for folder in _FOLDERS for name in FOLDER_FILES):
             place = self.cache or hub.constants.HF_HUB_CACHE
             if isinstance(error, hub.errors.OfflineModeIsEnabled):
                 problem = "HF_HUB_OFFLINE forbids asking the hub: unset it once"
@@ -78,17 +79,24 @@ class HubModel:
 
     def _choose(self, has: Callable[[str], bool], get: Callable[[str], Path]) -> Path:
         """The preferred weights, after all that belongs to them: where weights are, nothing is missing beside them."""
-        found = [(weights, config) for weights, config in FOLDER_FILES.items() if has(weights) and has(config)]
+        found = [
+            (folder, f"{folder}{weights}", f"{folder}{config}")
+            for folder in _FOLDERS
+            for weights, config in FOLDER_FILES.items()
+            if has(f"{folder}{weights}") and has(f"{folder}{config}")
+        ]
         problems: dict[str, str | None] = {}
-        for weights, config in sorted(found, key=lambda pair: pair[1] != self.config):
+        for folder, weights, config in sorted(found, key=lambda each: PurePosixPath(each[2]).name != self.config):
             if config not in problems:
                 problems[config] = _unserved(get(config))
             if problems[config] is None:
-                for name in filter(has, _BESIDE):
-                    get(name)
+                for name in _BESIDE:
+                    if has(f"{folder}{name}"):
+                        get(f"{folder}{name}")
                 path = get(weights)
-                for shard in filter(has, set(listed_shards(path).values()) if is_index(path) else ()):
-                    get(shard)
+                for shard in set(listed_shards(path).values()) if is_index(path) else ():
+                    if has(f"{folder}{shard}"):
+                        get(f"{folder}{shard}")
                 return path
         reasons = ", ".join(filter(None, problems.values())) or f"it has none of {', '.join(FOLDER_FILES)}"
         raise CheckpointError(self, f"is no CLIP that is served: {reasons}")
@@ -97,7 +105,7 @@ class HubModel:
         hub = extras.huggingface_hub()
         try:
             # The config, which comes first, by the revision's name: so the cache knows which commit that was.
-            revision = self.revision if name in FOLDER_FILES.values() else commit
+            revision = self.revision if PurePosixPath(name).name in FOLDER_FILES.values() else commit
             path = hub.hf_hub_download(self.repository, name, revision=revision, cache_dir=self.cache, **_LIBRARY)
         except Exception as error:
             reason = f"{name} cannot be downloaded from {hub.constants.ENDPOINT} ({summary(error)}): try again"

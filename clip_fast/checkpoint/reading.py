@@ -127,7 +127,17 @@ def _locate(path: Path) -> Path:
 
 
 def _weights_in(folder: Path) -> Path | None:
-    return next((folder / name for name in FOLDER_FILES if (folder / name).is_file()), None)
+    """The weights in a folder: the first whose config is a CLIP's, or else the first."""
+    present = [folder / name for name in FOLDER_FILES if (folder / name).is_file()]
+    return next(filter(_has_a_clips_config, present), present[0] if present else None)
+
+
+def _has_a_clips_config(weights: Path) -> bool:
+    config = weights.with_name(FOLDER_FILES[weights.name])
+    try:
+        return description(config, read_json(config)) is not None
+    except (CheckpointError, *STRUCTURE_ERRORS):
+        return False
 
 
 def _settings_beside(tower: StoredTower) -> BesideWeights:
@@ -179,7 +189,7 @@ def _describes(path: Path, tower: StoredTower) -> bool:
 def _activation(tower: StoredTower) -> Activation:
     """The activation by what the weights file alone tells."""
     file = tower.file
-    if file.activation is not None:
+    if file.activation is not None and not (tower.is_siglip and file.activation == "quick_gelu"):  # an unknown class
         return cast(Activation, file.activation)
     if tower.is_siglip:
         raise CheckpointError(

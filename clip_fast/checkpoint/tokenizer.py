@@ -30,11 +30,11 @@ CLEANINGS: dict[str, Callable[[str], str]] = {
 
 
 def _of_siglip(text: str) -> str:
-    """What transformers' tokenizer of SigLIP does to a text."""
-    return " ".join(text.lower().translate(_ALL_PUNCTUATION).split())
+    """What transformers' tokenizer of SigLIP does to a text, besides making all letters small."""
+    return " ".join(text.translate(_ALL_PUNCTUATION).split())
 
 
-_CLEANINGS = CLEANINGS | {"siglip": _of_siglip}
+_CLEANINGS = CLEANINGS | {"siglip": lambda text: _of_siglip(text.lower()), "siglip_cased": _of_siglip}
 
 SIGLIP_FILES = ("spiece.model", "tokenizer.json")  # transformers' SiglipTokenizer reads the first alone
 _SIGLIP_PADDING = "</s>"  # the default of transformers' SiglipTokenizer
@@ -74,7 +74,8 @@ class StoredTokenizer:
         if kind not in ("SiglipTokenizer", None):
             stored = cls._at(config.with_name("tokenizer.json"), None, told)
             return stored and replace(stored, lower=kind in _GEMMA)
-        found = (cls._at(config.with_name(name), "siglip", told) for name in SIGLIP_FILES)
+        cleaning = "siglip_cased" if told("do_lower_case") is False else "siglip"
+        found = (cls._at(config.with_name(name), cleaning, told) for name in SIGLIP_FILES)
         stored = next(filter(None, found), None)
         return stored and replace(stored, padding=stored.padding or _SIGLIP_PADDING)
 

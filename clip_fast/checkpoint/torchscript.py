@@ -21,6 +21,9 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..towers.config import Activation
 
+# Classes of activations, and what they compute. Those of timm and of transformers are named by the approximation.
+_ACTIVATIONS: dict[str, Activation] = {"GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh", "GELU": "gelu"}
+
 
 def refused_global(path: Path, name: str) -> CheckpointError:
     """The error for a pickle that asks for something beside tensors."""
@@ -132,5 +135,6 @@ def read_torchscript(path: Path, archive: zipfile.ZipFile, root: str) -> tuple[d
             elif isinstance(value, _Module) and isinstance(value.attributes, dict) and id(value) not in seen:
                 yield from tensors(value, f"{prefix}{name}.")
 
-    # Only the class names tell OpenAI's models from open_clip's with an exact GELU.
-    return dict(tensors(module, "")), "gelu" if "GELU" in unpickler.classes else "quick_gelu"
+    # Only the class names tell OpenAI's models from open_clip's with a GELU.
+    activation = next((told for name, told in _ACTIVATIONS.items() if name in unpickler.classes), "quick_gelu")
+    return dict(tensors(module, "")), activation

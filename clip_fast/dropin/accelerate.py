@@ -85,7 +85,12 @@ def _forward(tower: nn.Module, precision: PrecisionName | None, cuda_graphs: boo
 
 
 def _is_openai_clip(module: nn.Module) -> bool:
-    return type(module).__module__ == "clip.model" and type(module).__qualname__ == "CLIP"
+    """Whether it is openai-clip's model, whose class has its own `encode_image` still."""
+    kind: Any = type(module)
+    if (kind.__module__, kind.__qualname__) != ("clip.model", "CLIP"):
+        return False
+    method = kind.encode_image
+    return (method.__module__, method.__qualname__) == ("clip.model", "CLIP.encode_image")
 
 
 def _encode_image(model: Any) -> Callable[[Tensor], Tensor]:

@@ -169,7 +169,8 @@ class Forward:
         if not served.is_siglip(tower):
             return tower.post_layernorm(results[-1][:, 0]), results[-1]
         if not all_states:
-            return results[0], results[1]
+            pooled = results[0]
+            return pooled.to(_autocast_dtype(pooled.device) or pooled.dtype), results[1]  # the head is all products
         last = tower.post_layernorm(results[-1])
         return tower.head(last), last
 
@@ -297,7 +298,8 @@ class Forward:
     def _stamp(self, reading: _Reading) -> object:
         inside = tuple(map(type, reading.watch.modules)), tuple(map(len, reading.inside))
         judged = tuple([served.judged(attributes, name) for attributes, name in reading.settings])
-        return inside, judged, instance.count(self.tower), served.attention_setting(self.tower)
+        settings = served.attention_setting(self.tower), self._normalisation()
+        return inside, judged, instance.count(self.tower), settings
 
     def _read(self, last: _Reading | None) -> _Reading:
         watch = Watch(self.tower)
@@ -316,6 +318,7 @@ class Forward:
         if last is None or last.engine is None or engine is None:
             return reading
         same = last.watch.modules == watch.modules and last.engine.config == engine.config
+        same = same and (last.engine.mean, last.engine.std) == (engine.mean, engine.std)
         return replace(reading, engine=last.engine, engines=last.engines) if same else reading
 
     def _new_engine(self, tower: Tower, precision: PrecisionName | None) -> Engine:

@@ -8,6 +8,7 @@ another class (an adapter, a quantised layer), a replaced method, another epsilo
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, get_args
@@ -64,7 +65,10 @@ _KNOWN = (
 )
 
 # transformers computes the same attention by any of these. None means "eager" in its older releases.
-_ATTENTIONS = (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+_ATTENTIONS = (
+    None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention"
+)  # fmt: skip
+_INTEGRATIONS = "transformers.integrations."  # the modules of its own functions for them
 
 
 def find(model: nn.Module) -> list[nn.Module]:
@@ -192,9 +196,14 @@ def judged(attributes: Mapping[str, Any], name: str) -> object:
     return value is None if name == "attn_mask" else value
 
 
-def attention_setting(tower: nn.Module) -> object:
-    """The attention implementation that a tower of transformers looks up at every call; `read` judges it."""
-    return getattr(vars(tower).get("config"), "_attn_implementation", None)
+def attention_setting(tower: nn.Module) -> tuple[object, object]:
+    """The attention implementation that a tower of transformers looks up at every call, and the function of this name.
+
+    `read` judges both. The function is None where transformers has no table of them, or none of this name.
+    """
+    name = getattr(vars(tower).get("config"), "_attn_implementation", None)
+    functions: Any = getattr(sys.modules.get("transformers.modeling_utils"), "ALL_ATTENTION_FUNCTIONS", {})
+    return name, functions.get(name) if isinstance(name, str) else None
 
 
 def _canonical(
@@ -380,8 +389,9 @@ def _transformers_config(tower: Any) -> VitConfig:
 def _transformers_layers(tower: Any) -> list[Any]:
     """The layers of a transformers tower, whose attention and positions are checked."""
     layers = list(tower.encoder.layers)
-    chosen = attention_setting(tower)
-    _require(chosen in _ATTENTIONS, f"its attention is {chosen!r}, not one of transformers' own")
+    chosen, function = attention_setting(tower)
+    own = chosen in _ATTENTIONS and (function is None or str(function.__module__).startswith(_INTEGRATIONS))
+    _require(own, f"its attention is {chosen!r}, not one of transformers' own")
     for i, layer in enumerate(layers):
         own = layer.self_attn
         plain = getattr(own, "scale", None) in (None, own.head_dim**-0.5) and not getattr(own, "is_causal", False)

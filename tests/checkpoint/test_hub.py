@@ -148,6 +148,31 @@ def test_a_pickle_where_there_is_nothing_else(tmp_path: Path, hub: LoopbackHub) 
     assert close(embeddings(loaded("someone/bin")), embeddings(made))
 
 
+def test_a_repository_of_sentence_transformers(
+    hub: LoopbackHub, folders: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its parts have a folder each."""
+    folder, made = folders["hugging_face"]
+    shutil.copytree(folder, tmp_path / "st" / "0_CLIPModel")
+    (tmp_path / "st" / "modules.json").write_text("[]")
+    hub.add("sentence-transformers/clip-ViT-B-32", tmp_path / "st")
+    model = loaded("sentence-transformers/clip-ViT-B-32")
+    assert close(embeddings(model), embeddings(made))
+    assert model.tokenize("a dog").shape == (1, 77)
+    assert all(name.startswith("0_CLIPModel/") for name in hub.downloads())
+    visit(hub, tmp_path / "cache", monkeypatch, offline=True)
+    assert torch.equal(embeddings(loaded("sentence-transformers/clip-ViT-B-32")), embeddings(model))
+
+
+def test_a_local_copy_of_a_repository_with_timms_files_too(folders: dict[str, Any], tmp_path: Path) -> None:
+    """As timm's own repositories of CLIP's towers."""
+    folder, made = folders["other"]
+    shutil.copytree(folder, tmp_path / "timm")
+    (tmp_path / "timm" / "model.safetensors").write_bytes(b"another model's")
+    (tmp_path / "timm" / "config.json").write_text(json.dumps({"architecture": "vit_base_patch32_clip_224"}))
+    assert close(embeddings(loaded(str(tmp_path / "timm"))), embeddings(made))
+
+
 def test_a_local_folder_wins(hub: LoopbackHub, folders: dict[str, Any], tmp_path: Path) -> None:
     shutil.copytree(folders["other"][0], tmp_path / LAION)
     assert close(embeddings(loaded(LAION)), embeddings(folders["other"][1]))

@@ -254,3 +254,29 @@ def test_every_missing_tensor_is_named(tmp_path: Path) -> None:
 def test_its_state_dict_is_no_clips() -> None:
     with pytest.raises(CheckpointError, match="is a SigLIP's, and not a CLIP's"):
         read_state_dict({f"visual.{name}": t for name, t in reference.build(SHAPE).state_dict().items()})
+
+
+class _Trunk(nn.Module):
+    """A tower under the names that open_clip gives it."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        self.visual = nn.Module()
+        self.visual.trunk = tower
+
+    def forward(self, images: Tensor) -> Tensor:
+        trunk: Any = self.visual.trunk
+        return trunk(images)
+
+
+@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu", "silu"])
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_an_archive_of_open_clips_model(activation: str, images: Tensor, tmp_path: Path) -> None:
+    """It has the classes of its modules; of an activation that is none of ours the user is asked."""
+    tower = timm_tower(activation)
+    torch.jit.save(torch.jit.trace(_Trunk(tower), images), tmp_path / "model.pt")
+    if activation == "silu":
+        with pytest.raises(CheckpointError, match="does not say which activation"):
+            read_checkpoint(tmp_path / "model.pt")
+        return
+    assert close(features(tmp_path / "model.pt", images), tower(images))

@@ -154,6 +154,22 @@ def test_tokens_of_siglip(byte_fallback: bool, tmp_path: Path) -> None:
     assert (ours == 1).any(dim=1).all()  # each has an end
 
 
+def test_letters_that_a_siglip_leaves_large(tmp_path: Path) -> None:
+    siglip_folder(tmp_path)
+    sentence_piece(tmp_path, byte_fallback=True)
+    texts = ["A Photo of a DOG", "a photo of a dog", *EVERY_SCRIPT]
+    small = loaded(tmp_path).tokenize(texts, truncate=True)
+    settings = tmp_path / "tokenizer_config.json"
+    told = json.loads(settings.read_text()) if settings.exists() else {}
+    settings.write_text(json.dumps(told | {"do_lower_case": False}))
+    ours = loaded(tmp_path).tokenize(texts, truncate=True)
+    assert torch.equal(small[0], small[1])
+    assert not torch.equal(ours[0], ours[1])
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.SiglipTokenizer.from_pretrained(tmp_path)
+    assert not differing(ours, full(theirs, texts), texts)
+
+
 def test_tokens_of_siglip_by_a_tokenizer_json(tmp_path: Path) -> None:
     """Beside which no SentencePiece model lies: with the changes of texts that SiglipTokenizer makes."""
     siglip_folder(tmp_path)

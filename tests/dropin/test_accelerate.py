@@ -400,6 +400,18 @@ def test_what_others_put_on_an_instance_stays(images: Tensor) -> None:
     assert not is_accelerated(model)
 
 
+def test_an_encode_image_that_others_gave_to_the_class_stays(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = openai_vit()
+
+    def normalised(model: Any, image: Tensor) -> Tensor:
+        return torch.nn.functional.normalize(model.visual(image.type(model.dtype)), dim=-1)
+
+    monkeypatch.setattr(type(model), "encode_image", normalised)
+    with torch.no_grad():
+        wanted = model.encode_image(images)
+        assert close(clip_fast.accelerate(model).encode_image(images), wanted)
+
+
 def test_while_it_is_copied_a_model_stays_accelerated() -> None:
     """Raw pixels, which the original would not normalise, are embedded meanwhile."""
     model: Any = clip_fast.accelerate(openai_vit())

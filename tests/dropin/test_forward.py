@@ -298,6 +298,27 @@ def test_the_signature_is_the_originals(make: Callable[[], nn.Module]) -> None:
     assert Forward.of(clip_fast.restore(part)) is None
 
 
+def test_an_attention_of_the_users_own_under_a_known_name(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nothing(module: nn.Module, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        return torch.zeros_like(query).transpose(1, 2), None
+
+    interface = pytest.importorskip("transformers", minversion="4.51").AttentionInterface
+    known = interface()["sdpa"]
+    model = hugging_face()
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        clip_fast.accelerate(model)
+        stays_fast(model, images)
+        interface.register("sdpa", nothing)
+        try:
+            falls_back(model, images, "its attention is 'sdpa', not one of transformers' own")
+            with pytest.raises(NotServed, match="its attention is 'sdpa'"):
+                clip_fast.accelerate(hugging_face())
+        finally:
+            interface.register("sdpa", known)
+        stays_fast(model, images)
+
+
 def test_an_attention_of_the_users_own(images: Tensor) -> None:
     def nothing(module: nn.Module, query: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
         return torch.zeros_like(query).transpose(1, 2), None

@@ -147,6 +147,19 @@ def test_what_only_the_original_gives(images: Tensor) -> None:
         assert len(model(pixel_values=images, output_attentions=True).attentions) == 3
 
 
+@pytest.mark.parametrize("all_states", [False, True])
+def test_autocast_has_a_dtype_for_each_output(all_states: bool, images: Tensor) -> None:
+    model = hugging_face()
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = model(images, output_hidden_states=all_states)
+        clip_fast.accelerate(model)
+        got = model(images, output_hidden_states=all_states)
+    assert [got[name].dtype for name in ("last_hidden_state", "pooler_output")] == [
+        wanted[name].dtype for name in ("last_hidden_state", "pooler_output")
+    ]
+    assert close(got.pooler_output, wanted.pooler_output, 0.05)
+
+
 def test_dropout_in_training(images: Tensor) -> None:
     tower = clip_fast.accelerate(timm_tower(proj_drop_rate=0.5)).train()
     with pytest.warns(UserWarning, match="training mode, with dropout"):
