@@ -60,7 +60,7 @@ from .primitives import (
     stages_from_registers,
     wait_for_the_last,
 )
-from .sizes import cdiv, next_power_of_2
+from .sizes import cdiv, next_power_of_2, reached_in_32_bits
 from .statistics import statistics_tiles
 from .targets import Target, kind_of, target_of
 
@@ -348,6 +348,7 @@ def attention_pool(
     precision: str,
 ) -> Tensor:
     heads, head_dim, width = value_weight.shape
+    rest = reached_in_32_bits(rest)
     batch, positions = rest.shape[:2]
     tokens = 1 + positions
     out = query.new_empty((batch, heads * head_dim))

@@ -57,5 +57,5 @@ def _kind(argument: Any) -> Hashable:
         return argument.base.dtype, *argument.block_shape
     if isinstance(argument, Tensor):
         kind = argument.dtype, argument.data_ptr() % _ALIGNMENT
-        return (*kind, argument.untyped_storage().nbytes()) if _AMD else kind  # AMD: offsets of 32 bits, if they reach
+        return (*kind, argument.untyped_storage().nbytes() < 2**31) if _AMD else kind  # whether 32 bits reach all of it
     return of, argument

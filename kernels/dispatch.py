@@ -197,7 +197,7 @@ class _Compilers(ThreadPoolExecutor):
 
 
 def compile_ahead(run: Callable[[], object], say: Callable[[int], None]) -> None:
-    """Compiles all kernels of the ops that `run` calls, side by side; other threads go on launching theirs.
+    """Compiles and loads all kernels of the ops that `run` calls, side by side; other threads go on launching theirs.
 
     Each is compiled for any number of rows. Nothing is launched by `run`: the results of its ops have no values.
 
@@ -216,18 +216,32 @@ def _compile_ahead(run: Callable[[], object], say: Callable[[int], None]) -> Non
     from triton.runtime.jit import JITFunction
 
     _every_launch.set(True)
-    with ExitStack() as locked, _Compilers() as compilers, ExitStack() as changed, AsyncCompileMode(compilers):
-        for kernel in (each for name in _launching for each in vars(_module(name)).values()):
-            if isinstance(kernel, JITFunction):
+    values = (value for name in _launching for value in vars(_module(name)).values())
+    kernels = {id(value): value for value in values if isinstance(value, JITFunction)}  # helpers stand in several
+    with ExitStack() as locked:
+        with _Compilers() as compilers, ExitStack() as changed, AsyncCompileMode(compilers):
+            for kernel in kernels.values():
                 kernel.run = _compiling_run(kernel)
-                changed.callback(vars(kernel).pop, "run", None)  # helpers stand in several modules
-        run()
-        if wait(compilers.begun, timeout=1).not_done:
-            say(len(compilers.begun))
-        wait(compilers.begun)
-        # Triton's mode ends with the locks held: no launch may wait for a kernel while it is entered as compiled.
-        for lock in _launching.values():
-            locked.enter_context(lock)
+                changed.callback(vars(kernel).pop, "run", None)
+            run()
+            if wait(compilers.begun, timeout=1).not_done:
+                say(len(compilers.begun))
+            wait(compilers.begun)
+            # Triton's mode ends with the locks held: no launch may wait for a kernel while it is entered as compiled.
+            for lock in _launching.values():
+                locked.enter_context(lock)
+        for kernel in kernels.values():
+            _load(kernel)
+
+
+def _load(kernel: Any) -> None:
+    """Loads all that is compiled of a kernel for the current device. None can be loaded while a graph is captured."""
+    from triton.runtime import driver
+
+    caches = kernel.device_caches.get(driver.active.get_current_device())
+    for compiled in () if caches is None else tuple(caches[0].values()):
+        ready = compiled.result() if hasattr(type(compiled), "result") else compiled  # of a thread that compiled it
+        _ = ready.run  # the property loads it
 
 
 def _compiling_run(kernel: Any) -> Callable[..., Any]:

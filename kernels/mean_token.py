@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .direct import launch_kernel
 from .primitives import dependent_launch, wait_for_the_last
-from .sizes import cdiv
+from .sizes import cdiv, reached_in_32_bits
 
 
 @triton.jit
@@ -56,6 +56,7 @@ def _mean_token_kernel(
 
 
 def mean_token(features: Tensor, position: Tensor) -> Tensor:
+    features = reached_in_32_bits(features)
     batch, positions, width = features.shape
     out = features.new_empty((batch, width))
     if out.numel() == 0:

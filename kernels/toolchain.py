@@ -104,7 +104,8 @@ def gives_way(device: torch.device, error: Exception) -> bool:
     """Whether plain PyTorch may compute in place of a launch that failed. If so, none is tried there from then on.
 
     Some errors are not the toolchain's, and the caller raises them: a want of memory, an error that has broken the
-    device for everyone, and any error while a CUDA graph is captured, which forbids much that is allowed otherwise.
+    device for everyone, and any error while this thread or another captures a CUDA graph, which forbids much that is
+    allowed otherwise.
 
     Raises:
         torch.OutOfMemoryError: the GPU's memory did not suffice for a kernel; Triton calls this a RuntimeError.
@@ -113,7 +114,7 @@ def gives_way(device: torch.device, error: Exception) -> bool:
         return False
     if isinstance(error, RuntimeError) and "out of memory" in str(error):
         raise torch.OutOfMemoryError(str(error)) from error
-    if is_strict() or not _works(device):
+    if is_strict() or "captur" in str(error) or not _works(device):
         return False
     with _lock:
         _failed.setdefault(_numbered(device), _line(error))

@@ -120,7 +120,7 @@ class Engine:
         current = torch.cuda.device(images.device) if images.is_cuda else nullcontext()
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False), current:
             fast = self._fast_path()
-            key = (self.config, self.computed_in, task.name)
+            key = (self.config, self.computed_in, task)
             ahead.compile_kernels(lambda images: fast.run(images, task), images, key)
             results = self._replayed(fast, images, task)
             return results or self.in_parts(images, lambda part: fast.run(part, task), task)
@@ -207,7 +207,11 @@ class Engine:
                     state, storages = self._state(tensors), Storages(tensors)
                     run = self._prepare()
                     if tensors[0].is_cuda and not torch.cuda.is_current_stream_capturing():
-                        graphs.synchronize()  # other streams will read the new weights, and may still read the old ones
+                        # Other streams will read the new weights, and may still read the old ones.
+                        if prepared is None:
+                            torch.cuda.current_stream().synchronize()
+                        else:
+                            graphs.synchronize()
                     prepared = self.prepared = Prepared(
                         state, storages, run, graphs.Graphs(run, graphs.memory_for(self.device))
                     )

@@ -99,10 +99,9 @@ class Convolution:
         return y.permute(0, 3, 1, 2)
 
     def _by_cudnn(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        # PyTorch's operator with the ReLU in it gives cuDNN memory with anything in it, to be added times zero: a NaN
+        # there might come out. In float32, besides, a global switch decides whether it takes TF32.
         padding, stride, dilation = self._geometry
-        if x.dtype != torch.float32 and residual is None and self.relu:
-            return torch.cudnn_convolution_relu(x, self.weight, self.bias, stride, padding, dilation, 1)
-        # In float32 a global switch of PyTorch's decides whether the fused operator takes TF32.
         tf32 = self.products == "tf32"
         y = torch.ops.aten.cudnn_convolution(x, self.weight, padding, stride, dilation, 1, False, True, tf32)
         return self._finish(y.add_(self.bias[:, None, None]), residual)

@@ -292,6 +292,7 @@ find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
 sys.modules["triton"] = None
 from clip_fast.kernels import ops
+from clip_fast.kernels.sizes import reached_in_32_bits
 qkv = torch.randn(2, 5, 3, 2, 16)
 assert ops.flash_attention(qkv, 0.25).shape == (2, 5, 32)
 assert ops.linear(torch.randn(3, 8), torch.randn(4, 8), statistics=True)[1].shape == (3, 1, 2)
@@ -357,3 +358,12 @@ def test_opcheck(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch)
     if DEVICE.type == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     torch.library.opcheck(getattr(torch.ops.clip_fast, op).default, seen[0])
+
+
+@pytest.mark.parametrize(("batch", "copied"), [(8191, False), (8192, True)])
+def test_no_element_is_out_of_reach_of_32_bits(batch: int, copied: bool) -> None:
+    """Tokens that lie before images: between the first and the last of an image there are 2³¹ elements."""
+    tokens = torch.empty(257, batch, 1024, device="meta").transpose(0, 1)
+    reached = reached_in_32_bits(tokens)
+    assert reached.is_contiguous() == copied
+    assert reached.shape == tokens.shape
