@@ -238,7 +238,8 @@ def _load(kernel: Any) -> None:
     """Loads all that is compiled of a kernel for the current device. None can be loaded while a graph is captured."""
     from triton.runtime import driver
 
-    caches = kernel.device_caches.get(driver.active.get_current_device())
+    active: Any = driver.active
+    caches = kernel.device_caches.get(active.get_current_device())
     for compiled in () if caches is None else tuple(caches[0].values()):
         ready = compiled.result() if hasattr(type(compiled), "result") else compiled  # of a thread that compiled it
         _ = ready.run  # the property loads it

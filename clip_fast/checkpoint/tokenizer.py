@@ -30,11 +30,16 @@ CLEANINGS: dict[str, Callable[[str], str]] = {
 
 
 def _of_siglip(text: str) -> str:
-    """What transformers' tokenizer of SigLIP does to a text, besides making all letters small."""
+    """What transformers' tokenizer of SigLIP does to a text."""
+    return _of_siglip_cased(text.lower())
+
+
+def _of_siglip_cased(text: str) -> str:
+    """The same where letters stay large."""
     return " ".join(text.translate(_ALL_PUNCTUATION).split())
 
 
-_CLEANINGS = CLEANINGS | {"siglip": lambda text: _of_siglip(text.lower()), "siglip_cased": _of_siglip}
+_CLEANINGS = CLEANINGS | {"siglip": _of_siglip, "siglip_cased": _of_siglip_cased}
 
 SIGLIP_FILES = ("spiece.model", "tokenizer.json")  # transformers' SiglipTokenizer reads the first alone
 _SIGLIP_PADDING = "</s>"  # the default of transformers' SiglipTokenizer

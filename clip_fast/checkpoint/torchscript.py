@@ -136,5 +136,5 @@ def read_torchscript(path: Path, archive: zipfile.ZipFile, root: str) -> tuple[d
                 yield from tensors(value, f"{prefix}{name}.")
 
     # Only the class names tell OpenAI's models from open_clip's with a GELU.
-    activation = next((told for name, told in _ACTIVATIONS.items() if name in unpickler.classes), "quick_gelu")
-    return dict(tensors(module, "")), activation
+    told: list[Activation] = [activation for name, activation in _ACTIVATIONS.items() if name in unpickler.classes]
+    return dict(tensors(module, "")), told[0] if told else "quick_gelu"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from itertools import chain
 from typing import Any, get_args
 
@@ -151,8 +152,41 @@ def read(tower: nn.Module) -> Tower:
     _canonical(state, shapes, keys)  # has it all?
     if is_clip(tower):
         _check_wiring(tower, plain)
+        _require(_computes_as_ours(type(tower)), f"its {_class(tower)} computes something else than the package's own")
     convolution = _convolution(tower)
     return Tower(config, tuple(tower.modules()), state_dict, lambda: convolution.weight)
+
+
+@cache
+def _computes_as_ours(kind: Any) -> bool:
+    """Whether a class of openai-clip's or open_clip's name computes what ours does: a small tower of it is tried.
+
+    Programs that bring a changed copy of openai-clip's model along give it the same name. A class of open_clip's that
+    is made by other arguments is trusted, since a later release may have changed them.
+    """
+    residual = kind.__qualname__ == "ModifiedResNet"
+    shape: dict[str, Any] = {"layers": 1, "heads": 1, "output_dim": 32, "width": 64, "patch_size": 4}
+    if residual:
+        shape = {"layers": (1, 1, 1, 1), "heads": 4, "output_dim": 32, "width": 8}
+    openai = kind.__module__ == "clip.model"
+    side = 64 if residual else 8
+    shape |= {"input_resolution" if openai else "image_size": side}
+    shape |= {} if residual or openai else {"mlp_ratio": 4.0}
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
+        before = torch.get_rng_state()
+        try:
+            tower: nn.Module = kind(**shape).float().eval()
+            for weight in tower.parameters():
+                weight.normal_(std=0.2)
+            images = torch.randn(2, 3, side, side, dtype=torch.float32)
+        except (TypeError, AttributeError, ValueError):
+            return not openai
+        finally:
+            torch.set_rng_state(before)
+        plain: nn.Module = reference.build(_config(tower)).float().eval()
+        plain.load_state_dict(_weights(tower), strict=False)
+        wanted, got = plain(images), tower(images)
+    return isinstance(got, Tensor) and got.shape == wanted.shape and bool((got - wanted).norm() < 1e-3 * wanted.norm())
 
 
 def _config(tower: Any) -> Config:

@@ -9,6 +9,7 @@ import inspect
 import io
 import pickle
 import re
+import sys
 import types
 import warnings
 import weakref
@@ -40,6 +41,7 @@ from torch import Tensor, nn
 import clip_fast
 from clip_fast.dropin.accelerate import is_accelerated
 from clip_fast.dropin.forward import Forward
+from clip_fast.errors import NotServed
 from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD
 
 README = Path(__file__).parents[2] / "README.md"
@@ -57,7 +59,7 @@ def no_original(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails where a tower's own forward runs."""
 
     for make in MODELS:
-        cls = type(tower(make()))
+        cls = type(tower(clip_fast.restore(clip_fast.accelerate(make()))))  # which tries the class, once
 
         def forward(self: nn.Module, *_: Any, **options: Any) -> None:
             pytest.fail(f"the original forward of {type(self)} runs")
@@ -398,6 +400,42 @@ def test_what_others_put_on_an_instance_stays(images: Tensor) -> None:
     clip_fast.restore(model)
     assert (model.encode_image, model.visual.forward) == (mine, theirs)
     assert not is_accelerated(model)
+
+
+FORKS = {
+    "all tokens": lambda source: source.replace("self.ln_post(x[:, 0, :])", "self.ln_post(x)"),
+    "an added argument": lambda source: source.replace("output_dim: int):\n", "output_dim: int, prompts: int):\n"),
+    "a block": lambda source: source.replace("self.mlp(self.ln_2(x))", "2 * self.mlp(self.ln_2(x))"),
+    "a pool": lambda source: source.replace("return x[0]", "return x[1]"),
+    "nothing": lambda source: source,
+}
+
+
+@pytest.mark.parametrize("change", FORKS)
+def test_a_changed_copy_of_openai_clips_model(change: str, monkeypatch: pytest.MonkeyPatch, images: Tensor) -> None:
+    """As programs of papers bring one along, under the same name."""
+    own = pytest.importorskip("clip.model")
+    source = Path(own.__file__).read_text()
+    changed = FORKS[change](source)
+    assert (changed != source) == (change != "nothing")
+    module = types.ModuleType("clip.model")
+    exec(compile(changed, "clip/model.py", "exec"), vars(module))
+    monkeypatch.setitem(sys.modules, "clip.model", module)
+    layers: Any = (1, 1, 1, 1) if change == "a pool" else 2
+    kind = module.ModifiedResNet if change == "a pool" else module.VisionTransformer
+    if change == "an added argument":
+        visual = kind(64, 16, 128, layers, 2, 64, 4)
+    else:
+        visual = kind(layers, 64, 16, 64, 8) if change == "a pool" else kind(64, 16, 128, layers, 2, 64)
+    model: Any = nn.Module()
+    model.visual = visual.eval().requires_grad_(False)
+    before = model.visual(images)
+    if change == "nothing":
+        assert close(clip_fast.accelerate(model).visual(images), before)
+        return
+    with pytest.raises(NotServed, match="computes something else"):
+        clip_fast.accelerate(model)
+    assert torch.equal(model.visual(images), before)
 
 
 def test_an_encode_image_that_others_gave_to_the_class_stays(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

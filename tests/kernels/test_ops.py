@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from clip_fast.kernels import ops, targets
 from clip_fast.kernels.dispatch import Op, trusted
 from clip_fast.kernels.resampling import Source, plan
+from clip_fast.kernels.sizes import reached_in_32_bits
 from clip_fast.kernels.statistics import row_statistics
 
 
@@ -292,7 +293,6 @@ find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
 sys.modules["triton"] = None
 from clip_fast.kernels import ops
-from clip_fast.kernels.sizes import reached_in_32_bits
 qkv = torch.randn(2, 5, 3, 2, 16)
 assert ops.flash_attention(qkv, 0.25).shape == (2, 5, 32)
 assert ops.linear(torch.randn(3, 8), torch.randn(4, 8), statistics=True)[1].shape == (3, 1, 2)
