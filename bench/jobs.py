@@ -132,6 +132,7 @@ def on_ray(job: Job, checkpoint: Path, folder: Path) -> Run:
         [str(path) for path in job.photographs.paths],
         str(checkpoint),
         str(output),
+        address="local",  # not a cluster that happens to run here
         workers=1,
         batch_size=job.batch_size,
         dtype=job.task.dtype,

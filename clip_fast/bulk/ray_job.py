@@ -62,8 +62,9 @@ def encode(
             of a run without Ray, in another order and with absolute places. Or URLs that Ray reads, s3://…, all of one
             kind: tars, parquet files, or files and folders of images, chosen by their suffixes.
         model: a name, or a checkpoint that every worker reaches.
-        output: a folder for parquet files that every worker reaches; it must not have any yet.
-        address: the cluster's, as in `ray.init`. None joins the cluster that this process is in, or starts one here.
+        output: a folder for parquet files that every worker reaches; it must be empty, or not be there yet.
+        address: the cluster's, as in `ray.init`. None joins the cluster that this process is in, or that Ray finds on
+            this machine, or starts one here.
         workers: the number of encoding actors, by default one for every GPU of the cluster, or one for every two CPUs.
         key_column: the column of keys in parquet files; those at URLs must have one.
         dtype, activation, normalize, fast_decode, time_limit: as in `ImageEncoder`.
