@@ -18,7 +18,7 @@ from . import pytorch
 from .engine import route
 from .engine.compiled import register
 from .engine.engine import Engine, checked
-from .engine.tower import Tower, Watch, plain_tensors
+from .engine.tower import Tower, Watch, plain_tensors, setting
 from .errors import NotServed
 from .towers import reference
 from .towers.config import (
@@ -47,17 +47,14 @@ _SILENT = route.SILENT | {route.TRANSFORMED, _REPLICA}
 class _Reading:
     """A tower as it was looked through: how it differs from what `reference.build` makes, or else its engine.
 
-    `inside` is the attributes of the modules inside it, `settings` those of them that the plain tower computes with, by
-    name, and `stamp` what `_stamp` gave for them.
+    `state` is that of the watch then.
     """
 
     difference: str | None
     engine: Engine | None
     watch: Watch
     norms: tuple[nn.BatchNorm2d, ...]
-    inside: tuple[dict[str, Any], ...]
-    settings: tuple[tuple[dict[str, Any], str], ...]
-    stamp: object
+    state: object
 
 
 class ImageEncoder(nn.Module):
@@ -127,17 +124,15 @@ class ImageEncoder(nn.Module):
             plain_tensors(visual.state_dict(keep_vars=True))
             return visual.state_dict()
 
-        watch, difference, engine = Watch(visual, called=False), _difference(visual, config), None
+        watch, difference, engine = Watch(visual, _SETTINGS, called=False), _difference(visual, config), None
         if difference is None:
             tower = Tower(config, watch.modules, state_dict, lambda: visual.conv1.weight)
             precision, cuda_graphs = self._precision, self._cuda_graphs
             engine = Engine(tower, precision=precision, mean=self.mean, std=self.std, cuda_graphs=cuda_graphs)
         norms = tuple(module for module in watch.modules if isinstance(module, nn.BatchNorm2d))
-        inside = tuple(map(vars, watch.modules[1:]))
-        settings = tuple((own, name) for own in inside for name in _SETTINGS if name in own)
         self._warned: set[str] = set()
         # At once, and last: other threads may be encoding.
-        self._reading = _Reading(difference, engine, watch, norms, inside, settings, _stamp(inside, settings))
+        self._reading = _Reading(difference, engine, watch, norms, watch.state())
 
     @property
     def _engine(self) -> Engine | None:
@@ -257,8 +252,8 @@ class ImageEncoder(nn.Module):
         if self._replica():
             return None, _REPLICA
         reading = self._reading
-        replaced = self.visual is not reading.watch.modules[0] or reading.watch.replaced()
-        if replaced or _stamp(reading.inside, reading.settings) != reading.stamp:
+        watch = reading.watch
+        if self.visual is not watch.modules[0] or watch.replaced() or watch.state() != reading.state:
             self.refresh()
             reading = self._reading
         return reading.engine, _problem(reading)
@@ -333,17 +328,6 @@ def _problem(reading: _Reading) -> str | None:
 _SETTINGS = ("eps", "attn_mask")  # attributes of modules that the plain tower computes with
 
 
-def _setting(own: dict[str, Any], name: str) -> object:
-    """The value of a module's setting; of a mask, whether there is one."""
-    value = own.get(name)
-    return value is None if name == "attn_mask" else value
-
-
-def _stamp(inside: tuple[dict[str, Any], ...], settings: tuple[tuple[dict[str, Any], str], ...]) -> object:
-    """A value that differs where an attribute was put on a module, or a setting was changed."""
-    return tuple(map(len, inside)), [_setting(own, name) for own, name in settings]
-
-
 @cache
 def _wanted(config: Config) -> tuple[dict[str, type], dict[str, dict[str, object]], dict[str, torch.Size]]:
     """The classes and settings of all modules and the shapes of all tensors, as `reference.build` makes them."""
@@ -351,9 +335,7 @@ def _wanted(config: Config) -> tuple[dict[str, type], dict[str, dict[str, object
         plain: Any = reference.build(config)
     modules: dict[str, nn.Module] = dict(plain.named_modules())
     classes = {name: type(module) for name, module in modules.items()}
-    settings = {
-        name: {setting: _setting(vars(module), setting) for setting in _SETTINGS} for name, module in modules.items()
-    }
+    settings = {name: {each: setting(vars(module), each) for each in _SETTINGS} for name, module in modules.items()}
     return classes, settings, {name: tensor.shape for name, tensor in plain.state_dict().items()}
 
 
@@ -366,9 +348,9 @@ def _difference(tower: Any, config: Config) -> str | None:
         place = f"visual.{name}" if name else "visual"
         if classes.pop(name, None) is not type(module):
             return f"{place} is a {type(module).__qualname__}"
-        for setting, value in settings[name].items():
-            if _setting(vars(module), setting) != value:
-                return f"{place} has another {setting}"
+        for each, value in settings[name].items():
+            if setting(vars(module), each) != value:
+                return f"{place} has another {each}"
         if name and "forward" in vars(module):
             return f"{place} has a forward of its own"
     if classes:

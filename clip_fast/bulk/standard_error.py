@@ -1,9 +1,10 @@
-"""Lines on standard error, between those of a progress bar."""
+"""Lines on standard error, between those of a progress bar; and streams that cannot be written to."""
 
 from __future__ import annotations
 
 import os
 import sys
+from typing import TextIO
 
 from tqdm import tqdm
 
@@ -19,6 +20,11 @@ def tell(line: str) -> None:
     except BrokenPipeError:
         raise
     except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stderr.fileno())
-        os.close(nowhere)
+        give_up(sys.stderr)
+
+
+def give_up(stream: TextIO) -> None:
+    """From here on all that is written to a stream is lost."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

@@ -80,23 +80,23 @@ class HubModel:
     def _choose(self, has: Callable[[str], bool], get: Callable[[str], Path]) -> Path:
         """The preferred weights, after all that belongs to them: where weights are, nothing is missing beside them."""
         found = [
-            (folder, f"{folder}{weights}", f"{folder}{config}")
+            (folder, weights, config)
             for folder in _FOLDERS
             for weights, config in FOLDER_FILES.items()
             if has(f"{folder}{weights}") and has(f"{folder}{config}")
         ]
         problems: dict[str, str | None] = {}
-        for folder, weights, config in sorted(found, key=lambda each: PurePosixPath(each[2]).name != self.config):
-            if config not in problems:
-                problems[config] = _unserved(get(config))
-            if problems[config] is None:
-                for name in _BESIDE:
-                    if has(f"{folder}{name}"):
-                        get(f"{folder}{name}")
-                path = get(weights)
-                for shard in set(listed_shards(path).values()) if is_index(path) else ():
-                    if has(f"{folder}{shard}"):
-                        get(f"{folder}{shard}")
+        for folder, weights, config in sorted(found, key=lambda each: each[2] != self.config):
+            described = f"{folder}{config}"
+            if described not in problems:
+                problems[described] = _unserved(get(described))
+            if problems[described] is None:
+                for name in filter(has, (f"{folder}{each}" for each in _BESIDE)):
+                    get(name)
+                path = get(f"{folder}{weights}")
+                shards = set(listed_shards(path).values()) if is_index(path) else ()
+                for name in filter(has, (f"{folder}{shard}" for shard in shards)):
+                    get(name)
                 return path
         reasons = ", ".join(filter(None, problems.values())) or f"it has none of {', '.join(FOLDER_FILES)}"
         raise CheckpointError(self, f"is no CLIP that is served: {reasons}")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import select
 import sys
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 
-from ..bulk.standard_error import tell
+from ..bulk.standard_error import give_up, tell
 from ..inputs.items import Failure
 from .interrupt import INTERRUPTED
 
@@ -67,9 +66,7 @@ def _to_standard_output() -> Generator[None, None, None]:
         yield
     except OSError as error:
         error.filename = "standard output"
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
+        give_up(sys.stdout)
         if isinstance(error, BrokenPipeError):
             raise ReaderGoneError from error
         raise

@@ -89,8 +89,7 @@ def _is_openai_clip(module: nn.Module) -> bool:
     kind: Any = type(module)
     if (kind.__module__, kind.__qualname__) != ("clip.model", "CLIP"):
         return False
-    method = kind.encode_image
-    return (method.__module__, method.__qualname__) == ("clip.model", "CLIP.encode_image")
+    return served.is_own(kind, "encode_image", kind.encode_image)
 
 
 def _encode_image(model: Any) -> Callable[[Tensor], Tensor]:

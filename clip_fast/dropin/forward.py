@@ -57,8 +57,6 @@ class _Reading:
     """What a look through the tower found."""
 
     watch: Watch
-    inside: tuple[dict[str, Any], ...]  # the attributes of every module inside; a replaced method adds one
-    settings: tuple[tuple[dict[str, Any], str], ...]  # the attributes that `served.read` has judged, and their names
     stamp: object  # changes when anything that `served.read` looked at changes, apart from what the watch sees
     in_training: tuple[nn.Module, ...]  # modules that may compute something else in training mode
     engine: Engine | None  # without autocast; None where there is a problem
@@ -296,15 +294,12 @@ class Forward:
         return last
 
     def _stamp(self, reading: _Reading) -> object:
-        inside = tuple(map(type, reading.watch.modules)), tuple(map(len, reading.inside))
-        judged = tuple([served.judged(attributes, name) for attributes, name in reading.settings])
+        modules = tuple(map(type, reading.watch.modules)), reading.watch.state()
         settings = served.attention_setting(self.tower), self._normalisation()
-        return inside, judged, instance.count(self.tower), settings
+        return modules, instance.count(self.tower), settings
 
     def _read(self, last: _Reading | None) -> _Reading:
-        watch = Watch(self.tower)
-        every = tuple(map(vars, watch.modules))
-        settings = tuple((attributes, name) for attributes in every for name in served.JUDGED if name in attributes)
+        watch = Watch(self.tower, served.JUDGED)
         engine, problem = None, None
         try:
             tower = served.read(self.tower)
@@ -313,7 +308,7 @@ class Forward:
         else:
             engine = self._new_engine(tower, self._precision)
         in_training = tuple(filter(served.may_act_otherwise_in_training, watch.modules))
-        reading = _Reading(watch, every[1:], settings, None, in_training, engine, problem)
+        reading = _Reading(watch, None, in_training, engine, problem)
         reading = replace(reading, stamp=self._stamp(reading))
         if last is None or last.engine is None or engine is None:
             return reading

@@ -164,14 +164,13 @@ def _computes_as_ours(kind: Any) -> bool:
     Programs that bring a changed copy of openai-clip's model along give it the same name. A class of open_clip's that
     is made by other arguments is trusted, since a later release may have changed them.
     """
-    residual = kind.__qualname__ == "ModifiedResNet"
-    shape: dict[str, Any] = {"layers": 1, "heads": 1, "output_dim": 32, "width": 64, "patch_size": 4}
-    if residual:
-        shape = {"layers": (1, 1, 1, 1), "heads": 4, "output_dim": 32, "width": 8}
-    openai = kind.__module__ == "clip.model"
+    openai, residual = kind.__module__ == "clip.model", kind.__qualname__ == "ModifiedResNet"
     side = 64 if residual else 8
-    shape |= {"input_resolution" if openai else "image_size": side}
-    shape |= {} if residual or openai else {"mlp_ratio": 4.0}
+    shape: dict[str, Any] = {"output_dim": 32, "input_resolution" if openai else "image_size": side}
+    if residual:
+        shape |= {"layers": (1, 1, 1, 1), "heads": 4, "width": 8}
+    else:
+        shape |= {"layers": 1, "heads": 1, "width": 64, "patch_size": 4} | ({} if openai else {"mlp_ratio": 4.0})
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
         before = torch.get_rng_state()
         try:
@@ -222,12 +221,6 @@ JUDGED = (  # the attributes that `read` judges
     "final_ln_after_pool", "global_pool", "pool", "dynamic_img_size", "dynamic_img_pad", "flatten", "use_head",
     "batch_first",
 )  # fmt: skip
-
-
-def judged(attributes: Mapping[str, Any], name: str) -> object:
-    """The value of one of the JUDGED attributes; for a mask, whether there is one."""
-    value = attributes.get(name)
-    return value is None if name == "attn_mask" else value
 
 
 def attention_setting(tower: nn.Module) -> tuple[object, object]:
@@ -300,10 +293,14 @@ def _patched(cls: type) -> str | None:
     for base in cls.__mro__:
         if f"{base.__module__}.{base.__qualname__}" in _KNOWN:
             for name, method in vars(base).items():
-                own = base.__module__, f"{base.__qualname__}.{name}"
-                if inspect.isfunction(method) and (method.__module__, method.__qualname__) != own:
+                if inspect.isfunction(method) and not is_own(base, name, method):
                     return name
     return None
+
+
+def is_own(kind: type, name: str, method: Any) -> bool:
+    """Whether the method of this name was defined in the class, and not put there by someone else."""
+    return (method.__module__, method.__qualname__) == (kind.__module__, f"{kind.__qualname__}.{name}")
 
 
 def _named(tower: Any) -> dict[str, nn.Module]:
@@ -424,8 +421,8 @@ def _transformers_layers(tower: Any) -> list[Any]:
     """The layers of a transformers tower, whose attention and positions are checked."""
     layers = list(tower.encoder.layers)
     chosen, function = attention_setting(tower)
-    own = chosen in _ATTENTIONS and (function is None or str(function.__module__).startswith(_INTEGRATIONS))
-    _require(own, f"its attention is {chosen!r}, not one of transformers' own")
+    known = chosen in _ATTENTIONS and (function is None or str(function.__module__).startswith(_INTEGRATIONS))
+    _require(known, f"its attention is {chosen!r}, not one of transformers' own")
     for i, layer in enumerate(layers):
         own = layer.self_attn
         plain = getattr(own, "scale", None) in (None, own.head_dim**-0.5) and not getattr(own, "is_causal", False)

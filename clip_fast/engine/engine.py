@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import NotServed
 from ..kernels import toolchain
 from ..kernels.dispatch import triton_can_run, trusted
 from ..towers.config import ENCODE, IMAGE_MEAN, IMAGE_STD, ImageSize, Rgb, Task, sides
@@ -67,7 +66,6 @@ class Engine:
         self._lock = threading.Lock()
         self._pause = graphs.Pause()
         self._slots = [vars(m)[kind] for m in tower.modules for kind in ("_parameters", "_buffers") if vars(m)[kind]]
-        self._count = len(self.tensors())
         follow(self, tower.modules)
 
     @property
@@ -114,8 +112,7 @@ class Engine:
             NotServed: weights are gone, or others have been put in.
         """
         if len(images) == 0:
-            if len(self.tensors()) != self._count:
-                raise NotServed("weights of the tower are gone, or others have come")
+            self.tower.state_dict()  # raises where the results would have another shape
             return self.without_values(images, task)
         current = torch.cuda.device(images.device) if images.is_cuda else nullcontext()
         with torch.no_grad(), torch.autocast(images.device.type, enabled=False), current:

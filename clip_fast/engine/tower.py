@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import itemgetter
@@ -41,6 +41,12 @@ def plain_tensors(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return state
 
 
+def setting(attributes: Mapping[str, Any], name: str) -> object:
+    """The value of a setting among a module's attributes; for a mask, whether there is none."""
+    value = attributes.get(name)
+    return value is None if name == "attn_mask" else value
+
+
 class Watch:
     """Tells whether a module of a tower was replaced or hooked since the watch was made.
 
@@ -49,13 +55,22 @@ class Watch:
 
     Args:
         called: whether the tower is called as a module, so that its own hooks run anyway.
+        settings: names of the attributes that its mathematics depends on, besides its weights and modules.
     """
 
-    def __init__(self, tower: nn.Module, *, called: bool = True) -> None:
+    def __init__(self, tower: nn.Module, settings: Sequence[str], *, called: bool = True) -> None:
         self.modules: tuple[nn.Module, ...] = tuple(tower.modules())  # kept alive, so that no id is used again
         self._children = tuple(vars(module)["_modules"] for module in self.modules)
         self._identities = self._now()
         self._hooked = tuple(map(vars, self.modules[1:] if called else self.modules))
+
+        every = tuple(map(vars, self.modules))
+        self._inside = every[1:]
+        self._settings = tuple((own, name) for own in every for name in settings if name in own)
+
+    def state(self) -> object:
+        """A value that differs where an attribute was put on a module inside, or a setting was changed."""
+        return tuple(map(len, self._inside)), tuple([setting(own, name) for own, name in self._settings])
 
     def _now(self) -> tuple[int, ...]:
         return tuple(map(id, chain.from_iterable(map(dict[str, Any].values, self._children))))
