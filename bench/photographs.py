@@ -18,9 +18,11 @@ from PIL import Image, ImageOps
 
 from clip_fast.inputs.inputs import find_inputs
 from clip_fast.inputs.items import Unreadable
+from clip_fast.kernels.resampling import CHANNELS, Plan, Source, plan
 
 from .environment import ROOT
 
+PHOTOGRAPH = (640, 480)  # pixels, of an image that is resized on a GPU
 GIVEN = "given"
 _KIND = re.compile(rf"{GIVEN}|([1-9]\d*)x([1-9]\d*)(\.tar)?")
 _OWN = ROOT / "tests" / "data"
@@ -37,6 +39,14 @@ class Photographs:
     paths: tuple[Path, ...]
     in_tars: bool
     mean_bytes: float  # of one photograph
+
+
+def resizing(side: int, batch: int) -> Plan:
+    """How a batch of `PHOTOGRAPH`s, behind each other, is resized to the squares in their middle."""
+    width, height = PHOTOGRAPH
+    resized = side * width // height, side
+    left, size = (resized[0] - side) // 2, CHANNELS * width * height
+    return plan([Source(i * size, width, height, resized, left, 0) for i in range(batch)], side)
 
 
 def checked_kind(text: str) -> str:

@@ -18,11 +18,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clip_fast.kernels import ops
-from clip_fast.kernels.resampling import CHANNELS, Source, plan
+from clip_fast.kernels.resampling import CHANNELS
 from clip_fast.kernels.statistics import row_statistics
 from clip_fast.kernels.targets import InputPrecision
 from clip_fast.towers.config import IMAGE_MEAN, IMAGE_STD, Config, ResNetConfig, VitConfig, sides
 
+from ..photographs import PHOTOGRAPH, resizing
 from ..timing import DTYPES
 
 Operands = Mapping[str, Tensor]
@@ -36,8 +37,6 @@ CONVOLUTION = "cuDNN's convolution"
 PRODUCT = "product alone"  # the library's product without the steps that we fuse into it: a bound, not a rival
 OPS = ("linear", "flash_attention", "patch_embed", "layer_norm", "attention_pool", "mean_token", "resize")
 PIXELS = "u8"  # the precision of what computes in integers, whatever the model's
-
-_PHOTOGRAPH = (640, 480)  # pixels, of an image that is resized
 
 _BACKENDS = {"cuDNN": "CUDNN_ATTENTION", "flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
 _EPS = 1e-5
@@ -430,12 +429,10 @@ def _resizes(model: str, config: Config, batch: int, precision: str) -> Iterator
     side, across = sides(config.image_size)
     if side != across:
         return
-    width, height = _PHOTOGRAPH
-    resized = side * width // height, side
-    left = (resized[0] - side) // 2
-    size = CHANNELS * width * height
-    sources = [Source(i * size, width, height, resized, left, 0) for i in range(batch)]
-    steps, tables, scratch = plan(sources, side)
+    width, height = PHOTOGRAPH
+    wide, size = side * width // height, CHANNELS * width * height
+    left = (wide - side) // 2
+    steps, tables, scratch = resizing(side, batch)
 
     def operands(device: torch.device) -> dict[str, Tensor]:
         pixels = torch.randint(64, 192, (batch * size,), dtype=torch.uint8, device=device)
@@ -450,8 +447,8 @@ def _resizes(model: str, config: Config, batch: int, precision: str) -> Iterator
 
     def separate(o: Operands) -> Tensor:
         pixels = o["pixels"].view(batch, height, width, CHANNELS).permute(0, 3, 1, 2)
-        wide = pixels if pixels.is_floating_point() else pixels.float()
-        whole = F.interpolate(wide, resized[::-1], mode="bicubic", antialias=True)[..., left : left + side]
+        floats = pixels if pixels.is_floating_point() else pixels.float()
+        whole = F.interpolate(floats, (side, wide), mode="bicubic", antialias=True)[..., left : left + side]
         return whole if pixels.is_floating_point() else whole.round_().clamp_(0, 255).to(torch.uint8)
 
     rows, columns, taps = (steps[..., field] for field in (2, 3, 6))

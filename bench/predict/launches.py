@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from clip_fast.kernels import dispatch, resampling
+from clip_fast.kernels import dispatch
 from clip_fast.kernels.targets import assume
 from clip_fast.towers import precision as precisions
 from clip_fast.towers import reference
@@ -25,9 +25,8 @@ from clip_fast.towers.siglip import FastSiglip
 from clip_fast.towers.vit import FastVit, KernelVit
 
 from ..machine_code import Job, arguments_of, caught, job_of
+from ..photographs import PHOTOGRAPH, resizing
 from .devices import Device
-
-PHOTOGRAPH = (640, 480)  # pixels, of an image that is resized
 
 
 @dataclass(frozen=True)
@@ -76,10 +75,7 @@ def launches_of(config: VitConfig | SiglipConfig, batch: int, precision: str, de
 def resize_of(side: int, batch: int, device: Device) -> list[Launch]:
     """The launches that resize a batch of photographs before they are encoded, as `clip-fast encode` has them."""
     width, height = PHOTOGRAPH
-    resized = side * width // height, side
-    steps, tables, scratch = resampling.plan(
-        [resampling.Source(0, width, height, resized, (resized[0] - side) // 2, 0)] * batch, side
-    )
+    steps, tables, scratch = resizing(side, batch)
     pixels = torch.empty(batch * 3 * width * height, dtype=torch.uint8, device="meta")
     shapes = ((steps.shape, torch.int64), (tables.shape, torch.int32))
     operands = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in shapes]
