@@ -100,6 +100,19 @@ def whole_words(folder: Path, end: str = "</s>") -> Any:
     return made
 
 
+def word_pieces(folder: Path, **settings: Any) -> Any:
+    """A tokenizer as BERT's, of every character of a text and a few words, saved in `folder`; itself."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    characters = sorted({c for text in texts_of_every_script(300) for c in text.lower() if not c.isspace()})
+    pieces = [*special, *characters, *(f"##{c}" for c in characters), "photo", "dog", "beach", "##s", "##ing"]
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(dict.fromkeys(pieces)) + "\n")
+    made = transformers.BertTokenizerFast.from_pretrained(folder, **settings)
+    made.save_pretrained(folder)
+    return made
+
+
 def texts_of_every_script(count: int) -> list[str]:
     """Random texts of 1 to 40 characters, each from two neighbouring places of Unicode, with words of English between.
 

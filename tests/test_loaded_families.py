@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from saved_clips import clip_tokenizer, close, hugging_face_folder, open_clip_folder, whole_words
+from saved_clips import clip_tokenizer, close, hugging_face_folder, open_clip_folder, whole_words, word_pieces
 from saved_siglips import byte_pairs, full, open_clip_siglip, sentence_piece, siglip_folder, unigram
 
 import clip_fast
@@ -27,8 +27,8 @@ HEADING = "\n## Loaded checkpoints\n"
 INTRODUCTION = """
 What `clip_fast.load` gives, as `pytest tests/test_loaded_families.py -m slow --compatibility FILE` saw it: models at
 their real widths, cut to one layer, MetaCLIP 2 to 100 tokens and SigLIP to 4,096, saved by their package with random
-weights (SigLIP with a tokenizer of its kind that was made on the spot). **equal**: within 1e-5 of what the package
-computes in float32; of words, the tokens are the same, too.
+weights (SigLIP and CLIPA with a tokenizer of their kind that was made on the spot). **equal**: within 1e-5 of what the
+package computes in float32; of words, the tokens are the same, too.
 """
 COLUMNS = ("package", "model", "images", "words")
 
@@ -44,7 +44,7 @@ class Family:
 
 
 def of_open_clip(
-    name: str, *, custom: bool = False, vision: dict[str, Any] | None = None, **text: Any
+    name: str, *, custom: bool = False, vision: dict[str, Any] | None = None, words: Any = None, **text: Any
 ) -> Callable[[Path], tuple[Any, Any]]:
     def make(folder: Path) -> tuple[Any, Any]:
         package = pytest.importorskip("open_clip")
@@ -58,11 +58,9 @@ def of_open_clip(
             transformers.XLMRobertaConfig(**small, vocab_size=64).save_pretrained(folder / "text")
             config["text_cfg"] |= {"hf_model_name": str(folder / "text"), "hf_model_pretrained": False}
         model = open_clip_folder(folder, custom, **config)
-        if config["text_cfg"].get("vocab_size") == 100:
-            whole_words(folder)
-        return model, package.get_tokenizer(f"local-dir:{folder}") if "hf_model_name" not in config[
-            "text_cfg"
-        ] else None
+        if words is not None:
+            words(folder)
+        return model, None if "hf_model_name" in config["text_cfg"] else package.get_tokenizer(f"local-dir:{folder}")
 
     return make
 
@@ -111,11 +109,9 @@ FAMILIES = [
     Family("open_clip_torch", "ViT-bigG-14", of_open_clip("ViT-bigG-14")),
     Family(
         "open_clip_torch", "ViT-H-14-worldwide-quickgelu (MetaCLIP 2)",
-        of_open_clip("ViT-H-14-worldwide-quickgelu", vocab_size=100),
+        of_open_clip("ViT-H-14-worldwide-quickgelu", words=whole_words, vocab_size=100),
     ),
-    Family(
-        "open_clip_torch", "ViT-L-14-CLIPA", of_open_clip("ViT-L-14-CLIPA", vocab_size=100), refused="text_cfg sets"
-    ),
+    Family("open_clip_torch", "ViT-L-14-CLIPA", of_open_clip("ViT-L-14-CLIPA", words=word_pieces)),
     Family("open_clip_torch", "ViT-M-16-alt, with LayerScale", of_open_clip("ViT-M-16-alt")),
     Family(
         "open_clip_torch", "ViT-B-16 at 128 by 256 pixels", of_open_clip("ViT-B-16", vision={"image_size": [128, 256]})

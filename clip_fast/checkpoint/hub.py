@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,12 +14,14 @@ from ..errors import CheckpointError, summary
 from ..version import __version__
 from .reading import FOLDER_FILES, HUGGING_FACE_CONFIG
 from .settings import STRUCTURE_ERRORS, description
+from .text_settings import named_tokenizer
+from .tokenizer import SETTINGS_FILES
 from .weights_file import is_index, listed_shards, read_json
 
 # What is read beside weights and configs: see `settings.py` and `tokenizer.py`.
 _BESIDE = (
     *("preprocessor_config.json", "processor_config.json"),
-    *("tokenizer.json", "spiece.model", "tokenizer_config.json", "special_tokens_map.json"),
+    *("tokenizer.json", "spiece.model", *SETTINGS_FILES),
 )
 _FOLDERS = ("", "0_CLIPModel/")  # where weights are: sentence-transformers has each part of a model in a folder
 _LIBRARY = {"library_name": "clip_fast", "library_version": __version__}
@@ -58,7 +61,9 @@ class HubModel:
                 raise CheckpointError(self, problem) from error
             return self._from_cache(error)
         files = {file.rfilename for file in info.siblings or ()}
-        return self._choose(files.__contains__, lambda name: self._download(name, info.sha))
+        weights = self._choose(files.__contains__, lambda name: self._download(name, info.sha))
+        self._bring_tokenizer(weights.with_name(FOLDER_FILES[weights.name]))
+        return weights
 
     def _from_cache(self, error: Exception) -> Path:
         """The weights in the cache. `error` kept the hub from being asked."""
@@ -100,6 +105,23 @@ class HubModel:
                 return path
         reasons = ", ".join(filter(None, problems.values())) or f"it has none of {', '.join(FOLDER_FILES)}"
         raise CheckpointError(self, f"is no CLIP that is served: {reasons}")
+
+    def _bring_tokenizer(self, config: Path) -> None:
+        """Downloads a tokenizer that the config names and that is in another repository.
+
+        What hinders it is no error: only words need it.
+        """
+        repository = named_tokenizer(read_json(config))
+        if repository is None or config.with_name("tokenizer.json").is_file():
+            return
+        hub = extras.huggingface_hub()
+        with suppress(Exception):  # each release has its own kinds of errors of the network
+            if isinstance(hub.try_to_load_from_cache(repository, "tokenizer.json", cache_dir=self.cache), str):
+                return
+            files = {file.rfilename for file in hub.HfApi(**_LIBRARY).model_info(repository).siblings or ()}
+            for name in (*SETTINGS_FILES, "tokenizer.json"):  # the last one tells that all are there
+                if name in files:
+                    hub.hf_hub_download(repository, name, cache_dir=self.cache, **_LIBRARY)
 
     def _download(self, name: str, commit: str) -> Path:
         hub = extras.huggingface_hub()

@@ -96,9 +96,10 @@ def open_clip_text(path: Path, model: dict[str, Any]) -> TextSettings:
     options = cast(dict[str, Any], text.get("tokenizer_kwargs") or {})
     if name := text.get("hf_tokenizer_name"):
         cleaning = options.get("clean", "whitespace")
-        if cleaning not in CLEANINGS or options.keys() - {"clean"}:
+        if cleaning not in CLEANINGS or options.keys() - {"clean", "strip_sep_token"}:
             return TextSettings(unserved=f"text_cfg sets tokenizer_kwargs to {options}")
-        tokenizer = StoredTokenizer.beside(path, cleaning)
+        zeroed = bool(options.get("strip_sep_token"))
+        tokenizer = StoredTokenizer.of_open_clip(path, str(name), cleaning, separator_zeroed=zeroed)
         if tokenizer is None:
             return TextSettings(unserved=f"its tokenizer is that of {name}: place its tokenizer.json in {path.parent}")
     elif options:
@@ -114,6 +115,14 @@ def open_clip_text(path: Path, model: dict[str, Any]) -> TextSettings:
         projected=text.get("proj_type") != "none",
         tokenizer=tokenizer,
     )
+
+
+def named_tokenizer(content: dict[str, Any]) -> str | None:
+    """The repository on the hub whose tokenizer a config of open_clip names, for a text tower that may be served."""
+    model = cast(dict[str, Any], content.get("model_cfg") or {})
+    text = cast(dict[str, Any], model.get("text_cfg") or {})
+    name = None if text.get("hf_model_name") else text.get("hf_tokenizer_name")
+    return name if isinstance(name, str) else None
 
 
 def _text_activation(model: dict[str, Any], text: dict[str, Any]) -> Activation | None:

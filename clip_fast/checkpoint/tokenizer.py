@@ -41,8 +41,10 @@ def _of_siglip_cased(text: str) -> str:
 
 _CLEANINGS = CLEANINGS | {"siglip": _of_siglip, "siglip_cased": _of_siglip_cased}
 
+SETTINGS_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 SIGLIP_FILES = ("spiece.model", "tokenizer.json")  # transformers' SiglipTokenizer reads the first alone
 _SIGLIP_PADDING = "</s>"  # the default of transformers' SiglipTokenizer
+_SEPARATOR = "[SEP]"  # and of its BertTokenizer
 _GEMMA = ("GemmaTokenizer", "Siglip2Tokenizer")  # of SigLIP 2; by default they fill texts up on the left
 
 
@@ -52,7 +54,7 @@ class StoredTokenizer:
 
     `padding` is the token that fills texts up, None where the file itself says it, and `on_left` says on which side.
     `cleaning` is what is done to texts before; None leaves them as they are. `lower` has the tokenizer read small
-    letters.
+    letters. `zeroed` is a token in whose place a 0 stands.
     """
 
     path: Path
@@ -61,11 +63,26 @@ class StoredTokenizer:
     on_left: bool
     cleaning: str | None
     lower: bool = False
+    zeroed: str | None = None
 
     @classmethod
-    def beside(cls, config: Path, cleaning: str | None = None) -> StoredTokenizer | None:
+    def beside(cls, config: Path) -> StoredTokenizer | None:
         """The tokenizer in the folder of a config; None where there is none."""
-        return cls._at(config.with_name("tokenizer.json"), cleaning, _settings_beside(config))
+        return cls._at(config.with_name("tokenizer.json"), None, _settings_beside(config))
+
+    @classmethod
+    def of_open_clip(
+        cls, config: Path, repository: str, cleaning: str, separator_zeroed: bool
+    ) -> StoredTokenizer | None:
+        """The tokenizer that open_clip's config names by its `repository` on the hub; None where it is not at hand.
+
+        It is in the folder of the config, or else in the cache of huggingface_hub.
+        """
+        for path in filter(None, (config.with_name("tokenizer.json"), _cached(repository, config))):
+            told = _settings_beside(path)
+            if stored := cls._at(path, cleaning, told):
+                return replace(stored, zeroed=_token(told, "sep_token") or _SEPARATOR) if separator_zeroed else stored
+        return None
 
     @classmethod
     def of_siglip(cls, config: Path) -> StoredTokenizer | None:
@@ -88,10 +105,8 @@ class StoredTokenizer:
     def _at(cls, path: Path, cleaning: str | None, told: Callable[[str], object]) -> StoredTokenizer | None:
         if not path.is_file():
             return None
-        padding = told("pad_token")
-        padding = cast(dict[str, Any], padding).get("content") if isinstance(padding, dict) else padding
         side = told("padding_side") or ("left" if _class_told(told) in _GEMMA else "right")
-        return cls(path, path.read_bytes(), padding if isinstance(padding, str) else None, side == "left", cleaning)
+        return cls(path, path.read_bytes(), _token(told, "pad_token"), side == "left", cleaning)
 
     def __call__(self, texts: str | list[str], context_length: int, truncate: bool = False) -> Tensor:
         """Tokens as `simple_tokenizer.tokenize` gives them, and of the same errors; with this tokenizer's own padding.
@@ -111,20 +126,39 @@ class StoredTokenizer:
             if row.overflowing and not truncate:
                 content = sum(part.special_tokens_mask.count(0) for part in (row, *row.overflowing))
                 raise too_long(text, content + tokenizer.num_special_tokens_to_add(False), context_length)
-        return torch.tensor([row.ids for row in rows], dtype=torch.int32).view(len(texts), context_length)
+        tokens = torch.tensor([row.ids for row in rows], dtype=torch.int32).view(len(texts), context_length)
+        return tokens if self.zeroed is None else tokens.masked_fill_(tokens == tokenizer.token_to_id(self.zeroed), 0)
 
 
-def _settings_beside(config: Path) -> Callable[[str], object]:
-    """Key -> what transformers' settings of the tokenizer in a config's folder say. Each file is read once."""
+def _settings_beside(file: Path) -> Callable[[str], object]:
+    """Key -> what transformers' settings of the tokenizer in a file's folder say. Each of them is read once."""
     read = cache(read_json)
 
     def told(key: str) -> object:
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            if (path := config.with_name(name)).is_file() and (value := read(path).get(key)) is not None:
+        for name in SETTINGS_FILES:
+            if (path := file.with_name(name)).is_file() and (value := read(path).get(key)) is not None:
                 return value
         return None
 
     return told
+
+
+def _token(told: Callable[[str], object], key: str) -> str | None:
+    """The token of this kind, as the settings tell it: by itself, or with its properties."""
+    token = told(key)
+    token = cast(dict[str, Any], token).get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def _cached(repository: str, config: Path) -> Path | None:
+    """The tokenizer.json of a repository in the cache that `config` lies in, or in huggingface_hub's own."""
+    try:
+        hub = extras.huggingface_hub()
+        caches = [config.parents[3]] if config.parent.parent.name == "snapshots" else []
+        found = (hub.try_to_load_from_cache(repository, "tokenizer.json", cache_dir=each) for each in (*caches, None))
+        return next((Path(path) for path in found if isinstance(path, str)), None)
+    except (ModuleNotFoundError, ValueError):  # without the extra; what is named may be no repository, but a folder
+        return None
 
 
 def _class_told(told: Callable[[str], object]) -> str | None:
@@ -150,6 +184,8 @@ def _tokenizer(stored: StoredTokenizer, context_length: int) -> tuple[Any, Calla
         padding = own.get("pad_id", 0) if stored.padding is None else tokenizer.token_to_id(stored.padding)
         if padding is None:
             raise ValueError(f"it has no padding token {stored.padding!r}")
+        if stored.zeroed is not None and tokenizer.token_to_id(stored.zeroed) is None:
+            raise ValueError(f"it has no token {stored.zeroed!r}")
     except Exception as error:  # the package raises bare exceptions
         raise _unreadable(stored.path, error) from error
     tokenizer.enable_truncation(context_length)

@@ -16,13 +16,13 @@ import pytest
 import torch
 from loopback_hub import LoopbackHub, loopback_hub, visit
 from PIL import Image
-from saved_clips import clip_tokenizer, close, hugging_face_folder, open_clip_folder
+from saved_clips import clip_tokenizer, close, hugging_face_folder, open_clip_folder, word_pieces
 from saved_siglips import byte_pairs, siglip_folder
 
 import clip_fast
 from clip_fast.checkpoint import pairs
 from clip_fast.checkpoint.published import published_models, resolve
-from clip_fast.errors import CheckpointError
+from clip_fast.errors import CheckpointError, NotServed
 from clip_fast.towers.config import SiglipConfig
 
 LAION = "laion/CLIP-ViT-B-32-laion2B-s34B-b79K"
@@ -162,6 +162,45 @@ def test_a_repository_of_sentence_transformers(
     assert all(name.startswith("0_CLIPModel/") for name in hub.downloads())
     visit(hub, tmp_path / "cache", monkeypatch, offline=True)
     assert torch.equal(embeddings(loaded("sentence-transformers/clip-ViT-B-32")), embeddings(model))
+
+
+@pytest.fixture
+def other_words(hub: LoopbackHub, tmp_path: Path) -> tuple[str, Any]:
+    """A model whose config names another repository's tokenizer, as open_clip's CLIPA does; and that tokenizer."""
+    names = {"hf_tokenizer_name": "google/words", "tokenizer_kwargs": {"strip_sep_token": True}}
+    open_clip_folder(tmp_path / "model", text_cfg=names | {"vocab_size": 32000})
+    hub.add("a/model", tmp_path / "model")
+    return "hf-hub:a/model", word_pieces(tmp_path / "words")
+
+
+@pytest.mark.parametrize("place", ["the hub's cache", "a folder"])
+def test_a_tokenizer_of_another_repository(
+    place: str, hub: LoopbackHub, other_words: tuple[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is brought along, and found again without a network, whichever cache it is in."""
+    name, theirs = other_words
+    hub.add("google/words", tmp_path / "words")
+    cache = {"download_root": tmp_path / "folder"} if place == "a folder" else {}
+    tokens = theirs(["a photo"], padding="max_length", max_length=77, return_tensors="pt").input_ids
+    tokens[tokens == theirs.sep_token_id] = 0
+    assert torch.equal(loaded(name, **cache).tokenize("a photo"), tokens)
+    assert {"tokenizer.json", "tokenizer_config.json"} <= set(hub.downloads())
+    asked = len(hub.requests)
+    loaded(name, **cache)
+    assert not [line for line in hub.requests[asked:] if "google/words" in line]
+    visit(hub, tmp_path / "cache", monkeypatch, offline=True)
+    assert torch.equal(loaded(name, **cache).tokenize("a photo"), tokens)
+
+
+@pytest.mark.parametrize("named", ["google/words", "./words", "no name", "a/b/c"])
+def test_a_tokenizer_that_cannot_be_had(named: str, hub: LoopbackHub, tmp_path: Path) -> None:
+    """Images are served all the same."""
+    open_clip_folder(tmp_path / "model", text_cfg={"hf_tokenizer_name": named, "vocab_size": 32000})
+    hub.add("a/model", tmp_path / "model")
+    model = loaded("hf-hub:a/model")
+    assert embeddings(model).isfinite().all()
+    with pytest.raises(NotServed, match=f"its tokenizer is that of {named}: place its tokenizer.json in"):
+        model.tokenize("a photo")
 
 
 def test_a_local_copy_of_a_repository_with_timms_files_too(folders: dict[str, Any], tmp_path: Path) -> None:

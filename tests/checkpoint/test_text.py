@@ -17,6 +17,7 @@ from saved_clips import (
     open_clip_folder,
     texts_of_every_script,
     whole_words,
+    word_pieces,
 )
 
 import clip_fast
@@ -122,6 +123,30 @@ def test_texts_are_cleaned_as_open_clip_does(clean: str, tmp_path: Path) -> None
     texts = [*texts_of_every_script(200), "snake_case, well-known!  (a  b)", "&amp;lt; CAPITALS"]
     wanted = pytest.importorskip("open_clip").get_tokenizer(f"local-dir:{tmp_path}")(texts)
     assert torch.equal(loaded(tmp_path).tokenize(texts, truncate=True), wanted)
+
+
+def test_tokens_of_clipa(tmp_path: Path) -> None:
+    """Of BERT's tokenizer, its separators in texts and at their end replaced by 0, as open_clip does."""
+    name, options = "bert-base-uncased", {"strip_sep_token": True}
+    text = {"hf_tokenizer_name": name, "tokenizer_kwargs": options, "context_length": 32, "vocab_size": 32000}
+    theirs = open_clip_folder(tmp_path, text_cfg=text | {"no_causal_mask": True, "pool_type": "last"})
+    word_pieces(tmp_path)
+    tokenizer = pytest.importorskip("open_clip").get_tokenizer(f"local-dir:{tmp_path}")
+    ours = loaded(tmp_path)
+    texts = [*texts_of_every_script(1000), *TEXTS, "a photo [SEP] of [MASK]", "dogs, fishing" * 9]
+    tokens = tokenizer(texts)
+    assert torch.equal(ours.tokenize(texts, truncate=True), tokens)
+    assert (tokens != 0).any(1).all()
+    assert not (tokens == tokenizer.tokenizer.sep_token_id).any()
+    with torch.no_grad():
+        assert close(ours.encode_text(tokens[-8:]), theirs.encode_text(tokens[-8:]))
+
+
+def test_a_separator_that_the_tokenizer_lacks(tmp_path: Path) -> None:
+    open_clip_folder(tmp_path, text_cfg=OTHER_TOKENS | {"tokenizer_kwargs": {"strip_sep_token": True}})
+    whole_words(tmp_path)
+    with pytest.raises(clip_fast.CheckpointError, match=r"no token '\[SEP\]'"):
+        loaded(tmp_path).tokenize("a")
 
 
 def test_long_texts_and_none(tmp_path: Path) -> None:
