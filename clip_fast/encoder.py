@@ -18,7 +18,7 @@ from . import pytorch
 from .engine import route
 from .engine.compiled import register
 from .engine.engine import Engine, checked
-from .engine.tower import Tower, Watch, plain_tensors, setting
+from .engine.tower import Tower, Watch, plain_tensors, replaced_method, setting
 from .errors import NotServed
 from .towers import reference
 from .towers.config import (
@@ -31,6 +31,7 @@ from .towers.config import (
     Rgb,
     Task,
     TaskName,
+    check_normalisation,
     hidden_state,
     sides,
 )
@@ -96,11 +97,14 @@ class ImageEncoder(nn.Module):
         without_text: str = "it has no text tower",
     ) -> None:
         super().__init__()
-        if not dtype.is_floating_point:
-            raise ValueError(f"dtype must be a floating-point type, got {dtype}")
+        if not isinstance(dtype, torch.dtype):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise TypeError(f"dtype must be a torch.dtype, got {dtype!r}")
+        if not dtype.is_floating_point or dtype.itemsize < 2:
+            raise ValueError(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
         check_name(precision)
+        check_normalisation(mean, std)
         self.config = config
-        self.mean, self.std = mean, std
+        self._mean, self._std = mean, std
         self._without_text = without_text
         self._precision: PrecisionName | None = precision
         self._cuda_graphs = cuda_graphs
@@ -128,7 +132,7 @@ class ImageEncoder(nn.Module):
         if difference is None:
             tower = Tower(config, watch.modules, state_dict, lambda: visual.conv1.weight)
             precision, cuda_graphs = self._precision, self._cuda_graphs
-            engine = Engine(tower, precision=precision, mean=self.mean, std=self.std, cuda_graphs=cuda_graphs)
+            engine = Engine(tower, precision=precision, mean=self._mean, std=self._std, cuda_graphs=cuda_graphs)
         norms = tuple(module for module in watch.modules if isinstance(module, nn.BatchNorm2d))
         self._warned: set[str] = set()
         # At once, and last: other threads may be encoding.
@@ -157,6 +161,15 @@ class ImageEncoder(nn.Module):
     def precision(self) -> PrecisionName | None:
         """The precision that is computed in; None is that of the weights' dtype."""
         return self._precision
+
+    @property
+    def mean(self) -> Rgb:
+        """That uint8 images are normalised with, as `std`."""
+        return self._mean
+
+    @property
+    def std(self) -> Rgb:
+        return self._std
 
     @property
     def device(self) -> torch.device:
@@ -325,7 +338,10 @@ def _problem(reading: _Reading) -> str | None:
 
 # --- what is in the tower --------------------------------------------------------------------------------------------
 
-_SETTINGS = ("eps", "attn_mask")  # attributes of modules that the plain tower computes with
+_SETTINGS = (  # the attributes of modules that the plain tower computes with
+    "eps", "attn_mask", "num_heads", "head_dim", "dropout", "add_zero_attn", "batch_first", "approximate", "pool",
+    "ln_after_pool", "kernel_size", "stride", "padding", "dilation", "padding_mode",
+)  # fmt: skip
 
 
 @cache
@@ -351,10 +367,12 @@ def _difference(tower: Any, config: Config) -> str | None:
         for each, value in settings[name].items():
             if setting(vars(module), each) != value:
                 return f"{place} has another {each}"
-        if name and "forward" in vars(module):
-            return f"{place} has a forward of its own"
+        if method := replaced_method(module, vars(module)):
+            return f"{place} has its own {method}"
     if classes:
         return f"visual.{next(iter(classes))} is gone"
+    if list(modules) != list(settings):
+        return "visual's modules are in another order"
     for name, tensor in tower.state_dict().items():
         if shapes.pop(name, None) != tensor.shape:
             return f"visual.{name} is {list(tensor.shape)}"

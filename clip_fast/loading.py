@@ -6,7 +6,8 @@ import glob
 import os
 import warnings
 from dataclasses import replace
-from typing import overload
+from operator import index
+from typing import Any, cast, overload
 
 import torch
 
@@ -17,7 +18,7 @@ from .engine.ahead import probe
 from .errors import reason_of
 from .model import Clip, from_checkpoint
 from .preprocess import Preprocess
-from .towers.config import Activation, image_size_of, sides
+from .towers.config import Activation, ImageSize, image_size_of, sides
 from .towers.families import for_image_size
 from .towers.precision import PrecisionName
 
@@ -110,7 +111,8 @@ def load(
         precision: to compute in, "fp32", "tf32", "fp16" or "bf16"; by default that of `dtype`.
         image_size: the size of the images to encode, where it is not the model's own: the side of a square, or height
             and width. A ViT's positional embedding is resampled for it as open_clip does.
-        activation: of the MLPs, for a checkpoint that does not say; plain state dicts do not.
+        activation: of the MLPs, for a checkpoint that does not say; plain state dicts do not. Nor do they say how a
+            ViT pools or what its epsilon is: they are taken for OpenAI's there, so place the config beside them.
         cuda_graphs: replay batches on an NVIDIA GPU as CUDA graphs where launching takes longer; they keep some memory.
 
     Returns:
@@ -122,18 +124,21 @@ def load(
         CheckpointError: the checkpoint is missing or not sound; the message names the file and what is wrong. Or it
             cannot be had from the hub; the message says why, and what to do.
         ModuleNotFoundError: the extra `hub` is not installed: `pip install "clip_fast[hub]"`.
-        ValueError: `image_size` is smaller than a patch, or not a ResNet's own; or `jit` is true.
+        ValueError: `image_size` is no size, smaller than a patch, or not a ResNet's own; `jit` is true; or two
+            different dtypes are given.
     """
     if isinstance(jit, torch.dtype):
+        if dtype not in (None, jit):
+            raise ValueError(f"two dtypes are asked for, {jit} and {dtype}")
         jit, dtype = False, jit
     if jit:
         raise ValueError("clip_fast has no TorchScript model: pass jit=False")
+    size = None if image_size is None else _checked_size(image_size)
     device = torch.device(device) if device is not None else default_device()
     checkpoint = read_checkpoint(resolve(name, download_root), activation)
     config = checkpoint.config
-    if image_size is not None and sides(image_size) != sides(config.image_size):
-        image_size = image_size_of(*sides(image_size))
-        state_dict, config = for_image_size(checkpoint.state_dict, config, image_size)
+    if size is not None and sides(size) != sides(config.image_size):
+        state_dict, config = for_image_size(checkpoint.state_dict, config, size)
         checkpoint = replace(checkpoint, state_dict=state_dict, config=config)
     model = from_checkpoint(
         checkpoint, device, dtype or default_dtype(device), precision=precision, cuda_graphs=cuda_graphs
@@ -141,3 +146,12 @@ def load(
     probe(device)
     how = checkpoint.squash, checkpoint.on_white, checkpoint.bilinear
     return model, Preprocess(config.image_size, checkpoint.mean, checkpoint.std, *how)
+
+
+def _checked_size(size: Any) -> ImageSize:
+    """A size as users give it: any whole number, or height and width."""
+    try:
+        height, width = cast(tuple[Any, Any], size if isinstance(size, tuple | list) else (size, size))
+        return image_size_of(index(height), index(width))
+    except (TypeError, ValueError):
+        raise ValueError(f"image_size must be a whole number of pixels, or height and width, got {size!r}") from None

@@ -8,7 +8,6 @@ is open_clip's too. With `on_white`, RGB comes first, as transformers' image pro
 
 from __future__ import annotations
 
-import math
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from . import extras
-from .towers.config import IMAGE_MEAN, IMAGE_STD, ImageSize, sides
+from .towers.config import IMAGE_MEAN, IMAGE_STD, ImageSize, check_normalisation, sides
 
 
 class Geometry(NamedTuple):
@@ -54,10 +53,7 @@ class Preprocess:
     def __post_init__(self) -> None:
         if min(sides(self.image_size)) < 1:
             raise ValueError(f"image_size must be positive, got {self.image_size}")
-        if len(self.mean) != 3 or not all(map(math.isfinite, self.mean)):
-            raise ValueError(f"mean must be three finite numbers, got {self.mean}")
-        if len(self.std) != 3 or not all(math.isfinite(value) and value > 0 for value in self.std):
-            raise ValueError(f"std must be three positive numbers, got {self.std}")
+        check_normalisation(self.mean, self.std)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """The normalised image, float32 (3, height, width), contiguous; raises what `uint8` raises."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import gzip
 import html
+import re
 from collections.abc import Iterable, Sequence
 from functools import cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from .towers.text import VOCABULARY
 _MERGES_FILE = Path(__file__).parent / "assets" / "vocabulary" / "bpe_simple_vocab_16e6.txt.gz"
 _MERGE_COUNT = VOCABULARY - 2 * 256 - 2
 _START, _END = "<|startoftext|>", "<|endoftext|>"
-# As clip's pattern finds words, regardless of case: a long s counts as an s behind an apostrophe, and U+0345, an accent
-# whose capital is a letter, belongs to no word.
+# As clip's pattern finds words, regardless of case, where neither of these two stands: a long s counts as an s behind
+# an apostrophe, and U+0345, an accent whose capital is a letter, belongs to no word.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
 
 
@@ -44,7 +45,7 @@ def tokenize(texts: str | list[str], context_length: int = 77, truncate: bool = 
         RuntimeError: a text is too long and `truncate` is false.
         ModuleNotFoundError: the extra `text` is not installed: `pip install "clip_fast[text]"`.
     """
-    texts = [texts] if isinstance(texts, str) else texts
+    texts = [texts] if isinstance(texts, str) else list(texts)
     tokenizer = SimpleTokenizer()
     result = torch.zeros(len(texts), context_length, dtype=torch.int32)
     for row, text in zip(result, texts, strict=True):
@@ -92,7 +93,12 @@ class SimpleTokenizer:
         return " ".join(each.value for each in self._byte_pairs.model.tokenize(token))
 
     def encode(self, text: str) -> list[int]:
-        return self._byte_pairs.encode(clean(text).lower()).ids
+        text = clean(text).lower()
+        if _START not in text and _END not in text:
+            return self._byte_pairs.encode(text).ids
+        words = [word for word, _ in _words().pre_tokenize_str(text)]  # a token behind punctuation is no word
+        ids = [[self.encoder[word]] if word in (_START, _END) else self._byte_pairs.encode(word).ids for word in words]
+        return list(chain.from_iterable(ids))
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of tokens, lower-case, with a space behind each word."""
@@ -161,18 +167,21 @@ def _tokens() -> dict[int, str]:
 
 
 @cache
+def _words() -> Any:
+    """Takes a text apart into words, among them start and end."""
+    tokenizers = extras.tokenizers()
+    tokens = "|".join(map(re.escape, (_START, _END)))
+    return tokenizers.pre_tokenizers.Split(tokenizers.Regex(f"{tokens}|{_WORDS}"), behavior="removed", invert=True)
+
+
+@cache
 def _tokenizer() -> Any:
     tokenizers = extras.tokenizers()
     models, pre_tokenizers = tokenizers.models, tokenizers.pre_tokenizers
     byte_pairs = models.BPE(_vocabulary(), _merges(), end_of_word_suffix="</w>", fuse_unk=False)
     tokenizer = tokenizers.Tokenizer(byte_pairs)
-    tokenizer.add_special_tokens([_START, _END])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(_WORDS), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    byte_symbols = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([_words(), byte_symbols])
     return tokenizer
 
 

@@ -23,10 +23,12 @@ from .dropin.accelerate import accelerate, is_accelerated, restore
 from .dropin.forward import Forward
 from .encoder import ImageEncoder
 from .engine import route
+from .engine.engine import checked
 from .engine.tower import Tower
 from .errors import NotServed
 from .towers import reference
 from .towers.config import ENCODE, Config, Task, sides
+from .towers.fast import normalised
 
 _IMAGES = 8  # random ones, where none are given
 _ROUNDS = 5
@@ -72,17 +74,23 @@ def verify(model: nn.Module, images: Tensor | None = None, *, show: bool = False
     Args:
         model: an `ImageEncoder`, or a model with one image tower that `accelerate` serves, accelerated or not; it is
             left as it was.
-        images: (B, 3, H, W) as the tower takes them, preprocessed floats; by default a few of random values.
+        images: (B, 3, H, W), preprocessed floats; an `ImageEncoder` takes raw pixels, too, see `encode_image`. By
+            default a few of random values.
         show: also print the verdict.
 
     Raises:
         NotServed: (a ValueError) the fast path does not run, because of hooks or training mode for example; the message
             says why.
-        ValueError: the model has several image towers, or there is no image.
+        ValueError: the model has several image towers, there is no image, or images have another shape.
+        TypeError: `model` is no module, or `images` are no tensor that it takes.
     """
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"model must be a module, got {type(model).__qualname__}: `load` gives one, and a `preprocess`")
     if isinstance(model, ImageEncoder):
         plain: Any = model.visual
         source = Tower(model.config, (plain,), plain.state_dict, lambda: next(plain.parameters()))
+        if isinstance(images, Tensor) and images.dtype == torch.uint8:
+            images = normalised(checked(images, model.config.image_size), torch.float32, model.mean, model.std)
         sample = _sample(source, images)
         _check_fast(model, sample, ENCODE)
         verdict = _verdict(plain, source, model.encode_image, plain.forward, sample)
@@ -138,9 +146,14 @@ def _embeddings(output: Any, index: int) -> Tensor:
 
 def _sample(source: Tower, images: Tensor | None) -> Tensor:
     """The images to compare with, as the tower takes them."""
+    size = source.config.image_size
     if images is None:
-        size = sides(source.config.image_size)
-        images = torch.randn(_IMAGES, 3, *size, generator=torch.Generator().manual_seed(0), device="cpu")
+        images = torch.randn(_IMAGES, 3, *sides(size), generator=torch.Generator().manual_seed(0), device="cpu")
+    if not isinstance(images, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"images must be a tensor, got {type(images).__qualname__}: torch.stack makes one of a list")
+    if images.dtype == torch.uint8:
+        raise TypeError("images must be preprocessed floats, got torch.uint8")
+    images = checked(images, size)
     if len(images) == 0:
         raise ValueError("there is no image to compare with")
     weight = source.weight()

@@ -152,6 +152,16 @@ def test_what_makes_no_sense_is_named(images: Tensor) -> None:
         resnet.hidden_state(images, 0)
     with pytest.raises(ValueError, match=r"precision must be one of .*, got 'half'"):
         make(precision="half")
+    with pytest.raises(ValueError, match=r"mean must be three finite numbers, got \(0\.5,\)"):
+        make(mean=(0.5,))
+    with pytest.raises(ValueError, match="std must be three positive numbers"):
+        make(std=(0.5, 0.5, 0.0))
+    with pytest.raises(TypeError, match=r"dtype must be a torch\.dtype, got 'float16'"):
+        clip_fast.load("tiny-digits", "cpu", dtype="float16")  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match=r"must be float16, bfloat16, float32 or float64, got torch\.float8_e4m3fn"):
+        clip_fast.load("tiny-digits", "cpu", dtype=torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"two dtypes are asked for, torch\.bfloat16 and torch\.float16"):
+        clip_fast.load("tiny-digits", "cpu", torch.bfloat16, dtype=torch.float16)
 
 
 @pytest.mark.parametrize("image_size", [32, 96, 70])
@@ -177,6 +187,10 @@ def test_another_image_size_resamples_as_open_clip_does(image_size: int, tmp_pat
 def test_an_image_size_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="image_size must be at least patch_size, got 1"):
         clip_fast.load("tiny-digits", "cpu", image_size=1)
+    for size in (48.0, (48, 32, 3), "48"):
+        with pytest.raises(ValueError, match="image_size must be a whole number of pixels, or height and width, got"):
+            clip_fast.load("tiny-digits", "cpu", image_size=size)  # type: ignore[call-overload]
+    assert clip_fast.load("tiny-digits", "cpu", image_size=np.int64(48))[0].config.image_size == 48  # type: ignore[call-overload]
     state = {f"visual.{name}": tensor for name, tensor in random_tower(RESNET).state_dict().items()}
     torch.save(state, tmp_path / "model.pt")
     with pytest.raises(ValueError, match="a ResNet takes images of its own size, 64, got 96"):
@@ -336,6 +350,31 @@ def _a_forward_of_its_own(model: Any) -> None:
     model.visual.transformer.resblocks[1].forward = lambda x: 2 * x
 
 
+def _a_method_of_its_own(model: Any) -> None:
+    """As code does that looks at a ViT's last block without its queries and keys."""
+    model.visual.transformer.resblocks[1].attention = lambda x: 2 * x
+
+
+def _a_forward_of_the_tower(model: Any) -> None:
+    forward = model.visual.forward
+    model.visual.forward = lambda x: 2 * forward(x)
+
+
+def _set(place: str, **settings: Any) -> Callable[[Any], None]:
+    def change(model: Any) -> None:
+        for name, value in settings.items():
+            setattr(model.visual.get_submodule(place), name, value)
+
+    return change
+
+
+def _another_order(model: Any) -> None:
+    blocks: Any = model.visual.transformer.resblocks
+    modules: dict[str, Any] = blocks._modules
+    for name in reversed(list(modules)):
+        modules[name] = modules.pop(name)
+
+
 class HalfLinear(Tensor):
     """A weight that counts for half, as a quantised one counts for other numbers than it holds."""
 
@@ -357,7 +396,13 @@ def _a_weight_of_another_class(model: Any) -> None:
         (_another_module, "visual.ln_post is a Doubling"),
         (_a_mask, "visual.transformer.resblocks.0 has another attn_mask"),
         (_another_eps, "visual.ln_post has another eps"),
-        (_a_forward_of_its_own, "visual.transformer.resblocks.1 has a forward of its own"),
+        (_a_forward_of_its_own, "visual.transformer.resblocks.1 has its own forward"),
+        (_a_method_of_its_own, "visual.transformer.resblocks.1 has its own attention"),
+        (_a_forward_of_the_tower, "visual has its own forward"),
+        (_set("", pool="avg"), "visual has another pool"),
+        (_set("transformer.resblocks.0.attn", num_heads=4, head_dim=32), r"visual\..*\.attn has another num_heads"),
+        (_set("transformer.resblocks.0.attn", add_zero_attn=True), r"visual\..*\.attn has another add_zero_attn"),
+        (_another_order, "visual's modules are in another order"),
         (_a_weight_of_another_class, "transformer.resblocks.0.mlp.c_fc.weight is a HalfLinear, not a plain tensor"),
         (_a_hook, "hooks are registered"),
         (_a_hook_on_the_tower, "hooks are registered"),
@@ -781,8 +826,9 @@ def test_a_compiled_graph_sees_what_has_happened_since(images: Tensor) -> None:
 def test_the_precision_is_what_it_was_made_with() -> None:
     model = make(precision="bf16")
     assert model.precision == "bf16"
-    with pytest.raises(AttributeError):
-        model.precision = "fp32"  # type: ignore[misc]
+    for name, value in {"precision": "fp32", "mean": (0.5,) * 3, "std": (0.5,) * 3}.items():
+        with pytest.raises(AttributeError):
+            setattr(model, name, value)
 
 
 @pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])

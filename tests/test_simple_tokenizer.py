@@ -31,6 +31,8 @@ TEXTS = [
     "emoji 😀👍🏽 🏳️‍🌈 zero\u200bwidth",
     "â€œmojibakeâ€\x9d that ftfy mends",
     "<|startoftext|> in the middle <|endoftext|>",
+    "a dog.<|endoftext|> on a red sofa",  # behind punctuation it is text as any other
+    "it's<|startoftext|>5<|endoftext|><|ENDoftext|>!<|endoftext|><|endoftext|> a<|endoftext",
     "antidisestablishmentarianism pneumonoultramicroscopicsilicovolcanoconiosis",
     "ﬁ ligature, ½, №, Ⅷ, ² and ﬀ",
     "it’s “quoted” — dashes – and … more",
@@ -65,6 +67,11 @@ def test_long_texts() -> None:
     assert tokenize([]).shape == (0, 77)
 
 
+def test_texts_may_come_from_a_generator() -> None:
+    texts = ["a photo of a dog", "a photo of a cat"]
+    assert torch.equal(tokenize(text for text in texts), tokenize(texts))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("missing", ["tokenizers", "ftfy"])
 def test_the_extra_is_named(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     text._tokenizer.cache_clear()
@@ -89,9 +96,13 @@ def test_embeddings_are_those_of_clip() -> None:
 
 def test_tokens_that_make_no_sense() -> None:
     encoder = TextEncoder(TextConfig(context_length=8, vocabulary=10, width=64, layers=1, heads=1, embed_dim=4))
-    for tokens in (torch.zeros(8, dtype=torch.int), torch.zeros(1, 9, dtype=torch.int), torch.zeros(1, 8)):
+    of_no_integers = [torch.zeros(1, 8, dtype=dtype) for dtype in (torch.float32, torch.bool, torch.complex64)]
+    for tokens in (torch.zeros(8, dtype=torch.int), torch.zeros(1, 9, dtype=torch.int), *of_no_integers):
         with pytest.raises(ValueError, match=r"tokens must be \[batch, at most 8\] of an integer dtype, got"):
             encoder(tokens)
+    wanted = encoder(torch.arange(8)[None])
+    for dtype in (torch.uint8, torch.int16, torch.int32, torch.uint32):
+        assert torch.equal(encoder(torch.arange(8)[None].to(dtype)), wanted)
 
 
 def test_the_tokenizer_is_clips() -> None:

@@ -51,6 +51,28 @@ def test_an_encoder(config: Any) -> None:
     assert verdict.original_error < 1e-5
 
 
+def test_raw_pixels_are_normalised_as_the_encoder_does() -> None:
+    encoder = clip_fast.load("tiny-digits", "cpu")[0].requires_grad_(False)
+    seen: list[torch.Tensor] = []
+    encode = encoder.encode_image
+    encoder.encode_image = lambda x: seen.append(x) or encode(x)  # type: ignore[assignment, method-assign]
+    pixels = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
+    assert verify(encoder, pixels).error < 1e-5
+    assert torch.allclose(encode(seen[0]), encode(pixels), atol=1e-5)
+
+
+def test_what_cannot_be_verified_is_named() -> None:
+    encoder, preprocess = clip_fast.load("tiny-digits", "cpu")
+    with pytest.raises(TypeError, match="model must be a module, got tuple: `load` gives one, and a `preprocess`"):
+        verify((encoder, preprocess))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="images must be a tensor, got list"):
+        verify(encoder, [torch.zeros(3, 32, 32)])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"images must be \[batch, 3, 32, 32\], got \[1, 3, 32, 31\]"):
+        verify(encoder, torch.zeros(1, 3, 32, 31))
+    with pytest.raises(TypeError, match=r"must be preprocessed floats, got torch\.uint8"):
+        verify(openai_vit(), torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+
+
 def test_an_error_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     config = CONFIGS[0]
     state = {name: tensor.detach() for name, tensor in random_tower(config).state_dict().items()}

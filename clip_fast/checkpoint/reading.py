@@ -53,11 +53,12 @@ def read_checkpoint(path: str | os.PathLike[str], activation: Activation | None 
         path: OpenAI's `.pt` (TorchScript archive or state dict), open_clip's `.pt`, `.bin` or `.safetensors`, or a
             folder as Hugging Face (`config.json`) or open_clip (`open_clip_config.json`) writes it. Such a config is
             heeded beside any weights of the shapes that it describes.
-        activation: of a ViT's MLPs; by default what the config beside the weights or the file itself says. A plain
+        activation: of a ViT's MLPs, where neither the config beside the weights nor the file itself says it. A plain
             state dict with OpenAI's names is taken for OpenAI's, "quick_gelu", with a warning.
 
     Raises:
-        CheckpointError: for anything but a complete, finite image tower of a kind that is served.
+        CheckpointError: for anything but a complete, finite image tower of a kind that is served; or it says another
+            activation than was asked for.
         ValueError: for an unknown activation.
     """
     if activation is not None and activation not in get_args(Activation):
@@ -68,7 +69,10 @@ def read_checkpoint(path: str | os.PathLike[str], activation: Activation | None 
 
     @cache
     def activation_of_file() -> Activation:
-        return activation or settings.activation or _activation(tower)
+        told = settings.activation or _told_by_weights(tower)
+        if activation is not None and told not in (None, activation):
+            raise CheckpointError(file.path, f"is a model with {told!r}, and activation={activation!r} was asked for")
+        return activation or told or _taken_for(tower)
 
     return _checkpoint(tower, settings, activation_of_file)
 
@@ -186,11 +190,15 @@ def _describes(path: Path, tower: StoredTower) -> bool:
     return True
 
 
-def _activation(tower: StoredTower) -> Activation:
-    """The activation by what the weights file alone tells."""
+def _told_by_weights(tower: StoredTower) -> Activation | None:
+    """The activation that the weights file tells by itself, as an archive of TorchScript does."""
+    told = tower.file.activation
+    return None if tower.is_siglip and told == "quick_gelu" else cast(Activation | None, told)  # an unknown class
+
+
+def _taken_for(tower: StoredTower) -> Activation:
+    """The activation where nothing tells it: QuickGELU, with a warning, for what may be OpenAI's."""
     file = tower.file
-    if file.activation is not None and not (tower.is_siglip and file.activation == "quick_gelu"):  # an unknown class
-        return cast(Activation, file.activation)
     if tower.is_siglip:
         raise CheckpointError(
             file.path, "does not say which activation its model has: pass activation='gelu_tanh' or activation='gelu'"

@@ -13,11 +13,14 @@ from typing import Any
 from .. import extras
 
 _UNIGRAM = 1  # ModelProto.trainer_spec.model_type
+_NO_WORDS = (2, 3, 5)  # SentencePiece.type: unknown, control and unused pieces, which no text is made of
 _END = "</s>"
 
 
 class SentencePiece:
     """A SentencePiece model: `normalized` is what it makes of a text first, and `tokenizer` reads that.
+
+    `numbers` are those of its pieces.
 
     The tokenizer puts the model's end behind every text, and takes its words apart at spaces, however many.
 
@@ -28,12 +31,16 @@ class SentencePiece:
     def __init__(self, model: bytes) -> None:
         package = extras.tokenizers()
         pieces: list[tuple[str, float]] = []
+        self.numbers: dict[str, int] = {}
         trainer: dict[int, Any] = {}
         normalizer: dict[int, Any] = {}
         for number, value in _fields(model):
             if number == 1:
                 piece = dict(_fields(value))
-                pieces.append((piece[1].decode(), struct.unpack("<f", piece.get(2, bytes(4)))[0]))
+                word = piece[1].decode()
+                self.numbers.setdefault(word, len(pieces))
+                found = f" {word}" if piece.get(3) in _NO_WORDS else word  # words have no space
+                pieces.append((found, struct.unpack("<f", piece.get(2, bytes(4)))[0]))
             elif number == 2:
                 trainer = dict(_fields(value))
             elif number == 3:
@@ -46,9 +53,10 @@ class SentencePiece:
         )
         words = package.pre_tokenizers
         self.tokenizer.pre_tokenizer = words.Sequence([words.WhitespaceSplit(), words.Metaspace()])
-        end = [piece for piece, _ in pieces].index(_END)
+        if _END not in self.numbers:
+            raise ValueError(f"it has no piece {_END!r}")
         self.tokenizer.post_processor = package.processors.TemplateProcessing(
-            single=f"$A {_END}", special_tokens=[(_END, end)]
+            single=f"$A {_END}", special_tokens=[(_END, self.numbers[_END])]
         )
 
 

@@ -174,14 +174,15 @@ def _tokenizer(stored: StoredTokenizer, context_length: int) -> tuple[Any, Calla
     try:
         if stored.path.suffix == ".model":
             model = SentencePiece(stored.content)
-            tokenizer, normalized = model.tokenizer, model.normalized
+            tokenizer, normalized, number_of = model.tokenizer, model.normalized, model.numbers.get
         else:
             tokenizer = package.Tokenizer.from_str(stored.content.decode())
+            number_of = tokenizer.token_to_id
         if stored.lower:
             own_normalizer = [tokenizer.normalizer] if tokenizer.normalizer else []
             tokenizer.normalizer = package.normalizers.Sequence([package.normalizers.Lowercase(), *own_normalizer])
         own: dict[str, Any] = tokenizer.padding or {}
-        padding = own.get("pad_id", 0) if stored.padding is None else tokenizer.token_to_id(stored.padding)
+        padding = own.get("pad_id", 0) if stored.padding is None else number_of(stored.padding)
         if padding is None:
             raise ValueError(f"it has no padding token {stored.padding!r}")
         if stored.zeroed is not None and tokenizer.token_to_id(stored.zeroed) is None:

@@ -89,12 +89,3 @@ def count(module: nn.Module) -> int:
     """The number of a module's own attributes, which changes when someone replaces a method."""
     ours = vars(module).get(_ATTACHED)
     return len(vars(module)) - (0 if ours is None else 1 + len(ours))
-
-
-def replaced_method(module: nn.Module) -> str | None:
-    """The name of a method that someone else has replaced on this instance; None where there is none."""
-    for name, value in attributes(module).items():
-        method = getattr(type(module), name, None)
-        if callable(value) and callable(method) and getattr(value, "__func__", None) is not method:
-            return name
-    return None

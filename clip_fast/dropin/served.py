@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.layouts import hugging_face_keys, timm_keys
-from ..engine.tower import Tower, plain_tensors
+from ..engine.tower import Tower, plain_tensors, replaced_method
 from ..errors import NotServed
 from ..towers import reference
 from ..towers.config import Activation, Config, ImageSize, Pool, ResNetConfig, SiglipConfig, VitConfig, image_size_of
@@ -219,7 +219,7 @@ def weight(tower: nn.Module) -> Tensor:
 JUDGED = (  # the attributes that `read` judges
     "eps", "num_heads", "attn_mask", "scale", "is_causal", "input_resolution", "image_size", "pool_type",
     "final_ln_after_pool", "global_pool", "pool", "dynamic_img_size", "dynamic_img_pad", "flatten", "use_head",
-    "batch_first",
+    "batch_first", "head_dim", "add_zero_attn", "approximate", "stride", "padding", "dilation",
 )  # fmt: skip
 
 
@@ -281,8 +281,10 @@ def _check_modules(tower: Any, expected: float) -> None:
             continue  # `_activation` judges it
         if _class(module) not in _KNOWN:
             raise NotServed(f"{name} is a {_class(module)}")
-        if method := instance.replaced_method(module) or _patched(type(module)):
-            raise NotServed(f"{name} has a {method} of its own")
+        if method := replaced_method(module, instance.attributes(module)) or _patched(type(module)):
+            raise NotServed(f"{name} has its own {method}")
+        if getattr(module, "add_zero_attn", False):
+            raise NotServed(f"{name} adds a key of zeros")
         eps: float | None = getattr(module, "eps", None)
         if eps is not None and eps != expected:
             raise NotServed(f"{name} has eps {eps}, expected {expected}")
@@ -426,7 +428,7 @@ def _transformers_layers(tower: Any) -> list[Any]:
     for i, layer in enumerate(layers):
         own = layer.self_attn
         plain = getattr(own, "scale", None) in (None, own.head_dim**-0.5) and not getattr(own, "is_causal", False)
-        _require(plain, f"encoder.layers.{i}.self_attn is causal, or has a scale of its own")
+        _require(plain, f"encoder.layers.{i}.self_attn is causal, or has its own scale")
     order: Tensor | None = getattr(tower.embeddings, "position_ids", None)
     if order is not None and not order.is_meta:
         in_order = torch.arange(order.numel(), device=order.device)
@@ -466,7 +468,7 @@ def _timm_config(tower: Any) -> SiglipConfig:
     _require(patches.flatten and not patches.dynamic_img_pad, "the patches are padded, or kept as a map")
     attentions = [pool, *(block.attn for block in blocks)]
     for attention in attentions:
-        _require(attention.scale == attention.head_dim**-0.5, "an attention has a scale of its own")
+        _require(attention.scale == attention.head_dim**-0.5, "an attention has its own scale")
         _require(getattr(attention, "gate", None) is None, "an attention has a gate")
     _require(pool.pool == "token" and pool.latent_len == 1, "attn_pool has several queries")
     _require(pool.pos_embed is None, "attn_pool has positions of its own")

@@ -14,6 +14,7 @@ from ..errors import NotServed
 from ..towers.config import Config
 
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)  # the values of other classes may be quantised or sharded
+_MASK = "attn_mask"
 _hooks_of = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -41,10 +42,19 @@ def plain_tensors(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return state
 
 
+def replaced_method(module: nn.Module, own: Mapping[str, Any]) -> str | None:
+    """The name of a method that an attribute of the module's `own` has taken the place of; None where none has."""
+    for name, value in own.items():
+        method = getattr(type(module), name, None)
+        if callable(value) and callable(method) and getattr(value, "__func__", None) is not method:
+            return name
+    return None
+
+
 def setting(attributes: Mapping[str, Any], name: str) -> object:
     """The value of a setting among a module's attributes; for a mask, whether there is none."""
     value = attributes.get(name)
-    return value is None if name == "attn_mask" else value
+    return value is None if name == _MASK else value
 
 
 class Watch:
@@ -54,7 +64,7 @@ class Watch:
     since it runs at every call.
 
     Args:
-        called: whether the tower is called as a module, so that its own hooks run anyway.
+        called: whether the tower is called as a module, so that its own hooks and methods run anyway.
         settings: names of the attributes that its mathematics depends on, besides its weights and modules.
     """
 
@@ -65,12 +75,21 @@ class Watch:
         self._hooked = tuple(map(vars, self.modules[1:] if called else self.modules))
 
         every = tuple(map(vars, self.modules))
-        self._inside = every[1:]
-        self._settings = tuple((own, name) for own in every for name in settings if name in own)
+        self._attributes = every[1:] if called else every
+        self._masked = tuple(own for own in every if _MASK in own) if _MASK in settings else ()
+        told = ((own, [name for name in settings if name in own and name != _MASK]) for own in every)
+        self._settings = tuple((itemgetter(*names), own) for own, names in told if names)
 
     def state(self) -> object:
-        """A value that differs where an attribute was put on a module inside, or a setting was changed."""
-        return tuple(map(len, self._inside)), tuple([setting(own, name) for own, name in self._settings])
+        """A value that differs where an attribute was put on a module, or a setting was changed.
+
+        Attributes of a tower that is called as a module are its own matter: whoever replaces its forward is called.
+        """
+        try:
+            values = [of(own) for of, own in self._settings]
+        except KeyError:
+            return object()  # a setting is gone: equal to nothing
+        return tuple(map(len, self._attributes)), values, [setting(own, _MASK) for own in self._masked]
 
     def _now(self) -> tuple[int, ...]:
         return tuple(map(id, chain.from_iterable(map(dict[str, Any].values, self._children))))

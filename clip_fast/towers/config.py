@@ -7,6 +7,7 @@ Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (2023), and "Scaling
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal, NamedTuple, get_args
@@ -42,6 +43,14 @@ class Task(NamedTuple):
 
 
 ENCODE, ENCODE_TOKENS, HIDDEN_STATES = Task("encode"), Task("encode_tokens"), Task("hidden_states")
+
+
+def check_normalisation(mean: Rgb, std: Rgb) -> None:
+    """Raises ValueError where pixels cannot be normalised with these."""
+    if len(mean) != 3 or not all(map(math.isfinite, mean)):
+        raise ValueError(f"mean must be three finite numbers, got {mean}")
+    if len(std) != 3 or not all(math.isfinite(value) and value > 0 for value in std):
+        raise ValueError(f"std must be three positive numbers, got {std}")
 
 
 def sides(size: ImageSize) -> tuple[int, int]:

@@ -30,14 +30,21 @@ class TextTower(Protocol):
     text_projection: nn.Parameter | nn.Linear | None
 
 
+_INTEGERS = (
+    *(torch.int8, torch.int16, torch.int32, torch.int64),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+)
+
+
 def encode_text(tower: TextTower, tokens: Tensor, config: TextConfig) -> Tensor:
     """Tokens (B, L) of an integer dtype -> embeddings (B, E), not normalised."""
     context_length = len(tower.positional_embedding)
-    if tokens.ndim != 2 or not 0 < tokens.shape[1] <= context_length or tokens.is_floating_point():
+    if tokens.ndim != 2 or not 0 < tokens.shape[1] <= context_length or tokens.dtype not in _INTEGERS:
         raise ValueError(
             f"tokens must be [batch, at most {context_length}] of an integer dtype, "
             f"got {list(tokens.shape)} of {tokens.dtype}"
         )
+    tokens = tokens.long()
     x = tower.token_embedding(tokens) + tower.positional_embedding[: tokens.shape[1]]  # (B, L, W)
     x = tower.transformer(x.transpose(0, 1)).transpose(0, 1)
     x = tower.ln_final(x[torch.arange(len(x), device=x.device), _read_at(tokens, config)])  # (B, W)

@@ -338,7 +338,7 @@ def test_text_towers_of_open_clip(
     model = randomise(open_clip.CLIP(32, OPEN_CLIP_VISION["vit"], text))
     if configured:
         (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
-    write(tmp_path / "open_clip_model.safetensors", model.state_dict())
+    save_file(model.state_dict(), tmp_path / "open_clip_model.safetensors")
     read = read_checkpoint(tmp_path, "gelu")
     assert read.text is not None
     ours = TextEncoder(read.text[0])
@@ -424,6 +424,9 @@ def test_hugging_face(kind: str, activation: str, sharded: bool, tmp_path: Path)
     assert (tmp_path / "model.safetensors.index.json").exists() == sharded
     images = torch.randn(2, 3, 64, 64)
     assert_close(features(tmp_path, images), hugging_face_features(model, images))
+    with pytest.raises(CheckpointError, match=f"is a model with '{activation}', and activation='gelu_tanh' was asked"):
+        read_checkpoint(tmp_path, "gelu_tanh")
+    assert read_checkpoint(tmp_path, activation).config.activation == activation
 
 
 # --- Preprocessing ---------------------------------------------------------------------------------------------------

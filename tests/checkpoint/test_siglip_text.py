@@ -276,6 +276,14 @@ def test_a_sentence_piece_model_may_have_no_table() -> None:
     assert model.tokenizer.encode("a").ids[-1] == 1
 
 
+def test_the_names_of_control_pieces_are_no_words(tmp_path: Path) -> None:
+    """Full-width letters survive the cleaning, and only then become those of such a name."""
+    theirs = sentence_piece(tmp_path)
+    siglip_folder(tmp_path)
+    texts = ["a ＜／ｓ＞ b", "﹤pad﹥", "a ＜unk＞", "＜ｐａｄ＞＜／ｓ＞"]
+    assert torch.equal(loaded(tmp_path).tokenize(texts), full(theirs, texts))
+
+
 def test_a_damaged_text_tower_is_an_error(tmp_path: Path) -> None:
     siglip_folder(tmp_path)
     byte_pairs(tmp_path)

@@ -435,6 +435,15 @@ def test_a_mask_that_comes_later_is_seen(images: Tensor) -> None:
         assert torch.equal(got, embeddings(model, images))
 
 
+def test_a_key_of_zeros_that_comes_later_is_seen(images: Tensor) -> None:
+    model = clip_fast.accelerate(openai_vit())
+    with torch.no_grad():
+        before = stays_fast(model, images)
+        tower(model).transformer.resblocks[0].attn.add_zero_attn = True
+        got = falls_back(model, images, "transformer.resblocks.0.attn adds a key of zeros")
+    assert not close(got, before)
+
+
 @pytest.mark.parametrize("name", ["scale", "is_causal", "position_ids"])
 def test_settings_of_transformers_that_are_not_clips(name: str, images: Tensor) -> None:
     model = hugging_face()
@@ -508,11 +517,11 @@ CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
     "no pool": (lambda model: setattr(tower(model), "pool_type", "none"), "pool_type is 'none'"),
     "a block's method": (
         lambda model: setattr(tower(model).transformer.resblocks[1], "attention", lambda *_, **__: 0),
-        "transformer.resblocks.1 has a attention of its own",
+        "transformer.resblocks.1 has its own attention",
     ),
     "a block's forward": (
         lambda model: setattr(tower(model).transformer.resblocks[1], "forward", lambda x, *_, **__: 2 * x),
-        "transformer.resblocks.1 has a forward of its own",
+        "transformer.resblocks.1 has its own forward",
     ),
     "another epsilon": (lambda model: setattr(tower(model).ln_pre, "eps", 0.1), "ln_pre has eps 0.1, expected 1e-05"),
     "another class": (_subclass, "transformer.resblocks.1 is a .*Doubling"),
@@ -521,7 +530,7 @@ CHANGES: dict[str, tuple[Callable[[Any], object], str]] = {
         "its parts are not those that its class makes: 'Identity' object has no attribute",
     ),
     "a tower's method": (
-        lambda model: setattr(tower(model), "_pool", lambda x: (x[:, 1], x[:, 1:])), "the tower has a _pool of its own"
+        lambda model: setattr(tower(model), "_pool", lambda x: (x[:, 1], x[:, 1:])), "the tower has its own _pool"
     ),
 }  # fmt: skip
 
@@ -816,7 +825,7 @@ def test_classes_with_methods_of_others(
         """Something else."""
 
     monkeypatch.setattr(patched, "forward", forward)
-    with pytest.raises(NotServed, match="has a forward of its own"):
+    with pytest.raises(NotServed, match="has its own forward"):
         clip_fast.accelerate(model)
 
 

@@ -181,7 +181,7 @@ def replaced(change: Any) -> Any:
         (lambda: timm_tower(qk_norm=True), r"q_norm is a .*LayerNorm"),
         (lambda: timm_tower(num_classes=10), "head is a .*Linear"),
         (lambda: timm_tower(act_layer="relu"), "the activation .*ReLU is neither"),
-        (lambda: replaced(lambda t: setattr(t.blocks[1].attn, "scale", 1.0)), "an attention has a scale of its own"),
+        (lambda: replaced(lambda t: setattr(t.blocks[1].attn, "scale", 1.0)), "an attention has its own scale"),
         (lambda: replaced(lambda t: setattr(t.norm, "eps", 1e-5)), "norm has eps 1e-05, expected 1e-06"),
         (lambda: replaced(lambda t: setattr(t.attn_pool.mlp, "act", nn.GELU("tanh"))), "blocks differ in their activ"),
         (lambda: hugging_face(vision_use_head=False), "its parts are not those that its class makes: .*head"),
