@@ -283,8 +283,6 @@ def _check_modules(tower: Any, expected: float) -> None:
             raise NotServed(f"{name} is a {_class(module)}")
         if method := replaced_method(module, instance.attributes(module)) or _patched(type(module)):
             raise NotServed(f"{name} has its own {method}")
-        if getattr(module, "add_zero_attn", False):
-            raise NotServed(f"{name} adds a key of zeros")
         eps: float | None = getattr(module, "eps", None)
         if eps is not None and eps != expected:
             raise NotServed(f"{name} has eps {eps}, expected {expected}")

@@ -435,12 +435,12 @@ def test_a_mask_that_comes_later_is_seen(images: Tensor) -> None:
         assert torch.equal(got, embeddings(model, images))
 
 
-def test_a_key_of_zeros_that_comes_later_is_seen(images: Tensor) -> None:
+def test_a_zero_to_attend_to_that_comes_later_is_seen(images: Tensor) -> None:
     model = clip_fast.accelerate(openai_vit())
     with torch.no_grad():
         before = stays_fast(model, images)
         tower(model).transformer.resblocks[0].attn.add_zero_attn = True
-        got = falls_back(model, images, "transformer.resblocks.0.attn adds a key of zeros")
+        got = falls_back(model, images, "transformer.resblocks.0.attn attends to a zero as well")
     assert not close(got, before)
 
 
