@@ -81,11 +81,11 @@ class Op:
             RuntimeError: `impl` is "triton", and the kernel does not serve these operands.
             ValueError, TypeError: the operands are refused, or `impl` is none of the three.
         """
-        if impl == "auto" and is_trusted():
-            return self.dispatched(*tensors, *options)
-        self.check(*tensors, *options)
         if impl == "auto":
+            if is_trusted():
+                return self.dispatched(*tensors, *options)
             return getattr(torch.ops.clip_fast, self.name).default(*tensors, *options)
+        self.check(*tensors, *options)
         if impl == "reference":
             return getattr(oracles, self.name)(*tensors, *options)
         if impl != "triton":
@@ -97,8 +97,13 @@ class Op:
             raise RuntimeError(f"{self.name} cannot run on Triton: {reason}")
         return _launched(self.name, *tensors, *options)
 
+    def checked(self, *args: Any) -> Any:
+        """What PyTorch's dispatcher calls: `torch.ops.clip_fast` is open to everyone."""
+        self.check(*args)
+        return self.dispatched(*args)
+
     def dispatched(self, *args: Any) -> Any:
-        """The op's results by the kernel, or by the oracle where no kernel serves: PyTorch calls this."""
+        """The op's results by the kernel, or by the oracle where no kernel serves."""
         lead: Tensor = args[self.lead]
         if self.why_not_triton(lead) is None:
             try:
@@ -135,7 +140,7 @@ def define(
     Args:
         name: of the op, of its oracle in `oracles.py`, and of the kernel's file and launcher.
         schema: arguments and results in PyTorch's language.
-        fake: results without values for arguments without values.
+        fake: results without values for arguments without values, which are checked before.
         check: raises ValueError or TypeError for arguments that the op does not take.
         lead, widest, wide, bytes: see `Op`.
     """
@@ -143,8 +148,13 @@ def define(
     _launching[name] = threading.RLock()
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in ("CPU", "CUDA"):
-        _LIBRARY.impl(name, op.dispatched, key)
-    torch.library.register_fake(f"clip_fast::{name}", fake, lib=_LIBRARY)
+        _LIBRARY.impl(name, op.checked, key)
+
+    def checked_fake(*args: Any) -> Any:
+        check(*args)
+        return fake(*args)
+
+    torch.library.register_fake(f"clip_fast::{name}", checked_fake, lib=_LIBRARY)
     return op
 
 

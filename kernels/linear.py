@@ -210,8 +210,12 @@ def linear(
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     n, k = weight.shape
-    x_rows, weight = _rows(x), weight.contiguous()
-    residual_rows = None if residual is None else _rows(residual)
+    target = target_of(x.device)
+    x_rows, weight = _rows(x, target), weight.contiguous()
+    residual_rows = None if residual is None else _rows(residual, target)
+    bias = None if bias is None else bias.contiguous()
+    colsum = None if colsum is None else colsum.contiguous()
+    scale = None if scale is None else scale.contiguous()
     pairs = None if row_statistics is None else _pairs(row_statistics)
     m = len(x_rows)
     y = x.new_empty((*x.shape[:-1], n))
@@ -219,7 +223,6 @@ def linear(
     if y.numel() == 0:
         return y, y_statistics
 
-    target = target_of(x.device)
     launches = TABLE.launches_for("linear", x.dtype, target, precision)
     launch = fitting(launches, m, n, multiprocessors(x.device))
     block_m, block_n, block_k = launch.block_m, launch.block_n, launch.block_k
@@ -301,10 +304,14 @@ def _grid(launch: Launch, m: int, n: int, device: torch.device) -> tuple[int]:
     return (min(tiles, multiprocessors(device) * launch.blocks),)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """(…, K) as (M, K) with a contiguous last dimension: a view wherever there is one."""
+def _rows(x: Tensor, target: Target) -> Tensor:
+    """(…, K) as (M, K), each row contiguous and behind the end of the one before: a view where `target` can read it."""
     rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
+    (m, k), (stride, step) = rows.shape, rows.stride()
+    readable = (step == 1 or k == 1) and (
+        stride == k or (stride > k and ((m - 1) * stride + k) * rows.element_size() >= target.dense_below)
+    )
+    return rows if readable else rows.contiguous()
 
 
 def _pairs(row_statistics: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from .targets import InputPrecision
 Activation = Literal["none", "quick_gelu", "gelu", "gelu_tanh", "relu"]
 
 ACTIVATIONS: tuple[Activation, ...] = get_args(Activation)
+PRECISIONS: tuple[InputPrecision, ...] = get_args(InputPrecision)
 PATCH_K_STEP = 64  # the patch projection's K is padded with zeros to a multiple of this
 MAX_LAYER_NORM_WIDTH = 2048
 MAX_HEAD_DIM = 128
@@ -109,9 +110,17 @@ def _fake_patch_embed(
 
 
 def _check_patch_embed(
-    images: Tensor, weight: Tensor, position: Tensor, patch_size: int, class_token: bool, *_: Any
+    images: Tensor,
+    weight: Tensor,
+    position: Tensor,
+    patch_size: int,
+    class_token: bool,
+    statistics: bool,
+    precision: str,
 ) -> None:
     _require_float("weight", weight)
+    _require_float("position", position)
+    _require_precision(precision)
     _require(images.ndim == 4 and images.shape[1] == 3, "images must be [batch, 3, height, width], got", images)
     _require(
         images.dtype == torch.uint8 or images.is_floating_point(),
@@ -183,8 +192,7 @@ def _fake_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, statis
 def _check_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> None:
     _require_float("x", x)
     _require(x.ndim >= 1 and x.shape[-1] > 0, "x must be [..., width], got", x)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        _require(tensor.shape == x.shape[-1:], f"{name} must be [{x.shape[-1]}], got", tensor)
+    _require_vectors(x.shape[-1], weight=weight, bias=bias)
     _require_device(x=x, weight=weight, bias=bias)
 
 
@@ -244,7 +252,9 @@ def _check_linear(
     colsum: Tensor | None,
     scale: Tensor | None,
     activation: str,
-    *_: Any,
+    eps: float,
+    statistics: bool,
+    precision: str,
 ) -> None:
     _require_float("x", x)
     rows, k = x.shape[:-1], x.shape[-1]
@@ -252,14 +262,16 @@ def _check_linear(
     _require(k > 0, "x must have features, got", x)
     n = len(weight)
     _require(weight.dtype == x.dtype, f"weight must have the dtype of x, {x.dtype}, got {weight.dtype}")
-    _require(bias is None or bias.shape == (n,), f"bias must be [{n}], got", bias)
-    _require(residual is None or residual.shape == (*rows, n), f"residual must be {[*rows, n]}, got", residual)
+    _require_vectors(n, bias=bias, colsum=colsum, scale=scale)
+    if residual is not None:
+        _require(residual.shape == (*rows, n), f"residual must be {[*rows, n]}, got", residual)
+        _require(residual.dtype == x.dtype, f"residual must have the dtype of x, {x.dtype}, got {residual.dtype}")
     _require(activation in ACTIVATIONS, f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    if row_stats is not None and colsum is not None:
+    _require_precision(precision)
+    _require((row_stats is None) == (colsum is None), "row statistics and colsum must be given together")
+    if row_stats is not None:
         wanted = (*rows, statistics_tiles(k), 2)
         _require(row_stats.shape == wanted, f"row statistics must be {list(wanted)}, got", row_stats)
-        _require(colsum.shape == (n,), f"colsum must be [{n}], got", colsum)
-    _require(scale is None or scale.shape == (n,), f"scale must be [{n}], got", scale)
     _require_device(x=x, weight=weight, bias=bias, residual=residual, statistics=row_stats, colsum=colsum, scale=scale)
 
 
@@ -292,7 +304,8 @@ def linear(
     b′ = b + W · shift: the product reads the raw x, and the statistics enter afterwards.
 
     Args:
-        x: (…, K); read in place where its rows are contiguous and one stride apart, copied first where not.
+        x: (…, K); read in place where its rows are contiguous, one stride apart and not within each other, copied first
+            where not.
         weight: (N, K), x's dtype.
         bias: (N,), any float dtype.
         residual: (…, N), x's dtype; added before the activation.
@@ -318,12 +331,13 @@ def _fake_flash_attention(qkv: Tensor, scale: float, precision: str) -> Tensor:
     return qkv.new_empty(batch, tokens, heads * head_dim)
 
 
-def _check_flash_attention(qkv: Tensor, scale: float, *_: Any) -> None:
+def _check_flash_attention(qkv: Tensor, scale: float, precision: str) -> None:
     _require_float("qkv", qkv)
     _require(qkv.ndim == 5 and qkv.shape[2] == 3, "qkv must be [batch, tokens, 3, heads, head_dim], got", qkv)
     _require(min(qkv.shape[1:]) > 0, "qkv must have tokens, heads and head_dim, got", qkv)
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
+    _require_precision(precision)
 
 
 _flash_attention = define(
@@ -360,7 +374,7 @@ def _fake_mean_token(features: Tensor, position: Tensor) -> Tensor:
 def _check_mean_token(features: Tensor, position: Tensor) -> None:
     _require_float("features", features)
     _require(features.ndim == 3 and features.shape[1] > 0, "features must be [batch, positions, width], got", features)
-    _require(position.shape == features.shape[2:], f"position must be [{features.shape[2]}], got", position)
+    _require_vectors(features.shape[2], position=position)
     _require_device(features=features, position=position)
 
 
@@ -405,7 +419,9 @@ def _check_attention_pool(
     value_bias: Tensor,
     statistics: Tensor | None,
     position: Tensor | None,
-    *_: Any,
+    scale: float,
+    eps: float,
+    precision: str,
 ) -> None:
     _require_float("first", first)
     _require(first.ndim == 2, "first must be [batch, width], got", first)
@@ -428,13 +444,14 @@ def _check_attention_pool(
         _require(tensor.shape == (heads, head_dim, width), f"{name} must be {[heads, head_dim, width]}, got", tensor)
     for name, tensor in {"rest": rest, "query": query, **weights}.items():
         _require(tensor.dtype == first.dtype, f"{name} must have the dtype of first, {first.dtype}, got {tensor.dtype}")
-    _require(value_bias.shape == (heads * head_dim,), f"value_bias must be [{heads * head_dim}], got", value_bias)
+    _require_vectors(heads * head_dim, value_bias=value_bias)
     if statistics is not None:
         wanted = (batch, 1 + rest.shape[1], statistics_tiles(width), 2)
         _require(statistics.shape == wanted, f"statistics must be {list(wanted)}, got", statistics)
-    _require(
-        position is None or position.shape == rest.shape[1:], f"position must be {list(rest.shape[1:])}, got", position
-    )
+    if position is not None:
+        _require_float("position", position)
+        _require(position.shape == rest.shape[1:], f"position must be {list(rest.shape[1:])}, got", position)
+    _require_precision(precision)
     _require_device(
         first=first, rest=rest, query=query, key_weight=key_weight, value_weight=value_weight, value_bias=value_bias,
         statistics=statistics, position=position,
@@ -502,6 +519,17 @@ def _require(holds: bool, message: str, got: Tensor | None = None) -> None:
 def _require_float(name: str, tensor: Tensor) -> None:
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be of a floating-point dtype, got {tensor.dtype}")
+
+
+def _require_vectors(width: int, **vectors: Tensor | None) -> None:
+    for name, vector in vectors.items():
+        if vector is not None:
+            _require_float(name, vector)
+            _require(vector.shape == (width,), f"{name} must be [{width}], got", vector)
+
+
+def _require_precision(precision: str) -> None:
+    _require(precision in PRECISIONS, f"precision must be one of {PRECISIONS}, got {precision!r}")
 
 
 def _require_device(**tensors: Tensor | None) -> None:

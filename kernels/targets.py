@@ -5,7 +5,7 @@ op, kind of dtype and architecture. The number of rows chooses between launches 
 bits never depend on its batch.
 
 Sources: the CUDA C++ Programming Guide, table "Technical specifications per compute capability"; AMD's CDNA 3
-instruction-set reference.
+instruction-set reference; the known issues of NVIDIA's driver 595.71.05 (`dense_below`).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Target:
     one block may have. `like` is the architecture whose launches it takes where the table does not list its own.
     `descriptors` tells whether `linear` uses its tensor copy engine, `wgmma` whether it multiplies by Hopper's
     instructions for groups of warps, `dependent_launch` whether a kernel can be launched before the one ahead of it has
-    ended.
+    ended. A tensor that spans fewer bytes than `dense_below` must be dense for the copy engine.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Target:
     descriptors: bool = False
     wgmma: bool = False
     dependent_launch: bool = False
+    dense_below: int = 0
 
     def room(self, blocks: int) -> int:
         """The bytes of shared memory that each of `blocks` on one multiprocessor may have."""
@@ -74,7 +75,8 @@ TARGETS: dict[str, Target] = {
             dependent_launch=True,
         ),
         Target(
-            "sm_100", 100, 232_448, Resident(64, 32, 233_472), like="sm_90", descriptors=True, dependent_launch=True
+            "sm_100", 100, 232_448, Resident(64, 32, 233_472), like="sm_90", descriptors=True, dependent_launch=True,
+            dense_below=131_072,
         ),
         Target("sm_120", 120, 101_376, Resident(48, 24, 102_400), like="sm_89", dependent_launch=True),
         Target("gfx942", None, 65_536, None, like="sm_80"),

@@ -9,6 +9,7 @@ then on plain PyTorch computes on the same device. One warning for each device g
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import re
@@ -25,6 +26,9 @@ OLDEST_TRITON = (3, 6)  # older releases are not tested
 _failed: dict[torch.device, str] = {}  # the devices on which a launch has failed, with the reason and the remedy
 _told: set[torch.device] = set()  # the devices whose warning has been given
 _lock = threading.Lock()
+
+# Of the system's errors, those that say that the machine or this process has no more of something at the moment.
+_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 
 # What helps, by a pattern of the error's type and text. The first that matches is told.
 _REMEDIES: tuple[tuple[str, str], ...] = (
@@ -103,14 +107,16 @@ def tell(device: torch.device) -> None:
 def gives_way(device: torch.device, error: Exception) -> bool:
     """Whether plain PyTorch may compute in place of a launch that failed. If so, none is tried there from then on.
 
-    Some errors are not the toolchain's, and the caller raises them: a want of memory, an error that has broken the
-    device for everyone, and any error while this thread or another captures a CUDA graph, which forbids much that is
-    allowed otherwise.
+    Some errors are not the toolchain's, and the caller raises them: a want of memory, of stack or of open files, which
+    passes; an error that has broken the device for everyone; and any error while this thread or another captures a
+    CUDA graph, which forbids much that is allowed otherwise.
 
     Raises:
         torch.OutOfMemoryError: the GPU's memory did not suffice for a kernel; Triton calls this a RuntimeError.
     """
-    if isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError, RecursionError)):
+        return False
+    if isinstance(error, OSError) and error.errno in _PASSING:
         return False
     if isinstance(error, RuntimeError) and "out of memory" in str(error):
         raise torch.OutOfMemoryError(str(error)) from error

@@ -194,6 +194,33 @@ def test_a_capture_that_fails_leaves_nothing(replays: Replays) -> None:
     assert not these._lock.locked()
 
 
+def test_a_broken_capture_raises_what_broke_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA raises an error of its own where such a capture is ended, and it must be ended."""
+    ended: list[str] = []
+
+    def end() -> None:
+        ended.append("end")
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    def run(images: Tensor, task: Task) -> Results:
+        if begun:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return double(images, task)
+
+    begun: list[str] = []
+    graph = SimpleNamespace(capture_begin=lambda **_: begun.append("begin"), capture_end=end)
+    stream = SimpleNamespace(wait_stream=lambda stream: None)
+    monkeypatch.setattr(graphs, "_capture_stream", lambda device: stream)
+    for name, stand_in in {
+        "CUDAGraph": lambda: graph, "graph_pool_handle": lambda: (0, 1), "current_device": lambda: 0,
+        "current_stream": lambda: stream, "stream": contextlib.nullcontext, "device": contextlib.nullcontext,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    with pytest.raises(torch.OutOfMemoryError):
+        Graphs(run)(2, torch.zeros(2, 3, 4, 4), ENCODE)
+    assert ended
+
+
 def test_released_graphs_are_captured_again(replays: Replays) -> None:
     these = Graphs(double)
     images = torch.ones(2, 3, 4, 4)

@@ -194,6 +194,25 @@ def test_a_want_of_memory_is_no_fault_of_the_toolchain(error: Exception, monkeyp
     assert dispatch.triton_can_run(CPU)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [MemoryError(), RecursionError("maximum recursion depth exceeded"), OSError(24, "Too many open files"),
+     BlockingIOError(11, "Resource temporarily unavailable")],
+)  # fmt: skip
+def test_what_passes_is_no_fault_of_the_toolchain(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as passing:
+        fail(passing, error)
+        with pytest.raises(type(error)):
+            ops.linear(torch.randn(3, 64), torch.randn(8, 64))
+    assert dispatch.triton_can_run(CPU)
+
+
+def test_a_bad_argument_is_no_fault_of_the_toolchain() -> None:
+    with pytest.raises(ValueError, match="precision must be one of"):
+        ops.linear(torch.randn(3, 64), torch.randn(8, 64), precision="fp32")  # type: ignore[arg-type]
+    assert dispatch.triton_can_run(CPU)
+
+
 def test_an_error_that_broke_the_device_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toolchain, "_works", lambda device: False)
     fail(monkeypatch, RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"))

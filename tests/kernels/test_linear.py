@@ -262,8 +262,9 @@ def _by_launch(operands: Operands, number: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nan_and_infinity_stay_in_their_row(dtype: torch.dtype, path: str, guards: Guards) -> None:
-    operands = Operands(5, 192, 100, dtype, **EPILOGUES["all"])
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+def test_nan_and_infinity_stay_in_their_row(activation: str, dtype: torch.dtype, path: str, guards: Guards) -> None:
+    operands = Operands(5, 192, 100, dtype, **(EPILOGUES["all"] | {"activation": activation}))
     clean, clean_statistics = operands.run(guards)
     operands.x[1, 3], operands.x[3, 99] = float("nan"), float("inf")
     y, statistics = operands.run(guards)
@@ -301,6 +302,49 @@ def test_operands_in_any_layout(path: str) -> None:
     operands.x, operands.residual = operands.x.t().contiguous().t(), operands.residual.t().contiguous().t()
     operands.weight = operands.weight.t().contiguous().t()
     assert_same_bits(operands.run()[0], wanted)
+
+
+@pytest.mark.parametrize("layout", ["strided", "expanded"])
+@pytest.mark.parametrize("name", ["bias", "colsum", "scale"])
+def test_vectors_in_any_layout(name: str, layout: str, path: str) -> None:
+    operands = Operands(5, 128, 120, torch.float16, **EPILOGUES["all"])
+    statistics, colsum = operands.norm()  # type: ignore[misc]
+    vectors = {"bias": operands.bias, "colsum": colsum, "scale": operands.scale}
+
+    def run(vector: Tensor) -> Tensor:
+        bias, colsum, scale = (vectors | {name: vector}).values()
+        assert colsum is not None
+        return ops.linear(operands.x, operands.weight, bias, norm=(statistics, colsum), scale=scale, impl="triton")[0]
+
+    table = torch.randn(128, 3, device=DEVICE)
+    vector = table[:, 1] if layout == "strided" else table[0, :1].expand(128)
+    assert_same_bits(run(vector), run(vector.clone(memory_format=torch.contiguous_format)))
+
+
+@pytest.mark.parametrize("stride", [0, 8], ids=["one row for all", "windows"])
+def test_rows_within_each_other(stride: int, path: str) -> None:
+    """The copy engine is not given such rows: a row begins behind the end of the one before."""
+    operands = Operands(37, 128, 128, torch.float16, bias=True, residual=True)
+    operands.x, operands.residual = torch.randn(2, 128 + 36 * stride, device=DEVICE).half().unbind()
+    operands.x, operands.residual = (x.as_strided((37, 128), (stride, 1)) for x in (operands.x, operands.residual))
+    with mock.patch.object(linear, "_Descriptor", wraps=linear._Descriptor) as descriptor:
+        y, _ = operands.run()
+    assert all(strides[0] >= shape[1] for _, shape, strides, _ in (call.args for call in descriptor.call_args_list))
+    operands.x, operands.residual = operands.x.contiguous(), operands.residual.contiguous()
+    assert_same_bits(y, operands.run()[0])
+
+
+@pytest.mark.parametrize(
+    ("rows", "stride", "wanted"),
+    [(3, 72, 64), (3, 32_735, 64), (3, 32_736, 32_736), (1, 72, 64)],
+)
+def test_on_blackwell_small_tensors_are_dense(rows: int, stride: int, wanted: int) -> None:
+    """Those that span less than 128 KiB. A copy is made only where there is more than one row."""
+    x = torch.empty(rows, stride, dtype=torch.float16, device=DEVICE)[:, :64]
+    dense = linear._rows(x, targets.TARGETS["sm_100"])
+    assert dense.stride() == (wanted, 1)
+    assert (dense.data_ptr() != x.data_ptr()) == (rows > 1 and wanted == 64)
+    assert linear._rows(x, targets.TARGETS["sm_90"]).data_ptr() == x.data_ptr()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -132,6 +132,22 @@ BAD: list[tuple[str, dict[str, Callable[[], Any]], str]] = [
         r"row statistics must be \[2, 3, 2, 2\], got \[2, 3, 1, 2\]",
     ),
     ("linear", {"norm": lambda: (rand(2, 3, 2, 2), rand(39))}, r"colsum must be \[40\], got \[39\]"),
+    ("linear", {"norm": lambda: (rand(2, 3, 2, 2), None)}, "row statistics and colsum must be given together"),
+    ("linear", {"norm": lambda: (None, rand(40))}, "row statistics and colsum must be given together"),
+    (
+        "linear",
+        {"residual": lambda: rand(2, 3, 40).half()},
+        r"residual must have the dtype of x, torch\.float32, got torch\.float16",
+    ),
+    (
+        "linear",
+        {"bias": lambda: torch.zeros(40, dtype=torch.complex64)},
+        r"bias must be of a floating-point dtype, got torch\.complex64",
+    ),
+    *(
+        (name, {"precision": lambda: "fp32"}, r"precision must be one of \('ieee', 'tf32'\), got 'fp32'")
+        for name in ("patch_embed", "linear", "flash_attention", "attention_pool")
+    ),
     (
         "flash_attention",
         {"qkv": lambda: rand(2, 5, 2, 2, 16)},
@@ -168,6 +184,15 @@ BAD: list[tuple[str, dict[str, Callable[[], Any]], str]] = [
 def test_bad_operands_are_named(name: str, changes: dict[str, Callable[[], Any]], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         call(name, **{key: make() for key, make in changes.items()})
+
+
+def test_bad_operands_are_named_without_the_public_function() -> None:
+    x, weight, bias = rand(2, 64), rand(128, 64), rand(4)
+    options = (None, None, None, None, "none", 1e-5, False, "ieee")
+    with pytest.raises(ValueError, match=r"bias must be \[128\], got \[4\]"):
+        torch.ops.clip_fast.linear(x, weight, bias, *options)
+    with pytest.raises(ValueError, match=r"bias must be \[128\], got \[4\]"):  # without values
+        torch.ops.clip_fast.linear(x.to("meta"), weight.to("meta"), bias.to("meta"), *options)
 
 
 def test_operands_on_two_devices_are_named() -> None:
@@ -367,3 +392,39 @@ def test_no_element_is_out_of_reach_of_32_bits(batch: int, copied: bool) -> None
     reached = reached_in_32_bits(tokens)
     assert reached.is_contiguous() == copied
     assert reached.shape == tokens.shape
+
+
+def far_apart(*shape: int) -> Tensor:
+    """Three random tensors, 2³⁰ elements one after another: the last is 2³¹ away. The memory between them is not
+    touched, so that a CPU has none of it."""
+    step = 2**30
+    try:
+        memory = torch.empty(2 * step + torch.Size(shape).numel(), dtype=torch.float16, device=DEVICE)
+    except RuntimeError as error:
+        pytest.skip(f"4 GiB cannot be asked for: {error}")
+    x = memory.as_strided((3, *shape), (step, *torch.empty(shape, device="meta").stride()))
+    return x.copy_(torch.randn(3, *shape, device=DEVICE))
+
+
+FAR: dict[str, Callable[[], dict[str, Any]]] = {
+    "patch_embed": lambda: {"images": far_apart(3, 16, 16)},
+    "patch_embed with statistics": lambda: {"images": far_apart(2, 16, 16).transpose(0, 1)},  # whose channels are far
+    "layer_norm": lambda: {"x": far_apart(96)},
+    "linear": lambda: {"x": far_apart(96), "residual": far_apart(40)},
+    "mean_token": lambda: {"features": far_apart(9, 32)},
+    "attention_pool": lambda: {
+        "query": far_apart(2, 32), "first": far_apart(64), "rest": far_apart(5, 64),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAR)
+def test_offsets_have_64_bits(name: str) -> None:
+    """Of images, channels and rows. With 32 bits the last of three would be read 2³¹ elements before the first."""
+    far = FAR[name]()
+    near = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in far.items()}
+    torch.manual_seed(0)
+    wanted = outputs(call(name, torch.float16, impl="triton", **near))
+    torch.manual_seed(0)
+    for got, one in zip(outputs(call(name, torch.float16, impl="triton", **far)), wanted, strict=True):
+        assert_same_bits(got, one)

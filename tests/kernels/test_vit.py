@@ -65,6 +65,15 @@ def test_the_launches_of_an_average(launches: list[str]) -> None:
     assert launches == ["_patch_embed_kernel", *block, *block, *end]
 
 
+def test_weights_in_any_layout() -> None:
+    """As a state has them whose tensors are views, assigned and not copied: every other number is another model's."""
+    config = VitConfig(image_size=16, patch_size=16, width=64, layers=1, heads=1, embed_dim=32)
+    tower, batch = random_tower(config).to(DEVICE), images(config, 1)
+    state = {name: torch.stack([x, torch.randn_like(x)], dim=-1)[..., 0] for name, x in tower.state_dict().items()}
+    fast = FastVit.prepare(state, config, BY_DTYPE[torch.float32], IMAGE_MEAN, IMAGE_STD)
+    assert relative_error(fast.encode(batch), tower(batch)) < 1e-5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["as B/16", "as H/14"])
