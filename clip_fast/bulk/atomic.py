@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Any, BinaryIO
 
 TEMPORARY_SUFFIX = ".tmp"
@@ -28,7 +29,10 @@ class _NamedFile(io.FileIO):
 
 
 class NewFile:
-    """A file with a temporary name beside `target`, until `move` gives it the target's name or `discard` removes it."""
+    """A file with a temporary name beside `target`, until `move` gives it the target's name or `discard` removes it.
+
+    A context manager: what was not moved is removed in the end.
+    """
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -48,6 +52,14 @@ class NewFile:
         with suppress(OSError):  # closing flushes, which a full disk may have no room for
             self.file.close()
         self._temporary.unlink(missing_ok=True)
+
+    def __enter__(self) -> NewFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.discard()
 
 
 def claimed_file(target: Path) -> NewFile:
@@ -103,13 +115,10 @@ def _lock(file: IO[bytes]) -> None:
 @contextmanager
 def new_file(target: Path) -> Generator[BinaryIO, None, None]:
     """A file to write to, which becomes `target` at the end of the block. Nothing is left where the block raises."""
-    new = NewFile(target)
-    try:
+    with NewFile(target) as new:
         yield new.file
         new.finish()
         new.move()
-    finally:
-        new.discard()
 
 
 @contextmanager

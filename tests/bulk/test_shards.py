@@ -11,7 +11,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -204,6 +204,51 @@ def test_a_full_disk_leaves_no_part_of_a_shard(tmp_path: Path, monkeypatch: pyte
         assert not list(tmp_path.rglob("*.tmp"))
         output.write(first)
         assert output.finished(0, items) == Totals(1, 0, 1)
+
+
+class Killed(BaseException):
+    """What nothing in between catches, as a kill -9 is."""
+
+
+@pytest.mark.parametrize("stopped", range(3))
+def test_a_shard_is_extended_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: int) -> None:
+    """Wherever a kill stops it: what is there can be searched and verified, and `--resume` makes the rest."""
+    short, _ = shard(1, None)
+    long, more = shard(1, None, None)
+    with filled(tmp_path) as output:
+        output.write(shard(0, None)[0])
+        output.write(short)
+        output.finish(2)
+    replace, calls = os.replace, []
+
+    def killed(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) > stopped:
+            raise Killed
+        replace(source, target)
+
+    with filled(tmp_path, resume=True) as output:
+        monkeypatch.setattr(os, "replace", killed)
+        with suppress(Killed):
+            output.write(long)
+        assert len(Index(tmp_path)) == (3 if stopped == 2 else 1)
+        assert output.finished(0, shard(0, None)[1]) == Totals(1, 0, 1)
+        assert (output.finished(1, more) is None) == (stopped < 2)
+        monkeypatch.undo()
+        output.write(long)
+        output.finish(2)
+    assert len(Index(tmp_path)) == 3
+
+
+def test_a_full_disk_leaves_the_shard_that_was_to_be_extended(tmp_path: Path) -> None:
+    with filled(tmp_path) as output:
+        output.write(shard(0, None)[0])
+        before = contents(tmp_path)
+        names = [f"{i}" * 100 for i in range(10)]
+        long = Shard(0, np.zeros((10, 5), np.float32), [Record(name, name, 1, 1, None) for name in names])
+        with small_files(1500), pytest.raises(OSError, match=r"File too large: .*metadata_0000\.parquet'$"):
+            output.write(long)
+    assert contents(tmp_path) == before
 
 
 def test_without_pyarrow_the_extra_is_named_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
