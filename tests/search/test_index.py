@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -237,10 +238,43 @@ def test_what_is_no_index_and_no_query(tmp_path: Path) -> None:
     for query in (np.zeros(4), np.full(4, np.nan)):
         with pytest.raises(ValueError, match="no direction"):
             index.search(query)
+    with pytest.raises(ValueError, match="search takes one query, got 2: search_many takes several"):
+        index.search(np.eye(4)[:2])
+    with pytest.raises(ValueError, match=r"queries must be \[Q, 4\], got \[1, 1, 4\]"):
+        index.search(np.ones((1, 1, 4)))
+    for k in (0, -1):
+        with pytest.raises(ValueError, match=f"k must be at least 1, got {k}"):
+            index.search(np.ones(4), k)
     with OutputFolder(tmp_path / "begun") as output:
         output.begin({"model": "m"})
     with pytest.raises(ValueError, match="no finished shard"):
         Index(tmp_path / "begun")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_query_may_be_a_tensor(tmp_path: Path, dtype: torch.dtype) -> None:
+    index = write_index(tmp_path / "index", np.eye(4, dtype=np.float32), 4)
+    query = torch.tensor([0, 0.5, 2, 0], dtype=dtype, requires_grad=True)
+    wanted = index.search(np.array([0, 0.5, 2, 0]), 2)
+    assert [hit.row for hit in wanted] == [2, 1]
+    assert index.search(query, 2) == index.search(query[None], 2) == wanted
+    assert index.search_many(torch.stack([query, query]), 2) == [wanted, wanted]
+
+
+@pytest.mark.parametrize("searched", [False, True])
+@pytest.mark.parametrize("rows", [5, 3])
+def test_an_open_index_says_that_its_folder_has_changed(tmp_path: Path, searched: bool, rows: int) -> None:
+    """As when a run is extended meanwhile: rows and names would be of two states."""
+    index = write_index(tmp_path / "index", np.eye(8, dtype=np.float32), 4)
+    query = np.ones(8)
+    if searched:
+        index.search(query, 8)
+    with OutputFolder(tmp_path / "index", resume=True) as output:
+        output.begin({"model": "m"})
+        output.write(replace(cut(np.eye(8, dtype=np.float32)[:rows], 8)[0], index=1))
+    with pytest.raises(ValueError, match=r"metadata_0001\.parquet has other rows than .*: open it again"):
+        index.search(query, 8)
+    assert len(Index(tmp_path / "index").search(query, 100)) == 4 + rows
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "longer", "gone", "rows", "no array"])
