@@ -20,7 +20,11 @@ class _NamedFile(io.FileIO):
     """A new file whose errors name the file that it becomes, also those of a disk that is full."""
 
     def __init__(self, path: Path, target: Path) -> None:
-        super().__init__(path, "xb")
+        try:
+            super().__init__(path, "xb")
+        except OSError as error:
+            error.filename = str(target)
+            raise
         self._target = target
 
     def write(self, data: Any, /) -> int:
@@ -62,6 +66,19 @@ class NewFile:
         self.discard()
 
 
+def check_target(target: Path) -> None:
+    """Refuses a name that no file can be moved to, before any work is done for it.
+
+    Raises:
+        FileNotFoundError: the folder of `target` does not exist.
+        ValueError: `target` is there, and no regular file.
+    """
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"the output's folder {target.parent} does not exist")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{target} exists and is not a regular file")
+
+
 def claimed_file(target: Path) -> NewFile:
     """A `NewFile` that stays locked while it is written.
 
@@ -69,10 +86,10 @@ def claimed_file(target: Path) -> NewFile:
     without locks.
 
     Raises:
-        FileNotFoundError: the folder of `target` does not exist.
+        FileNotFoundError, ValueError: as `check_target` raises them.
+        OSError: the folder of `target` cannot be written to.
     """
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"the output's folder {target.parent} does not exist")
+    check_target(target)
     for leftover in target.parent.glob(f".{glob.escape(target.name)}.*{TEMPORARY_SUFFIX}"):
         with suppress(OSError), locked(leftover):
             leftover.unlink()

@@ -129,9 +129,6 @@ class EmbeddingWriter:
         targets = [output, output.with_name(PATHS_NAME), output.with_name(ERRORS_NAME)]
         if output in targets[1:]:
             raise ValueError(f"{output} is the name of the file beside the embeddings: choose another")
-        for target in targets:
-            if target.exists() and not target.is_file():
-                raise ValueError(f"{target} exists and is not a regular file")
         self._open: list[NewFile] = []
         try:
             for target in targets:

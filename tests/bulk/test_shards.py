@@ -20,6 +20,7 @@ import pytest
 from earlier import as_earlier
 from numpy.testing import assert_array_equal
 
+from clip_fast.bulk.atomic import NewFile
 from clip_fast.bulk.shards import OutputFolder, read_footer, read_records
 from clip_fast.bulk.tables import ParquetWriter, Record, Shard, Totals
 from clip_fast.inputs.items import ImageFile, Item
@@ -404,6 +405,13 @@ def test_a_full_disk_is_told_with_the_files_name(tmp_path: Path, rows: int, file
     with filled(tmp_path) as output, small_files(1500), pytest.raises(OSError, match=f"File too large: .*{file}'$"):
         output.write(Shard(0, np.zeros((rows, 8), np.float32), records))
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_file_that_cannot_be_made_is_told_with_its_own_name(tmp_path: Path) -> None:
+    """And not with that of the temporary file beside it."""
+    with pytest.raises(FileNotFoundError) as error:
+        NewFile(tmp_path / "gone" / "x")
+    assert error.value.filename == str(tmp_path / "gone" / "x")
 
 
 def test_a_full_disk_under_one_parquet(tmp_path: Path) -> None:
