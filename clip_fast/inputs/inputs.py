@@ -128,11 +128,12 @@ def find_inputs(
     A folder stands for the files below it with the suffix of an image format that Pillow reads, sorted by path; links
     are followed. A pattern (`*`, `?`, `[...]`, and `**` for any depth) that is not itself a file's name stands for
     what it matches, sorted, as if the shell had expanded it. Braces stand for each of `{0000..0099}` or `{train,test}`,
-    as in the shell. A file ending in `.tar` is read as a webdataset, one ending in `.parquet` as a table, in letters of
-    any case. Any other file that is named or matched is taken as an image, whatever its suffix.
+    as in the shell. In an `ExactPath` neither is seen. A file ending in `.tar` is read as a webdataset, one ending in
+    `.parquet` as a table, in letters of any case. Any other file that is named or matched is taken as an image,
+    whatever its suffix.
 
-    In folders, what a NAS or a Mac keeps beside photographs (`@eaDir`, `._photo.jpg`) is left out. Other files there
-    that have no image's suffix are counted in `Inputs.passed_over`.
+    What a NAS or a Mac keeps beside photographs (`@eaDir`, `._photo.jpg`) is left out in folders, and of what a pattern
+    matches. Other files in folders that have no image's suffix are counted in `Inputs.passed_over`, each once.
 
     A file that is reached twice keeps its first place; links to one file are several files. An argument that stands
     for no file, and a folder that cannot be listed, are `Unreadable` items.

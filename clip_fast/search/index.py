@@ -45,8 +45,8 @@ class Index:
     """The finished shards of an output folder.
 
     `settings` are those of the run that wrote it: "model", "weights", "dtype", "image_column" and more; they stand in
-    the file `manifest`. `complete` is false while that run is not finished. Shards that are finished later are seen by an
-    `Index` that is opened then.
+    the file `manifest`. `complete` is false while that run is not finished. Shards that are finished later are not in
+    it: open it again.
 
     Raises:
         FileNotFoundError, ValueError: the folder is none of `clip-fast encode`, or has no finished shard, or a file in

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import datetime
 import errno
+import inspect
 import io
 import itertools
 import os
@@ -14,6 +15,7 @@ import sys
 import tarfile
 import tracemalloc
 import uuid
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -119,10 +121,16 @@ def test_a_named_file_is_taken_whatever_its_suffix(folder: Path) -> None:
         ("photos/?.*", ["photos/a.JPG", "photos/b.png", "photos/x.jpg/c.gif"]),  # a matched folder is a folder
         ("photos/**/*.[tw]*", ["photos/b/10.tiff", "photos/b/2.webp", "photos/notes.txt"]),
         ("**/*.png", ["photos/b.png", "z.png"]),
+        ("photos/b.*/**", ["photos/b.*/**"]),  # no folder
+        ("photos/*/**", [*IN_PHOTOS[1:3], "photos/b/data.pdf", "photos/x.jpg/c.gif"]),
+        ("photos/x*/", ["photos/x.jpg/c.gif"]),
+        ("./photos//**/**/b/./*.webp", ["photos/b/2.webp"]),
     ],
 )
 def test_patterns_are_expanded_and_sorted(folder: Path, pattern: str, expected: list[str]) -> None:
-    assert found(pattern) == expected
+    """As Python's own glob does."""
+    assert keys(find_inputs([pattern])) == expected
+    assert keys(find_inputs([f"{folder}/{pattern}"])) == [f"{folder}/{name}" for name in expected]
 
 
 def test_an_existing_name_is_no_pattern(folder: Path) -> None:
@@ -141,6 +149,38 @@ def test_links_to_folders_are_followed_once_and_may_form_loops(folder: Path) -> 
     save(folder / "other" / "o.png")
     assert found("photos") == [*IN_PHOTOS[:4], "photos/elsewhere/o.png", IN_PHOTOS[4]]
     assert found("photos/elsewhere", "other") == ["photos/elsewhere/o.png"]
+
+
+def test_two_stars_alone_are_all_files_that_are_not_hidden(folder: Path) -> None:
+    save(folder / ".hidden" / "h.png")
+    others = ["photos/b/data.pdf", "photos/none", "photos/notes.txt", "z.png"]
+    assert sorted(found("**")) == sorted([*IN_PHOTOS, *others])
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("pattern", ["photos/**/*.png", "photos/**/**/b.png", "**/b.png", "photos/**/b/**/b.*"])
+def test_links_that_lead_back_up_end_a_pattern_too(folder: Path, pattern: str) -> None:
+    for number in range(3):
+        (folder / "photos" / "b" / f"up{number}").symlink_to("..")
+    (path,) = found(pattern)
+    assert os.path.samefile(path, "photos/b.png")
+
+
+def test_folders_may_be_deeper_than_python_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as of a program that unpacked a folder into itself."""
+    monkeypatch.chdir(tmp_path)
+    for _ in range(300):
+        os.mkdir("d")
+        os.chdir("d")
+    save(Path("z.png"))
+    os.chdir(tmp_path)
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack()) + 200)
+    try:
+        paths = [next(iter(find_inputs([name]))).location for name in ("d", "d/**/z.png")]
+    finally:
+        sys.setrecursionlimit(limit)
+    assert paths == ["d/" * 300 + "z.png"] * 2
 
 
 def test_a_link_to_a_file_is_a_file_of_its_own(folder: Path) -> None:
@@ -218,7 +258,10 @@ LEFTOVERS = [
 def test_leftovers_of_a_nas_or_a_mac_are_no_photographs(folder: Path, leftover: str) -> None:
     save(folder / "photos" / leftover)
     assert found("photos") == IN_PHOTOS
+    assert found("photos/[!n]*", "photos/**/*.[jw]*") == IN_PHOTOS
     assert found(f"photos/{leftover}") == [f"photos/{leftover}"]  # named itself, it is meant
+    parent, _, name = f"photos/{leftover}".rpartition("/")
+    assert found(f"{parent}/{name[:2]}*{name[-3:]}") == [f"photos/{leftover}"]
 
 
 def test_files_of_other_kinds_in_folders_are_counted(folder: Path) -> None:
@@ -227,6 +270,8 @@ def test_files_of_other_kinds_in_folders_are_counted(folder: Path) -> None:
         (folder / "photos" / name).write_bytes(b"no image")
     inputs = find_inputs(["photos", "z.png", "photos/notes.txt"])
     assert inputs.passed_over == {".heic": 2, ".tar": 1, ".txt": 1, ".pdf": 1, "": 1}
+    assert find_inputs(["photos", "photos/b", "photos/*", "photos/**/*.gif"]).passed_over == inputs.passed_over
+    assert find_inputs(["photos/notes.txt", "photos"]).passed_over == Counter({**inputs.passed_over, ".txt": 0})
     assert find_inputs(["z.png"]).passed_over == {}
     assert pickle.loads(pickle.dumps(inputs)).passed_over == inputs.passed_over
 
@@ -331,6 +376,15 @@ def test_listing_many_files_asks_little_and_keeps_their_names_only(
 )
 def test_lists_of_paths(data: bytes, expected: list[str]) -> None:
     assert read_list(io.BytesIO(data)) == expected
+
+
+def test_what_is_gone_from_a_list_between_zero_bytes_is_no_pattern(folder: Path) -> None:
+    """`find -print0` writes names; another file must not come in the place of one that was removed since."""
+    gone = ["photos/[b].png", "photos/*.gif", "{z,y}.png", "photos/**/b.png"]
+    items = list(find_inputs(read_list(io.BytesIO("\0".join(["z.png", *gone, "photos/b", ""]).encode()))))
+    assert [item.location for item in items] == ["z.png", *gone, *IN_PHOTOS[1:3]]
+    assert [type(item) for item in items] == [ImageFile] + [Unreadable] * 4 + [ImageFile] * 2
+    assert keys(find_inputs(read_list(io.BytesIO("\n".join(["z.png", gone[0]]).encode())))) == ["z.png", "photos/b.png"]
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
