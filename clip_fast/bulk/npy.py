@@ -64,7 +64,7 @@ def embed_files(
 
     `workers` and `time_limit` are those of `Workers`: processes decode the next batches at the same time, and share
     each of them. Of an animation or a multi-page file, the first frame counts. An EXIF orientation is not applied, as
-    `clip` does not.
+    in `Preprocess`.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")

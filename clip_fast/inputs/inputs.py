@@ -11,7 +11,6 @@ listed: a row in its place would move all later rows, for good.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -160,26 +159,14 @@ def find_inputs(
     return Inputs([*parts, Files(places)] if places else parts, find.passed_over)
 
 
-def item_at(location: str, image_column: str = IMAGE_COLUMN) -> Item:
-    """The item that lies at an item's `location`: a path, a member of a tar, or a row of a parquet file.
-
-    Raises:
-        FileNotFoundError: there is none any more.
-    """
-    found = items_at([location], image_column)
-    if location not in found:
-        raise FileNotFoundError(errno.ENOENT, "No such file or directory", location)
-    return found[location]
-
-
 def items_at(
     locations: Iterable[str],
     image_column: str = IMAGE_COLUMN,
     reading: Callable[[Container], Iterable[Item]] = iter,
 ) -> dict[str, Item]:
-    """The items that lie at `locations`, as in `item_at`, without those that are gone. A container is listed once.
+    """The items at `locations`: paths, members of tars, rows of parquet files. Those that are gone are left out.
 
-    A container that cannot be read has no items. `reading` gives a container's items.
+    A container is listed once. One that cannot be read has no items. `reading` gives a container's items.
     """
     columns = Columns(image_column)
     found: dict[str, Item] = {}

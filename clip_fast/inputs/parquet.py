@@ -175,7 +175,7 @@ def keys_of(column: Any) -> list[str | None]:
     kind = _values(column.type)
     if isinstance(column.type, arrow.BaseExtensionType):  # such as UUIDs
         return [None if value is None else str(value) for value in column.to_pylist()]
-    if str(kind) in _TEXT | _BINARY or arrow.types.is_fixed_size_binary(kind):
+    if _is_text_or_bytes(kind):
         return [None if value is None else value.decode("utf-8", "backslashreplace") for value in _texts_of(column)]
     return column.cast(arrow.string()).to_pylist()
 
@@ -221,8 +221,14 @@ def _may_hold_images(kind: Any) -> bool:
     """Whether cells of this Arrow type are what `ParquetCell` reads, or paths."""
     arrow, _ = pyarrow()
     values = _values(kind)
-    if arrow.types.is_struct(values):
-        return any(values.get_field_index(name) >= 0 for name in ("bytes", "path"))
+    if not arrow.types.is_struct(values):
+        return _is_text_or_bytes(values)
+    fields = {field.name: _values(field.type) for field in values}
+    return _is_text_or_bytes(fields["bytes"]) if "bytes" in fields else str(fields.get("path")) in _TEXT
+
+
+def _is_text_or_bytes(values: Any) -> bool:
+    arrow, _ = pyarrow()
     return str(values) in _BINARY | _TEXT or arrow.types.is_fixed_size_binary(values)
 
 

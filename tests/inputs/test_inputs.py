@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+import bz2
 import datetime
 import errno
+import gzip
 import inspect
 import io
 import itertools
+import lzma
 import os
 import pickle
 import random
@@ -16,7 +19,7 @@ import tarfile
 import tracemalloc
 import uuid
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +31,7 @@ from PIL import Image
 from clip_fast.errors import printable
 from clip_fast.inputs import parquet, tars
 from clip_fast.inputs.finder import read_list
-from clip_fast.inputs.inputs import Files, Inputs, find_inputs, item_at
+from clip_fast.inputs.inputs import Files, Inputs, find_inputs, items_at
 from clip_fast.inputs.items import Failure, ImageFile, Item, Unreadable
 from clip_fast.inputs.parquet import ParquetCell
 from clip_fast.inputs.tars import TarMember
@@ -426,6 +429,23 @@ def test_a_tar_gives_its_images_under_their_sample_keys(tmp_path: Path) -> None:
     assert [value_of(item) for item in items] == [7, 8, 9]
 
 
+@pytest.mark.parametrize(
+    ("pack", "words"),
+    [
+        (gzip.compress, "compressed with gzip, and a tar is read uncompressed: unpack it"),
+        (bz2.compress, "compressed with bzip2"),
+        (lzma.compress, "compressed with xz"),
+        (lambda data: b"PK\3\4" + data, "a zip archive: unpack it"),
+    ],
+)
+def test_a_compressed_tar_is_named_as_such(tmp_path: Path, pack: Callable[[bytes], bytes], words: str) -> None:
+    path = write_tar(tmp_path / "x.tar", {f"{i}.png": png(i) for i in range(50)})
+    path.write_bytes(pack(path.read_bytes()))
+    (item,) = find_inputs([path])
+    with pytest.raises(ValueError, match=f"not a readable, uncompressed tar: it is {words}"):
+        item.source()
+
+
 def test_what_has_no_name_before_its_dot_is_no_sample(tmp_path: Path) -> None:
     members = {"a/._1.png": b"of a Mac", ".png": b"", "a/.x/2.png": png(2), "a/1.png": png(1)}
     assert keys(find_inputs([write_tar(tmp_path / "t.tar", members)])) == ["a/.x/2", "a/1"]
@@ -656,7 +676,7 @@ def test_a_tar_may_end_with_any_padding(tmp_path: Path, zeros: int) -> None:
 def test_a_tar_is_known_in_letters_of_any_case(tmp_path: Path) -> None:
     for name in ("a.TAR", "b.Tar"):
         (item,) = find_inputs([write_tar(tmp_path / name, {"x/1.png": png(4)})])
-        assert (item.key, value_of(item), item_at(item.location)) == ("x/1", 4, item)
+        assert (item.key, value_of(item), items_at([item.location])) == ("x/1", 4, {item.location: item})
 
 
 @pytest.mark.parametrize("leftover", LEFTOVERS)
@@ -1016,10 +1036,17 @@ def test_an_item_is_found_again_by_its_location(tmp_path: Path) -> None:
     write_parquet(tmp_path / "b.parquet", image=[png(3), png(4)])
     save(tmp_path / "c#1.png", 5)
     items = list(find_inputs([tmp_path / "a.tar", tmp_path / "b.parquet", tmp_path / "c#1.png"]))
-    assert [value_of(item_at(item.location)) for item in items] == [1, 2, 3, 4, 5]
-    for gone in ("a.tar/x/3.png", "b.parquet#2", "d.png", "d.tar/1.png", "d.parquet#0"):
-        with pytest.raises(FileNotFoundError):
-            item_at(str(tmp_path / gone))
+    again = items_at(item.location for item in reversed(items))
+    assert [value_of(again[item.location]) for item in items] == [1, 2, 3, 4, 5]
+    gone = ("a.tar/x/3.png", "b.parquet#2", "d.png", "d.tar/1.png", "d.parquet#0")
+    assert not items_at(str(tmp_path / name) for name in gone)
+
+
+def test_a_tar_is_found_again_in_and_around_what_is_named_as_one(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").mkdir()
+    path = write_tar(tmp_path / "x.tar" / "in.TAR", {"y.tar/1.png": png(1)})
+    (item,) = find_inputs([path])
+    assert items_at([item.location]) == {f"{path}/y.tar/1.png": item}
 
 
 def test_members_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -1034,9 +1061,8 @@ def test_members_of_one_name_are_told_apart(tmp_path: Path) -> None:
     names = ["x.png", "y.png", "x.png#2", "x.png#3", "x.png#2.png", "sub/x.png", "y.png#2"]
     assert [item.location for item in items] == [f"{path}/{name}" for name in names]
     assert [item.key for item in items] == ["x", "y", "x", "x", "x", "sub/x", "y"]
-    assert [value_of(item_at(item.location)) for item in items] == list(range(7))
-    with pytest.raises(FileNotFoundError):
-        item_at(f"{path}/x.png#4")
+    assert items_at([f"{path}/x.png#4", *(item.location for item in items)]) == {item.location: item for item in items}
+    assert [value_of(item) for item in items] == list(range(7))
 
 
 def test_null_and_empty_cells(tmp_path: Path) -> None:
@@ -1084,7 +1110,9 @@ def test_images_are_known_by_any_type_of_bytes(tmp_path: Path, kind: str) -> Non
         assert value_of(item) == 7
 
 
-@pytest.mark.parametrize("cell", [1, 0.5, [1, 2], {"jpg": b""}], ids=str)
+@pytest.mark.parametrize(
+    "cell", [1, 0.5, [1, 2], {"jpg": b""}, {"bytes": 1}, {"bytes": [1], "path": "a"}, {"path": 1}], ids=str
+)
 def test_a_column_of_a_type_that_holds_no_images_is_unreadable_at_once(tmp_path: Path, cell: object) -> None:
     (item,) = find_inputs([write_parquet(tmp_path / "t.parquet", image=[cell] * 5)])
     with pytest.raises(ValueError, match="the column 'image' holds no images: bytes or paths are, it has"):
