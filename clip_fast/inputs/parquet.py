@@ -245,20 +245,23 @@ class _Column:
 
     Rows are asked for in order, or nearly so where several threads ask. The last slices stay in memory. A row before
     them makes the group be read again from its beginning. Rows behind a damaged page fail without being looked for.
+
+    A slice that takes too much memory is read again row by row. Arrow does not go on behind a row that still does.
     """
 
     def __init__(self, file: str, group: int, column: str) -> None:
         self._place = (file, group, column)
         self._lock = Lock()
+        self._by_row = False
         self._damage: tuple[int, Exception] | None = None  # the first row that cannot be read, and why
         self._rewind()
 
     def _rewind(self) -> None:
         file, group, column = self._place
         opened = pyarrow()[1].ParquetFile(file, memory_map=True)  # reads slices, not the whole column
-        size = _rows_at_once(opened.metadata.row_group(group), [column], _SLICE)
+        size = 1 if self._by_row else _rows_at_once(opened.metadata.row_group(group), [column], _SLICE)
         self._coming: Iterator[Any] = opened.iter_batches(size, row_groups=[group], columns=[column])
-        kept = max(2, -(-_KEPT // size))
+        kept = 2 if self._by_row else max(2, -(-_KEPT // size))
         self._slices: deque[tuple[int, Any]] = deque(maxlen=kept)  # each with the number of its first row
         self._next = 0
 
@@ -286,6 +289,13 @@ class _Column:
                 rows = batch.column(0)
                 self._slices.append((self._next, rows))
                 self._next += len(rows)
+        except MemoryError:
+            if self._by_row:
+                place = f"row {self._next} of row group {self._place[1]}"
+                self._damage = self._next, MemoryError(f"{place} takes too much memory, and those behind it are lost")
+            self._by_row = True
+            self._rewind()
+            return self._slice(row)
         except Exception as error:
             if not may_pass(error):
                 self._damage = self._next, error

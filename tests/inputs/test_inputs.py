@@ -19,7 +19,7 @@ import tarfile
 import tracemalloc
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -916,6 +916,32 @@ def test_rows_of_large_images_are_read_a_few_at_a_time(tmp_path: Path) -> None:
     for item in find_inputs([tmp_path / "t.parquet"]):
         item.prepare()
         assert pa.total_allocated_bytes() - before < 4 * parquet._SLICE_BYTES
+
+
+def test_a_cell_that_takes_too_much_memory_fails_no_row_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor do rows that are too large together. Arrow goes no further than the cell."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    cells = [png(number) + bytes(size) for number, size in enumerate([0, 900, 0, 900, 900, 0, 2000, 0, 0])]
+    iter_batches = pq.ParquetFile.iter_batches
+
+    def limited(file: Any, *arguments: Any, **options: Any) -> Iterator[Any]:
+        for batch in iter_batches(file, *arguments, **options):
+            if batch.nbytes > 1500:
+                raise pa.ArrowMemoryError(f"malloc of size {batch.nbytes} failed")
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", limited)
+    pq.write_table(pa.table({"image": cells}), tmp_path / "t.parquet")
+    items = list(find_inputs([tmp_path / "t.parquet"]))
+    assert [value_of(item) for item in items[:6]] == list(range(6))
+    for item in items[6:]:
+        with pytest.raises(
+            MemoryError, match="row 6 of row group 0 takes too much memory, and those behind it are lost"
+        ):
+            item.source()
+    assert value_of(items[0]) == 0
 
 
 def test_a_parquet_of_paths(tmp_path: Path) -> None:
