@@ -258,9 +258,12 @@ def _folders(
             cannot_list(error)
             continue
         yield folder, real, files
-        below = sorted((each for each in below if each[1] not in entered), reverse=True)
-        entered.update(real for _, real in below)
-        waiting += below
+        new: list[tuple[str, str]] = []
+        for path, real in sorted(below):
+            if real not in entered:
+                entered.add(real)
+                new.append((path, real))
+        waiting += reversed(new)
 
 
 def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
