@@ -37,7 +37,8 @@ class Preprocess:
     channel of pixels scaled to [0, 1], those of the model's training. `squash` resizes the whole image to that size,
     whatever its aspect ratio, as some models were trained; otherwise the middle is cut out. `on_white` converts to RGB
     before resizing, with what is transparent on white, as transformers does. `bilinear` resizes bilinearly, as for
-    CLIPA, and not bicubically. An EXIF orientation is not applied, as `clip` does not.
+    CLIPA, and not bicubically. An EXIF orientation is not applied, as `clip` does not; only a TIFF is turned, by Pillow
+    itself.
 
     As in `clip`, the whole image is resized before that crop, so memory grows with the aspect ratio: about
     4 image_size² bytes times long side / short side.

@@ -191,6 +191,14 @@ def test_exif_orientation_is_ignored_as_in_clip(orientation: int, clip_transform
     assert torch.equal(actual, Preprocess(28)(reopened(encoded(image, "JPEG"))))
 
 
+def test_pillow_turns_a_tiff_by_its_orientation_as_in_clip(clip_transform: ClipTransform) -> None:
+    image = noise("RGB", 45, 33)
+    tagged = encoded(image, "TIFF", tiffinfo={0x0112: 6})
+    actual = Preprocess(28)(reopened(tagged))
+    assert_as_clip(actual, clip_transform(28)(reopened(tagged)))
+    assert torch.equal(actual, Preprocess(28)(image.transpose(Image.Transpose.ROTATE_270)))
+
+
 def test_another_mean_and_std_are_as_in_torchvision(clip_transform: ClipTransform) -> None:
     mean, std = (0.5, 0.25, 0.1), (0.3, 0.7, 1.1)
     transform = clip_transform(28)

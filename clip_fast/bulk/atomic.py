@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import IO, Any, BinaryIO
 
 TEMPORARY_SUFFIX = ".tmp"
@@ -19,7 +20,11 @@ class _NamedFile(io.FileIO):
     """A new file whose errors name the file that it becomes, also those of a disk that is full."""
 
     def __init__(self, path: Path, target: Path) -> None:
-        super().__init__(path, "xb")
+        try:
+            super().__init__(path, "xb")
+        except OSError as error:
+            error.filename = str(target)
+            raise
         self._target = target
 
     def write(self, data: Any, /) -> int:
@@ -28,7 +33,10 @@ class _NamedFile(io.FileIO):
 
 
 class NewFile:
-    """A file with a temporary name beside `target`, until `move` gives it the target's name or `discard` removes it."""
+    """A file with a temporary name beside `target`, until `move` gives it the target's name or `discard` removes it.
+
+    A context manager: what was not moved is removed in the end.
+    """
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -49,6 +57,27 @@ class NewFile:
             self.file.close()
         self._temporary.unlink(missing_ok=True)
 
+    def __enter__(self) -> NewFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.discard()
+
+
+def check_target(target: Path) -> None:
+    """Refuses a name that no file can be moved to, before any work is done for it.
+
+    Raises:
+        FileNotFoundError: the folder of `target` does not exist.
+        ValueError: `target` is there, and no regular file.
+    """
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"the output's folder {target.parent} does not exist")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{target} exists and is not a regular file")
+
 
 def claimed_file(target: Path) -> NewFile:
     """A `NewFile` that stays locked while it is written.
@@ -57,10 +86,10 @@ def claimed_file(target: Path) -> NewFile:
     without locks.
 
     Raises:
-        FileNotFoundError: the folder of `target` does not exist.
+        FileNotFoundError, ValueError: as `check_target` raises them.
+        OSError: the folder of `target` cannot be written to.
     """
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"the output's folder {target.parent} does not exist")
+    check_target(target)
     for leftover in target.parent.glob(f".{glob.escape(target.name)}.*{TEMPORARY_SUFFIX}"):
         with suppress(OSError), locked(leftover):
             leftover.unlink()
@@ -103,13 +132,10 @@ def _lock(file: IO[bytes]) -> None:
 @contextmanager
 def new_file(target: Path) -> Generator[BinaryIO, None, None]:
     """A file to write to, which becomes `target` at the end of the block. Nothing is left where the block raises."""
-    new = NewFile(target)
-    try:
+    with NewFile(target) as new:
         yield new.file
         new.finish()
         new.move()
-    finally:
-        new.discard()
 
 
 @contextmanager

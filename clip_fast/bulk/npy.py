@@ -64,7 +64,7 @@ def embed_files(
 
     `workers` and `time_limit` are those of `Workers`: processes decode the next batches at the same time, and share
     each of them. Of an animation or a multi-page file, the first frame counts. An EXIF orientation is not applied, as
-    `clip` does not.
+    in `Preprocess`.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -129,9 +129,6 @@ class EmbeddingWriter:
         targets = [output, output.with_name(PATHS_NAME), output.with_name(ERRORS_NAME)]
         if output in targets[1:]:
             raise ValueError(f"{output} is the name of the file beside the embeddings: choose another")
-        for target in targets:
-            if target.exists() and not target.is_file():
-                raise ValueError(f"{target} exists and is not a regular file")
         self._open: list[NewFile] = []
         try:
             for target in targets:

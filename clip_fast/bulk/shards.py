@@ -8,8 +8,8 @@
 
 This is the layout that clip-retrieval and autofaiss read. Every input has its row, in order; the embedding of a failed
 one is zero. The metadata holds the size and the checksum of the embeddings' file and is renamed into place after it: a
-shard is there once its metadata is. A killed run leaves whole shards, temporary files that the next run removes, and a
-lock that the operating system has released.
+shard is there once its metadata is. Where a shard is replaced, its old metadata goes before the embeddings do. A killed
+run leaves whole shards, temporary files that the next run removes, and a lock that the operating system has released.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from ..errors import reason_of, summary
 from ..extras import pyarrow
 from ..inputs.items import Item
-from .atomic import TEMPORARY_SUFFIX, locked, naming, new_file
+from .atomic import TEMPORARY_SUFFIX, NewFile, locked, naming, new_file
 from .listings import LISTINGS_FOLDER
 from .manifest import MANIFEST_NAME, compare, read_manifest, write_manifest
 from .tables import Record, Shard, Totals, as_text, columns_of
@@ -94,15 +94,22 @@ class ShardFolder:
     def write(self, shard: Shard) -> None:
         """Writes a shard, whole or not at all.
 
+        A shard of that number which is there already stays until all bytes of the new one are on the disk.
+
         Raises:
             OSError: for example because the disk is full.
         """
         data = npy_bytes(shard.rows)
-        with new_file(self.embeddings_path(shard.index)) as file:
-            file.writelines(data)
         _, parquet = pyarrow()
-        with new_file(self.metadata_path(shard.index)) as file:
-            parquet.write_table(_metadata(shard, data), file, write_page_checksum=True)
+        paths = self.embeddings_path(shard.index), self.metadata_path(shard.index)
+        with NewFile(paths[0]) as embeddings, NewFile(paths[1]) as metadata:
+            embeddings.file.writelines(data)
+            parquet.write_table(_metadata(shard, data), metadata.file, write_page_checksum=True)
+            embeddings.finish()
+            metadata.finish()
+            metadata.target.unlink(missing_ok=True)  # a kill must not leave it beside the new embeddings
+            embeddings.move()
+            metadata.move()
         for folder in (EMBEDDINGS_FOLDER, METADATA_FOLDER):
             _sync_folder(self.folder / folder)
         errors = _error_lines(shard.records)

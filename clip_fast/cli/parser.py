@@ -203,7 +203,9 @@ def parser() -> argparse.ArgumentParser:
         "--output", default="embeddings.npy", metavar="FILE|FOLDER/", help="what to write (default: %(default)s)"
     )
     encode.add_argument(
-        "--files-from", metavar="FILE", help="more PATHs, one a line or between zero bytes; - is standard input"
+        "--files-from",
+        metavar="FILE",
+        help="more PATHs, one a line, or between zero bytes, where they are no patterns; - is standard input",
     )
     encode.add_argument(
         "--image-column", default=IMAGE_COLUMN, metavar="NAME", help="of .parquet inputs (default: %(default)s)"

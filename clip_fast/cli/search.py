@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..bulk.atomic import new_file
+from ..bulk.atomic import check_target, new_file
 from ..bulk.decoder import Decoder
 from ..bulk.manifest import weights_digest
 from ..bulk.workers import memory_limited
@@ -40,6 +40,8 @@ def search(arguments: argparse.Namespace) -> int:
         raise ValueError("give either a TEXT, an --image or --queries to look for")
     if arguments.queries is not None and arguments.html:
         raise ValueError("--html shows what one query finds, not those of --queries")
+    if arguments.html:
+        check_target(Path(arguments.html))
     texts = _texts(arguments)
     index = Index(arguments.index)
     if not index.complete:

@@ -8,8 +8,9 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -33,14 +34,20 @@ _LEFTOVER_FOLDERS = {"@eaDir", ".@__thumb", "#recycle", "@Recycle", "__MACOSX", 
 _LEFTOVER_PREFIX = "._"  # of a Mac's files of attributes, beside the file of that name
 
 
+class ExactPath(str):
+    """An argument that is a path as it stands: no pattern, and without braces to write out."""
+
+    __slots__ = ()
+
+
 def is_leftover(path: str) -> bool:
-    """Whether a file is none of a person's own, though it has an image's suffix."""
-    *folders, name = path.split(os.sep)
-    return name.startswith(_LEFTOVER_PREFIX) or not _LEFTOVER_FOLDERS.isdisjoint(folders)
+    """Whether a file or folder is none of a person's own, though it may have an image's suffix."""
+    names = path.split(os.sep)
+    return names[-1].startswith(_LEFTOVER_PREFIX) or not _LEFTOVER_FOLDERS.isdisjoint(names)
 
 
 def read_list(file: BinaryIO) -> list[str]:
-    """The paths in a file: one a line, or between zero bytes where it has any, as `find -print0` writes them.
+    """The arguments in a file: one a line, or exact paths between zero bytes where it has any, as of `find -print0`.
 
     A byte order mark is no part of the first path. UTF-16 is known with or without one.
 
@@ -56,8 +63,10 @@ def read_list(file: BinaryIO) -> list[str]:
             raise ValueError(f"the list of paths is not readable: {error}") from error
         return [line for line in text.removeprefix("\ufeff").replace("\r\n", "\n").split("\n") if line]
     data = data.removeprefix(codecs.BOM_UTF8)
-    entries = data.split(b"\0") if b"\0" in data else [line.rstrip(b"\r") for line in data.split(b"\n")]
-    return [os.fsdecode(entry) for entry in entries if entry]
+    if b"\0" in data:
+        return [ExactPath(os.fsdecode(entry)) for entry in data.split(b"\0") if entry]
+    lines = (line.rstrip(b"\r") for line in data.split(b"\n"))
+    return [os.fsdecode(line) for line in lines if line]
 
 
 def _wide_encoding(data: bytes) -> str | None:
@@ -79,7 +88,7 @@ def without_braces(arguments: Iterable[str | os.PathLike[str]]) -> Iterator[str 
     """The arguments with their braces written out. An argument that names a file as it stands is left alone."""
     for argument in arguments:
         name = os.fspath(argument)
-        if "{" in name and not os.path.lexists(name):
+        if "{" in name and not isinstance(name, ExactPath) and not os.path.lexists(name):
             yield from _names(name)
         else:
             yield name
@@ -135,15 +144,16 @@ class Finder:
         self.passed_over: Counter[str] = Counter()  # files in folders that are no images, by their suffix
         self._containers = containers
         self._seen: set[str] = set()
+        self._counted: set[str] = set()  # folders whose files are in `passed_over`
         self._real = cache(os.path.realpath)  # asked of folders only
 
     def __call__(self, argument: str) -> Iterator[str | Failure]:
         is_folder = _is_folder(argument)
+        named: dict[str, bool] = {}
         if is_folder is not None:
             named = {str(Path(argument)): is_folder}
-        else:
-            matched = _sorted(str(Path(name)) for name in glob.glob(argument, recursive=True))
-            named = {path: os.path.isdir(path) for path in matched}
+        elif glob.has_magic(argument) and not isinstance(argument, ExactPath):
+            named = {path: os.path.isdir(path) for path in _sorted(str(Path(path)) for path in _matched(argument))}
         nothing = True
         for path, is_folder in named.items():
             for found in self._below(path) if is_folder else [path]:
@@ -151,7 +161,7 @@ class Finder:
                 if isinstance(found, Failure) or self._is_new(found):
                     yield found
         if nothing:
-            yield Failure(argument, self._nothing_in(named))
+            yield Failure(str(argument), self._nothing_in(named))
 
     def _is_new(self, path: str) -> bool:
         folder, name = os.path.split(path)
@@ -161,31 +171,24 @@ class Finder:
 
     def _below(self, folder: str) -> Iterator[str | Failure]:
         suffixes = image_suffixes()
-        entered = {os.path.realpath(folder)}  # since a link may lead back up
         images: list[str] = []
         failures: list[Failure] = []
 
         def cannot_list(error: OSError) -> None:
-            if may_pass(error):
-                raise error
+            _raise_if_passing(error)
             failures.append(Failure(str(error.filename), reason_of(error)))
 
-        for root, folders, files in os.walk(folder, onerror=cannot_list, followlinks=True):
+        for root, real, files in _folders(folder, cannot_list):
+            is_counted = real in self._counted
+            self._counted.add(real)
             for name in files:
                 suffix = os.path.splitext(name)[1].lower()
                 if name.startswith(_LEFTOVER_PREFIX):
                     continue
                 if suffix in suffixes:
                     images.append(os.path.join(root, name))
-                else:
+                elif not is_counted and os.path.join(real, name) not in self._seen:
                     self.passed_over[suffix] += 1
-            below = {
-                name: os.path.realpath(os.path.join(root, name))
-                for name in sorted(folders)
-                if name not in _LEFTOVER_FOLDERS
-            }
-            folders[:] = [name for name, real in below.items() if real not in entered]
-            entered.update(below.values())
         yield from failures
         yield from _sorted(image.removeprefix(_HERE) for image in images)
 
@@ -193,10 +196,86 @@ class Finder:
         """The reason why an argument that stands for `folders` gives no file."""
         if not folders:
             return "no such file or folder"
-        names = (name for folder in folders for _, _, files in os.walk(folder) for name in files)
+        names = (name for folder in folders for _, _, files in _folders(folder, _raise_if_passing) for name in files)
         if self._containers and any(name.lower().endswith(self._containers) for name in names):
             return f"no image below it; {' and '.join(self._containers)} files are to be named themselves"
         return "no image below it"
+
+
+def _matched(pattern: str) -> Iterable[str]:
+    """The paths that a pattern stands for, as `glob.glob` has them, without leftovers that it does not name itself.
+
+    Links may lead back up: below a `**`, each folder is entered once. A `**` at the end stands for its folder, and for
+    all files below it.
+    """
+    parts = [part for part in pattern.split(os.sep) if part]
+    paths = [os.sep if pattern.startswith(os.sep) else ""]
+    for number, part in enumerate(parts, 1):
+        if part == "**":
+            found = (each for path in paths for each in _folders(path, _raise_if_passing, hidden=False))
+            if number < len(parts):
+                below = (folder for folder, _, _ in found)
+            else:
+                files = (os.path.join(folder, name) for folder, _, names in found for name in names)
+                below = chain(filter(os.path.isdir, paths), files)
+            paths = list(dict.fromkeys(below))
+        else:
+            paths = [
+                os.path.join(path, name)
+                for path in paths
+                for name in glob.glob(part, root_dir=path)
+                if not is_leftover(name) or is_leftover(part)
+            ]
+    return filter(os.path.isdir, paths) if pattern.endswith(os.sep) else paths
+
+
+def _folders(
+    top: str, cannot_list: Callable[[OSError], object], *, hidden: bool = True
+) -> Iterator[tuple[str, str, list[str]]]:
+    """Each folder from `top` down, its real path, and the names of the files in it; no leftover folders.
+
+    Links to folders are followed, and no folder is entered twice, since a link may lead back up. The depth has no
+    bound, as it has in `os.walk`, which calls itself in Python 3.11. `hidden` is for names that begin with a dot.
+    """
+    waiting = [(top, os.path.realpath(top))]
+    entered = {waiting[0][1]}
+    while waiting:
+        folder, real = waiting.pop()
+        below: list[tuple[str, str]] = []
+        files: list[str] = []
+        try:
+            with os.scandir(folder or os.curdir) as entries:
+                for entry in entries:
+                    name, path = entry.name, os.path.join(folder, entry.name)
+                    if name.startswith(".") and not hidden:
+                        continue
+                    if not _leads_to_folder(entry):
+                        files.append(name)
+                    elif name not in _LEFTOVER_FOLDERS:
+                        is_link = entry.is_symlink()
+                        below.append((path, os.path.realpath(path) if is_link else os.path.join(real, name)))
+        except OSError as error:
+            cannot_list(error)
+            continue
+        yield folder, real, files
+        new: list[tuple[str, str]] = []
+        for path, real in sorted(below):
+            if real not in entered:
+                entered.add(real)
+                new.append((path, real))
+        waiting += reversed(new)
+
+
+def _leads_to_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # such as a link to itself
+        return False
+
+
+def _raise_if_passing(error: OSError) -> None:
+    if may_pass(error):
+        raise error
 
 
 def _is_folder(path: str) -> bool | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,8 @@ _PEAK_BYTES = {"WEBP": 16, "AVIF": 12, "DDS": 10, "TIFF": 6}
 _PEAK_BYTES_OF_BAND = {"JPEG2000": 6}
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # TIFF 6.0, section 15
 
-# Files that people take for images or for tars: where their mark stands, the mark, and what they are.
-_OTHERS = (
+# Files that people take for tars: where their mark stands, the mark, and what they are.
+PACKED = (
     (0, b"\x1f\x8b", "it is compressed with gzip, and a tar is read uncompressed: unpack it"),
     (0, b"BZh", "it is compressed with bzip2, and a tar is read uncompressed: unpack it"),
     (0, b"\xfd7zXZ\0", "it is compressed with xz, and a tar is read uncompressed: unpack it"),
@@ -33,6 +33,11 @@ _OTHERS = (
     (0, b"PK\x03\x04", "it is a zip archive: unpack it"),
     (0, b"7z\xbc\xaf\x27\x1c", "it is a 7z archive: unpack it"),
     (0, b"Rar!", "it is a rar archive: unpack it"),
+)
+
+# And those that they take for images.
+_OTHERS = (
+    *PACKED,
     (257, b"ustar", "it is a tar archive, and its name must end in .tar"),
     (0, b"PAR1", "it is a parquet file, and its name must end in .parquet"),
     (4, b"ftyphe", "it is HEIC: convert it to JPEG"),
@@ -60,7 +65,7 @@ def image_formats() -> tuple[str, ...]:
 @cache
 def image_suffixes() -> frozenset[str]:
     """The suffixes of `image_formats`, in lower case, with their dot."""
-    served = set(image_formats())
+    served = {*image_formats(), "MPO"}  # several JPEGs in one file, which Pillow opens as a JPEG first
     return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in served)
 
 
@@ -75,7 +80,8 @@ def open_image(source: Path | io.BytesIO) -> Image.Image:
     try:
         image = Image.open(source, formats=image_formats())
     except UnidentifiedImageError:
-        raise ValueError(f"not an image, or not in a format that Pillow reads{_kind_of(source)}") from None
+        kind = kind_of(source)
+        raise ValueError(f"not an image, or not in a format that Pillow reads{kind and f': {kind}'}") from None
     try:
         _check_memory(image)
     except BaseException:
@@ -109,15 +115,15 @@ def _check_memory(image: ImageFile.ImageFile) -> None:
         raise ValueError("compressed FITS: unpack it")
 
 
-def _kind_of(source: Path | io.BytesIO) -> str:
-    """Words on the kind of a file that is no image, where it is known."""
+def kind_of(source: Path | io.BytesIO, kinds: Sequence[tuple[int, bytes, str]] = _OTHERS) -> str:
+    """Words on the kind of a file that is no image, or no tar; none where it is of no known kind."""
     if isinstance(source, Path):
         with open(source, "rb") as file:
             head = file.read(512)
     else:
         head = source.getvalue()[:512]
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
-    for place, mark, words in _OTHERS:
+    for place, mark, words in kinds:
         if (head[place:] if place else text).lower().startswith(mark.lower()):
-            return f": {words}"
+            return words
     return ""

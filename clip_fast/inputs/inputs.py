@@ -11,7 +11,6 @@ listed: a row in its place would move all later rows, for good.
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -128,11 +127,12 @@ def find_inputs(
     A folder stands for the files below it with the suffix of an image format that Pillow reads, sorted by path; links
     are followed. A pattern (`*`, `?`, `[...]`, and `**` for any depth) that is not itself a file's name stands for
     what it matches, sorted, as if the shell had expanded it. Braces stand for each of `{0000..0099}` or `{train,test}`,
-    as in the shell. A file ending in `.tar` is read as a webdataset, one ending in `.parquet` as a table, in letters of
-    any case. Any other file that is named or matched is taken as an image, whatever its suffix.
+    as in the shell. In an `ExactPath` neither is seen. A file ending in `.tar` is read as a webdataset, one ending in
+    `.parquet` as a table, in letters of any case. Any other file that is named or matched is taken as an image,
+    whatever its suffix.
 
-    In folders, what a NAS or a Mac keeps beside photographs (`@eaDir`, `._photo.jpg`) is left out. Other files there
-    that have no image's suffix are counted in `Inputs.passed_over`.
+    What a NAS or a Mac keeps beside photographs (`@eaDir`, `._photo.jpg`) is left out in folders, and of what a pattern
+    matches. Other files in folders that have no image's suffix are counted in `Inputs.passed_over`, each once.
 
     A file that is reached twice keeps its first place; links to one file are several files. An argument that stands
     for no file, and a folder that cannot be listed, are `Unreadable` items.
@@ -159,26 +159,14 @@ def find_inputs(
     return Inputs([*parts, Files(places)] if places else parts, find.passed_over)
 
 
-def item_at(location: str, image_column: str = IMAGE_COLUMN) -> Item:
-    """The item that lies at an item's `location`: a path, a member of a tar, or a row of a parquet file.
-
-    Raises:
-        FileNotFoundError: there is none any more.
-    """
-    found = items_at([location], image_column)
-    if location not in found:
-        raise FileNotFoundError(errno.ENOENT, "No such file or directory", location)
-    return found[location]
-
-
 def items_at(
     locations: Iterable[str],
     image_column: str = IMAGE_COLUMN,
     reading: Callable[[Container], Iterable[Item]] = iter,
 ) -> dict[str, Item]:
-    """The items that lie at `locations`, as in `item_at`, without those that are gone. A container is listed once.
+    """The items at `locations`: paths, members of tars, rows of parquet files. Those that are gone are left out.
 
-    A container that cannot be read has no items. `reading` gives a container's items.
+    A container is listed once. One that cannot be read has no items. `reading` gives a container's items.
     """
     columns = Columns(image_column)
     found: dict[str, Item] = {}

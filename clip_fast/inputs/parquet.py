@@ -175,7 +175,7 @@ def keys_of(column: Any) -> list[str | None]:
     kind = _values(column.type)
     if isinstance(column.type, arrow.BaseExtensionType):  # such as UUIDs
         return [None if value is None else str(value) for value in column.to_pylist()]
-    if str(kind) in _TEXT | _BINARY or arrow.types.is_fixed_size_binary(kind):
+    if _is_text_or_bytes(kind):
         return [None if value is None else value.decode("utf-8", "backslashreplace") for value in _texts_of(column)]
     return column.cast(arrow.string()).to_pylist()
 
@@ -221,8 +221,14 @@ def _may_hold_images(kind: Any) -> bool:
     """Whether cells of this Arrow type are what `ParquetCell` reads, or paths."""
     arrow, _ = pyarrow()
     values = _values(kind)
-    if arrow.types.is_struct(values):
-        return any(values.get_field_index(name) >= 0 for name in ("bytes", "path"))
+    if not arrow.types.is_struct(values):
+        return _is_text_or_bytes(values)
+    fields = {field.name: _values(field.type) for field in values}
+    return _is_text_or_bytes(fields["bytes"]) if "bytes" in fields else str(fields.get("path")) in _TEXT
+
+
+def _is_text_or_bytes(values: Any) -> bool:
+    arrow, _ = pyarrow()
     return str(values) in _BINARY | _TEXT or arrow.types.is_fixed_size_binary(values)
 
 
@@ -239,20 +245,23 @@ class _Column:
 
     Rows are asked for in order, or nearly so where several threads ask. The last slices stay in memory. A row before
     them makes the group be read again from its beginning. Rows behind a damaged page fail without being looked for.
+
+    A slice that takes too much memory is read again row by row. Arrow does not go on behind a row that still does.
     """
 
     def __init__(self, file: str, group: int, column: str) -> None:
         self._place = (file, group, column)
         self._lock = Lock()
+        self._by_row = False
         self._damage: tuple[int, Exception] | None = None  # the first row that cannot be read, and why
         self._rewind()
 
     def _rewind(self) -> None:
         file, group, column = self._place
         opened = pyarrow()[1].ParquetFile(file, memory_map=True)  # reads slices, not the whole column
-        size = _rows_at_once(opened.metadata.row_group(group), [column], _SLICE)
+        size = 1 if self._by_row else _rows_at_once(opened.metadata.row_group(group), [column], _SLICE)
         self._coming: Iterator[Any] = opened.iter_batches(size, row_groups=[group], columns=[column])
-        kept = max(2, -(-_KEPT // size))
+        kept = 2 if self._by_row else max(2, -(-_KEPT // size))
         self._slices: deque[tuple[int, Any]] = deque(maxlen=kept)  # each with the number of its first row
         self._next = 0
 
@@ -280,6 +289,13 @@ class _Column:
                 rows = batch.column(0)
                 self._slices.append((self._next, rows))
                 self._next += len(rows)
+        except MemoryError:
+            if self._by_row:
+                place = f"row {self._next} of row group {self._place[1]}"
+                self._damage = self._next, MemoryError(f"{place} takes too much memory, and those behind it are lost")
+            self._by_row = True
+            self._rewind()
+            return self._slice(row)
         except Exception as error:
             if not may_pass(error):
                 self._damage = self._next, error

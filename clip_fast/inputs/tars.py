@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 from typing import ClassVar
 
 from ..errors import reason_of
 from .containers import Columns
 from .finder import is_leftover
-from .images import check_bytes, image_suffixes
+from .images import PACKED, check_bytes, image_suffixes, kind_of
 from .items import Item, Unreadable, image_bytes, may_pass, size_of_file
 from .tar_headers import BLOCK, Member, plain_files
 
@@ -70,8 +71,8 @@ class Tar:
 
     @classmethod
     def around(cls, location: str, columns: Columns) -> Tar | None:
-        found = re.search(rf"{re.escape(cls.suffix)}(?=/)", location, re.IGNORECASE)
-        return cls(location[: found.end()]) if found else None
+        ends = (found.end() for found in re.finditer(rf"{re.escape(cls.suffix)}(?=/)", location, re.IGNORECASE))
+        return next((cls(location[:end]) for end in ends if os.path.isfile(location[:end])), None)
 
     def count(self) -> int | None:
         """None: only listing the whole tar tells."""
@@ -89,7 +90,10 @@ class Tar:
         except Exception as error:  # tarfile raises whatever its parsing stumbles on
             if may_pass(error):
                 raise
-            yield Unreadable(self.path, self.path, f"not a readable, uncompressed tar: {reason_of(error)}")
+            reason = reason_of(error)
+            if isinstance(error, tarfile.ReadError):
+                reason = kind_of(Path(self.path), PACKED) or reason
+            yield Unreadable(self.path, self.path, f"not a readable, uncompressed tar: {reason}")
 
     def _images(self) -> Iterator[tuple[str, Member]]:
         """The members that are images by their names, with their keys."""

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -63,27 +64,33 @@ def page(
     """
     locations = [*(hit.location for hit in hits), *([query] if query else [])]
     items = items_at(locations, image_column, partial(listed, folder=index) if index else iter)
-    shown = _thumbnail(query, items.get(query)) if query else ""
+    # In the items' own order: a step back in a table would read all rows before it again.
+    thumbnails = {location: _thumbnail(item) for location, item in items.items()}
+    shown = thumbnails.get(query, _missing(FileNotFoundError())) if query else ""
     figures = "\n".join(
-        f"<figure>{_thumbnail(hit.location, items.get(hit.location))}"
+        f"<figure>{thumbnails.get(hit.location, _missing(FileNotFoundError()))}"
         f"<figcaption><b>{hit.score:.4f}</b> {html.escape(hit.location)}</figcaption></figure>"
         for hit in hits
     )
     return _PAGE.format(title=html.escape(title), query=shown, figures=figures)
 
 
-def _thumbnail(location: str, item: Item | None) -> str:
+def _thumbnail(item: Item) -> str:
     """An image as an element; a note in its place where it cannot be read any more."""
     try:
-        if item is None:
-            raise FileNotFoundError(location)
         with UNREMARKED, memory_limited(), item.open() as image:
             image.draft("RGB", (_SIDE, _SIDE))
-            small = ImageOps.exif_transpose(image).convert("RGB")
+            small = image.convert("RGB")
             small.thumbnail((_SIDE, _SIDE))
+            with suppress(Exception):  # damaged Exif has no orientation
+                small = ImageOps.exif_transpose(small)
             file = io.BytesIO()
             small.save(file, "JPEG", quality=80)
     except Exception as error:  # decoders fed with broken files raise whatever their parsing stumbles on
-        return f'<div class="missing">{html.escape(type(error).__name__)}</div>'
+        return _missing(error)
     data = base64.b64encode(file.getvalue()).decode()
-    return f'<img alt="{html.escape(location)}" src="data:image/jpeg;base64,{data}">'
+    return f'<img alt="{html.escape(item.location)}" src="data:image/jpeg;base64,{data}">'
+
+
+def _missing(error: Exception) -> str:
+    return f'<div class="missing">{html.escape(type(error).__name__)}</div>'

@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from ..bulk.shards import row_lengths
-from ..bulk.stored import StoredFolder
+from ..bulk.stored import StoredFolder, StoredShard
 
 _BLOCK_ROWS = 1 << 14
 _ALONE = 1 << 18  # numbers in rows that one query is multiplied by at once: more go to threads, which wait for memory
@@ -44,7 +45,8 @@ class Index:
     """The finished shards of an output folder.
 
     `settings` are those of the run that wrote it: "model", "weights", "dtype", "image_column" and more; they stand in
-    the file `manifest`. `complete` is false while that run is not finished.
+    the file `manifest`. `complete` is false while that run is not finished. Shards that are finished later are not in
+    it: open it again.
 
     Raises:
         FileNotFoundError, ValueError: the folder is none of `clip-fast encode`, or has no finished shard, or a file in
@@ -68,15 +70,21 @@ class Index:
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def search(self, query: NDArray[Any], k: int = 10) -> list[Hit]:
-        """The `k` images with the highest cosine to `query` (embed_dim,), best first. Of equals the earlier is first.
+    def search(self, query: NDArray[Any] | Tensor, k: int = 10) -> list[Hit]:
+        """The `k` images with the highest cosine to `query`, best first. Of equals the earlier is first.
+
+        Args:
+            query: (embed_dim,) or (1, embed_dim), of any dtype; a tensor may be on any device.
 
         Raises:
-            ValueError: for a query of another width, or one that has no direction.
+            ValueError: for a query of another shape, or one that has no direction; for a `k` below 1; where a shard has
+                changed since the index was opened, as the last one does when `encode --resume` extends the folder.
         """
+        if query.ndim == 2 and len(query) != 1:
+            raise ValueError(f"search takes one query, got {len(query)}: search_many takes several")
         return self.search_many(query[None] if query.ndim == 1 else query, k)[0]
 
-    def search_many(self, queries: NDArray[Any], k: int = 10) -> list[list[Hit]]:
+    def search_many(self, queries: NDArray[Any] | Tensor, k: int = 10) -> list[list[Hit]]:
         """As `search`, for each of `queries` (Q, embed_dim), in one pass over the rows."""
         scores, rows = self.nearest(queries, k)
         names = self._names(np.unique(rows))
@@ -85,13 +93,17 @@ class Index:
             for line, places in zip(scores, rows, strict=True)
         ]
 
-    def nearest(self, queries: NDArray[Any], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    def nearest(self, queries: NDArray[Any] | Tensor, k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Cosines and rows of the `k` best images for each of `queries` (Q, embed_dim): (Q, k) both, best first.
 
         Fewer columns where the index has fewer images.
         """
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
         if queries.ndim != 2 or queries.shape[1] != self.embed_dim:
             raise ValueError(f"queries must be [Q, {self.embed_dim}], got {list(queries.shape)}")
+        if isinstance(queries, Tensor):
+            queries = queries.detach().cpu().double().numpy()
         exact = queries.astype(np.float64)
         lengths = np.linalg.norm(exact, axis=1, keepdims=True)
         if not np.isfinite(lengths).all() or not lengths.all():
@@ -107,16 +119,23 @@ class Index:
     def _blocks(self) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.float32]]]:
         """The number of the first of some rows, the rows in float32, and their lengths."""
         for place, shard in enumerate(self._shards):
+            rows = int(self._starts[place + 1] - self._starts[place])
             known = self._lengths[place]
             if known is None:
                 known = shard.lengths()
+            if known is not None and len(known) != rows:
+                raise _changed(shard)
             start = 0
             lengths: list[NDArray[np.float32]] = []
             for block in shard.blocks(_BLOCK_ROWS):
                 stop = start + len(block)
+                if stop > rows:
+                    raise _changed(shard)
                 lengths.append(row_lengths(block) if known is None else known[start:stop])
                 yield int(self._starts[place]) + start, block, lengths[-1]
                 start = stop
+            if start < rows:
+                raise _changed(shard)
             self._lengths[place] = np.concatenate(lengths) if known is None else known
 
     def _names(self, rows: NDArray[np.int64]) -> dict[int, tuple[str, str]]:
@@ -128,6 +147,10 @@ class Index:
             if len(inside):
                 names |= zip(inside.tolist(), shard.names((inside - first).tolist()), strict=True)
         return names
+
+
+def _changed(shard: StoredShard) -> ValueError:
+    return ValueError(f"{shard.records} has other rows than when the index was opened: open it again")
 
 
 class _Best:

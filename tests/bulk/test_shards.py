@@ -11,7 +11,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import pytest
 from earlier import as_earlier
 from numpy.testing import assert_array_equal
 
+from clip_fast.bulk.atomic import NewFile
 from clip_fast.bulk.shards import OutputFolder, read_footer, read_records
 from clip_fast.bulk.tables import ParquetWriter, Record, Shard, Totals
 from clip_fast.inputs.items import ImageFile, Item
@@ -206,6 +207,51 @@ def test_a_full_disk_leaves_no_part_of_a_shard(tmp_path: Path, monkeypatch: pyte
         assert output.finished(0, items) == Totals(1, 0, 1)
 
 
+class Killed(BaseException):
+    """What nothing in between catches, as a kill -9 is."""
+
+
+@pytest.mark.parametrize("stopped", range(3))
+def test_a_shard_is_extended_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: int) -> None:
+    """Wherever a kill stops it: what is there can be searched and verified, and `--resume` makes the rest."""
+    short, _ = shard(1, None)
+    long, more = shard(1, None, None)
+    with filled(tmp_path) as output:
+        output.write(shard(0, None)[0])
+        output.write(short)
+        output.finish(2)
+    replace, calls = os.replace, []
+
+    def killed(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) > stopped:
+            raise Killed
+        replace(source, target)
+
+    with filled(tmp_path, resume=True) as output:
+        monkeypatch.setattr(os, "replace", killed)
+        with suppress(Killed):
+            output.write(long)
+        assert len(Index(tmp_path)) == (3 if stopped == 2 else 1)
+        assert output.finished(0, shard(0, None)[1]) == Totals(1, 0, 1)
+        assert (output.finished(1, more) is None) == (stopped < 2)
+        monkeypatch.undo()
+        output.write(long)
+        output.finish(2)
+    assert len(Index(tmp_path)) == 3
+
+
+def test_a_full_disk_leaves_the_shard_that_was_to_be_extended(tmp_path: Path) -> None:
+    with filled(tmp_path) as output:
+        output.write(shard(0, None)[0])
+        before = contents(tmp_path)
+        names = [f"{i}" * 100 for i in range(10)]
+        long = Shard(0, np.zeros((10, 5), np.float32), [Record(name, name, 1, 1, None) for name in names])
+        with small_files(1500), pytest.raises(OSError, match=r"File too large: .*metadata_0000\.parquet'$"):
+            output.write(long)
+    assert contents(tmp_path) == before
+
+
 def test_without_pyarrow_the_extra_is_named_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     for make in (OutputFolder, ParquetWriter):
@@ -359,6 +405,13 @@ def test_a_full_disk_is_told_with_the_files_name(tmp_path: Path, rows: int, file
     with filled(tmp_path) as output, small_files(1500), pytest.raises(OSError, match=f"File too large: .*{file}'$"):
         output.write(Shard(0, np.zeros((rows, 8), np.float32), records))
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_file_that_cannot_be_made_is_told_with_its_own_name(tmp_path: Path) -> None:
+    """And not with that of the temporary file beside it."""
+    with pytest.raises(FileNotFoundError) as error:
+        NewFile(tmp_path / "gone" / "x")
+    assert error.value.filename == str(tmp_path / "gone" / "x")
 
 
 def test_a_full_disk_under_one_parquet(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from clip_fast.bulk.decoder import Decoder
 from clip_fast.inputs.base64_text import is_base64, without_base64
 from clip_fast.inputs.images import MEMORY_LIMIT, image_formats, image_suffixes, open_image
+from clip_fast.inputs.inputs import find_inputs
 from clip_fast.inputs.items import ImageFile
 from clip_fast.inputs.tars import TarMember
 from clip_fast.preprocess import Preprocess
@@ -110,6 +111,14 @@ def test_what_is_no_image_is_named_where_it_is_known(tmp_path: Path, kind: str) 
     assert words in reason
     with pytest.raises(ValueError, match="not an image"):
         open_image(io.BytesIO(data))
+
+
+def test_several_jpegs_in_one_file_are_an_image_in_a_folder(tmp_path: Path) -> None:
+    """As of a camera with two lenses. Pillow opens an MPO as a JPEG, and has no opener of that name."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.mpo", save_all=True, append_images=[Image.new("RGB", (8, 8))])
+    (item,) = find_inputs([tmp_path])
+    with item.open() as image:
+        assert image.format == "MPO"
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

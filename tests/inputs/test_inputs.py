@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import base64
+import bz2
 import datetime
 import errno
+import gzip
+import inspect
 import io
 import itertools
+import lzma
 import os
 import pickle
 import random
@@ -14,7 +18,8 @@ import sys
 import tarfile
 import tracemalloc
 import uuid
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +31,7 @@ from PIL import Image
 from clip_fast.errors import printable
 from clip_fast.inputs import parquet, tars
 from clip_fast.inputs.finder import read_list
-from clip_fast.inputs.inputs import Files, Inputs, find_inputs, item_at
+from clip_fast.inputs.inputs import Files, Inputs, find_inputs, items_at
 from clip_fast.inputs.items import Failure, ImageFile, Item, Unreadable
 from clip_fast.inputs.parquet import ParquetCell
 from clip_fast.inputs.tars import TarMember
@@ -119,10 +124,16 @@ def test_a_named_file_is_taken_whatever_its_suffix(folder: Path) -> None:
         ("photos/?.*", ["photos/a.JPG", "photos/b.png", "photos/x.jpg/c.gif"]),  # a matched folder is a folder
         ("photos/**/*.[tw]*", ["photos/b/10.tiff", "photos/b/2.webp", "photos/notes.txt"]),
         ("**/*.png", ["photos/b.png", "z.png"]),
+        ("photos/b.*/**", ["photos/b.*/**"]),  # no folder
+        ("photos/*/**", [*IN_PHOTOS[1:3], "photos/b/data.pdf", "photos/x.jpg/c.gif"]),
+        ("photos/x*/", ["photos/x.jpg/c.gif"]),
+        ("./photos//**/**/b/./*.webp", ["photos/b/2.webp"]),
     ],
 )
 def test_patterns_are_expanded_and_sorted(folder: Path, pattern: str, expected: list[str]) -> None:
-    assert found(pattern) == expected
+    """As Python's own glob does."""
+    assert keys(find_inputs([pattern])) == expected
+    assert keys(find_inputs([f"{folder}/{pattern}"])) == [f"{folder}/{name}" for name in expected]
 
 
 def test_an_existing_name_is_no_pattern(folder: Path) -> None:
@@ -141,6 +152,38 @@ def test_links_to_folders_are_followed_once_and_may_form_loops(folder: Path) -> 
     save(folder / "other" / "o.png")
     assert found("photos") == [*IN_PHOTOS[:4], "photos/elsewhere/o.png", IN_PHOTOS[4]]
     assert found("photos/elsewhere", "other") == ["photos/elsewhere/o.png"]
+
+
+def test_two_stars_alone_are_all_files_that_are_not_hidden(folder: Path) -> None:
+    save(folder / ".hidden" / "h.png")
+    others = ["photos/b/data.pdf", "photos/none", "photos/notes.txt", "z.png"]
+    assert sorted(found("**")) == sorted([*IN_PHOTOS, *others])
+
+
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize("pattern", ["photos/**/*.png", "photos/**/**/b.png", "**/b.png", "photos/**/b/**/b.*"])
+def test_links_that_lead_back_up_end_a_pattern_too(folder: Path, pattern: str) -> None:
+    for number in range(3):
+        (folder / "photos" / "b" / f"up{number}").symlink_to("..")
+    (path,) = found(pattern)
+    assert os.path.samefile(path, "photos/b.png")
+
+
+def test_folders_may_be_deeper_than_python_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as of a program that unpacked a folder into itself."""
+    monkeypatch.chdir(tmp_path)
+    for _ in range(300):
+        os.mkdir("d")
+        os.chdir("d")
+    save(Path("z.png"))
+    os.chdir(tmp_path)
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack()) + 200)
+    try:
+        paths = [next(iter(find_inputs([name]))).location for name in ("d", "d/**/z.png")]
+    finally:
+        sys.setrecursionlimit(limit)
+    assert paths == ["d/" * 300 + "z.png"] * 2
 
 
 def test_a_link_to_a_file_is_a_file_of_its_own(folder: Path) -> None:
@@ -218,7 +261,10 @@ LEFTOVERS = [
 def test_leftovers_of_a_nas_or_a_mac_are_no_photographs(folder: Path, leftover: str) -> None:
     save(folder / "photos" / leftover)
     assert found("photos") == IN_PHOTOS
+    assert found("photos/[!n]*", "photos/**/*.[jw]*") == IN_PHOTOS
     assert found(f"photos/{leftover}") == [f"photos/{leftover}"]  # named itself, it is meant
+    parent, _, name = f"photos/{leftover}".rpartition("/")
+    assert found(f"{parent}/{name[:2]}*{name[-3:]}") == [f"photos/{leftover}"]
 
 
 def test_files_of_other_kinds_in_folders_are_counted(folder: Path) -> None:
@@ -227,6 +273,8 @@ def test_files_of_other_kinds_in_folders_are_counted(folder: Path) -> None:
         (folder / "photos" / name).write_bytes(b"no image")
     inputs = find_inputs(["photos", "z.png", "photos/notes.txt"])
     assert inputs.passed_over == {".heic": 2, ".tar": 1, ".txt": 1, ".pdf": 1, "": 1}
+    assert find_inputs(["photos", "photos/b", "photos/*", "photos/**/*.gif"]).passed_over == inputs.passed_over
+    assert find_inputs(["photos/notes.txt", "photos"]).passed_over == Counter({**inputs.passed_over, ".txt": 0})
     assert find_inputs(["z.png"]).passed_over == {}
     assert pickle.loads(pickle.dumps(inputs)).passed_over == inputs.passed_over
 
@@ -333,6 +381,15 @@ def test_lists_of_paths(data: bytes, expected: list[str]) -> None:
     assert read_list(io.BytesIO(data)) == expected
 
 
+def test_what_is_gone_from_a_list_between_zero_bytes_is_no_pattern(folder: Path) -> None:
+    """`find -print0` writes names; another file must not come in the place of one that was removed since."""
+    gone = ["photos/[b].png", "photos/*.gif", "{z,y}.png", "photos/**/b.png"]
+    items = list(find_inputs(read_list(io.BytesIO("\0".join(["z.png", *gone, "photos/b", ""]).encode()))))
+    assert [item.location for item in items] == ["z.png", *gone, *IN_PHOTOS[1:3]]
+    assert [type(item) for item in items] == [ImageFile] + [Unreadable] * 4 + [ImageFile] * 2
+    assert keys(find_inputs(read_list(io.BytesIO("\n".join(["z.png", gone[0]]).encode())))) == ["z.png", "photos/b.png"]
+
+
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 @pytest.mark.parametrize(
     "encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "mark and utf-16-be", "utf-32"]
@@ -370,6 +427,23 @@ def test_a_tar_gives_its_images_under_their_sample_keys(tmp_path: Path) -> None:
     assert [item.key for item in items] == ["a/001", "a/002", "b.d/003"]
     assert [item.location for item in items] == [f"{path}/{name}" for name in ("a/001.png", *list(members)[2:4])]
     assert [value_of(item) for item in items] == [7, 8, 9]
+
+
+@pytest.mark.parametrize(
+    ("pack", "words"),
+    [
+        (gzip.compress, "compressed with gzip, and a tar is read uncompressed: unpack it"),
+        (bz2.compress, "compressed with bzip2"),
+        (lzma.compress, "compressed with xz"),
+        (lambda data: b"PK\3\4" + data, "a zip archive: unpack it"),
+    ],
+)
+def test_a_compressed_tar_is_named_as_such(tmp_path: Path, pack: Callable[[bytes], bytes], words: str) -> None:
+    path = write_tar(tmp_path / "x.tar", {f"{i}.png": png(i) for i in range(50)})
+    path.write_bytes(pack(path.read_bytes()))
+    (item,) = find_inputs([path])
+    with pytest.raises(ValueError, match=f"not a readable, uncompressed tar: it is {words}"):
+        item.source()
 
 
 def test_what_has_no_name_before_its_dot_is_no_sample(tmp_path: Path) -> None:
@@ -602,7 +676,7 @@ def test_a_tar_may_end_with_any_padding(tmp_path: Path, zeros: int) -> None:
 def test_a_tar_is_known_in_letters_of_any_case(tmp_path: Path) -> None:
     for name in ("a.TAR", "b.Tar"):
         (item,) = find_inputs([write_tar(tmp_path / name, {"x/1.png": png(4)})])
-        assert (item.key, value_of(item), item_at(item.location)) == ("x/1", 4, item)
+        assert (item.key, value_of(item), items_at([item.location])) == ("x/1", 4, {item.location: item})
 
 
 @pytest.mark.parametrize("leftover", LEFTOVERS)
@@ -844,6 +918,32 @@ def test_rows_of_large_images_are_read_a_few_at_a_time(tmp_path: Path) -> None:
         assert pa.total_allocated_bytes() - before < 4 * parquet._SLICE_BYTES
 
 
+def test_a_cell_that_takes_too_much_memory_fails_no_row_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor do rows that are too large together. Arrow goes no further than the cell."""
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    cells = [png(number) + bytes(size) for number, size in enumerate([0, 900, 0, 900, 900, 0, 2000, 0, 0])]
+    iter_batches = pq.ParquetFile.iter_batches
+
+    def limited(file: Any, *arguments: Any, **options: Any) -> Iterator[Any]:
+        for batch in iter_batches(file, *arguments, **options):
+            if batch.nbytes > 1500:
+                raise pa.ArrowMemoryError(f"malloc of size {batch.nbytes} failed")
+            yield batch
+
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", limited)
+    pq.write_table(pa.table({"image": cells}), tmp_path / "t.parquet")
+    items = list(find_inputs([tmp_path / "t.parquet"]))
+    assert [value_of(item) for item in items[:6]] == list(range(6))
+    for item in items[6:]:
+        with pytest.raises(
+            MemoryError, match="row 6 of row group 0 takes too much memory, and those behind it are lost"
+        ):
+            item.source()
+    assert value_of(items[0]) == 0
+
+
 def test_a_parquet_of_paths(tmp_path: Path) -> None:
     paths = [str(save(tmp_path / f"{i}.png", i)) for i in range(4)]
     table = write_parquet(tmp_path / "t.parquet", file=[*paths[:2], None, *paths[2:]])
@@ -962,10 +1062,17 @@ def test_an_item_is_found_again_by_its_location(tmp_path: Path) -> None:
     write_parquet(tmp_path / "b.parquet", image=[png(3), png(4)])
     save(tmp_path / "c#1.png", 5)
     items = list(find_inputs([tmp_path / "a.tar", tmp_path / "b.parquet", tmp_path / "c#1.png"]))
-    assert [value_of(item_at(item.location)) for item in items] == [1, 2, 3, 4, 5]
-    for gone in ("a.tar/x/3.png", "b.parquet#2", "d.png", "d.tar/1.png", "d.parquet#0"):
-        with pytest.raises(FileNotFoundError):
-            item_at(str(tmp_path / gone))
+    again = items_at(item.location for item in reversed(items))
+    assert [value_of(again[item.location]) for item in items] == [1, 2, 3, 4, 5]
+    gone = ("a.tar/x/3.png", "b.parquet#2", "d.png", "d.tar/1.png", "d.parquet#0")
+    assert not items_at(str(tmp_path / name) for name in gone)
+
+
+def test_a_tar_is_found_again_in_and_around_what_is_named_as_one(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").mkdir()
+    path = write_tar(tmp_path / "x.tar" / "in.TAR", {"y.tar/1.png": png(1)})
+    (item,) = find_inputs([path])
+    assert items_at([item.location]) == {f"{path}/y.tar/1.png": item}
 
 
 def test_members_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -980,9 +1087,8 @@ def test_members_of_one_name_are_told_apart(tmp_path: Path) -> None:
     names = ["x.png", "y.png", "x.png#2", "x.png#3", "x.png#2.png", "sub/x.png", "y.png#2"]
     assert [item.location for item in items] == [f"{path}/{name}" for name in names]
     assert [item.key for item in items] == ["x", "y", "x", "x", "x", "sub/x", "y"]
-    assert [value_of(item_at(item.location)) for item in items] == list(range(7))
-    with pytest.raises(FileNotFoundError):
-        item_at(f"{path}/x.png#4")
+    assert items_at([f"{path}/x.png#4", *(item.location for item in items)]) == {item.location: item for item in items}
+    assert [value_of(item) for item in items] == list(range(7))
 
 
 def test_null_and_empty_cells(tmp_path: Path) -> None:
@@ -1030,7 +1136,9 @@ def test_images_are_known_by_any_type_of_bytes(tmp_path: Path, kind: str) -> Non
         assert value_of(item) == 7
 
 
-@pytest.mark.parametrize("cell", [1, 0.5, [1, 2], {"jpg": b""}], ids=str)
+@pytest.mark.parametrize(
+    "cell", [1, 0.5, [1, 2], {"jpg": b""}, {"bytes": 1}, {"bytes": [1], "path": "a"}, {"path": 1}], ids=str
+)
 def test_a_column_of_a_type_that_holds_no_images_is_unreadable_at_once(tmp_path: Path, cell: object) -> None:
     (item,) = find_inputs([write_parquet(tmp_path / "t.parquet", image=[cell] * 5)])
     with pytest.raises(ValueError, match="the column 'image' holds no images: bytes or paths are, it has"):

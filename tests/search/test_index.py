@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from clip_fast.bulk.manifest import RAY_MANIFEST_NAME
 from clip_fast.bulk.shards import OutputFolder, row_lengths
 from clip_fast.bulk.tables import ParquetWriter, Record, Shard
 from clip_fast.cli import main as cli
+from clip_fast.inputs import parquet
 from clip_fast.inputs.tars import Tar
 from clip_fast.search import gallery
 from clip_fast.search import index as search
@@ -237,10 +239,43 @@ def test_what_is_no_index_and_no_query(tmp_path: Path) -> None:
     for query in (np.zeros(4), np.full(4, np.nan)):
         with pytest.raises(ValueError, match="no direction"):
             index.search(query)
+    with pytest.raises(ValueError, match="search takes one query, got 2: search_many takes several"):
+        index.search(np.eye(4)[:2])
+    with pytest.raises(ValueError, match=r"queries must be \[Q, 4\], got \[1, 1, 4\]"):
+        index.search(np.ones((1, 1, 4)))
+    for k in (0, -1):
+        with pytest.raises(ValueError, match=f"k must be at least 1, got {k}"):
+            index.search(np.ones(4), k)
     with OutputFolder(tmp_path / "begun") as output:
         output.begin({"model": "m"})
     with pytest.raises(ValueError, match="no finished shard"):
         Index(tmp_path / "begun")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_query_may_be_a_tensor(tmp_path: Path, dtype: torch.dtype) -> None:
+    index = write_index(tmp_path / "index", np.eye(4, dtype=np.float32), 4)
+    query = torch.tensor([0, 0.5, 2, 0], dtype=dtype, requires_grad=True)
+    wanted = index.search(np.array([0, 0.5, 2, 0]), 2)
+    assert [hit.row for hit in wanted] == [2, 1]
+    assert index.search(query, 2) == index.search(query[None], 2) == wanted
+    assert index.search_many(torch.stack([query, query]), 2) == [wanted, wanted]
+
+
+@pytest.mark.parametrize("searched", [False, True])
+@pytest.mark.parametrize("rows", [5, 3])
+def test_an_open_index_says_that_its_folder_has_changed(tmp_path: Path, searched: bool, rows: int) -> None:
+    """As when a run is extended meanwhile: rows and names would be of two states."""
+    index = write_index(tmp_path / "index", np.eye(8, dtype=np.float32), 4)
+    query = np.ones(8)
+    if searched:
+        index.search(query, 8)
+    with OutputFolder(tmp_path / "index", resume=True) as output:
+        output.begin({"model": "m"})
+        output.write(replace(cut(np.eye(8, dtype=np.float32)[:rows], 8)[0], index=1))
+    with pytest.raises(ValueError, match=r"metadata_0001\.parquet has other rows than .*: open it again"):
+        index.search(query, 8)
+    assert len(Index(tmp_path / "index").search(query, 100)) == 4 + rows
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "longer", "gone", "rows", "no array"])
@@ -409,6 +444,8 @@ def test_a_file_of_queries_is_one_pass(
         (["words", "--image", "noise.png"], "give either a TEXT, an --image or --queries"),
         (["words", "--queries", "noise.png"], "give either a TEXT, an --image or --queries"),
         (["--queries", "noise.png", "--html", "x.html"], "--html shows what one query finds"),
+        (["--image", "noise.png", "--html", "gone/x.html"], "the output's folder gone does not exist"),
+        (["--image", "noise.png", "--html", "photos"], "photos exists and is not a regular file"),
         (["--queries", "noise.png"], "noise.png: not in UTF-8"),
         (["--queries", "/dev/null"], "/dev/null: no line to look for"),
         (["--queries", "gone.txt"], "No such file or directory: 'gone.txt'"),
@@ -416,7 +453,9 @@ def test_a_file_of_queries_is_one_pass(
 )
 def test_errors(index: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     assert cli.main(["search", *arguments, "--index", str(index)]) == 2
-    assert message in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
 
 
 @pytest.mark.parametrize(
@@ -546,12 +585,42 @@ def test_a_page_lists_a_tar_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Tar, "__iter__", lambda tar: (lists.append(tar.path), listed(tar))[1])
     places = [f"{path}/x.png#2", f"{gone}/x.png", f"{path}/x.png", f"{path}/y.png"]
     text = gallery.page("x", [Hit(1.0, i, "k", place) for i, place in enumerate(places)])
-    assert sorted(lists) == [str(path), str(gone)]
+    assert lists == [str(path)]
     shown = re.findall(r'<img alt="([^"]*)" src="data:image/jpeg;base64,([^"]*)"', text)
     assert [place for place, _ in shown] == [places[0], places[2]]
     reds = [Image.open(io.BytesIO(base64.b64decode(data))).getpixel((4, 4))[0] for _, data in shown]  # type: ignore[index]
     assert reds[0] > 200 > 50 > reds[1]
     assert text.count("FileNotFoundError") == 2
+
+
+def test_a_page_reads_a_table_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not again for each hit that stands before the last one in it; figures are in the order of scores."""
+    path = tmp_path / "a.parquet"
+    cells: list[bytes] = []
+    for value in range(200):
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8), (value, 0, 0)).save(file, "PNG")
+        cells.append(file.getvalue())
+    pyarrow.parquet.write_table(pyarrow.table({"image": cells}), path)
+    begun: list[int] = []
+    rewind = parquet._Column._rewind
+    monkeypatch.setattr(parquet._Column, "_rewind", lambda column: begun.append(1) or rewind(column))
+    places = [f"{path}#{row}" for row in (199, 0, 120, 3)]
+    text = gallery.page("x", [Hit(1.0, i, "k", place) for i, place in enumerate(places)], query=places[2])
+    assert re.findall(r'<img alt="([^"]*)"', text) == [places[2], *places]
+    assert len(begun) == 1
+
+
+@pytest.mark.parametrize(("exif", "size"), [(True, (20, 40)), (False, (40, 20))], ids=["whole", "damaged"])
+def test_a_thumbnail_is_turned_as_its_exif_says(tmp_path: Path, exif: bool, size: tuple[int, int]) -> None:
+    """Where that is damaged, it is shown as it is."""
+    orientation = Image.Exif()
+    orientation[0x0112] = 6
+    path = tmp_path / "a.png"
+    Image.new("RGB", (40, 20)).save(path, exif=orientation if exif else b"broken")
+    text = gallery.page("x", [Hit(1.0, 0, "k", str(path))])
+    (shown,) = re.findall(r"base64,([^\"]*)", text)
+    assert Image.open(io.BytesIO(base64.b64decode(shown))).size == size
 
 
 def test_an_image_that_takes_too_much_memory_is_missing_in_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
