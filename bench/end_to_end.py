@@ -4,7 +4,8 @@
 
 Every system encodes the same random images with the same random weights. They are timed in interleaved rounds. A row
 holds a system's error and its lowest cosine against the plain tower in float64, so that speed bought with accuracy
-shows. Systems that are not installed or fail are listed with the reason.
+shows. Systems that are not installed or fail are listed with the reason. After a system that faults the GPU the command
+fails, and `--resume` goes on behind it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,7 +31,7 @@ from .models import ENCODERS, random_images, random_tower
 from .report import document, higher, highest, resumed, save, table
 from .roofline import least_seconds, operations, traffic
 from .systems import BASELINE, FLOAT32, OURS, SYSTEMS, Encode, System, Task, Unavailable, compilations
-from .timing import WARM_UP, Ceilings, Failed, Times, ceilings, measure, memory_of, products_in, reason
+from .timing import WARM_UP, Ceilings, Failed, Fault, Times, ceilings, failure, measure, memory_of, products_in
 
 BATCHES = (1, 8, 32, 256, 1024)
 _JUDGED = 4  # images of a batch whose embeddings are compared with float64
@@ -55,7 +57,7 @@ class _Entrant:
             with memory_of(self._task.device) as taken:
                 if self.encode is None:
                     self.encode = _built(self.system, self._task)
-                result = _judge(self.encode, images, self._exact, 1 if taken is None else WARM_UP)
+                result = _judge(self.system, self.encode, images, self._exact, 1 if taken is None else WARM_UP)
             if isinstance(result, dict):
                 result["peak_memory"] = None if taken is None else self._held + taken.peak
             self._held += 0 if taken is None else taken.held
@@ -65,7 +67,7 @@ class _Entrant:
 
 def heats(
     model: str, config: Config, precision: str, lacking: Mapping[int, Sequence[System]], rounds: int,
-    device: torch.device, ours: System | None = None, ends: float = math.inf,
+    device: torch.device, ours: Mapping[int, System] = MappingProxyType({}), ends: float = math.inf,
 ) -> Iterator[list[Row]]:  # fmt: skip
     """The rows of one heat after another. A heat is some systems in the same interleaved rounds.
 
@@ -75,8 +77,11 @@ def heats(
 
     Args:
         lacking: batch -> the systems to measure.
-        ours: our system, which takes part in every heat, even if it has its row already.
+        ours: batch -> our system, which takes part in every heat, even if it has its row already.
         ends: the value of `time.monotonic` after which no further system begins.
+
+    Raises:
+        Fault: a system has ended this process's use of the GPU. Its own row comes before.
     """
     tower = random_tower(config)
     task = Task(config, {name: t.detach() for name, t in tower.state_dict().items()}, device, precision)
@@ -84,7 +89,7 @@ def heats(
     with torch.inference_mode(), products_in(precision), compilations():
         exact = tower.double()(images[:_JUDGED].double())
         entrants: dict[str, _Entrant] = {}
-        for system in (*([ours] if ours else []), *(system for systems in lacking.values() for system in systems)):
+        for system in (*ours.values(), *(system for systems in lacking.values() for system in systems)):
             entrants.setdefault(system.name, _Entrant(system, task, exact))
         for batch, systems in lacking.items():
             about = {"model": model, "batch": batch, "precision": precision}
@@ -94,11 +99,16 @@ def heats(
             while waiting and time.monotonic() < ends:
                 closes = min(ends, time.monotonic() + _HEAT)
                 names: list[str] = []
-                while waiting and (not names or time.monotonic() < closes):
-                    names.append(waiting.pop(0))
-                    entrants[names[-1]].judged(there)  # builds it, which takes the time; `_heat` reads the result
-                beside = [ours.name] if ours and ours.name not in names else []
-                rows = _heat(about, [entrants[name] for name in (*beside, *names)], there, rounds)
+                try:
+                    while waiting and (not names or time.monotonic() < closes):
+                        names.append(waiting.pop(0))
+                        entrants[names[-1]].judged(there)  # builds it, which takes the time; `_heat` reads the result
+                    beside = [ours[batch].name] if batch in ours and ours[batch].name not in names else []
+                    rows = _heat(about, [entrants[name] for name in (*beside, *names)], there, rounds)
+                except Fault as fault:
+                    if fault.system in names:
+                        yield [about | {"system": fault.system, "failed": fault.reason}]
+                    raise
                 yield [rows[name] for name in names]
 
 
@@ -135,10 +145,10 @@ def _built(system: System, task: Task) -> Encode | Failed:
     except Unavailable as why:
         return Failed(str(why))
     except Exception as error:  # any failure of a rival is its result
-        return Failed(reason(error))
+        return failure(system.name, error, task.device)
 
 
-def _judge(encode: Encode | Failed, images: Tensor, exact: Tensor, calls: int) -> Row | Failed:
+def _judge(system: System, encode: Encode | Failed, images: Tensor, exact: Tensor, calls: int) -> Row | Failed:
     if isinstance(encode, Failed):
         return encode
     try:
@@ -147,7 +157,7 @@ def _judge(encode: Encode | Failed, images: Tensor, exact: Tensor, calls: int) -
             got = encode(images)
         got = got[: len(exact)].double().cpu()
     except Exception as error:
-        return Failed(reason(error))
+        return failure(system.name, error, images.device)
     wanted = exact[: len(got)]
     error = float((got - wanted).norm() / wanted.norm())
     cosine = float(F.cosine_similarity(got, wanted).min())
@@ -260,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[Row] = []
     if options.resume and options.json:
         rows, limits = resumed(options.json, "end_to_end", where), highest(options.json, limits)
-    done = {(row["model"], row["precision"], row["batch"], row["system"]) for row in rows}
+    done = {(row["model"], row["precision"], row["batch"], row["system"]): row for row in rows}
     ends = time.monotonic() + options.minutes * 60
     for model in models:
         config: Any = ENCODERS[model]
@@ -272,7 +282,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             lacking = {batch: systems for batch, systems in lacking.items() if systems}
             if not lacking or time.monotonic() > ends:
                 continue
-            ours = here[OURS] if OURS in chosen else None
+            able = (b for b in lacking if "failed" not in done.get((model, precision, b, OURS), {}))
+            ours = {b: here[OURS] for b in able if OURS in chosen}  # where ours faulted the GPU, rivals go on without
             for found in heats(model, config, precision, lacking, options.rounds, device, ours, ends):
                 rows += found
                 print("\n".join(_line(row) for row in found), flush=True)

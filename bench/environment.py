@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -61,17 +63,24 @@ class Environment:
     code: str | None = None  # `fingerprint` of the measured code
 
     def folder(self, results: Path = RESULTS) -> Path:
-        """The folder for results: one that has results of this device and code, or a new one named by device and date.
+        """The folder for results: one that has results of this environment, or a new one named by device and date.
 
-        A second folder of the same date has the code's fingerprint in its name too.
+        Further folders of the same date are numbered.
         """
         name = re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
         for folder in sorted(results.glob(f"{name}-????-??-??*"), reverse=True):
             begun = [json.loads(file.read_text()) for file in folder.glob("*.json")]
-            if any(document["environment"].get("code") == self.code for document in begun):
+            if any(not self.differing(document["environment"]) for document in begun):
                 return folder
         today = results / f"{name}-{self.date[:10]}"
-        return today.with_name(f"{today.name}-{self.code}") if any(today.glob("*.json")) else today
+        further = (today.with_name(f"{today.name}-{number}") for number in itertools.count(2))
+        return next(folder for folder in itertools.chain([today], further) if not any(folder.glob("*.json")))
+
+    def differing(self, earlier: Mapping[str, Any]) -> list[str]:
+        """The fields in which an earlier environment, read from JSON, is another. Date and commit do not count."""
+        now = asdict(self)
+        before = {"code": None} | dict(earlier)
+        return [name for name, value in before.items() if name not in ("date", "commit") and now[name] != value]
 
     def line(self) -> str:
         """The line under a table."""

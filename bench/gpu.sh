@@ -18,17 +18,19 @@
 #
 # --stage     run only this stage, whether it is done or not.
 # --output    the folder for results; by default bench/results/DEVICE-DATE, or the folder that has results of this
-#             device and code. The tuner's table goes there too, as launches.py. Copy it over kernels/launches.py to use
-#             it. That changes the code, so measurements start again in a new folder.
+#             machine, these versions and this code. With another driver, kernel, CPU, number of cores or version of a
+#             package, results begin in a new folder, since they are not continued. The tuner's table goes there too, as
+#             launches.py. Copy it over kernels/launches.py to use it. That changes the code, so all is measured again.
 # --archive   write all of the output as one tar file too, again after each stage, for machines that return one file.
 #             To continue elsewhere, unpack it and name the folder as --output.
 # --dry-run   run every stage at toy size on a CPU, under Triton's interpreter, in a folder of its own.
 #
 # Rivals without binary parts (openai-clip, open_clip_torch, timm, and ftfy and wcwidth, which the first two need) take
 # part if they are on PYTHONPATH; `pip install --no-deps --target DIR ...` fills such a folder anywhere. They must be
-# there from the first call on, since results of other versions are not continued. Where there is no git,
-# CLIP_FAST_COMMIT gives the commit. Compilers keep their caches in .cache/ for the next call.
+# there from the first call on, since another version begins a new folder. Where there is no git, CLIP_FAST_COMMIT gives
+# the commit. Compilers keep their caches in .cache/ for the next call.
 set -uo pipefail
+here=$PWD
 cd "$(dirname "$0")/.."
 
 minutes=9 output="" archive="" dry="" stages=()
@@ -45,16 +47,28 @@ done
 named=${#stages[@]}
 ((named)) || stages=(environment tests epilogue first ceilings all_tests end_to_end kernels compiled pipeline tune plot)
 
+absolute() { if [[ -z $1 || $1 == /* ]]; then echo "$1"; else echo "$here/$1"; fi; }
+output=$(absolute "$output") archive=$(absolute "$archive")
+
 python=${PYTHON:-python3}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+
+told() {  # OPTION: what bench.environment prints
+    local said
+    if said=$("$python" -m bench.environment "$1") && [[ -n $said ]]; then echo "$said"; return; fi
+    echo "gpu.sh: \`$python -m bench.environment $1\` fails; the variable PYTHON names a Python with PyTorch" >&2
+    return 1
+}
+
 if [[ -n $dry ]]; then
     export TRITON_INTERPRET=1
     [[ -n $output ]] || output=$(mktemp -d)
 else
     export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$PWD/.cache/inductor}
     export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/.cache/triton}
-    [[ -n $output ]] || output=$("$python" -m bench.environment --folder)
+    [[ -n $output ]] || output=$(told --folder) || exit
 fi
+code=$(told --code) || exit
 seconds=$((${minutes%.*} * 60))
 deadline=$((SECONDS + seconds))
 mkdir -p "$output"
@@ -206,7 +220,6 @@ stage_plot() {
 for stage in "${stages[@]}"; do
     if ! declare -F "stage_$stage" >/dev/null; then echo "gpu.sh: no stage $stage" >&2; exit 2; fi
 done
-code=$("$python" -m bench.environment --code)
 for stage in "${stages[@]}"; do
     if ((!named)) && [[ $stage != plot && $(state "$stage") == done ]]; then echo "== $stage: done already"; continue; fi
     outcome=done before=$status

@@ -26,7 +26,7 @@ PHOTOGRAPH = (640, 480)  # pixels, of an image that is resized on a GPU
 GIVEN = "given"
 _KIND = re.compile(rf"{GIVEN}|([1-9]\d*)x([1-9]\d*)(\.tar)?")
 _OWN = ROOT / "tests" / "data"
-_TARS = 16  # webdataset gives each decoding process whole tars
+_TARS = 16  # at least
 _QUALITY = 90  # of JPEGs
 _NOISE = 4.0  # levels: without noise, as a camera has it, a photograph that was enlarged decodes too fast
 
@@ -66,8 +66,10 @@ def size_of_kind(kind: str) -> tuple[int, int] | None:
     return None if width is None else (int(width), int(height))
 
 
-def make_photographs(kind: str, count: int, sources: Sequence[str], folder: Path) -> Photographs:
+def make_photographs(kind: str, count: int, sources: Sequence[str], folder: Path, workers: int) -> Photographs:
     """Writes `count` photographs into a new folder: the files in `sources`, repeated as often as needed.
+
+    Each of `workers` decoding processes has a tar, since webdataset gives them whole tars and fails where one has none.
 
     Raises:
         ValueError: `sources` has none. By default it is the few photographs of this repository.
@@ -84,8 +86,8 @@ def make_photographs(kind: str, count: int, sources: Sequence[str], folder: Path
     mean_bytes = sum(file.stat().st_size for _, file in photographs) / count
     in_tars = kind.endswith(".tar")
     if in_tars:
-        share = -(-count // _TARS)
-        parts = [photographs[start : start + share] for start in range(0, count, share)]
+        tars = min(count, max(_TARS, workers))
+        parts = [photographs[i * count // tars : (i + 1) * count // tars] for i in range(tars)]
         paths = [_tar(part, folder / f"{i:04}.tar") for i, part in enumerate(parts)]
     else:
         paths = [Path(shutil.copy(file, folder / name)) for name, file in photographs]

@@ -63,6 +63,7 @@ _MODELS: dict[str, Config] = {
 KINDS = "640x480,640x480.tar,4000x3000"
 _LARGE = 2e6  # pixels
 _BATCHES = 8  # in a job, at least
+_PER_WORKER = 2  # batches of each decoding process, at least: the speed is that after its first
 _STAGED_BATCHES = 4
 
 
@@ -280,14 +281,15 @@ def _of_job(about: str, rows: Sequence[Row]) -> list[str]:
 def numbers(model: str, kind: str, options: argparse.Namespace, device: torch.device) -> tuple[int, int, int]:
     """The count of photographs, the batch size and the number of decoding processes, where `options` gives none.
 
-    Large photographs, and a CPU that encodes, are slow: so fewer of them take long enough.
+    Large photographs, and a CPU that encodes, are slow: so fewer of them take long enough. Many processes get more.
     """
     on_gpu, cores, size = device.type == "cuda", os.cpu_count() or 1, size_of_kind(kind)
     large = size is not None and math.prod(size) > _LARGE
     encoding = model != STAND_IN and not on_gpu
-    count: int = options.count or (8192 if on_gpu else 1024) // (16 if large else 8 if encoding else 1)
-    batch_size: int = options.batch_size or max(1, min(256 if on_gpu else 32, count // _BATCHES))
     workers = max(1, cores // (2 if encoding else 1)) if options.workers is None else options.workers
+    full, needed = 256 if on_gpu else 32, max(_BATCHES, _PER_WORKER * workers)
+    count: int = options.count or full * max(32, needed) // (16 if large else 8 if encoding else 1)
+    batch_size: int = options.batch_size or max(1, min(full, count // needed))
     return count, batch_size, workers
 
 
@@ -322,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for kind in kinds:
                 place = Path(folder) / f"{models.index(model)}-{kind}"
                 count, batch_size, workers = numbers(model, kind, options, device)
-                photographs = make_photographs(kind, count, options.photos, place)
+                photographs = make_photographs(kind, count, options.photos, place, workers)
                 config = _MODELS[model]
                 state = {name: tensor.detach() for name, tensor in build(config).state_dict().items()}
                 job = Job(photographs, Task(config, state, device, options.precision), batch_size, workers)

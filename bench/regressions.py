@@ -13,7 +13,8 @@ have are not compared.
     python -m bench.regressions build/predictions.json
 
 compares calculated times with `bench/results/predictions.json` in the same way: those of each batch of a model, on the
-device and on the host. If one got worse, the launches that take longer are named.
+device and on the host. If one got worse, the launches that take longer are named. Models of a device that the new table
+does not have are not compared.
 
 No clock is involved: the same compiler makes the same code. Tables of two versions of Triton are not compared; then the
 exit status is 2.
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -100,8 +102,13 @@ def compare(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, An
 
 
 def compare_predictions(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[Change]:
-    """The differences between two tables of `bench.predict`: of whole batches, and the launches that explain a worse
-    one. A launch that came or went is neither better nor worse by itself."""
+    """The differences between two tables of `bench.predict`, for the devices' models of the second.
+
+    They are those of whole batches, and the launches that explain a worse one. A launch that came or went is neither
+    better nor worse by itself.
+    """
+    calculated = {(row["device"], row["model"]) for row in after}
+    before = [row for row in before if (row["device"], row["model"]) in calculated]
     old, new = (_keyed(rows, _place) for rows in (before, after))
     changes: list[Change] = []
     for key in sorted(key for key in old.keys() | new.keys() if not key[2]):
@@ -117,6 +124,12 @@ def compare_predictions(before: Sequence[Mapping[str, Any]], after: Sequence[Map
             launches = (Change(each, "seconds", old[each]["seconds"], new[each]["seconds"]) for each in its)
             changes += [change for change in launches if change.worse]
     return changes
+
+
+def _predicting(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The command that calculates a table with these rows."""
+    models, devices = (",".join(dict.fromkeys(row[name] for row in rows)) for name in ("model", "device"))
+    return shlex.join(["bench.predict", "--models", models, "--devices", devices])
 
 
 def _place(row: Mapping[str, Any]) -> tuple[str, str, str]:
@@ -153,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if after["triton"] != version:
         print(f"not compared: {committed} is of Triton {version}, this table is of {after['triton']}")
         print(f"Install triton=={version}; or, from code that is known to be sound, make the committed table anew:")
-        print(f"  python -m bench.{'predict' if predicted else 'machine_code'} --json {committed}")
+        print(f"  python -m {_predicting(before['rows']) if predicted else 'bench.machine_code'} --json {committed}")
         return 2
     changes = (compare_predictions if predicted else compare)(before["rows"], after["rows"])
     worse = [change for change in changes if change.worse]

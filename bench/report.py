@@ -36,10 +36,7 @@ def resumed(path: Path, bench: str, where: Environment) -> list[dict[str, Any]]:
     earlier = json.loads(path.read_text())
     if earlier["bench"] != bench:
         raise ValueError(f"{path} holds results of the benchmark {earlier['bench']!r}, not of {bench!r}")
-    before = {"code": None} | earlier["environment"]
-    now = asdict(where)
-    differing = [name for name, value in before.items() if name not in ("date", "commit") and now[name] != value]
-    if differing:
+    if differing := where.differing(earlier["environment"]):
         raise ValueError(f"cannot resume {path}: it was measured with another {', '.join(differing)}")
     return earlier["rows"]
 

@@ -65,6 +65,37 @@ class Failed:
     reason: str
 
 
+class Fault(RuntimeError):
+    """A system's fault has ended this process's use of the GPU: CUDA answers every later call with the same error."""
+
+    def __init__(self, system: str, why: str) -> None:
+        super().__init__(f"{system} faults the GPU, so this process measures nothing more: {why}")
+        self.system = system
+        self.reason = f"faults the GPU: {why}"
+
+
+def failure(system: str, error: Exception, device: torch.device) -> Failed:
+    """A system's failure is its result.
+
+    Raises:
+        Fault: the GPU takes no more work of this process. Then what follows would fail without a fault of its own.
+    """
+    if lost(device):
+        raise Fault(system, reason(error)) from error
+    return Failed(reason(error))
+
+
+def lost(device: torch.device) -> bool:
+    """Whether a fault has ended this process's use of a GPU."""
+    if device.type != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return True
+    return False
+
+
 def reason(error: BaseException) -> str:
     """An exception as one line for a table."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -91,6 +122,9 @@ def measure(
             graphs of all rivals share their memory.
         awaited: take wall time from a call until the device has done it, each call alone: the latency that one caller
             sees. Otherwise calls are issued one after the other, and a device that falls behind has a queue of them.
+
+    Raises:
+        Fault: a rival has ended this process's use of the GPU.
     """
     prepare = _capturer() if graph else _as_it_is
     samplers: dict[str, Sampler] = {}
@@ -99,26 +133,26 @@ def measure(
         try:
             samplers[name] = sampler(calls, device, prepare, awaited=awaited)
         except Exception as error:  # any failure of a rival is its result
-            results[name] = Failed(reason(error))
-    results |= interleaved(samplers, rounds)
+            results[name] = failure(name, error, device)
+    results |= interleaved(samplers, rounds, device)
     return {name: results[name] for name in rivals}
 
 
-def interleaved(samplers: Mapping[str, Sampler], rounds: int) -> dict[str, Times | Failed]:
+def interleaved(samplers: Mapping[str, Sampler], rounds: int, device: torch.device) -> dict[str, Times | Failed]:
     """One sample of every sampler per round. Round r begins with the r-th sampler."""
     names = list(samplers)
     samples: dict[str, list[float]] = {name: [] for name in names}
-    failed: dict[str, Times | Failed] = {}
+    failures: dict[str, Times | Failed] = {}
     for r in range(rounds):
         for i in range(len(names)):
             name = names[(r + i) % len(names)]
-            if name in failed:
+            if name in failures:
                 continue
             try:
                 samples[name].append(samplers[name]())
             except Exception as error:
-                failed[name] = Failed(reason(error))
-    return {name: failed.get(name) or Times(tuple(samples[name])) for name in names}
+                failures[name] = failure(name, error, device)
+    return {name: failures.get(name) or Times(tuple(samples[name])) for name in names}
 
 
 def _as_it_is(once: Call) -> Call:
@@ -250,12 +284,10 @@ def memory_of(device: torch.device) -> Iterator[Taken | None]:
         return
     taken, before = Taken(), _reserved(device)
     torch.cuda.reset_peak_memory_stats(device)
-    try:
-        yield taken
-    finally:
-        torch.cuda.synchronize(device)
-        taken.peak = torch.cuda.max_memory_reserved(device) - before
-        taken.held = _reserved(device) - before
+    yield taken
+    torch.cuda.synchronize(device)
+    taken.peak = torch.cuda.max_memory_reserved(device) - before
+    taken.held = _reserved(device) - before
 
 
 def _reserved(device: torch.device) -> int:

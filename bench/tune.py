@@ -19,7 +19,8 @@ product is not varied, so that its sums keep their order, and a row has one resu
 a new entry may change last bits, for all batches alike. Parameters outside the table are not searched: the order of a
 product's tiles, and the constants of LayerNorm and of the pools.
 
-Every step (some launches at one shape) is on disk before the next begins, and `--resume` continues from there.
+Every step (some launches at one shape) is on disk before the next begins, and `--resume` continues from there. After a
+launch that faults the GPU the command fails, and `--resume` goes on without it.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ from .kernels.contests import OURS, SEPARATE, Compute, Contest, Operands, contes
 from .machine_code import Job, cases, compile_job, jobs_of
 from .models import MODELS, PUBLISHED
 from .report import document, resumed, save
-from .timing import Failed, Times, reason
+from .timing import Failed, Fault, Times, reason
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -255,6 +256,10 @@ def search(entry: Entry, target: Target, rows: list[Row], settings: Settings) ->
 
     A step has one row for each of its launches, with the samples or the reason why there are none. The steps of the
     screening come first. Then comes one step of the finals for each shape. The very first row is the current launch's.
+
+    Raises:
+        Fault: a launch has ended this process's use of the GPU. Its own row comes before, as a step of the stage
+            "fault", and a later search leaves it out.
     """
     current = _current(entry, target, rows)
     candidates, shapes = settings.plan(entry, current)
@@ -272,23 +277,47 @@ def search(entry: Entry, target: Target, rows: list[Row], settings: Settings) ->
                     condemned[launch] = Failed("; ".join(problems))
         sound = [launch for launch in some if launch not in condemned]
         rounds = min(settings.rounds, _SCREENING_ROUNDS)
-        found = condemned | _times(entry, target, shapes[0], sound, rounds, settings.device)
+        try:
+            found = condemned | _times(entry, target, shapes[0], sound, rounds, settings.device)
+        except Fault as fault:
+            yield from _fault(entry, target, shapes[0], current, sound, fault, rows)
+            raise
         step = [_row(entry, target, "screening", shapes[0], launch, found[launch]) for launch in some]
         rows += step
         yield step
 
     medians = {_launch(row): Times(tuple(row["samples"])).median for row in _timed(rows, "screening")}
     rivals = sorted((launch for launch in medians if launch != current), key=medians.__getitem__)
-    finalists = [current, *rivals[:_FINALISTS]]
+    faults = {_launch(row) for row in rows if row["stage"] == "fault"}
+    finalists = [launch for launch in (current, *rivals[:_FINALISTS]) if launch not in faults]
     for shape in shapes:
         if shape.name in _finals(rows):
             continue
         if not settings.in_time():
             return
-        found = _times(entry, target, shape, finalists, settings.rounds, settings.device)
+        try:
+            found = _times(entry, target, shape, finalists, settings.rounds, settings.device)
+        except Fault as fault:
+            yield from _fault(entry, target, shape, current, finalists, fault, rows)
+            raise
         step = [_row(entry, target, "final", shape, launch, found[launch]) for launch in finalists]
         rows += step
         yield step
+
+
+def _fault(
+    entry: Entry, target: Target, shape: Contest, current: Launch, launches: Sequence[Launch], fault: Fault,
+    rows: list[Row],
+) -> Iterator[list[Row]]:  # fmt: skip
+    """The step of a launch that faults the GPU. Before any other row stands the current launch's, without a time."""
+    (at_fault,) = (launch for launch in launches if str(launch) == fault.system)
+    step = [_row(entry, target, "fault", shape, at_fault, Failed(fault.reason))]
+    if not rows and at_fault != current:
+        step.insert(
+            0, _row(entry, target, "screening", shape, current, Failed("not timed: another launch faults the GPU"))
+        )
+    rows += step
+    yield step
 
 
 def finished(entry: Entry, target: Target, rows: Sequence[Row], settings: Settings) -> bool:
@@ -438,8 +467,6 @@ def tune(
         own = [row for row in rows if (row["op"], row["kind"]) == (entry.op, entry.kind)]
         if only in entry.name:
             for step in search(entry, target, own, settings):
-                if settings.device.type == "cuda":  # raises after a fault, so that no later row is kept
-                    torch.cuda.synchronize(settings.device)
                 rows += step
                 if file:
                     save(file, document("tune", where, None, rows))

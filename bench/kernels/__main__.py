@@ -5,6 +5,7 @@
 On a GPU the device alone is timed: replays of a CUDA graph, over operands that rotate through more memory than the
 second-level cache holds. Rounds are interleaved, operands are random, and times are medians with their spread. A row
 relates an op's arithmetic and traffic to the ceilings measured in the same run, and has the error against float64.
+After a system that faults the GPU the command fails, and `--resume` goes on behind it.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ import torch
 from ..environment import Environment, chosen_device, environment
 from ..models import MODELS, PUBLISHED
 from ..report import document, highest, resumed, save, table
-from ..timing import Ceilings, ceilings
-from .comparison import KEY, Row, compare, of_ceiling
+from ..timing import Ceilings, Fault, ceilings
+from .comparison import KEY, Row, compare, named, of_ceiling
 from .contests import COMPILED, OPS, OURS, contests
 
 
@@ -97,18 +98,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
         before = [row for row in rows if all(row[column] == getattr(contest, column) for column in KEY)]
         if {row["system"] for row in before} >= set(systems):
             continue
+        failed = [row for row in before if "failed" in row]  # not tried again: they may fault the GPU
         if time.monotonic() - started > options.minutes * 60:
             break
-        # If a system is missing, all are measured again, since rivals are compared within one run.
-        found = compare(contest, systems, options.rounds, limits, device)
-        if device.type == "cuda":  # raises after a fault, so that no later row is kept
-            torch.cuda.synchronize(device)
+        # If a system is missing, all others are measured again, since rivals are compared within one run.
+        left = [name for name in systems if name not in {row["system"] for row in failed}]
+        try:
+            found = failed + compare(contest, left, options.rounds, limits, device)
+        except Fault as fault:
+            its = named(contest, fault.system)
+            others = [row for row in rows if not its.items() <= row.items()]
+            _keep(options.json, [*others, its | {"failed": fault.reason}], where, limits)
+            raise
         rows = [row for row in rows if row not in before] + found
         print(f"{contest.name}: {_summary(found)}", flush=True)
-        if options.json:  # after each contest, so that a run which is cut short keeps its rows
-            save(options.json, document("kernels", where, limits, rows))
-            save(options.json.with_suffix(".md"), markdown(rows, where, limits))
+        _keep(options.json, rows, where, limits)  # after each contest, for a run that is cut short
     print(markdown(rows, where, limits))
+
+
+def _keep(file: Path | None, rows: Sequence[Row], where: Environment, limits: Ceilings) -> None:
+    """Writes the rows and their tables if a file is named."""
+    if file:
+        save(file, document("kernels", where, limits, rows))
+        save(file.with_suffix(".md"), markdown(rows, where, limits))
 
 
 def _summary(rows: Sequence[Row]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..timing import Ceilings, Failed, Times, measure, products_in, reason, rotated
+from ..timing import Ceilings, Failed, Fault, Times, failure, lost, measure, products_in, reason, rotated
 from .contests import OURS, PIXELS, PRODUCT, SEPARATE, Contest, Operands
 
 KEY = ("op", "model", "part", "batch", "precision")  # the columns that name a row's contest
@@ -27,11 +27,14 @@ class Measured:
 
 
 def compare(contest: Contest, systems: Iterable[str], rounds: int, limits: Ceilings, device: torch.device) -> list[Row]:
-    """A row for each of `systems`. One that fails has a reason in place of numbers."""
+    """A row for each of `systems`. One that fails has a reason in place of numbers.
+
+    Raises:
+        Fault: a system has ended this process's use of the GPU.
+    """
     rows: list[Row] = []
     for name, found in measured(contest, systems, rounds, device).items():
-        row: Row = {column: getattr(contest, column) for column in KEY}
-        row["system"] = name
+        row = named(contest, name)
         if isinstance(found, Failed):
             row["failed"] = found.reason
         else:
@@ -47,6 +50,11 @@ def compare(contest: Contest, systems: Iterable[str], rounds: int, limits: Ceili
     return rows
 
 
+def named(contest: Contest, system: str) -> Row:
+    """The columns that name the row of one of a contest's systems."""
+    return {column: getattr(contest, column) for column in KEY} | {"system": system}
+
+
 def of_ceiling(row: Row, limits: Ceilings) -> float:
     """The fraction that an op reached of the ceiling that limits it: of integers, that of bytes."""
     flops = 0.0 if row["precision"] == PIXELS else row["flops"] / limits.flops[row["precision"]]
@@ -56,7 +64,11 @@ def of_ceiling(row: Row, limits: Ceilings) -> float:
 def measured(
     contest: Contest, systems: Iterable[str], rounds: int, device: torch.device
 ) -> dict[str, Measured | Failed]:
-    """Compares some of a contest's systems with its separate passes in float64, and times those that agree."""
+    """Compares some of a contest's systems with its separate passes in float64, and times those that agree.
+
+    Raises:
+        Fault: a system has ended this process's use of the GPU.
+    """
     names = list(systems)
     results: dict[str, Measured | Failed] = {}
     errors: dict[str, float | None] = {}
@@ -65,7 +77,7 @@ def measured(
             copies = rotated(lambda: contest.operands(device), contest.traffic, device)
             exact = contest.systems[SEPARATE]({name: tensor.double() for name, tensor in copies[0].items()})
             for name in names:
-                found = None if name == PRODUCT else _error(contest, name, copies[0], exact)
+                found = None if name == PRODUCT else _error(contest, name, copies[0], exact, device)
                 if isinstance(found, Failed):
                     results[name] = found
                 else:
@@ -76,13 +88,17 @@ def measured(
             for name, times in measure(calls, device, rounds, graph=graph).items():
                 results[name] = times if isinstance(times, Failed) else Measured(errors[name], times)
     except Exception as error:  # the operands or the float64 result may not fit on the device
+        if isinstance(error, Fault) or lost(device):
+            raise
         return dict.fromkeys(names, Failed(reason(error)))
     return {name: results[name] for name in names}
 
 
-def _error(contest: Contest, name: str, operands: Operands, exact: torch.Tensor) -> float | Failed:
+def _error(
+    contest: Contest, name: str, operands: Operands, exact: torch.Tensor, device: torch.device
+) -> float | Failed:
     try:
         error = float((contest.systems[name](operands).double() - exact).norm() / exact.norm())
-    except Exception as failure:  # any failure of a rival is its result
-        return Failed(reason(failure))
+    except Exception as why:  # any failure of a rival is its result
+        return failure(name, why, device)
     return error if error < _MOST_ERROR else Failed(f"computes something else: relative error {error:.2g}")

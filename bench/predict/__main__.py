@@ -13,9 +13,11 @@ Between two launches of a graph 1 µs is taken to pass, or 0.5 µs where the sec
 both are estimates. Nothing here is measured. Against hand arithmetic with more knowledge of the caches the sums differ
 by up to 15 %, and that is what they are good for: to see whether a change costs time, and where the time goes.
 
-    python -m bench.predict --json bench/results/predictions.json
+    models=ViT-B/32,ViT-B/16,ViT-L/14,ViT-L/14@336px,ViT-B-16-SigLIP,ViT-SO400M-14-SigLIP-384
+    devices="H200,A100,RTX 4090,L4,B200"
+    python -m bench.predict --models $models --devices "$devices" --json bench/results/predictions.json
 
-writes the committed table, with which `bench.regressions` compares.
+writes the committed table, with which `bench.regressions` compares, and whose figures `docs/benchmarks.md` shows.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import time
 import urllib.request
 import uuid
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,8 +51,9 @@ def download(source: Pretrained, folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(f"{source.filename}.*.part"):  # of downloads that were killed
-            if time.time() - leftover.stat().st_mtime > _ABANDONED:
-                leftover.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):  # one that is going on, and ends now
+                if time.time() - leftover.stat().st_mtime > _ABANDONED:
+                    leftover.unlink()
         received = _fetch(source, partial)
         if received != source.sha256:
             raise CheckpointError(

@@ -27,7 +27,6 @@ from .torchscript import read_torchscript, refused_global
 _INDEX = ".index.json"
 _TRAINING = "state_dict"  # where open_clip's training checkpoints have it
 _LFS_POINTER = b"version https://git-lfs"
-_CODE = re.compile(r"(^|/)code/|\.debug_pkl$")  # of a TorchScript archive, which is not read
 
 
 @dataclass(frozen=True)
@@ -70,10 +69,10 @@ def _read(path: Path) -> _Contents:
             return _read_safetensors(path)
         if head.startswith(b"PK"):
             with zipfile.ZipFile(path) as archive:
-                _check_sizes(path, archive)
-                roots = [name.removesuffix("data.pkl") for name in archive.namelist() if name.endswith("data.pkl")]
-                if any(f"{root}constants.pkl" in archive.namelist() for root in roots):
-                    return _Contents(*read_torchscript(path, archive, roots[0]))
+                root = f"{next(iter(archive.namelist()), '').partition('/')[0]}/"  # as PyTorch finds it
+                _check_sizes(path, archive, root)
+                if f"{root}constants.pkl" in archive.namelist():
+                    return _Contents(*read_torchscript(path, archive, root))
             return _read_pickle(path, mmap=True)
         if head.startswith(b"\x80"):
             return _read_pickle(path, mmap=False)
@@ -84,9 +83,12 @@ def _read(path: Path) -> _Contents:
     raise CheckpointError(path, "is not a checkpoint: neither a PyTorch file nor safetensors")
 
 
-def _check_sizes(path: Path, archive: zipfile.ZipFile) -> None:
-    """Refuses an archive that is larger than its file: PyTorch stores all but TorchScript's code as it is."""
-    members = [info for info in archive.infolist() if not _CODE.search(info.filename)]
+def _check_sizes(path: Path, archive: zipfile.ZipFile, root: str) -> None:
+    """Refuses an archive that is larger than its file: PyTorch stores all but TorchScript's code as it is.
+
+    The code is in a folder of its own below `root`, from which nothing is read.
+    """
+    members = [info for info in archive.infolist() if not info.filename.startswith(f"{root}code/")]
     if packed := next((info.filename for info in members if info.compress_type != zipfile.ZIP_STORED), None):
         raise CheckpointError(path, f"refused: its {packed} is compressed, which PyTorch's own files are not")
     if sum(info.file_size for info in members) > path.stat().st_size:

@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import end_to_end, systems
+from bench import end_to_end, systems, timing
 from bench.environment import environment
 from bench.systems import BASELINE, FLOAT32, OURS, SYSTEMS, System, Task, Unavailable
-from bench.timing import Ceilings
+from bench.timing import Ceilings, Fault
 from clip_fast.towers import reference
 from clip_fast.towers.config import Activation, Config, ResNetConfig, SiglipConfig, VitConfig
 
@@ -26,11 +26,9 @@ LIMITS = Ceilings({"fp32": 1e12}, 1e11)
 EAGER = [system for system in SYSTEMS if "compiled" not in system.name]
 
 
-def rows_of(
-    config: Config, batches: Sequence[int], rounds: int, contestants: Sequence[System], ours: System | None = None
-) -> list[end_to_end.Row]:
+def rows_of(config: Config, batches: Sequence[int], rounds: int, contestants: Sequence[System]) -> list[end_to_end.Row]:
     lacking = dict.fromkeys(batches, contestants)
-    rows = [row for heat in end_to_end.heats("tiny", config, "fp32", lacking, rounds, CPU, ours) for row in heat]
+    rows = [row for heat in end_to_end.heats("tiny", config, "fp32", lacking, rounds, CPU) for row in heat]
     end_to_end.add_ratios(rows, LIMITS)
     return rows
 
@@ -120,7 +118,7 @@ def test_what_fails_is_listed() -> None:
 def test_rows_of_different_heats_are_compared_by_our_time_in_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(end_to_end, "_HEAT", 0.0)  # a heat for every system
     chosen = [system for system in SYSTEMS if system.name in (OURS, BASELINE, "open_clip")]
-    heats = end_to_end.heats("tiny", VIT, "fp32", {2: chosen}, 2, CPU, SYSTEMS[0])
+    heats = end_to_end.heats("tiny", VIT, "fp32", {2: chosen}, 2, CPU, {2: SYSTEMS[0]})
     rows = [row for heat in heats for row in heat]
     assert [row["system"] for row in rows] == [system.name for system in chosen]
     for row, ours, theirs in zip(rows, (1.0, 2.0, 4.0), (1.0, 3.0, 20.0), strict=True):
@@ -226,3 +224,51 @@ def test_a_resumed_run_asks_only_the_systems_that_lack(tmp_path: Path, monkeypat
     assert [row["system"] for row in both] == [OURS, BASELINE]
     assert both[0]["seconds"] == first["seconds"]
     assert both[1]["beside"] != first["seconds"]  # our time in its own rounds
+
+
+@pytest.mark.parametrize("faulty", [OURS, BASELINE])
+@pytest.mark.parametrize("when", ["judged", "timed"])
+def test_a_resumed_run_goes_on_behind_a_fault_of_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faulty: str, when: str
+) -> None:
+    """CUDA answers all later calls with the same error. So what stood beside the fault is measured by a later call."""
+    monkeypatch.setitem(end_to_end.ENCODERS, "tiny", VIT)
+    monkeypatch.setattr(end_to_end, "ceilings", lambda device, precisions: LIMITS)
+    lost = False
+
+    def faults(task: Task) -> systems.Encode:
+        calls = 0
+
+        def encode(images: Tensor) -> Tensor:
+            nonlocal calls, lost
+            calls += 1
+            if calls > (when == "timed"):
+                lost = True
+                raise RuntimeError("CUDA error")
+            return good.encode(task)(images)
+
+        (good,) = (system for system in SYSTEMS if system.name == faulty)
+        return encode
+
+    faulting = [replace(s, build=faults, package=None) if s.name == faulty else s for s in SYSTEMS]
+    monkeypatch.setattr(end_to_end, "SYSTEMS", faulting)
+    monkeypatch.setattr(timing, "lost", lambda device: lost)
+    file = tmp_path / "gpu.json"
+
+    def call() -> list[dict[str, object]]:
+        nonlocal lost
+        lost = False
+        end_to_end.main(
+            ["--models", "tiny", "--batches", "1,2", "--precisions", "fp32", "--rounds", "1", "--device", "cpu",
+             "--systems", f"{OURS};{BASELINE};open_clip", "--json", str(file), "--resume"]
+        )  # fmt: skip
+        return json.loads(file.read_text())["rows"]
+
+    for batch in (1, 2):
+        with pytest.raises(Fault, match=f"^{faulty} faults the GPU"):
+            call()
+        rows = json.loads(file.read_text())["rows"]
+        failed = {(row["batch"], row["system"]): row["failed"] for row in rows if "failed" in row}
+        assert failed == {(b, faulty): "faults the GPU: RuntimeError: CUDA error" for b in range(1, batch + 1)}
+    assert len(call()) == 6
+    assert [row for row in call() if "failed" in row] == [row for row in rows if "failed" in row]

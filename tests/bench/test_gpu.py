@@ -15,9 +15,9 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.sh"
 
 
-def run(*arguments: str, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, python: str = sys.executable, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHON": python}
-    return subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, env=environment, timeout=1150)
+    return subprocess.run([SCRIPT, *arguments], capture_output=True, text=True, env=environment, timeout=1150, cwd=cwd)
 
 
 @pytest.mark.slow
@@ -123,7 +123,7 @@ def test_tests_that_have_passed_are_not_run_again(tmp_path: Path) -> None:
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     fake = tmp_path / "python"
-    fake.write_text("#!/bin/sh\nexit 1\n")
+    fake.write_text('#!/bin/sh\ncase "$*" in *--code*) echo one ;; *) exit 1 ;; esac\n')
     fake.chmod(0o755)
     done = run("--dry-run", "--output", str(tmp_path), "--stage", "tests", "--stage", "plot", python=str(fake))
     assert "pytest is not installed" in done.stdout
@@ -134,3 +134,31 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arguments", [["--stage", "nothing"], ["--what"]])
 def test_an_unknown_argument_is_an_error(tmp_path: Path, arguments: list[str]) -> None:
     assert run("--dry-run", "--output", str(tmp_path), *arguments).returncode == 2
+
+
+@pytest.mark.parametrize("python", ["", "exit 1", "exit 0"])
+@pytest.mark.parametrize("arguments", [["--output", "out"], []])
+def test_without_a_python_that_has_pytorch_nothing_is_written(
+    tmp_path: Path, python: str, arguments: list[str]
+) -> None:
+    """Without a folder's name, files would go to the file system's root."""
+    fake = tmp_path / "python"
+    if python:
+        fake.write_text(f"#!/bin/sh\n{python}\n")
+        fake.chmod(0o755)
+    done = run("--stage", "environment", *arguments, python=str(fake), cwd=tmp_path)
+    assert done.returncode == 1
+    assert f"gpu.sh: `{fake} -m bench.environment --" in done.stderr
+    assert done.stdout == ""
+    assert set(tmp_path.iterdir()) <= {fake}
+
+
+def test_relative_paths_are_of_the_callers_folder(tmp_path: Path) -> None:
+    fake = tmp_path / "python"
+    fake.write_text("#!/bin/sh\necho one\n")
+    fake.chmod(0o755)
+    done = run("--stage", "environment", "--output", "out", "--archive", "all.tar", python=str(fake), cwd=tmp_path)
+    assert done.returncode == 0
+    assert f"results are in {tmp_path / 'out'}" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"python", "out", "all.tar"}
+    assert (tmp_path / "out" / "environment.log").read_text() == "one\n"

@@ -15,13 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench import timing
 from bench.kernels import __main__ as kernels
 from bench.kernels import comparison
 from bench.kernels import contests as contests_module
 from bench.kernels.comparison import compare
 from bench.kernels.contests import COMPILED, OPS, OURS, PRODUCT, SEPARATE, Contest, contests
 from bench.models import MODELS, PUBLISHED
-from bench.timing import Ceilings, Times
+from bench.timing import Ceilings, Fault, Times
 from clip_fast.kernels import ops
 from clip_fast.kernels.dispatch import Op
 from clip_fast.towers import convolution, reference
@@ -198,6 +199,41 @@ def test_the_command_writes_tables_and_goes_on(tmp_path: Path, monkeypatch: pyte
     old = {(row["op"], row["system"]): row["of_ceiling"] for row in whole if "failed" not in row}
     assert {(row["op"], row["system"]): 2 * row["of_ceiling"] for row in higher if row["op"] != "patch_embed"} == old
     assert any(row["op"] == "patch_embed" for row in higher)
+
+
+@pytest.mark.parametrize("faulty", [OURS, SEPARATE + "2"])
+def test_the_command_goes_on_behind_a_fault_of_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faulty: str
+) -> None:
+    monkeypatch.setattr(kernels, "ceilings", lambda device, precisions: LIMITS)
+    first, second = contests(TOYS, [1], ["fp32"], ["layer_norm", "mean_token"])
+    lost = False
+
+    def faults(_: object) -> Any:
+        nonlocal lost
+        lost = True
+        raise RuntimeError("CUDA error")
+
+    first = dataclasses.replace(first, systems={OURS: first.systems[OURS], **first.systems, faulty: faults})
+    monkeypatch.setattr(kernels, "contests", lambda *_: [first, second])
+    monkeypatch.setattr(timing, "lost", lambda device: lost)
+    file = tmp_path / "kernels.json"
+
+    def call() -> None:
+        nonlocal lost
+        lost = False
+        kernels.main(["--device", "cpu", "--rounds", "1", "--without-compiled", "--json", str(file), "--resume"])
+
+    def rows() -> list[dict[str, Any]]:
+        return json.loads(file.read_text())["rows"]
+
+    with pytest.raises(Fault, match=f"^{faulty} faults the GPU"):
+        call()
+    (row,) = rows()
+    assert (row["op"], row["system"], row["failed"]) == (first.op, faulty, "faults the GPU: RuntimeError: CUDA error")
+    call()
+    assert {row["op"] for row in rows()} == {"layer_norm", "mean_token"}
+    assert [row["system"] for row in rows() if "failed" in row] == [faulty]
 
 
 @pytest.mark.slow

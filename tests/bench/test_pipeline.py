@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ import pytest
 import torch
 
 from bench import jobs, pipeline
+from bench.photographs import make_photographs
 
 pytest.importorskip("pyarrow")
 ARGUMENTS = ["--models", "toy", "--batch-size", "2", "--rounds", "1", "--device", "cpu"]
+DEFAULTS = argparse.Namespace(count=None, batch_size=None, workers=None)
 RIVALS = {"openai-clip", "clip-retrieval"}
 
 
@@ -70,16 +74,40 @@ def test_ray(tmp_path: Path) -> None:
     assert row["start_up"] < row["seconds"]
 
 
-def test_the_default_jobs_have_batches_enough() -> None:
-    options = argparse.Namespace(count=None, batch_size=None, workers=None)
+@pytest.mark.parametrize("cores", [1, 2, 16, 192])
+def test_the_default_jobs_have_batches_enough(monkeypatch: pytest.MonkeyPatch, cores: int) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
     for device in map(torch.device, ("cpu", "cuda")):
         for model in ("stand-in", "ViT-B/32"):
             for kind in pipeline.KINDS.split(","):
-                count, batch_size, workers = pipeline.numbers(model, kind, options, device)
+                count, batch_size, workers = pipeline.numbers(model, kind, DEFAULTS, device)
                 assert count >= 8 * batch_size
-                assert workers >= 1
-    assert pipeline.numbers("stand-in", "640x480", options, torch.device("cpu"))[:2] == (1024, 32)
-    assert pipeline.numbers("ViT-B/32", "4000x3000", options, torch.device("cpu"))[:2] == (64, 8)
+                assert count >= 2 * workers * batch_size  # the first of each process is not timed
+                assert 1 <= workers <= cores
+                clock = jobs.Clock(workers)
+                for start in range(0, count, batch_size):
+                    clock.tick(min(batch_size, count - start))
+                clock.result(np.empty(0))
+
+
+def test_the_default_jobs_of_few_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    assert pipeline.numbers("stand-in", "640x480", DEFAULTS, torch.device("cpu")) == (1024, 32, 4)
+    assert pipeline.numbers("ViT-B/32", "4000x3000", DEFAULTS, torch.device("cpu")) == (64, 8, 2)
+    assert pipeline.numbers("ViT-B/32", "640x480", DEFAULTS, torch.device("cuda")) == (8192, 256, 4)
+
+
+def test_every_decoding_process_has_a_tar(tmp_path: Path) -> None:
+    made = make_photographs("8x6.tar", 45, [], tmp_path / "many", workers=20)
+    members: list[str] = []
+    for path in made.paths:
+        with tarfile.open(path) as tar:
+            assert tar.getnames()
+            members += tar.getnames()
+    assert len(made.paths) == 20
+    assert [int(Path(name).stem) for name in members] == list(range(45))
+    assert len(make_photographs("8x6.tar", 45, [], tmp_path / "few", workers=2).paths) == 16
+    assert len(make_photographs("8x6.tar", 3, [], tmp_path / "three", workers=2).paths) == 3
 
 
 def test_a_rival_that_fails_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,8 @@ from bench.predict.terms import Kernel, Tile
 from clip_fast.towers.config import VitConfig
 
 ROOT = Path(__file__).parents[2]
+SHOWN = command.MODELS_SHOWN.split(",")
+SIGLIPS = {"ViT-B-16-SigLIP": "SigLIP B/16", "ViT-SO400M-14-SigLIP-384": "SigLIP SO400M/14 at 384"}  # as a page says it
 
 # Rates that make arithmetic by hand easy: a clock is a nanosecond.
 DEVICE = Device(
@@ -383,7 +385,20 @@ def test_a_change_that_costs_time_is_seen(tmp_path: Path, capsys: pytest.Capture
     assert "1 better" in capsys.readouterr().out
     new.write_text(old.read_text().replace('"triton": "', '"triton": "0.'))
     assert regressions.main([str(new), "--committed", str(old)]) == 2
-    assert "python -m bench.predict --json" in capsys.readouterr().out
+    assert f"python -m bench.predict --models ViT-L/14 --devices H200 --json {old}" in capsys.readouterr().out
+
+
+def test_what_the_new_table_leaves_out_is_not_compared() -> None:
+    one, all_of_one, both = (
+        [row for device in devices for batch in batches for row in command.rows_of(predicted(KERNEL, batch, device))]
+        for devices, batches in ((["H200"], [256]), (["H200"], [256, 1]), (["H200", "A100"], [256, 1]))
+    )
+    assert regressions.compare_predictions(both, all_of_one) == []
+    (change,) = regressions.compare_predictions(both, one)  # the other batch of that model is gone
+    assert change.worse
+    changes = regressions.compare_predictions(all_of_one, both)
+    assert len(changes) == 2
+    assert not any(change.worse for change in changes)
 
 
 def test_every_device_names_its_source_and_has_a_target() -> None:
@@ -468,8 +483,8 @@ def test_the_committed_predictions_are_of_todays_code(tmp_path: Path) -> None:
     file = tmp_path / "predictions.json"
     done = run(f"import sys\nfrom bench.predict import __main__ as p\nsys.exit(p.main(['--json', {str(file)!r}]))")
     assert done.returncode == 0, done.stdout + done.stderr
-    again = "make them anew: python -m bench.predict --json bench/results/predictions.json"
-    assert json.loads(file.read_text()) == committed, again
+    shown = [row for row in committed["rows"] if row["device"] == "H200" and row["model"] in SHOWN]
+    assert json.loads(file.read_text())["rows"] == shown, "make them anew: see bench/predict/__main__.py"
 
 
 def test_the_page_has_the_committed_figures() -> None:
@@ -477,13 +492,21 @@ def test_the_page_has_the_committed_figures() -> None:
     committed = json.loads(regressions.PREDICTED.read_text())
     section = page.partition("## Predicted, not measured")[2].partition("\n## ")[0]
     assert f"Triton {committed['triton']}" in section
-    lines = [line.split(" | ") for line in section.splitlines() if line.startswith("| ViT")]
-    wholes = [row for row in committed["rows"] if not row["launch"]]
-    assert len(lines) == len(wholes) == 8
-    for (name, throughput, *_, last), row in zip(lines, wholes, strict=True):
-        assert name == f"| {row['model']}, batch {row['batch']}"
-        assert throughput == f"{row['batch'] / row['seconds']:,.0f}"
-        assert last == f"{row['rival'] / row['seconds']:.2f} |"
+    wholes = {(row["model"], row["batch"], row["device"]): row for row in committed["rows"] if not row["launch"]}
+    expected: list[str] = []
+    for (model, batch, device), row in wholes.items():
+        if device == "H200":
+            time, least, rival_ = row["seconds"], row["least"], row["rival"]
+            host = f"{row['on_host'] * 1e3:.3g}" if row["on_host"] else "graph"
+            figures = [f"{batch / time:,.0f}", f"{least / time:.0%}", f"{row['on_device'] * 1e3:.3g}", host]
+            figures += [f"{batch / rival_:,.0f}", f"{rival_ / time:.2f}"]
+            expected.append(f"| {SIGLIPS.get(model, model)}, batch {batch} | {' | '.join(figures)} |")
+    for batch in (256, 1):
+        for model in SHOWN:
+            rows = [wholes[model, batch, device] for device in ("A100", "RTX 4090", "L4", "B200")]
+            cells = [f"{batch / row['seconds']:,.0f} ({row['least'] / row['seconds']:.0%})" for row in rows]
+            expected.append(f"| batch {batch}, {model} | {' | '.join(cells)} |")
+    assert [line for line in section.splitlines() if re.match(r"\| .*batch \d", line)] == expected
 
 
 @pytest.mark.parametrize(

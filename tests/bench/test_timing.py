@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import timing
 from bench.report import table
 from bench.roofline import least_seconds, operations, traffic, weights
-from bench.timing import Ceilings, Failed, Times, interleaved, measure
+from bench.timing import Ceilings, Failed, Fault, Times, interleaved, measure
 from clip_fast.checkpoint.published import OPENAI_MODELS
 from clip_fast.towers import reference
 from clip_fast.towers.config import Config, VitConfig
@@ -29,7 +29,7 @@ def test_every_round_has_everyone_and_another_first() -> None:
 
         return take
 
-    results = interleaved({name: sample(name) for name in "abc"}, 4)
+    results = interleaved({name: sample(name) for name in "abc"}, 4, CPU)
     assert "".join(order) == "abcbcacababc"
     assert results["a"] == Times((1.0, 6.0, 8.0, 10.0))
 
@@ -44,7 +44,7 @@ def test_who_fails_stops_and_the_others_go_on() -> None:
             raise ValueError("worn out")
         return 1.0
 
-    results = interleaved({"good": lambda: 2.0, "breaks": breaks}, 5)
+    results = interleaved({"good": lambda: 2.0, "breaks": breaks}, 5, CPU)
     assert results["breaks"] == Failed("ValueError: worn out")
     assert results["good"] == Times((2.0,) * 5)
     assert calls == 2
@@ -53,6 +53,29 @@ def test_who_fails_stops_and_the_others_go_on() -> None:
         raise RuntimeError
 
     assert measure({"a": [at_once]}, CPU, 2) == {"a": Failed("RuntimeError")}
+
+
+@pytest.mark.parametrize("at", [1, 6])  # the warm-up, and a sample
+def test_nobody_is_measured_after_a_fault_of_the_gpu(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """CUDA answers all later calls with the same error, whoever makes them."""
+    calls, lost = 0, False
+
+    def faults() -> None:
+        nonlocal calls, lost
+        calls += 1
+        lost = calls >= at
+        good()
+
+    def good() -> None:
+        if lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(timing, "lost", lambda device: lost)
+    monkeypatch.setattr(timing, "_SAMPLE_SECONDS", 0.0)
+    monkeypatch.setattr(timing, "_UNTIMED_SECONDS", 0.0)
+    with pytest.raises(Fault, match=r"^it faults the GPU, so .* nothing more: RuntimeError: CUDA") as raised:
+        measure({"first": [good], "it": [faults], "good": [good]}, CPU, 3)
+    assert raised.value.system == "it"
 
 
 def test_a_sample_is_seconds_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 import os
 import subprocess
@@ -18,7 +19,7 @@ import torch
 
 from bench import tune
 from bench.models import MODELS
-from bench.timing import Failed, Times
+from bench.timing import Failed, Fault, Times
 from clip_fast.kernels import targets
 from clip_fast.kernels.launches import TABLE
 from clip_fast.kernels.statistics import STATISTICS_TILE
@@ -214,6 +215,35 @@ def test_what_is_condemned_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None
     assert A not in {launch for _, launch in steps.timed}
     assert [row["failed"] for row in rows if row["launch"] == asdict(A)] == ["spills 8 bytes a thread"]
     assert tune.finished(TOY, TARGETS["sm_80"], rows, settings)
+    assert tune.winner(rows) == B
+
+
+@pytest.mark.usefixtures("committed")
+@pytest.mark.parametrize("stage", ["screening", "final"])
+@pytest.mark.parametrize("at_fault", ["current", "A"])
+def test_a_search_goes_on_behind_a_fault_of_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, at_fault: str
+) -> None:
+    steps, table, file = Steps(monkeypatch), tmp_path / "launches.py", tmp_path / "tune.json"
+    steps.left = math.inf
+    current = TABLE.entry("linear", "float32", TARGETS["sm_80"])[0]
+    launch = current if at_fault == "current" else A
+    _, second = (shape.name for shape in TOY.shapes([1])[:2])
+
+    def times(entry: tune.Entry, target: object, shape: tune.Contest, launches: list[Launch], *more: object) -> object:
+        if launch in launches and (stage == "screening" or shape.name == second):
+            raise Fault(str(launch), "CUDA error")
+        return steps.times(entry, target, shape, launches, *more)
+
+    monkeypatch.setattr(tune, "_times", times)
+    with pytest.raises(Fault, match="faults the GPU"):
+        tune.tune([TOY], SETTINGS, file, True, table)
+    rows = json.loads(file.read_text())["rows"]
+    assert rows[0]["launch"] == asdict(current)
+    assert [row["launch"] for row in rows if row["stage"] == "fault"] == [asdict(launch)]
+    tune.tune([TOY], SETTINGS, file, True, table)
+    rows = json.loads(file.read_text())["rows"]
+    assert tune.finished(TOY, TARGETS["sm_80"], rows, SETTINGS)
     assert tune.winner(rows) == B
 
 

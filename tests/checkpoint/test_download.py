@@ -125,3 +125,17 @@ def test_what_killed_downloads_left_is_removed(server: _Server, tmp_path: Path) 
     os.utime(tmp_path / "other.pt.3.part", (0, 0))
     resolve("RN50", tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt", "model.pt.2.part", "other.pt.3.part"]
+
+
+def test_another_download_may_end_meanwhile(server: _Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file is gone between the listing of the folder and the look at its age."""
+    (tmp_path / "model.pt.another.part").touch()
+    listed = Path.glob
+
+    def glob(folder: Path, pattern: str) -> list[Path]:
+        found = list(listed(folder, pattern))
+        (tmp_path / "model.pt.another.part").unlink()
+        return found
+
+    monkeypatch.setattr(Path, "glob", glob)
+    assert resolve("RN50", tmp_path).read_bytes() == server.body

@@ -120,6 +120,23 @@ def test_packed_archives_are_refused(torchscript: bool, packed: str, tmp_path: P
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB
 
 
+@pytest.mark.parametrize("torchscript", [False, True])
+def test_a_packed_archive_that_is_called_code_is_refused(torchscript: bool, tmp_path: Path) -> None:
+    """TorchScript's code is packed, and is not read: it is in a folder `code` below the archive's own."""
+    whole, packed = tmp_path / "code.pt", tmp_path / "packed.pt"
+    if torchscript:
+        torch.jit.trace(torch.nn.Linear(8, 8), torch.zeros(1, 8)).save(str(whole))
+    else:
+        torch.save({"weight": torch.zeros(8, 8)}, whole)
+    with zipfile.ZipFile(whole) as archive, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as copy:
+        assert {name.partition("/")[0] for name in archive.namelist()} == {"code"}
+        for name in archive.namelist():
+            copy.writestr(name, archive.read(name))
+    assert "weight" in read_weights(whole).entries
+    with pytest.raises(CheckpointError, match=r"refused: its code/data.* is compressed"):
+        read_weights(packed)
+
+
 def test_members_that_overlap_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "m.pt"
     torch.save({f"visual.{number}": torch.randn(10_000) for number in range(50)}, path)
