@@ -187,12 +187,15 @@ class Workers:
                     f"shared memory is full: {self._count} workers keep {BATCHES_AHEAD} batches each in /dev/shm; let "
                     "it be larger (docker run --shm-size), or have fewer workers or smaller batches"
                 ) from error
-            except (RuntimeError, OSError, EOFError):
+            except (RuntimeError, OSError, EOFError) as error:
                 if self._sampler.broken:  # the error came from `batches`, not from a worker: do not retry
                     raise
+                problem = error
                 deadline = time.monotonic() + DEATH_SECONDS
                 while not (dead := _deaths(self._board)) and time.monotonic() < deadline:
                     time.sleep(0.01)
+                if not dead and _IDLE in self._board[:, 0]:  # a worker died before it had told its process
+                    dead = [_IDLE]
                 if not dead:
                     raise
             finally:
@@ -203,7 +206,9 @@ class Workers:
             strikes.update(suspects)
             restarts += not suspects
             if restarts > MAX_RESTARTS:
-                raise RuntimeError(f"decoder processes died {restarts} times in a row, without an image to blame")
+                raise RuntimeError(
+                    f"decoder processes died {restarts} times in a row, without an image to blame"
+                ) from problem
             _give_up(waiting, {suspect for suspect in suspects if strikes[suspect] >= STRIKES}, self._time_limit)
 
     def _results(self) -> Iterator[Decoded]:
@@ -211,11 +216,12 @@ class Workers:
         if self._loader is None:
             self._board = torch.full((self._count, 2), _IDLE, dtype=torch.int64)
             self._board.share_memory_()
-            self._loader = DataLoader(
-                _Decoding(self._decoder, self._board, self._time_limit, self._packing),
+            decoding = _Decoding(self._decoder, self._board, self._time_limit, self._packing)
+            self._loader = _Loader(
+                decoding,
                 batch_sampler=self._sampler,  # pyright: ignore[reportArgumentType]
                 num_workers=self._count,
-                worker_init_fn=_start_worker,
+                worker_init_fn=decoding.start,
                 collate_fn=_same,  # pyright: ignore[reportArgumentType]
                 multiprocessing_context=_context() if self._count else None,
                 prefetch_factor=BATCHES_AHEAD if self._count else None,
@@ -273,6 +279,13 @@ class _Sampler:
             yield batch
 
 
+class _Loader(DataLoader[Decoded]):
+    """Without the warning about more workers than cores: their number is the caller's choice."""
+
+    def check_worker_number_rationality(self) -> None:
+        pass
+
+
 class _Decoding(Dataset[Decoded]):
     """For the DataLoader: decodes a batch. The board, (workers, 2), has each worker's process and image."""
 
@@ -283,14 +296,17 @@ class _Decoding(Dataset[Decoded]):
         self._packing = packing
         self._rooms = Rooms(ROOMS)
 
+    def start(self, worker: int) -> None:
+        """Begins a worker's process."""
+        self._board[worker, 0] = os.getpid()
+        _start_worker()
+
     def __getitems__(self, batch: WorkItem) -> Decoded:
         worker = get_worker_info()
         with memory_limited() if worker is None else nullcontext():  # a worker has its limit from its start
             return self._decoded(batch, None if worker is None else worker.id)
 
     def _decoded(self, batch: WorkItem, worker: int | None) -> Decoded:
-        if worker is not None:
-            self._board[worker, 0] = os.getpid()
         shared = worker is not None
         with _room_asked_for():
             into = self._begun(len(batch.items), shared)
@@ -344,7 +360,7 @@ def _room_asked_for() -> Generator[None, None, None]:
         raise SharedMemoryError from error
 
 
-def _start_worker(worker: int) -> None:
+def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
     end_with_parent()
     os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # others reserve a gigabyte when they begin

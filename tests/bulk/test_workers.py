@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 from bad_files import BAD_FILES, WEBP_OF_34_BYTES
-from hostile import Greedy, Killing, Peak, ThisProcess
+from hostile import Greedy, Killing, KillingAtStart, Peak, ThisProcess
 from numpy.testing import assert_array_equal
 from PIL import Image
 
@@ -134,6 +134,24 @@ def test_a_worker_that_dies_while_a_long_result_waits_to_be_read_is_replaced(tmp
     assert [bool(each) for each in errors] == [False, True, True, False]
     assert errors[1] == {0: reason}
     assert "a decoder died of it" in errors[2][0]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_worker_that_dies_before_it_begins_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "DEATH_SECONDS", 0.1)
+    Image.new("RGB", (5, 4)).save(tmp_path / "x.png")
+    decoder = KillingAtStart(DECODER.preprocess, marker=str(tmp_path / "marker"))
+    batches = [WorkItem([item(tmp_path / "x.png")], 0, i, 3) for i in range(3)]
+    results = list(decode_batches(decoder, iter(batches), workers=1, time_limit=9))
+    assert (tmp_path / "marker").exists()
+    assert [decoded.errors for _, decoded in results] == [{}] * 3
+
+
+def test_more_workers_than_cores_are_no_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decode._Loader(_Decoding(DECODER, torch.zeros(999, 2), 7.0), num_workers=999)
 
 
 @pytest.mark.timeout(120)
