@@ -12,17 +12,19 @@ more is a failure.
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
 import resource
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
@@ -151,7 +153,7 @@ class Workers:
         self._pin_memory = pin_memory
         self._packing = packing
         self._sampler = _Sampler()
-        self._board = torch.empty(0)
+        self._board = torch.empty(0, 2)
         self._loader: DataLoader[Decoded] | None = None
 
     def __enter__(self) -> Workers:
@@ -166,7 +168,8 @@ class Workers:
         """Decodes batches, in order, ahead of need. One call at a time.
 
         Raises:
-            RuntimeError: workers keep dying without an image to blame, or shared memory is too small for batches.
+            RuntimeError: workers keep dying without an image to blame, shared memory is too small for batches, or files
+                are too few.
             Exception: whatever `batches` raises.
         """
         waiting: deque[WorkItem] = deque()  # handed to workers and not yet decoded
@@ -182,14 +185,19 @@ class Workers:
                     yield waiting.popleft(), decoded
                 complete = True
                 return
-            except SharedMemoryError as error:  # its text is the worker's trace
-                raise RuntimeError(
-                    f"shared memory is full: {self._count} workers keep {BATCHES_AHEAD} batches each in /dev/shm; let "
-                    "it be larger (docker run --shm-size), or have fewer workers or smaller batches"
-                ) from error
             except (RuntimeError, OSError, EOFError) as error:
                 if self._sampler.broken:  # the error came from `batches`, not from a worker: do not retry
                     raise
+                if os.strerror(errno.EMFILE) in str(error):  # the text of a worker's error is its trace
+                    raise RuntimeError(
+                        f"too many open files: {self._count} workers have {BATCHES_AHEAD} batches each in files of "
+                        "their own; raise the limit (ulimit -n), or have fewer workers (--workers)"
+                    ) from error
+                if isinstance(error, SharedMemoryError):
+                    raise RuntimeError(
+                        f"shared memory is full: {self._count} workers keep {BATCHES_AHEAD} batches each in /dev/shm; "
+                        "let it be larger (docker run --shm-size), or have fewer workers or smaller batches"
+                    ) from error
                 problem = error
                 deadline = time.monotonic() + DEATH_SECONDS
                 while not (dead := _deaths(self._board)) and time.monotonic() < deadline:
@@ -434,12 +442,32 @@ def _alive(pid: int) -> bool:
 
 
 def _context() -> ForkServerContext:
-    """A fork server with the imports done: workers start at once, and inherit neither a GPU nor the folder's lock."""
+    """A fork server with the imports done: workers start at once, and inherit neither a GPU nor the folder's lock.
+
+    Raises:
+        OSError: it cannot be started, as where the path of the folder for temporary files is too long.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([f"{__package__}.preloaded"])
-    with interrupts_blocked():
-        forkserver.ensure_running()
+    _allow_open_files()
+    try:
+        with interrupts_blocked():
+            forkserver.ensure_running()
+    except OSError as error:
+        if error.errno is None:  # Python's own check: sockets have paths of about 100 characters at most
+            folder = tempfile.gettempdir()
+            raise OSError(
+                f"the path {folder} is too long for processes to meet there: set TMPDIR to another folder, such as /tmp"
+            ) from error
+        raise
     return context
+
+
+def _allow_open_files() -> None:
+    """Raises the limit of open files as far as this process may: each batch that waits is a few files."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # macOS calls its limit infinite, and refuses that
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @contextmanager

@@ -261,6 +261,48 @@ def test_what_batches_raise_is_no_death_of_a_worker(monkeypatch: pytest.MonkeyPa
         next(results)
 
 
+def test_workers_that_cannot_start_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(_: Workers) -> None:
+        raise OSError("no board")
+
+    monkeypatch.setattr(decode, "DEATH_SECONDS", 0)
+    monkeypatch.setattr(Workers, "_results", failing)
+    with pytest.raises(OSError, match="no board"):
+        next(Workers(DECODER, 7).decode(iter([])))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.EMFILE, os.strerror(errno.EMFILE)), decode.SharedMemoryError("trace: Too many open files (24)")],
+)
+def test_a_lack_of_open_files_says_what_to_do(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def failing(_: Workers) -> None:
+        raise error
+
+    monkeypatch.setattr(Workers, "_results", failing)
+    with pytest.raises(RuntimeError, match=r"too many open files: 7 workers .*ulimit -n.*--workers"):
+        next(Workers(DECODER, 7).decode(iter([])))
+
+
+def test_as_many_files_may_be_open_as_the_system_allows() -> None:
+    program = (
+        "import resource as r\nfrom clip_fast.bulk.workers import start_fork_server\n"
+        "hard = r.getrlimit(r.RLIMIT_NOFILE)[1]\nr.setrlimit(r.RLIMIT_NOFILE, (99, hard))\n"
+        "start_fork_server()\nassert r.getrlimit(r.RLIMIT_NOFILE) == (hard, hard)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_temporary_folder_with_too_long_a_path_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 99)
+    folder.mkdir()
+    program = "from clip_fast.bulk.workers import start_fork_server\nstart_fork_server()\n"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"TMPDIR": str(folder)}, capture_output=True, text=True
+    )
+    assert f"OSError: the path {folder} is too long for processes to meet there: set TMPDIR to another" in done.stderr
+
+
 @dataclass(frozen=True, slots=True)
 class Held(ImageFile):
     """Says that its decoding began, and waits."""
