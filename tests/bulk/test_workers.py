@@ -370,3 +370,13 @@ def test_decoding_processes_keep_the_memory_of_large_photographs() -> None:
         "assert stats['reused_blocks'] >= 4 * 12_000_000 // block and not stats['freed_blocks'], stats\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_decoders_that_start_when_the_job_is_stopped_show_no_traceback() -> None:
+    program = (
+        "import sys\nfrom clip_fast.bulk import preloaded\n"
+        "errors = EOFError(), FileNotFoundError(2, 'semaphore'), FileNotFoundError(2, 'gone', 'file'), KeyError(3)\n"
+        "for error in errors:\n    sys.excepthook(type(error), error, None)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert done.stderr == "FileNotFoundError: [Errno 2] gone: 'file'\nKeyError: 3\n"
