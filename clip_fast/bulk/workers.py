@@ -198,7 +198,7 @@ class Workers:
                         f"shared memory is full: {self._count} workers keep {BATCHES_AHEAD} batches each in /dev/shm; "
                         "let it be larger (docker run --shm-size), or have fewer workers or smaller batches"
                     ) from error
-                problem = error
+                problem = str(error)  # not the error, whose trace holds on to the processes
                 deadline = time.monotonic() + DEATH_SECONDS
                 while not (dead := _deaths(self._board)) and time.monotonic() < deadline:
                     time.sleep(0.01)
@@ -215,8 +215,8 @@ class Workers:
             restarts += not suspects
             if restarts > MAX_RESTARTS:
                 raise RuntimeError(
-                    f"decoder processes died {restarts} times in a row, without an image to blame"
-                ) from problem
+                    f"decoder processes died {restarts} times in a row, without an image to blame: {problem}"
+                )
             _give_up(waiting, {suspect for suspect in suspects if strikes[suspect] >= STRIKES}, self._time_limit)
 
     def _results(self) -> Iterator[Decoded]:
@@ -307,7 +307,10 @@ class _Decoding(Dataset[Decoded]):
     def start(self, worker: int) -> None:
         """Begins a worker's process."""
         self._board[worker, 0] = os.getpid()
-        _start_worker()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+        end_with_parent()
+        os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # others reserve a gigabyte when they begin
+        limit_memory()
 
     def __getitems__(self, batch: WorkItem) -> Decoded:
         worker = get_worker_info()
@@ -366,13 +369,6 @@ def _room_asked_for() -> Generator[None, None, None]:
         yield
     except RuntimeError as error:
         raise SharedMemoryError from error
-
-
-def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
-    end_with_parent()
-    os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # others reserve a gigabyte when they begin
-    limit_memory()
 
 
 def limit_memory() -> None:

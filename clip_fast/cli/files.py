@@ -27,10 +27,12 @@ def opened(name: str, option: str) -> AbstractContextManager[BinaryIO]:
 
 
 def refuse_to_replace(read: Iterable[str], targets: Sequence[Path]) -> None:
-    """Of the files that are read, only those with a target's suffix are looked at: they may be millions.
+    """Makes sure that no file that is read is among the files to write.
+
+    Only files with a target's suffix are looked at: they may be millions, on a slow disk.
 
     Raises:
-        ValueError: one of them is a target, by whatever name; the message names it.
+        ValueError: a file that is read is a target, under this name or another; the message names it.
     """
     there = [target for target in targets if target.exists()]
     for name in read if there else ():

@@ -261,6 +261,21 @@ def test_what_batches_raise_is_no_death_of_a_worker(monkeypatch: pytest.MonkeyPa
         next(results)
 
 
+def test_workers_that_always_die_are_an_error_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[int] = []
+
+    def failing(workers: Workers) -> None:
+        tries.append(1)
+        workers._board = torch.full((1, 2), decode._IDLE)
+        raise RuntimeError("exited unexpectedly")
+
+    monkeypatch.setattr(decode, "DEATH_SECONDS", 0)
+    monkeypatch.setattr(Workers, "_results", failing)
+    with pytest.raises(RuntimeError, match="died 6 times in a row, without an image to blame: exited unexpectedly"):
+        next(Workers(DECODER, 1).decode(iter([])))
+    assert len(tries) == 6
+
+
 def test_workers_that_cannot_start_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(_: Workers) -> None:
         raise OSError("no board")
