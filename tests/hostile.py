@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from clip_fast.bulk.decoder import Decoder
 from clip_fast.inputs.items import Item
 
 
@@ -39,6 +40,19 @@ class KillingOnce(Item):
             Path(self.marker).touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return Path(self.location)
+
+
+@dataclass(frozen=True)
+class KillingAtStart(Decoder):
+    """Kills the first process that it is sent to, before that has begun. It makes `marker` as `KillingOnce` does."""
+
+    marker: str = ""
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        if not Path(self.marker).exists():
+            Path(self.marker).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,9 @@ import json
 import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -200,7 +203,7 @@ def test_loading(working_folder: Path) -> None:
 def test_ten_images(working_folder: Path) -> None:
     assert run(ENCODING[0]) == 0
     assert np.load("embeddings.npy").shape == (10, 24)
-    assert Path("paths.txt").read_text().splitlines() == [f"photos/{i}.png" for i in range(10)]
+    assert Path("embeddings.paths.txt").read_text().splitlines() == [f"photos/{i}.png" for i in range(10)]
 
 
 @pytest.mark.slow
@@ -237,3 +240,18 @@ def test_a_cluster(working_folder: Path, capsys: pytest.CaptureFixture[str], mon
     finally:
         nodes.shutdown()
     search_as_written(capsys, working_folder)
+
+
+@pytest.mark.slow
+def test_a_source_distribution_has_what_the_readme_links_to_and_no_tests(tmp_path: Path) -> None:
+    hidden = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "build", "dist", "site")
+    shutil.copytree(ROOT, tmp_path / "source", symlinks=True, ignore=hidden)
+    build = "from setuptools import build_meta; build_meta.build_sdist('dist')"
+    subprocess.run([sys.executable, "-c", build], cwd=tmp_path / "source", check=True, capture_output=True)
+    (archive,) = (tmp_path / "source" / "dist").iterdir()
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    links = {link for link in re.findall(r"\]\(([^)#]+)", README.read_text("utf-8")) if "://" not in link}
+    assert "docs/bulk.md" in links
+    assert links <= names
+    assert {name for name in names if name.startswith("tests/")} == set()

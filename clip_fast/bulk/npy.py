@@ -7,10 +7,10 @@
 
 A file that cannot be embedded is never an exception, always a `Failure` with its reason.
 
-The written files are `embeddings.npy` (or any other name), float32 (n, embed_dim), not normalised; `paths.txt` beside
-it, in UTF-8, whose line i is the path of row i; and `errors.txt`, path TAB reason, only where there are failures. A
-path that does not fit one line of `paths.txt` (it has a line break, or bytes that are no text) is a failure for that
-reason, so the lines need no unescaping. `errors.txt` shows such a path with backslash escapes.
+The written files are `embeddings.npy` (or any other name), float32 (n, embed_dim), not normalised; beside it
+`embeddings.paths.txt`, in UTF-8, whose line i is the path of row i; and `embeddings.errors.txt`, path TAB reason, only
+where there are failures. A path that does not fit one line (it has a line break, or bytes that are no text) is a
+failure for that reason, so the lines need no unescaping. The errors show such a path with backslash escapes.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from .decoder import Decoder, failure_reason
 from .rows import Encoder, encode_rows, settle
 from .workers import TIME_LIMIT, Decoded, Workers, WorkItem
 
-PATHS_NAME = "paths.txt"
-ERRORS_NAME = "errors.txt"
+PATHS_SUFFIX = ".paths.txt"
+ERRORS_SUFFIX = ".errors.txt"
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def _item(path: Path | Item) -> Item:
     except UnicodeEncodeError as error:
         return Unreadable(item.key, item.location, failure_reason(error))
     if item.location.splitlines() != [item.location]:
-        return Unreadable(item.key, item.location, f"a line break in the name, which {PATHS_NAME} cannot hold")
+        return Unreadable(item.key, item.location, "a line break in the name, which the list of paths cannot hold")
     return item
 
 
@@ -121,17 +121,21 @@ class EmbeddingWriter:
 
     Raises:
         OSError: the folder of `output` is missing or cannot be written to.
-        ValueError: a name to write belongs to something other than a regular file, or two of the three names are one.
+        ValueError: a name to write belongs to something other than a regular file, or to a list of paths that no
+            earlier run wrote.
     """
 
     def __init__(self, output: str | os.PathLike[str]) -> None:
         output = Path(output)
-        targets = [output, output.with_name(PATHS_NAME), output.with_name(ERRORS_NAME)]
-        if output in targets[1:]:
-            raise ValueError(f"{output} is the name of the file beside the embeddings: choose another")
+        paths = output.with_suffix(PATHS_SUFFIX)
+        self.targets = [output, paths, output.with_suffix(ERRORS_SUFFIX)]
+        if paths.is_file() and not output.exists():
+            raise ValueError(
+                f"{paths} would be replaced, and {output}, whose list it would be, does not exist: move it"
+            )
         self._open: list[NewFile] = []
         try:
-            for target in targets:
+            for target in self.targets:
                 self._open.append(claimed_file(target))
         except BaseException:
             self._discard()
@@ -167,9 +171,9 @@ class EmbeddingWriter:
             self.failed += 1
 
     def commit(self) -> None:
-        """Puts the files in place; without a single row, only `errors.txt`.
+        """Puts the files in place; without a single row, only the errors.
 
-        All bytes are on the disk before the first name changes. The old `paths.txt` goes first and the new one comes
+        All bytes are on the disk before the first name changes. The old list of paths goes first and the new one comes
         last: even a run that is killed in between leaves no old list beside new embeddings.
         """
         if self.shape[0]:

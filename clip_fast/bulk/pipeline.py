@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Literal, Protocol
 
@@ -83,9 +83,23 @@ def run(
     listed at the moment, ends it too, since the borders of shards depend on all items before them. Shards that were
     written stay.
     """
+    options = without_idle_workers(options, inputs)
     items = iter(inputs)
     shards = enumerate(iter(lambda: list(islice(items, options.shard_size)), []))
     run_shards(model, decoder, shards, sink, options, report)
+
+
+def without_idle_workers(options: Options, inputs: Inputs) -> Options:
+    """With at most as many workers as there are batches, where that is known without listing a container."""
+    images = 0
+    for part in inputs.parts:
+        count = part.count()
+        if count is None or images + count >= options.workers * options.batch_size:
+            return options
+        images += count
+    full, rest = divmod(images, options.shard_size)
+    batches = full * -(-options.shard_size // options.batch_size) + -(-rest // options.batch_size)
+    return replace(options, workers=min(options.workers, batches))
 
 
 def run_shards(

@@ -11,7 +11,7 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 
@@ -22,7 +22,7 @@ from ..inputs.items import Item
 from ..loading import load
 from ..towers.config import Activation
 from .decoder import Decoder
-from .pipeline import Options, Step, run_shards
+from .pipeline import Options, Step, run_shards, without_idle_workers
 from .shards import ShardFolder
 from .workers import end_with_parent, interrupts_blocked
 
@@ -59,6 +59,7 @@ def run_on_devices(devices: Sequence[torch.device], job: ProcessJob, report: Cal
     """
     # CUDA needs new processes, and they must not inherit the folder's lock.
     context = multiprocessing.get_context("spawn")
+    job = replace(job, options=without_idle_workers(job.options, job.inputs))
     names: dict[Connection, str] = {}
     processes: list[SpawnProcess] = []
     hands: list[Connection] = []

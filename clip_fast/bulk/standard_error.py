@@ -9,14 +9,18 @@ from typing import TextIO
 from tqdm import tqdm
 
 
-def tell(line: str) -> None:
-    """Prints a line on standard error without breaking a bar. Where that fails, as on a full disk, no more is told.
+def tell(lines: str) -> None:
+    """Prints lines on standard error without breaking a bar. Where that fails, as on a full disk, no more is told.
+
+    Nothing is told where standard error is closed: tqdm would take standard output.
 
     Raises:
         BrokenPipeError: nobody reads it any more.
     """
+    if sys.stderr is None:  # pyright: ignore[reportUnnecessaryComparison]  # which a shell may have closed
+        return
     try:
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(lines, file=sys.stderr)
     except BrokenPipeError:
         raise
     except OSError:

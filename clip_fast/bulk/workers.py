@@ -12,17 +12,19 @@ more is a failure.
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
 import resource
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
@@ -151,7 +153,7 @@ class Workers:
         self._pin_memory = pin_memory
         self._packing = packing
         self._sampler = _Sampler()
-        self._board = torch.empty(0)
+        self._board = torch.empty(0, 2)
         self._loader: DataLoader[Decoded] | None = None
 
     def __enter__(self) -> Workers:
@@ -166,7 +168,8 @@ class Workers:
         """Decodes batches, in order, ahead of need. One call at a time.
 
         Raises:
-            RuntimeError: workers keep dying without an image to blame, or shared memory is too small for batches.
+            RuntimeError: workers keep dying without an image to blame, shared memory is too small for batches, or files
+                are too few.
             Exception: whatever `batches` raises.
         """
         waiting: deque[WorkItem] = deque()  # handed to workers and not yet decoded
@@ -182,17 +185,25 @@ class Workers:
                     yield waiting.popleft(), decoded
                 complete = True
                 return
-            except SharedMemoryError as error:  # its text is the worker's trace
-                raise RuntimeError(
-                    f"shared memory is full: {self._count} workers keep {BATCHES_AHEAD} batches each in /dev/shm; let "
-                    "it be larger (docker run --shm-size), or have fewer workers or smaller batches"
-                ) from error
-            except (RuntimeError, OSError, EOFError):
+            except (RuntimeError, OSError, EOFError) as error:
                 if self._sampler.broken:  # the error came from `batches`, not from a worker: do not retry
                     raise
+                if os.strerror(errno.EMFILE) in str(error):  # the text of a worker's error is its trace
+                    raise RuntimeError(
+                        f"too many open files: {self._count} workers have {BATCHES_AHEAD} batches each in files of "
+                        "their own; raise the limit (ulimit -n), or have fewer workers (--workers)"
+                    ) from error
+                if isinstance(error, SharedMemoryError):
+                    raise RuntimeError(
+                        f"shared memory is full: {self._count} workers keep {BATCHES_AHEAD} batches each in /dev/shm; "
+                        "let it be larger (docker run --shm-size), or have fewer workers or smaller batches"
+                    ) from error
+                problem = str(error)  # not the error, whose trace holds on to the processes
                 deadline = time.monotonic() + DEATH_SECONDS
                 while not (dead := _deaths(self._board)) and time.monotonic() < deadline:
                     time.sleep(0.01)
+                if not dead and _IDLE in self._board[:, 0]:  # a worker died before it had told its process
+                    dead = [_IDLE]
                 if not dead:
                     raise
             finally:
@@ -203,7 +214,9 @@ class Workers:
             strikes.update(suspects)
             restarts += not suspects
             if restarts > MAX_RESTARTS:
-                raise RuntimeError(f"decoder processes died {restarts} times in a row, without an image to blame")
+                raise RuntimeError(
+                    f"decoder processes died {restarts} times in a row, without an image to blame: {problem}"
+                )
             _give_up(waiting, {suspect for suspect in suspects if strikes[suspect] >= STRIKES}, self._time_limit)
 
     def _results(self) -> Iterator[Decoded]:
@@ -211,11 +224,12 @@ class Workers:
         if self._loader is None:
             self._board = torch.full((self._count, 2), _IDLE, dtype=torch.int64)
             self._board.share_memory_()
-            self._loader = DataLoader(
-                _Decoding(self._decoder, self._board, self._time_limit, self._packing),
+            decoding = _Decoding(self._decoder, self._board, self._time_limit, self._packing)
+            self._loader = _Loader(
+                decoding,
                 batch_sampler=self._sampler,  # pyright: ignore[reportArgumentType]
                 num_workers=self._count,
-                worker_init_fn=_start_worker,
+                worker_init_fn=decoding.start,
                 collate_fn=_same,  # pyright: ignore[reportArgumentType]
                 multiprocessing_context=_context() if self._count else None,
                 prefetch_factor=BATCHES_AHEAD if self._count else None,
@@ -273,6 +287,13 @@ class _Sampler:
             yield batch
 
 
+class _Loader(DataLoader[Decoded]):
+    """Without the warning about more workers than cores: their number is the caller's choice."""
+
+    def check_worker_number_rationality(self) -> None:
+        pass
+
+
 class _Decoding(Dataset[Decoded]):
     """For the DataLoader: decodes a batch. The board, (workers, 2), has each worker's process and image."""
 
@@ -283,14 +304,20 @@ class _Decoding(Dataset[Decoded]):
         self._packing = packing
         self._rooms = Rooms(ROOMS)
 
+    def start(self, worker: int) -> None:
+        """Begins a worker's process."""
+        self._board[worker, 0] = os.getpid()
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
+        end_with_parent()
+        os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # others reserve a gigabyte when they begin
+        limit_memory()
+
     def __getitems__(self, batch: WorkItem) -> Decoded:
         worker = get_worker_info()
         with memory_limited() if worker is None else nullcontext():  # a worker has its limit from its start
             return self._decoded(batch, None if worker is None else worker.id)
 
     def _decoded(self, batch: WorkItem, worker: int | None) -> Decoded:
-        if worker is not None:
-            self._board[worker, 0] = os.getpid()
         shared = worker is not None
         with _room_asked_for():
             into = self._begun(len(batch.items), shared)
@@ -342,13 +369,6 @@ def _room_asked_for() -> Generator[None, None, None]:
         yield
     except RuntimeError as error:
         raise SharedMemoryError from error
-
-
-def _start_worker(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process
-    end_with_parent()
-    os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # others reserve a gigabyte when they begin
-    limit_memory()
 
 
 def limit_memory() -> None:
@@ -418,12 +438,32 @@ def _alive(pid: int) -> bool:
 
 
 def _context() -> ForkServerContext:
-    """A fork server with the imports done: workers start at once, and inherit neither a GPU nor the folder's lock."""
+    """A fork server with the imports done: workers start at once, and inherit neither a GPU nor the folder's lock.
+
+    Raises:
+        OSError: it cannot be started, as where the path of the folder for temporary files is too long.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([f"{__package__}.preloaded"])
-    with interrupts_blocked():
-        forkserver.ensure_running()
+    _allow_open_files()
+    try:
+        with interrupts_blocked():
+            forkserver.ensure_running()
+    except OSError as error:
+        if error.errno is None:  # Python's own check: sockets have paths of about 100 characters at most
+            folder = tempfile.gettempdir()
+            raise OSError(
+                f"the path {folder} is too long for processes to meet there: set TMPDIR to another folder, such as /tmp"
+            ) from error
+        raise
     return context
+
+
+def _allow_open_files() -> None:
+    """Raises the limit of open files as far as this process may: each batch that waits is a few files."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with suppress(OSError, ValueError):  # macOS calls its limit infinite, and refuses that
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 @contextmanager

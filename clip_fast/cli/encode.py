@@ -6,11 +6,12 @@ import argparse
 import json
 import os
 import signal
-import sys
 import threading
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from functools import partial
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,11 +29,12 @@ from ..bulk.workers import FEW_WORKERS, TIME_LIMIT, start_fork_server
 from ..encoder import ImageEncoder
 from ..errors import printable
 from ..inputs.finder import read_list
-from ..inputs.inputs import Inputs, find_inputs
+from ..inputs.inputs import Files, Inputs, find_inputs
 from ..inputs.items import Failure, Item, Unreadable
 from ..inputs.parquet import Parquet
 from ..loading import default_device, default_dtype, load
 from ..preprocess import Preprocess
+from .files import opened, refuse_to_replace
 from .messages import EXIT_OK, EXIT_SOME_FAILED, EXIT_TERMINATED, report, say, show
 from .parser import dtype_of
 
@@ -92,8 +94,11 @@ def _encode(arguments: argparse.Namespace, summary: dict[str, Any]) -> int:
         return _encode_on_ray(arguments, summary)
     if output.endswith((os.sep, "/")) or os.path.isdir(output):
         return _encode_to_folder(arguments, summary)
-    if output.endswith(Parquet.suffix):
+    suffix = os.path.splitext(output)[1].lower()
+    if suffix == Parquet.suffix:
         return _encode_to_parquet(arguments, summary)
+    if suffix != ".npy":
+        raise ValueError(f"--output {printable(output)}: expected FILE.npy, FILE.parquet, or a folder, which ends in /")
     _refuse(arguments, _LARGE, "for an --output that is a folder (ending in /) or .parquet")
     return _encode_to_npy(arguments, summary)
 
@@ -102,17 +107,28 @@ def _paths(arguments: argparse.Namespace) -> list[str]:
     """The PATHs of the command line and of --files-from."""
     if arguments.files_from is None:
         return arguments.paths
-    with nullcontext(sys.stdin.buffer) if arguments.files_from == "-" else open(arguments.files_from, "rb") as file:
+    with opened(arguments.files_from, "--files-from") as file:
         return arguments.paths + read_list(file)
 
 
-def _inputs(arguments: argparse.Namespace) -> Inputs:
-    return _find(
+def _inputs(arguments: argparse.Namespace, targets: Sequence[Path] = ()) -> Inputs:
+    """The inputs that the command line names, none of which is among the `targets` of a run."""
+    inputs = _find(
         _paths(arguments),
         image_column=arguments.image_column,
         key_column=arguments.key_column,
         quiet=arguments.quiet,
     )
+    refuse_to_replace(chain(filter(None, [arguments.files_from]), _files(inputs)), targets)
+    return inputs
+
+
+def _files(inputs: Inputs) -> Iterator[str]:
+    for part in inputs.parts:
+        if isinstance(part, Files):
+            yield from (place if isinstance(place, str) else place.location for place in part.places)
+        else:
+            yield part.path
 
 
 def _find(paths: Sequence[str], *, image_column: str, key_column: str | None, quiet: bool) -> Inputs:
@@ -166,7 +182,7 @@ def _encode_to_npy(arguments: argparse.Namespace, summary: dict[str, Any]) -> in
             start_fork_server()
         items: list[Item] = []
         failures: list[Failure] = []
-        for item in _inputs(arguments):
+        for item in _inputs(arguments, writer.targets):
             if isinstance(item, Unreadable):
                 failures.append(Failure(item.location, item.reason))
             else:
@@ -243,7 +259,7 @@ def _encode_to_parquet(arguments: argparse.Namespace, summary: dict[str, Any]) -
     with ParquetWriter(arguments.output) as file:
         if options.workers:
             start_fork_server()
-        inputs = _inputs(arguments)
+        inputs = _inputs(arguments, [Path(arguments.output)])
         dtype = dtype_of(arguments.dtype)
         model, preprocess = load(arguments.model, devices[0], dtype, activation=arguments.activation)
         with _progress(arguments, inputs, summary) as progress:

@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from ..bulk.standard_error import tell
 from ..errors import CheckpointError, TooManyErrors
 from .garbage import imports_end
 from .interrupt import stop_watching
@@ -113,7 +114,7 @@ def _run(argv: Sequence[str] | None) -> int:
         if isinstance(error, BrokenPipeError) and nobody_listens():
             return EXIT_READER_GONE
         if debug:
-            traceback.print_exc()
+            tell(traceback.format_exc().rstrip())
         say(f"error: {str(error) or type(error).__name__}")
         return EXIT_NOTHING_DONE
     except ReaderGoneError:
@@ -125,5 +126,5 @@ def _run(argv: Sequence[str] | None) -> int:
         say("interrupted")
         return EXIT_INTERRUPTED
     except Exception:  # Python's own exit status 1 would mean "some failed, the others are embedded"
-        traceback.print_exc()
+        tell(traceback.format_exc().rstrip())
         return EXIT_NOTHING_DONE

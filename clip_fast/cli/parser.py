@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("float32", "float16", "bfloat16")
 _ACTIVATIONS = get_args(Activation)
+_MOST_SECONDS = 10**9  # an alarm clock holds nine times as many
 
 DESCRIPTION = "Embeds images with CLIP, fast."
 
@@ -45,9 +46,9 @@ Rows follow the order of the arguments. A file reached twice is embedded once.
 --output says what is written:
 
 FILE.npy, for small jobs: beside each other, each whole or not at all
-  embeddings.npy   float32 [images, embed_dim], not normalised
-  paths.txt        UTF-8, line i is the path of row i, as reached from the arguments
-  errors.txt       only if files failed: path, tab, reason
+  FILE.npy         float32 [images, embed_dim], not normalised
+  FILE.paths.txt   UTF-8, line i is the path of row i, as reached from the arguments
+  FILE.errors.txt  only if files failed: path, tab, reason
 
 FOLDER/, for any number: shards as clip-retrieval and autofaiss read them, and a run that was stopped can --resume
   img_emb/img_emb_0000.npy           [shard size, embed_dim]; rows of images that failed are zero
@@ -58,7 +59,7 @@ FOLDER/, for any number: shards as clip-retrieval and autofaiss read them, and a
 
 FILE.parquet: the columns of the metadata but `norm`, and `embedding`, a list of fixed size
 
-A file that is no image is named in the errors, and the rest goes on. In paths.txt a path must fit a line (no line
+A file that is no image is named in the errors, and the rest goes on. In FILE.paths.txt a path must fit a line (no line
 break, UTF-8). Errors that end the run, and Ctrl-C, leave a single file of an earlier run as it was, and a folder ready
 for --resume.
 """
@@ -73,12 +74,12 @@ examples:
 
 reading the result:
   rows = numpy.load("embeddings.npy")
-  paths = open("paths.txt", encoding="utf-8").read().splitlines()
+  paths = open("embeddings.paths.txt", encoding="utf-8").read().splitlines()
   rows /= numpy.linalg.norm(rows, axis=1, keepdims=True)   # cosine similarity is then rows @ rows.T
 
 exit status:
   0    every image is embedded
-  1    some files failed, the others are embedded; if all failed, a single .npy is not written, only errors.txt
+  1    some files failed, the others are embedded; if all failed, a single .npy is not written, only its errors
   2    the run did not finish: wrong usage, no image found, output folder missing, model not loadable, disk full, ...
   3    more than --max-errors failed
   130  stopped by Ctrl-C
@@ -148,7 +149,15 @@ def _seconds(text: str) -> float:
         seconds = math.nan
     if not 0 < seconds < math.inf:
         raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text!r}")
+    if seconds > _MOST_SECONDS:
+        raise argparse.ArgumentTypeError(f"must be at most {_MOST_SECONDS} seconds, got {text!r}")
     return seconds
+
+
+def _name(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
 
 
 def dtype_of(name: str | None) -> torch.dtype | None:
@@ -197,10 +206,18 @@ def parser() -> argparse.ArgumentParser:
     )
     encode.add_argument("paths", nargs="*", metavar="PATH", help="file, folder, tar, parquet, pattern or braces")
     encode.add_argument(
-        "--model", required=True, metavar="NAME_OR_FILE", help="a name, see `clip-fast models`, or a checkpoint"
+        "--model",
+        type=_name,
+        required=True,
+        metavar="NAME_OR_FILE",
+        help="a name, see `clip-fast models`, or a checkpoint",
     )
     encode.add_argument(
-        "--output", default="embeddings.npy", metavar="FILE|FOLDER/", help="what to write (default: %(default)s)"
+        "--output",
+        type=_name,
+        default="embeddings.npy",
+        metavar="FILE.npy|FILE.parquet|FOLDER/",
+        help="what to write (default: %(default)s)",
     )
     encode.add_argument(
         "--files-from",
@@ -256,10 +273,12 @@ def parser() -> argparse.ArgumentParser:
     search.add_argument("--image", metavar="FILE", help="what to look for, as an image")
     search.add_argument("--queries", metavar="FILE", help="a TEXT on each line, all looked for in one pass; - is stdin")
     search.add_argument("--index", required=True, metavar="FOLDER", help="that clip-fast encode wrote")
-    search.add_argument("--model", metavar="NAME_OR_FILE", help="which made the index (default: as it was named then)")
+    search.add_argument(
+        "--model", type=_name, metavar="NAME_OR_FILE", help="which made the index (default: as it was named then)"
+    )
     search.add_argument("--activation", choices=_ACTIVATIONS, help="as for encode (default: as it was then)")
     search.add_argument("-k", type=_whole(1), default=10, metavar="N", help="how many to find (default: %(default)s)")
-    search.add_argument("--html", metavar="FILE", help="write a page with thumbnails, too")
+    search.add_argument("--html", type=_name, metavar="FILE", help="write a page with thumbnails, too")
     search.add_argument("--json", action="store_true", help="print one line of JSON for each")
 
     verify = commands.add_parser(
@@ -293,7 +312,7 @@ def parser() -> argparse.ArgumentParser:
         "exit status: 0 if the kernels are compiled, or there are none to compile",
         formatter_class=layout,
     )
-    warm.add_argument("--model", required=True, metavar="NAME_OR_FILE", help="as for encode")
+    warm.add_argument("--model", type=_name, required=True, metavar="NAME_OR_FILE", help="as for encode")
     warm.add_argument("--activation", choices=_ACTIVATIONS, help="as for encode")
 
     commands.add_parser(

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,6 +26,7 @@ from ..preprocess import Preprocess
 from ..search.gallery import page
 from ..search.index import Hit, Index
 from ..towers.config import Activation
+from .files import opened, refuse_to_replace
 from .messages import EXIT_OK, say, show
 from .parser import DTYPES, dtype_of
 
@@ -42,6 +41,7 @@ def search(arguments: argparse.Namespace) -> int:
         raise ValueError("--html shows what one query finds, not those of --queries")
     if arguments.html:
         check_target(Path(arguments.html))
+        refuse_to_replace(filter(None, [arguments.image]), [Path(arguments.html)])
     texts = _texts(arguments)
     index = Index(arguments.index)
     if not index.complete:
@@ -96,11 +96,17 @@ def _texts(arguments: argparse.Namespace) -> list[str]:
     """The words to look for: none where an image is looked for.
 
     Raises:
-        ValueError: --queries names a file without a line, or one that is no UTF-8.
+        ValueError: --queries names a file without a line, or words are not in UTF-8.
     """
+    if arguments.text is not None:
+        try:
+            arguments.text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{printable(arguments.text)}: not in UTF-8: {error}") from error
+        return [arguments.text]
     if arguments.queries is None:
-        return [] if arguments.text is None else [arguments.text]
-    with nullcontext(sys.stdin.buffer) if arguments.queries == "-" else open(arguments.queries, "rb") as file:
+        return []
+    with opened(arguments.queries, "--queries") as file:
         data = file.read()
     try:
         texts = [line for line in data.decode("utf-8-sig").splitlines() if line.strip()]

@@ -223,8 +223,8 @@ def test_rows_and_paths_are_written_and_nothing_else(tmp_path: Path) -> None:
         rows = np.load(tmp_path / "e.npy", mmap_mode=mmap_mode)
         assert rows.dtype == np.float32
         assert_array_equal(rows, [[3, 1, 2], [1, 1, 2], [2, 1, 2]])
-    assert (tmp_path / "paths.txt").read_bytes() == b"3.png\n1.png\n2.png\n"
-    assert set(contents(tmp_path)) == {"e.npy", "paths.txt"}
+    assert (tmp_path / "e.paths.txt").read_bytes() == b"3.png\n1.png\n2.png\n"
+    assert set(contents(tmp_path)) == {"e.npy", "e.paths.txt"}
 
 
 def test_the_file_is_what_numpy_writes(tmp_path: Path) -> None:
@@ -239,14 +239,14 @@ def test_the_header_has_room_for_any_number_of_rows() -> None:
 
 def test_failures_are_written_escaped(tmp_path: Path) -> None:
     write(tmp_path / "e.npy", batch([1], [Failure("a\tb\n.jpg", "no\nimage"), Failure("写真.jpg", "gone")]))
-    assert (tmp_path / "errors.txt").read_text("utf-8") == "a\\tb\\n.jpg\tno\\nimage\n写真.jpg\tgone\n"
+    assert (tmp_path / "e.errors.txt").read_text("utf-8") == "a\\tb\\n.jpg\tno\\nimage\n写真.jpg\tgone\n"
 
 
 def test_an_earlier_run_is_replaced_and_its_errors_removed(tmp_path: Path) -> None:
     write(tmp_path / "e.npy", batch([1, 2], [Failure("x.jpg", "gone")]))
-    assert "errors.txt" in contents(tmp_path)
+    assert "e.errors.txt" in contents(tmp_path)
     write(tmp_path / "e.npy", batch([3]))
-    assert set(contents(tmp_path)) == {"e.npy", "paths.txt"}
+    assert set(contents(tmp_path)) == {"e.npy", "e.paths.txt"}
     assert_array_equal(np.load(tmp_path / "e.npy"), [[3, 1, 2]])
 
 
@@ -254,7 +254,7 @@ def test_without_a_row_only_errors_are_written(tmp_path: Path) -> None:
     write(tmp_path / "e.npy", batch([1]))
     before = contents(tmp_path)
     write(tmp_path / "e.npy", batch([], [Failure("x.jpg", "gone")]))
-    assert contents(tmp_path) == before | {"errors.txt": b"x.jpg\tgone\n"}
+    assert contents(tmp_path) == before | {"e.errors.txt": b"x.jpg\tgone\n"}
 
 
 def names(folder: Path) -> list[str]:
@@ -311,7 +311,7 @@ def test_new_rows_never_stand_beside_old_paths(tmp_path: Path, monkeypatch: pyte
         write(tmp_path / "e.npy", batch([3], [Failure("y.jpg", "gone")]))
     after = contents(tmp_path)
     assert (after["e.npy"] == before["e.npy"]) == (moved == 0)
-    assert "paths.txt" not in after
+    assert "e.paths.txt" not in after
     assert not [name for name in after if name.endswith(".tmp")]
 
 
@@ -326,7 +326,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         EmbeddingWriter(tmp_path / "gone" / "e.npy")
 
 
-@pytest.mark.parametrize("name", ["e.npy", "paths.txt", "errors.txt"])
+@pytest.mark.parametrize("name", ["e.npy", "e.paths.txt", "e.errors.txt"])
 def test_what_is_no_regular_file_is_not_overwritten(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     with pytest.raises(ValueError, match=f"{name} exists and is not a regular file"):
@@ -334,11 +334,19 @@ def test_what_is_no_regular_file_is_not_overwritten(tmp_path: Path, name: str) -
     assert names(tmp_path) == [name]
 
 
-@pytest.mark.parametrize("name", ["paths.txt", "errors.txt"])
-def test_the_embeddings_do_not_take_the_name_of_another_file(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match="choose another"):
-        EmbeddingWriter(tmp_path / name)
-    assert names(tmp_path) == []
+def test_outputs_in_one_folder_have_names_and_errors_of_their_own(tmp_path: Path) -> None:
+    write(tmp_path / "a.npy", batch([1], [Failure("x.jpg", "gone")]))
+    before = contents(tmp_path)
+    write(tmp_path / "b.npy", batch([2, 3]))
+    assert before.items() <= contents(tmp_path).items()
+    assert (tmp_path / "b.paths.txt").read_text() == "2.png\n3.png\n"
+
+
+def test_a_list_that_no_run_wrote_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "e.paths.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"e\.paths\.txt would be replaced, and .*e\.npy.* does not exist"):
+        EmbeddingWriter(tmp_path / "e.npy")
+    assert contents(tmp_path) == {"e.paths.txt": b"mine"}
 
 
 def test_what_opens_too_late_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,7 +358,7 @@ def test_what_opens_too_late_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_what_a_killed_run_left_is_removed_and_another_run_s_is_not(tmp_path: Path) -> None:
-    for name in (".e.npy.1.tmp", ".paths.txt.2.tmp", ".errors.txt.3.tmp", ".other.npy.4.tmp"):
+    for name in (".e.npy.1.tmp", ".e.paths.txt.2.tmp", ".e.errors.txt.3.tmp", ".other.npy.4.tmp"):
         (tmp_path / name).touch()
     with EmbeddingWriter(tmp_path / "e.npy"):
         running = names(tmp_path)

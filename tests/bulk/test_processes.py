@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,29 @@ def test_processes_divide_the_threads(
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert threads_each([torch.device("cpu")] * processes) == share
+
+
+def test_a_process_gets_no_more_workers_than_there_are_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Seen(Exception):
+        pass
+
+    def process(*, target: object, args: tuple[ProcessJob, object]) -> None:
+        raise Seen(args[0].options.workers)
+
+    context = SimpleNamespace(Pipe=multiprocessing.Pipe, Process=process)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: context)
+    job = ProcessJob(
+        model="tiny-digits",
+        dtype=torch.float32,
+        activation=None,
+        inputs=Inputs([Files(["a.png", "b.png"])]),
+        folder="out",
+        options=Options(workers=9, batch_size=1),
+        fast_decode=False,
+        threads=1,
+    )
+    with pytest.raises(Seen, match="2"):
+        run_on_devices([torch.device("cpu")], job, lambda _: None)
 
 
 @pytest.mark.slow

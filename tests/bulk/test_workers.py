@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 from bad_files import BAD_FILES, WEBP_OF_34_BYTES
-from hostile import Greedy, Killing, Peak, ThisProcess
+from hostile import Greedy, Killing, KillingAtStart, Peak, ThisProcess
 from numpy.testing import assert_array_equal
 from PIL import Image
 
@@ -136,6 +136,24 @@ def test_a_worker_that_dies_while_a_long_result_waits_to_be_read_is_replaced(tmp
     assert "a decoder died of it" in errors[2][0]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_a_worker_that_dies_before_it_begins_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "DEATH_SECONDS", 0.1)
+    Image.new("RGB", (5, 4)).save(tmp_path / "x.png")
+    decoder = KillingAtStart(DECODER.preprocess, marker=str(tmp_path / "marker"))
+    batches = [WorkItem([item(tmp_path / "x.png")], 0, i, 3) for i in range(3)]
+    results = list(decode_batches(decoder, iter(batches), workers=1, time_limit=9))
+    assert (tmp_path / "marker").exists()
+    assert [decoded.errors for _, decoded in results] == [{}] * 3
+
+
+def test_more_workers_than_cores_are_no_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decode._Loader(_Decoding(DECODER, torch.zeros(999, 2), 7.0), num_workers=999)
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_image_that_takes_too_much_memory_is_a_failure_and_the_others_go_on(tmp_path: Path, workers: int) -> None:
@@ -243,6 +261,63 @@ def test_what_batches_raise_is_no_death_of_a_worker(monkeypatch: pytest.MonkeyPa
         next(results)
 
 
+def test_workers_that_always_die_are_an_error_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[int] = []
+
+    def failing(workers: Workers) -> None:
+        tries.append(1)
+        workers._board = torch.full((1, 2), decode._IDLE)
+        raise RuntimeError("exited unexpectedly")
+
+    monkeypatch.setattr(decode, "DEATH_SECONDS", 0)
+    monkeypatch.setattr(Workers, "_results", failing)
+    with pytest.raises(RuntimeError, match="died 6 times in a row, without an image to blame: exited unexpectedly"):
+        next(Workers(DECODER, 1).decode(iter([])))
+    assert len(tries) == 6
+
+
+def test_workers_that_cannot_start_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(_: Workers) -> None:
+        raise OSError("no board")
+
+    monkeypatch.setattr(decode, "DEATH_SECONDS", 0)
+    monkeypatch.setattr(Workers, "_results", failing)
+    with pytest.raises(OSError, match="no board"):
+        next(Workers(DECODER, 7).decode(iter([])))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.EMFILE, os.strerror(errno.EMFILE)), decode.SharedMemoryError("trace: Too many open files (24)")],
+)
+def test_a_lack_of_open_files_says_what_to_do(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    def failing(_: Workers) -> None:
+        raise error
+
+    monkeypatch.setattr(Workers, "_results", failing)
+    with pytest.raises(RuntimeError, match=r"too many open files: 7 workers .*ulimit -n.*--workers"):
+        next(Workers(DECODER, 7).decode(iter([])))
+
+
+def test_as_many_files_may_be_open_as_the_system_allows() -> None:
+    program = (
+        "import resource as r\nfrom clip_fast.bulk.workers import start_fork_server\n"
+        "hard = r.getrlimit(r.RLIMIT_NOFILE)[1]\nr.setrlimit(r.RLIMIT_NOFILE, (99, hard))\n"
+        "start_fork_server()\nassert r.getrlimit(r.RLIMIT_NOFILE) == (hard, hard)\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_temporary_folder_with_too_long_a_path_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / ("x" * 99)
+    folder.mkdir()
+    program = "from clip_fast.bulk.workers import start_fork_server\nstart_fork_server()\n"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | {"TMPDIR": str(folder)}, capture_output=True, text=True
+    )
+    assert f"OSError: the path {folder} is too long for processes to meet there: set TMPDIR to another" in done.stderr
+
+
 @dataclass(frozen=True, slots=True)
 class Held(ImageFile):
     """Says that its decoding began, and waits."""
@@ -310,3 +385,13 @@ def test_decoding_processes_keep_the_memory_of_large_photographs() -> None:
         "assert stats['reused_blocks'] >= 4 * 12_000_000 // block and not stats['freed_blocks'], stats\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_decoders_that_start_when_the_job_is_stopped_show_no_traceback() -> None:
+    program = (
+        "import sys\nfrom clip_fast.bulk import preloaded\n"
+        "errors = EOFError(), FileNotFoundError(2, 'semaphore'), FileNotFoundError(2, 'gone', 'file'), KeyError(3)\n"
+        "for error in errors:\n    sys.excepthook(type(error), error, None)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True)
+    assert done.stderr == "FileNotFoundError: [Errno 2] gone: 'file'\nKeyError: 3\n"

@@ -40,7 +40,7 @@ def test_what_a_folder_holds_besides_photographs_is_said(folder: Path, capsys: p
         Path("in", name).write_bytes(b"no image")
     assert encode("in") == 0
     assert "passed over in folders, by suffix: 2 .heic, 1 without a suffix, 1 .mov\n" in capsys.readouterr().err
-    assert Path("paths.txt").read_text() == "in/1.JPG\n"
+    assert Path("embeddings.paths.txt").read_text() == "in/1.JPG\n"
     assert encode("in", "--quiet") == 0
     assert capsys.readouterr().err == ""
 
@@ -55,7 +55,7 @@ def test_bad_inputs_of_many_images_are_rows_and_the_rest_goes_on(folder: Path, o
     Path("bad.tar").write_bytes(b"\0" * 600 + b"x" * 600)
     Path("packed.tar.gz").write_bytes(gzip.compress(Path("good.TAR").read_bytes()))
     assert encode("bad.tar", "packed.tar.gz", "{0..9999999}.jpg", "good.TAR", "--output", output, "--quiet") == 1
-    errors = Path("errors.txt" if output == "e.npy" else "out/errors.jsonl").read_text().splitlines()
+    errors = Path("e.errors.txt" if output == "e.npy" else "out/errors.jsonl").read_text().splitlines()
     assert len(errors) == 3
     assert sorted(words for line in errors for words in ("cut or damaged", "gzip", "names") if words in line) == [
         "cut or damaged",
@@ -71,8 +71,8 @@ def test_a_few_bytes_that_stand_for_gigabytes_are_rows(folder: Path, output: str
     Path("good.jpg").write_bytes(jpeg())
     assert encode(*reasons, "good.jpg", "--output", output, "--workers", workers, "--quiet") == 1
     if output == "e.npy":
-        failures = dict(line.split("\t") for line in Path("errors.txt").read_text().splitlines())
-        assert Path("paths.txt").read_text() == "good.jpg\n"
+        failures = dict(line.split("\t") for line in Path("e.errors.txt").read_text().splitlines())
+        assert Path("e.paths.txt").read_text() == "good.jpg\n"
     elif output == "out/":
         lines = map(json.loads, Path("out/errors.jsonl").read_text().splitlines())
         failures = {line["image_path"]: line["reason"] for line in lines}
@@ -92,4 +92,4 @@ def test_a_column_of_base64_is_embedded(folder: Path, capsys: pytest.CaptureFixt
     parquet.write_table(pyarrow.table({"image": [text, text, text[:400], "x y" * 5000]}), "t.parquet")
     assert encode("t.parquet", "--quiet") == 1
     assert max(map(len, capsys.readouterr().err.splitlines())) < 200
-    assert Path("paths.txt").read_text() == "t.parquet#0\nt.parquet#1\n"
+    assert Path("embeddings.paths.txt").read_text() == "t.parquet#0\nt.parquet#1\n"

@@ -95,8 +95,8 @@ def expected_rows(checkpoint: Path, paths: list[str]) -> NDArray[np.float32]:
 @pytest.mark.parametrize("batch_size", [1, 2, 32])
 def test_a_folder_becomes_rows_and_paths(folder: Path, checkpoint: Path, batch_size: int) -> None:
     assert encode(checkpoint, "photos", "--device", "cpu", "--batch-size", str(batch_size)) == 0
-    assert written(folder) == {"embeddings.npy", "paths.txt"}
-    assert (folder / "paths.txt").read_text("utf-8").splitlines() == [str(Path(path)) for path in ALL]
+    assert written(folder) == {"embeddings.npy", "embeddings.paths.txt"}
+    assert (folder / "embeddings.paths.txt").read_text("utf-8").splitlines() == [str(Path(path)) for path in ALL]
     rows = np.load(folder / "embeddings.npy")
     assert rows.dtype == np.float32
     expected = expected_rows(checkpoint, ALL)
@@ -116,7 +116,7 @@ def test_the_same_command_writes_the_same_bytes(folder: Path, checkpoint: Path) 
 def test_rows_follow_the_arguments_each_file_once(folder: Path, checkpoint: Path) -> None:
     assert encode(checkpoint, "photos/3.png", "photos/[12].png", "photos", "**/*.png", "--output", "out.npy") == 0
     order = [ALL[i] for i in (3, 1, 2, 0, 4)]
-    assert (folder / "paths.txt").read_text("utf-8").splitlines() == [str(Path(path)) for path in order]
+    assert (folder / "out.paths.txt").read_text("utf-8").splitlines() == [str(Path(path)) for path in order]
     assert_allclose(np.load(folder / "out.npy"), expected_rows(checkpoint, order), rtol=1e-4, atol=1e-5)
 
 
@@ -141,7 +141,7 @@ def test_the_activation_reaches_the_model(folder: Path, checkpoint: Path) -> Non
 def test_the_output_may_stand_in_another_folder(folder: Path, checkpoint: Path) -> None:
     (folder / "out").mkdir()
     assert encode(checkpoint, "photos", "--output", "out/e.npy") == 0
-    assert written(folder / "out") == {"e.npy", "paths.txt"}
+    assert written(folder / "out") == {"e.npy", "e.paths.txt"}
 
 
 def test_rows_agree_with_openai_clip(tmp_path: Path) -> None:
@@ -177,10 +177,10 @@ def test_paths_come_from_a_file_or_standard_input(
 ) -> None:
     (folder / "names").write_text(f"{ALL[3]}\n{ALL[0]}\n")
     assert encode(checkpoint, ALL[1], "--files-from", "names") == 0
-    assert (folder / "paths.txt").read_text("utf-8").splitlines() == [ALL[1], ALL[3], ALL[0]]
+    assert (folder / "embeddings.paths.txt").read_text("utf-8").splitlines() == [ALL[1], ALL[3], ALL[0]]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{ALL[4]}\0{ALL[2]}\0".encode())))
     assert encode(checkpoint, "--files-from", "-") == 0
-    assert (folder / "paths.txt").read_text("utf-8").splitlines() == [ALL[4], ALL[2]]
+    assert (folder / "embeddings.paths.txt").read_text("utf-8").splitlines() == [ALL[4], ALL[2]]
 
 
 def test_a_tar_becomes_rows_of_one_file(folder: Path, checkpoint: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_tar_becomes_rows_of_one_file(folder: Path, checkpoint: Path) -> None:
         tar.add("photos/1.png", "1.png")
         tar.add("photos/3.png", "3.png")
     assert encode(checkpoint, "t.tar") == 0
-    assert (folder / "paths.txt").read_text("utf-8").splitlines() == ["t.tar/1.png", "t.tar/3.png"]
+    assert (folder / "embeddings.paths.txt").read_text("utf-8").splitlines() == ["t.tar/1.png", "t.tar/3.png"]
     assert_allclose(np.load("embeddings.npy"), expected_rows(checkpoint, [ALL[1], ALL[3]]), rtol=1e-4, atol=1e-5)
 
 
@@ -300,10 +300,10 @@ def test_bad_files_are_named_and_the_rest_goes_on(
     for name, data in bad.items():
         (folder / "photos" / name).write_bytes(data)
     assert encode(checkpoint, "gone.png", "photos", "--batch-size", "2") == 1
-    assert (folder / "paths.txt").read_text("utf-8").splitlines() == [str(Path(path)) for path in ALL]
+    assert (folder / "embeddings.paths.txt").read_text("utf-8").splitlines() == [str(Path(path)) for path in ALL]
     assert_allclose(np.load(folder / "embeddings.npy"), expected_rows(checkpoint, ALL), rtol=1e-4, atol=1e-5)
 
-    lines = (folder / "errors.txt").read_text("utf-8").splitlines()
+    lines = (folder / "embeddings.errors.txt").read_text("utf-8").splitlines()
     paths, reasons = zip(*(line.split("\t") for line in lines), strict=True)
     assert [Path(path).name for path in paths] == [
         "gone.png",
@@ -313,16 +313,16 @@ def test_bad_files_are_named_and_the_rest_goes_on(
     stderr = capsys.readouterr().err
     for path, reason in zip(paths, reasons, strict=True):
         assert f"clip-fast: {path}: {reason}\n" in stderr
-    assert "6 failed: see errors.txt" in stderr
+    assert "6 failed: see embeddings.errors.txt" in stderr
 
 
 def test_errors_of_an_earlier_run_go_when_all_is_well(folder: Path, checkpoint: Path) -> None:
     (folder / "photos" / "empty.jpg").touch()
     assert encode(checkpoint, "photos") == 1
-    assert "errors.txt" in written(folder)
+    assert "embeddings.errors.txt" in written(folder)
     (folder / "photos" / "empty.jpg").unlink()
     assert encode(checkpoint, "photos") == 0
-    assert written(folder) == {"embeddings.npy", "paths.txt"}
+    assert written(folder) == {"embeddings.npy", "embeddings.paths.txt"}
 
 
 def test_where_every_file_fails_only_errors_are_written(
@@ -330,7 +330,7 @@ def test_where_every_file_fails_only_errors_are_written(
 ) -> None:
     (folder / "bad.jpg").touch()
     assert encode(checkpoint, "bad.jpg") == 1
-    assert written(folder) == {"bad.jpg", "errors.txt"}
+    assert written(folder) == {"bad.jpg", "embeddings.errors.txt"}
     assert "no image could be read" in capsys.readouterr().err
 
 
@@ -391,7 +391,7 @@ def test_neither_path_nor_list_is_an_error(folder: Path, capsys: pytest.CaptureF
     assert "error: no image found" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("output", ["gone/e.npy", "photos", "paths.txt", "", "."])
+@pytest.mark.parametrize("output", ["gone/e.npy", "photos", "paths.txt", "out", "e.npz", "."])
 def test_an_output_that_cannot_be_is_an_error_before_any_work(
     folder: Path, output: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -399,6 +399,43 @@ def test_an_output_that_cannot_be_is_an_error_before_any_work(
     assert encode(Path("m.pt"), "photos", "--output", output) == 2
     assert written(folder) == set()
     assert "clip-fast: error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--files-from", "e.paths.txt", "--output", "e.npy"], "e.paths.txt"),
+        (["e.errors.txt", "--output", "e.npy"], "e.errors.txt"),
+        (["*.npy", "--output", "./e.npy"], "e.npy"),
+        (["link.parquet", "--output", "t.PARQUET"], "link.parquet"),
+    ],
+)
+def test_an_output_that_would_replace_what_is_read_is_an_error_before_any_work(
+    folder: Path, options: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(encode_command, "load", no_model)
+    pytest.importorskip("pyarrow")
+    for name in ("e.npy", "e.paths.txt", "e.errors.txt", "t.PARQUET"):
+        (folder / name).write_text("photos/0.png\n")
+    (folder / "link.parquet").symlink_to("t.PARQUET")
+    before = {name: (folder / name).read_bytes() for name in written(folder)}
+    assert encode(Path("m.pt"), "photos", *options) == 2
+    assert {name: (folder / name).read_bytes() for name in written(folder)} == before
+    assert f"error: {said} is read by this run" in capsys.readouterr().err
+
+
+def test_parquet_is_known_in_capitals(folder: Path, checkpoint: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    assert encode(checkpoint, "photos", "--output", "e.PARQUET", "--normalize", "--workers", "0") == 0
+    assert parquet.read_table("e.PARQUET").num_rows == 5
+
+
+def test_a_list_from_standard_input_that_is_closed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    assert encode(Path("m.pt"), "--files-from", "-") == 2
+    assert capsys.readouterr().err.endswith("clip-fast: error: --files-from -: standard input is closed\n")
 
 
 @pytest.mark.parametrize("content", [None, b"no checkpoint"])
@@ -486,6 +523,12 @@ def test_a_fault_of_the_program_is_shown_whole(
         ["encode", "photos", "--model", "m.pt", "--workers", "-1"],
         ["encode", "photos", "--model", "m.pt", "--time-limit", "0"],
         ["encode", "photos", "--model", "m.pt", "--time-limit", "soon"],
+        ["encode", "photos", "--model", "m.pt", "--time-limit", "1e10"],
+        ["encode", "photos", "--model", "m.pt", "--output", ""],
+        ["encode", "photos", "--model", ""],
+        ["search", "words", "--index", "out/", "--html", ""],
+        ["search", "words", "--index", "out/", "--model", ""],
+        ["warm", "--model", ""],
         ["encode", "photos", "--model", "m.pt", "--embedding-dtype", "bfloat16"],
     ],
 )
@@ -526,7 +569,7 @@ def test_help_of_encode_explains_files_and_exit_statuses(capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         cli.main(["encode", "--help"])
     text = capsys.readouterr().out
-    for word in ("embeddings.npy", "paths.txt", "errors.txt", "not normalised", "img_emb_0000.npy", "errors.jsonl"):
+    for word in ("embeddings.npy", "FILE.paths.txt", "FILE.errors.txt", "not normalised", "img_emb_0000.npy"):
         assert word in text
     for status in (0, 1, 2, 3, 130):
         assert f"\n  {status} " in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import json
 import os
 import signal
 import subprocess
@@ -98,6 +99,14 @@ def test_another_program_with_an_argument_of_this_name(tmp_path: Path) -> None:
     script.write_text("import gc, clip_fast; clip_fast.load; assert gc.isenabled(); print('whole')")
     done = run(f"{sys.executable} {script} -m clip_fast")
     assert (done.stdout, done.stderr) == ("whole\n", "")
+
+
+def test_a_standard_error_that_is_closed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its messages and tracebacks are not among the results."""
+    monkeypatch.setattr(sys, "stderr", None)
+    assert cli.main(["encode", "gone.png", "--model", "tiny-digits", "--json", "--debug"]) == 2
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["error"] == "ValueError: no image found"
 
 
 @pytest.mark.slow

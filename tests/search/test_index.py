@@ -9,6 +9,7 @@ import re
 import resource
 import shutil
 import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -447,11 +448,21 @@ def test_a_file_of_queries_is_one_pass(
         (["--image", "noise.png", "--html", "gone/x.html"], "the output's folder gone does not exist"),
         (["--image", "noise.png", "--html", "photos"], "photos exists and is not a regular file"),
         (["--queries", "noise.png"], "noise.png: not in UTF-8"),
+        (["caf\udce9"], "caf\\udce9: not in UTF-8"),
+        (["--queries", "-"], "--queries -: standard input is closed"),
+        (["--image", "noise.png", "--html", "./noise.png"], "noise.png is read by this run"),
         (["--queries", "/dev/null"], "/dev/null: no line to look for"),
         (["--queries", "gone.txt"], "No such file or directory: 'gone.txt'"),
     ],
 )
-def test_errors(index: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+def test_errors(
+    index: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)  # as where a shell has closed it
     assert cli.main(["search", *arguments, "--index", str(index)]) == 2
     captured = capsys.readouterr()
     assert message in captured.err
