@@ -106,8 +106,7 @@ def heats(
                     beside = [ours[batch].name] if batch in ours and ours[batch].name not in names else []
                     rows = _heat(about, [entrants[name] for name in (*beside, *names)], there, rounds)
                 except Fault as fault:
-                    if fault.system in names:
-                        yield [about | {"system": fault.system, "failed": fault.reason}]
+                    yield [about | {"system": fault.system, "failed": fault.reason}]
                     raise
                 yield [rows[name] for name in names]
 
@@ -270,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[Row] = []
     if options.resume and options.json:
         rows, limits = resumed(options.json, "end_to_end", where), highest(options.json, limits)
-    done = {(row["model"], row["precision"], row["batch"], row["system"]): row for row in rows}
+    done = {_place(row): row for row in rows}
     ends = time.monotonic() + options.minutes * 60
     for model in models:
         config: Any = ENCODERS[model]
@@ -285,12 +284,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             able = (b for b in lacking if "failed" not in done.get((model, precision, b, OURS), {}))
             ours = {b: here[OURS] for b in able if OURS in chosen}  # where ours faulted the GPU, rivals go on without
             for found in heats(model, config, precision, lacking, options.rounds, device, ours, ends):
-                rows += found
+                places = [_place(row) for row in found]  # a system that faults the GPU later may have its row already
+                rows = [row for row in rows if _place(row) not in places] + found
                 print("\n".join(_line(row) for row in found), flush=True)
                 _keep(options.json, rows, where, limits)  # after each heat, for a run that is cut short
     limits = higher(limits, ceilings(device, precisions))  # the machine may have been busy at the beginning
     _keep(options.json, rows, where, limits)
     print(markdown(rows, where, limits))
+
+
+def _place(row: Row) -> tuple[str, str, int, str]:
+    return row["model"], row["precision"], row["batch"], row["system"]
 
 
 def _keep(file: Path | None, rows: Sequence[Row], where: Environment, limits: Ceilings) -> None:

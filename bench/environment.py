@@ -18,7 +18,7 @@ import platform
 import re
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -63,18 +63,23 @@ class Environment:
     code: str | None = None  # `fingerprint` of the measured code
 
     def folder(self, results: Path = RESULTS) -> Path:
-        """The folder for results: one that has results of this environment, or a new one named by device and date.
+        """The folder for results: one whose results are all continued, or a new one named by device and date.
 
         Further folders of the same date are numbered.
         """
         name = re.sub(r"[^a-z0-9]+", "-", self.device.lower()).strip("-")
         for folder in sorted(results.glob(f"{name}-????-??-??*"), reverse=True):
             begun = [json.loads(file.read_text()) for file in folder.glob("*.json")]
-            if any(not self.differing(document["environment"]) for document in begun):
+            if begun and all(self._continues(document) for document in begun):
                 return folder
         today = results / f"{name}-{self.date[:10]}"
         further = (today.with_name(f"{today.name}-{number}") for number in itertools.count(2))
         return next(folder for folder in itertools.chain([today], further) if not any(folder.glob("*.json")))
+
+    def _continues(self, document: Mapping[str, Any]) -> bool:
+        """Whether a benchmark goes on with its earlier results. The tuner's do not depend on the table of launches."""
+        now = replace(self, code=fingerprint(launches=False)) if document["bench"] == "tune" else self
+        return not now.differing(document["environment"])
 
     def differing(self, earlier: Mapping[str, Any]) -> list[str]:
         """The fields in which an earlier environment, read from JSON, is another. Date and commit do not count."""

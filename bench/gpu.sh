@@ -51,6 +51,8 @@ absolute() { if [[ -z $1 || $1 == /* ]]; then echo "$1"; else echo "$here/$1"; f
 output=$(absolute "$output") archive=$(absolute "$archive")
 
 python=${PYTHON:-python3}
+if [[ $python == */* ]]; then python=$(absolute "$python"); fi
+PYTHONPATH=$(tr : '\n' <<<"${PYTHONPATH:-}" | while read -r part; do absolute "$part"; done | paste -sd:)
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 told() {  # OPTION: what bench.environment prints

@@ -295,12 +295,14 @@ def search(entry: Entry, target: Target, rows: list[Row], settings: Settings) ->
             continue
         if not settings.in_time():
             return
+        found: dict[Launch, Times | Failed] = {current: Failed("no launch is left")}
         try:
-            found = _times(entry, target, shape, finalists, settings.rounds, settings.device)
+            if finalists:
+                found = _times(entry, target, shape, finalists, settings.rounds, settings.device)
         except Fault as fault:
             yield from _fault(entry, target, shape, current, finalists, fault, rows)
             raise
-        step = [_row(entry, target, "final", shape, launch, found[launch]) for launch in finalists]
+        step = [_row(entry, target, "final", shape, launch, result) for launch, result in found.items()]
         rows += step
         yield step
 

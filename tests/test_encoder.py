@@ -355,6 +355,11 @@ def _a_method_of_its_own(model: Any) -> None:
     model.visual.transformer.resblocks[1].attention = lambda x: 2 * x
 
 
+def _a_forward_of_another_block(model: Any) -> None:
+    blocks = model.visual.transformer.resblocks
+    blocks[1].forward = blocks[0].forward
+
+
 def _a_forward_of_the_tower(model: Any) -> None:
     forward = model.visual.forward
     model.visual.forward = lambda x: 2 * forward(x)
@@ -397,6 +402,7 @@ def _a_weight_of_another_class(model: Any) -> None:
         (_a_mask, "visual.transformer.resblocks.0 has another attn_mask"),
         (_another_eps, "visual.ln_post has another eps"),
         (_a_forward_of_its_own, "visual.transformer.resblocks.1 has its own forward"),
+        (_a_forward_of_another_block, "visual.transformer.resblocks.1 has its own forward"),
         (_a_method_of_its_own, "visual.transformer.resblocks.1 has its own attention"),
         (_a_forward_of_the_tower, "visual has its own forward"),
         (_set("", pool="avg"), "visual has another pool"),

@@ -121,8 +121,8 @@ class EmbeddingWriter:
 
     Raises:
         OSError: the folder of `output` is missing or cannot be written to.
-        ValueError: a name to write belongs to something other than a regular file, or to a list of paths that no
-            earlier run wrote.
+        ValueError: a name to write belongs to something other than a regular file, or to a list of paths without
+            embeddings.
     """
 
     def __init__(self, output: str | os.PathLike[str]) -> None:
@@ -130,9 +130,7 @@ class EmbeddingWriter:
         paths = output.with_suffix(PATHS_SUFFIX)
         self.targets = [output, paths, output.with_suffix(ERRORS_SUFFIX)]
         if paths.is_file() and not output.exists():
-            raise ValueError(
-                f"{paths} would be replaced, and {output}, whose list it would be, does not exist: move it"
-            )
+            raise ValueError(f"{paths} is there without {output}, so it may be a list of your own: move or remove it")
         self._open: list[NewFile] = []
         try:
             for target in self.targets:

@@ -154,6 +154,7 @@ class Workers:
         self._packing = packing
         self._sampler = _Sampler()
         self._board = torch.empty(0, 2)
+        self._started = False  # whether all of them are
         self._loader: DataLoader[Decoded] | None = None
 
     def __enter__(self) -> Workers:
@@ -188,7 +189,8 @@ class Workers:
             except (RuntimeError, OSError, EOFError) as error:
                 if self._sampler.broken:  # the error came from `batches`, not from a worker: do not retry
                     raise
-                if os.strerror(errno.EMFILE) in str(error):  # the text of a worker's error is its trace
+                said = str(error)  # of a worker's error its trace
+                if os.strerror(errno.EMFILE) in said and os.strerror(errno.ENFILE) not in said:
                     raise RuntimeError(
                         f"too many open files: {self._count} workers have {BATCHES_AHEAD} batches each in files of "
                         "their own; raise the limit (ulimit -n), or have fewer workers (--workers)"
@@ -198,11 +200,11 @@ class Workers:
                         f"shared memory is full: {self._count} workers keep {BATCHES_AHEAD} batches each in /dev/shm; "
                         "let it be larger (docker run --shm-size), or have fewer workers or smaller batches"
                     ) from error
-                problem = str(error)  # not the error, whose trace holds on to the processes
+                problem = said  # not the error, whose trace holds on to the processes
                 deadline = time.monotonic() + DEATH_SECONDS
                 while not (dead := _deaths(self._board)) and time.monotonic() < deadline:
                     time.sleep(0.01)
-                if not dead and _IDLE in self._board[:, 0]:  # a worker died before it had told its process
+                if not dead and self._started and _IDLE in self._board[:, 0]:  # one died before it had told its process
                     dead = [_IDLE]
                 if not dead:
                     raise
@@ -222,6 +224,7 @@ class Workers:
     def _results(self) -> Iterator[Decoded]:
         """What the workers make of the sampler's batches. They are started where there are none."""
         if self._loader is None:
+            self._started = False
             self._board = torch.full((self._count, 2), _IDLE, dtype=torch.int64)
             self._board.share_memory_()
             decoding = _Decoding(self._decoder, self._board, self._time_limit, self._packing)
@@ -237,7 +240,9 @@ class Workers:
                 pin_memory=self._pin_memory,
             )
             with _script_hidden():
-                return iter(self._loader)
+                results = iter(self._loader)
+            self._started = True
+            return results
         return iter(self._loader)
 
     def _end(self) -> None:

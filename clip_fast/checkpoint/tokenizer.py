@@ -78,11 +78,14 @@ class StoredTokenizer:
 
         It is in the folder of the config, or else in the cache of huggingface_hub.
         """
-        for path in filter(None, (config.with_name("tokenizer.json"), _cached(repository, config))):
-            told = _settings_beside(path)
-            if stored := cls._at(path, cleaning, told):
-                return replace(stored, zeroed=_token(told, "sep_token") or _SEPARATOR) if separator_zeroed else stored
-        return None
+        path = config.with_name("tokenizer.json")
+        path = path if path.is_file() else _cached(repository, config)
+        if path is None:
+            return None
+        told = _settings_beside(path)
+        stored = cls._at(path, cleaning, told)
+        zeroed = _token(told, "sep_token") or _SEPARATOR
+        return replace(stored, zeroed=zeroed) if stored and separator_zeroed else stored
 
     @classmethod
     def of_siglip(cls, config: Path) -> StoredTokenizer | None:

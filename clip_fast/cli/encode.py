@@ -10,7 +10,6 @@ import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +118,7 @@ def _inputs(arguments: argparse.Namespace, targets: Sequence[Path] = ()) -> Inpu
         key_column=arguments.key_column,
         quiet=arguments.quiet,
     )
-    refuse_to_replace(chain(filter(None, [arguments.files_from]), _files(inputs)), targets)
+    refuse_to_replace([arguments.files_from], _files(inputs), targets)
     return inputs
 
 

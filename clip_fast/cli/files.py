@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -26,17 +27,17 @@ def opened(name: str, option: str) -> AbstractContextManager[BinaryIO]:
     return nullcontext(sys.stdin.buffer)
 
 
-def refuse_to_replace(read: Iterable[str], targets: Sequence[Path]) -> None:
+def refuse_to_replace(named: Iterable[str | None], found: Iterable[str], targets: Sequence[Path]) -> None:
     """Makes sure that no file that is read is among the files to write.
 
-    Only files with a target's suffix are looked at: they may be millions, on a slow disk.
+    Those that were `found` may be millions, on a slow disk: only the ones with a target's suffix are looked at.
 
     Raises:
         ValueError: a file that is read is a target, under this name or another; the message names it.
     """
     there = [target for target in targets if target.exists()]
-    for name in read if there else ():
-        for target in there:
-            alike = name.lower().endswith(target.suffix.lower())
-            if alike and os.path.exists(name) and os.path.samefile(name, target):
-                raise ValueError(f"{printable(name)} is read by this run, and its output would replace it")
+    suffixes = tuple(target.suffix.lower() for target in there)
+    alike = (name for name in found if name.lower().endswith(suffixes)) if there else ()
+    for name in chain(filter(None, named), alike):
+        if os.path.exists(name) and any(os.path.samefile(name, target) for target in there):
+            raise ValueError(f"{printable(name)} is read by this run, and its output would replace it")

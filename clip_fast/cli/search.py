@@ -41,7 +41,7 @@ def search(arguments: argparse.Namespace) -> int:
         raise ValueError("--html shows what one query finds, not those of --queries")
     if arguments.html:
         check_target(Path(arguments.html))
-        refuse_to_replace(filter(None, [arguments.image]), [Path(arguments.html)])
+        refuse_to_replace([arguments.image], [], [Path(arguments.html)])
     texts = _texts(arguments)
     index = Index(arguments.index)
     if not index.complete:

@@ -46,7 +46,8 @@ def replaced_method(module: nn.Module, own: Mapping[str, Any]) -> str | None:
     """The name of a method that an attribute of the module's `own` has taken the place of; None where none has."""
     for name, value in own.items():
         method = getattr(type(module), name, None)
-        if callable(value) and callable(method) and getattr(value, "__func__", None) is not method:
+        is_own = getattr(value, "__func__", None) is method and getattr(value, "__self__", None) is module
+        if callable(value) and callable(method) and not is_own:
             return name
     return None
 

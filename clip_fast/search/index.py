@@ -120,6 +120,8 @@ class Index:
         """The number of the first of some rows, the rows in float32, and their lengths."""
         for place, shard in enumerate(self._shards):
             rows = int(self._starts[place + 1] - self._starts[place])
+            if not shard.records.exists():  # it goes while the shard is replaced
+                raise _changed(shard)
             known = self._lengths[place]
             if known is None:
                 known = shard.lengths()

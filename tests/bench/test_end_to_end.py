@@ -272,3 +272,35 @@ def test_a_resumed_run_goes_on_behind_a_fault_of_the_gpu(
         assert failed == {(b, faulty): "faults the GPU: RuntimeError: CUDA error" for b in range(1, batch + 1)}
     assert len(call()) == 6
     assert [row for row in call() if "failed" in row] == [row for row in rows if "failed" in row]
+
+
+def test_our_system_that_faults_the_gpu_beside_a_rival(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has its row already. The fault takes that row's place, so that the rival is measured without it."""
+    monkeypatch.setitem(end_to_end.ENCODERS, "tiny", VIT)
+    monkeypatch.setattr(end_to_end, "ceilings", lambda device, precisions: LIMITS)
+    file = tmp_path / "gpu.json"
+
+    def rows_after(chosen: str) -> dict[object, object]:
+        end_to_end.main(
+            ["--models", "tiny", "--batches", "1", "--precisions", "fp32", "--rounds", "1", "--device", "cpu",
+             "--systems", chosen, "--json", str(file), "--resume"]
+        )  # fmt: skip
+        return rows()
+
+    def rows() -> dict[object, object]:
+        found = json.loads(file.read_text())["rows"]
+        assert len({row["system"] for row in found}) == len(found)
+        return {row["system"]: row.get("failed") for row in found}
+
+    def faults(task: Task) -> systems.Encode:
+        raise RuntimeError("CUDA error")
+
+    assert rows_after(OURS) == {OURS: None}
+    with monkeypatch.context() as patched:
+        faulting = [replace(s, build=faults, package=None) if s.name == OURS else s for s in SYSTEMS]
+        patched.setattr(end_to_end, "SYSTEMS", faulting)
+        patched.setattr(timing, "lost", lambda device: True)
+        with pytest.raises(Fault, match=f"^{OURS} faults the GPU"):
+            rows_after(f"{OURS};{BASELINE}")
+    assert rows() == {OURS: "faults the GPU: RuntimeError: CUDA error"}
+    assert rows_after(f"{OURS};{BASELINE}") == {OURS: "faults the GPU: RuntimeError: CUDA error", BASELINE: None}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.environment import Environment, environment
+from bench.environment import Environment, environment, fingerprint
 from bench.report import document, resumed, save
 
 ROWS = [{"model": "x"}]
@@ -26,7 +26,8 @@ def here() -> Environment:
 def test_results_go_on_in_their_folder(here: Environment, tmp_path: Path) -> None:
     folder = here.folder(tmp_path)
     assert folder == tmp_path / "a-gpu-2026-11-30"
-    save(folder / "tune.json", document("tune", replace(here, code="without launches"), None, []))
+    save(folder / "tune.json", document("tune", replace(here, code=fingerprint(launches=False)), None, []))
+    assert here.folder(tmp_path) == folder
     save(folder / "end_to_end.json", document("end_to_end", here, None, ROWS))
     later = replace(here, date="2026-12-01 10:00 UTC", commit="another")
     assert later.folder(tmp_path) == folder

@@ -247,6 +247,26 @@ def test_a_search_goes_on_behind_a_fault_of_the_gpu(
     assert tune.winner(rows) == B
 
 
+@pytest.mark.usefixtures("committed")
+def test_a_search_without_a_launch_that_runs_comes_to_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, table, file = Steps(monkeypatch), tmp_path / "launches.py", tmp_path / "tune.json"
+    steps.left = math.inf
+    current = TABLE.entry("linear", "float32", TARGETS["sm_80"])[0]
+
+    def times(entry: object, target: object, shape: object, launches: list[Launch], *more: object) -> object:
+        if launches == [current]:
+            raise Fault(str(current), "CUDA error")
+        return {launch: Times((1.0,)) if launch == current else Failed("no room") for launch in launches}
+
+    monkeypatch.setattr(tune, "_times", times)
+    with pytest.raises(Fault, match="faults the GPU"):
+        tune.tune([TOY], SETTINGS, file, True, table)
+    tune.tune([TOY], SETTINGS, file, True, table)
+    rows = json.loads(file.read_text())["rows"]
+    assert tune.finished(TOY, TARGETS["sm_80"], rows, SETTINGS)
+    assert tune.winner(rows) is None
+
+
 @pytest.mark.slow
 def test_what_the_machine_code_condemns() -> None:
     """Runs in a process of its own. There Triton compiles, and does not interpret."""

@@ -344,7 +344,7 @@ def test_outputs_in_one_folder_have_names_and_errors_of_their_own(tmp_path: Path
 
 def test_a_list_that_no_run_wrote_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "e.paths.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"e\.paths\.txt would be replaced, and .*e\.npy.* does not exist"):
+    with pytest.raises(ValueError, match=r"e\.paths\.txt is there without .*e\.npy, so it may be a list of your own"):
         EmbeddingWriter(tmp_path / "e.npy")
     assert contents(tmp_path) == {"e.paths.txt": b"mine"}
 

@@ -266,7 +266,7 @@ def test_workers_that_always_die_are_an_error_in_the_end(monkeypatch: pytest.Mon
 
     def failing(workers: Workers) -> None:
         tries.append(1)
-        workers._board = torch.full((1, 2), decode._IDLE)
+        workers._board, workers._started = torch.full((1, 2), decode._IDLE), True
         raise RuntimeError("exited unexpectedly")
 
     monkeypatch.setattr(decode, "DEATH_SECONDS", 0)
@@ -277,13 +277,18 @@ def test_workers_that_always_die_are_an_error_in_the_end(monkeypatch: pytest.Mon
 
 
 def test_workers_that_cannot_start_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(_: Workers) -> None:
-        raise OSError("no board")
+    """At once: none of them has died."""
+    tries: list[int] = []
+
+    def failing() -> None:
+        tries.append(1)
+        raise OSError("no fork server")
 
     monkeypatch.setattr(decode, "DEATH_SECONDS", 0)
-    monkeypatch.setattr(Workers, "_results", failing)
-    with pytest.raises(OSError, match="no board"):
+    monkeypatch.setattr(decode, "_context", failing)
+    with pytest.raises(OSError, match="no fork server"):
         next(Workers(DECODER, 7).decode(iter([])))
+    assert len(tries) == 1
 
 
 @pytest.mark.parametrize(

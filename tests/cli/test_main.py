@@ -405,6 +405,7 @@ def test_an_output_that_cannot_be_is_an_error_before_any_work(
     ("options", "said"),
     [
         (["--files-from", "e.paths.txt", "--output", "e.npy"], "e.paths.txt"),
+        (["--files-from", "list", "--output", "e.npy"], "list"),
         (["e.errors.txt", "--output", "e.npy"], "e.errors.txt"),
         (["*.npy", "--output", "./e.npy"], "e.npy"),
         (["link.parquet", "--output", "t.PARQUET"], "link.parquet"),
@@ -418,6 +419,7 @@ def test_an_output_that_would_replace_what_is_read_is_an_error_before_any_work(
     for name in ("e.npy", "e.paths.txt", "e.errors.txt", "t.PARQUET"):
         (folder / name).write_text("photos/0.png\n")
     (folder / "link.parquet").symlink_to("t.PARQUET")
+    (folder / "list").symlink_to("e.paths.txt")
     before = {name: (folder / name).read_bytes() for name in written(folder)}
     assert encode(Path("m.pt"), "photos", *options) == 2
     assert {name: (folder / name).read_bytes() for name in written(folder)} == before
