@@ -69,7 +69,11 @@ def cut(name: str, layers: int = 1, **vision: Any) -> Callable[[], nn.Module]:
         package: Any = importlib.import_module("open_clip")
         config = package.get_model_config(name)
         shape = config["vision_cfg"] | {"layers": layers} | vision
-        return open_clip(name, vision_cfg=shape, text_cfg=config["text_cfg"] | {"layers": 1})()
+        model = open_clip(name, vision_cfg=shape, text_cfg=config["text_cfg"] | {"layers": 1})()
+        for part, weight in model.named_parameters():
+            if part.endswith(".gamma"):  # a fresh LayerScale hides the blocks
+                torch.nn.init.uniform_(weight, 0.5, 2)
+        return model
 
     return make
 
