@@ -203,7 +203,7 @@ def test_loading(working_folder: Path) -> None:
 def test_ten_images(working_folder: Path) -> None:
     assert run(ENCODING[0]) == 0
     assert np.load("embeddings.npy").shape == (10, 24)
-    assert Path("embeddings.paths.txt").read_text().splitlines() == [f"photos/{i}.png" for i in range(10)]
+    assert Path("paths.txt").read_text().splitlines() == [f"photos/{i}.png" for i in range(10)]
 
 
 @pytest.mark.slow

@@ -7,10 +7,11 @@
 
 A file that cannot be embedded is never an exception, always a `Failure` with its reason.
 
-The written files are `embeddings.npy` (or any other name), float32 (n, embed_dim), not normalised; beside it
-`embeddings.paths.txt`, in UTF-8, whose line i is the path of row i; and `embeddings.errors.txt`, path TAB reason, only
-where there are failures. A path that does not fit one line (it has a line break, or bytes that are no text) is a
-failure for that reason, so the lines need no unescaping. The errors show such a path with backslash escapes.
+The written files are `embeddings.npy`, float32 (n, embed_dim), not normalised; beside it `paths.txt`, in UTF-8, whose
+line i is the path of row i; and `errors.txt`, path TAB reason, only where there are failures. Beside a `train.npy`
+these are `train.paths.txt` and `train.errors.txt`. A path that does not fit one line (it has a line break, or bytes that are
+no text) is a failure for that reason, so the lines need no unescaping. The errors show such a path with backslash
+escapes.
 """
 
 from __future__ import annotations
@@ -35,8 +36,7 @@ from .decoder import Decoder, failure_reason
 from .rows import Encoder, encode_rows, settle
 from .workers import TIME_LIMIT, Decoded, Workers, WorkItem
 
-PATHS_SUFFIX = ".paths.txt"
-ERRORS_SUFFIX = ".errors.txt"
+_USUAL = "embeddings.npy"  # its companions have short names
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,11 @@ class EmbeddingWriter:
 
     def __init__(self, output: str | os.PathLike[str]) -> None:
         output = Path(output)
-        paths = output.with_suffix(PATHS_SUFFIX)
-        self.targets = [output, paths, output.with_suffix(ERRORS_SUFFIX)]
+        paths, errors = (
+            output.with_name(name) if output.name == _USUAL else output.with_suffix(f".{name}")
+            for name in ("paths.txt", "errors.txt")
+        )
+        self.targets = [output, paths, errors]
         if paths.is_file() and not output.exists():
             raise ValueError(f"{paths} is there without {output}, so it may be a list of your own: move or remove it")
         self._open: list[NewFile] = []

@@ -49,6 +49,7 @@ FILE.npy, for small jobs: beside each other, each whole or not at all
   FILE.npy         float32 [images, embed_dim], not normalised
   FILE.paths.txt   UTF-8, line i is the path of row i, as reached from the arguments
   FILE.errors.txt  only if files failed: path, tab, reason
+  (beside embeddings.npy they are paths.txt and errors.txt)
 
 FOLDER/, for any number: shards as clip-retrieval and autofaiss read them, and a run that was stopped can --resume
   img_emb/img_emb_0000.npy           [shard size, embed_dim]; rows of images that failed are zero
@@ -59,8 +60,8 @@ FOLDER/, for any number: shards as clip-retrieval and autofaiss read them, and a
 
 FILE.parquet: the columns of the metadata but `norm`, and `embedding`, a list of fixed size
 
-A file that is no image is named in the errors, and the rest goes on. In FILE.paths.txt a path must fit a line (no line
-break, UTF-8). Errors that end the run, and Ctrl-C, leave a single file of an earlier run as it was, and a folder ready
+A file that is no image is named in the errors, and the rest goes on. In the list of a FILE.npy a path must fit a line
+(no line break, UTF-8). Errors that end the run, and Ctrl-C, leave a single file of an earlier run as it was, and a folder ready
 for --resume.
 """
 
@@ -74,7 +75,7 @@ examples:
 
 reading the result:
   rows = numpy.load("embeddings.npy")
-  paths = open("embeddings.paths.txt", encoding="utf-8").read().splitlines()
+  paths = open("paths.txt", encoding="utf-8").read().splitlines()
   rows /= numpy.linalg.norm(rows, axis=1, keepdims=True)   # cosine similarity is then rows @ rows.T
 
 exit status:

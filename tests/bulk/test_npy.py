@@ -342,6 +342,13 @@ def test_outputs_in_one_folder_have_names_and_errors_of_their_own(tmp_path: Path
     assert (tmp_path / "b.paths.txt").read_text() == "2.png\n3.png\n"
 
 
+def test_the_usual_name_has_short_ones_beside_it(tmp_path: Path) -> None:
+    for name in ("embeddings.npy", "train.npy"):
+        write(tmp_path / name, batch([1], [Failure("x.jpg", "gone")]))
+    of_train = {"train.npy", "train.paths.txt", "train.errors.txt"}
+    assert set(contents(tmp_path)) == {"embeddings.npy", "paths.txt", "errors.txt"} | of_train
+
+
 def test_a_list_that_no_run_wrote_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "e.paths.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"e\.paths\.txt is there without .*e\.npy, so it may be a list of your own"):

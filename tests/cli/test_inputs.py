@@ -40,7 +40,7 @@ def test_what_a_folder_holds_besides_photographs_is_said(folder: Path, capsys: p
         Path("in", name).write_bytes(b"no image")
     assert encode("in") == 0
     assert "passed over in folders, by suffix: 2 .heic, 1 without a suffix, 1 .mov\n" in capsys.readouterr().err
-    assert Path("embeddings.paths.txt").read_text() == "in/1.JPG\n"
+    assert Path("paths.txt").read_text() == "in/1.JPG\n"
     assert encode("in", "--quiet") == 0
     assert capsys.readouterr().err == ""
 
@@ -92,4 +92,4 @@ def test_a_column_of_base64_is_embedded(folder: Path, capsys: pytest.CaptureFixt
     parquet.write_table(pyarrow.table({"image": [text, text, text[:400], "x y" * 5000]}), "t.parquet")
     assert encode("t.parquet", "--quiet") == 1
     assert max(map(len, capsys.readouterr().err.splitlines())) < 200
-    assert Path("embeddings.paths.txt").read_text() == "t.parquet#0\nt.parquet#1\n"
+    assert Path("paths.txt").read_text() == "t.parquet#0\nt.parquet#1\n"

@@ -95,8 +95,8 @@ def expected_rows(checkpoint: Path, paths: list[str]) -> NDArray[np.float32]:
 @pytest.mark.parametrize("batch_size", [1, 2, 32])
 def test_a_folder_becomes_rows_and_paths(folder: Path, checkpoint: Path, batch_size: int) -> None:
     assert encode(checkpoint, "photos", "--device", "cpu", "--batch-size", str(batch_size)) == 0
-    assert written(folder) == {"embeddings.npy", "embeddings.paths.txt"}
-    assert (folder / "embeddings.paths.txt").read_text("utf-8").splitlines() == [str(Path(path)) for path in ALL]
+    assert written(folder) == {"embeddings.npy", "paths.txt"}
+    assert (folder / "paths.txt").read_text("utf-8").splitlines() == [str(Path(path)) for path in ALL]
     rows = np.load(folder / "embeddings.npy")
     assert rows.dtype == np.float32
     expected = expected_rows(checkpoint, ALL)
@@ -177,10 +177,10 @@ def test_paths_come_from_a_file_or_standard_input(
 ) -> None:
     (folder / "names").write_text(f"{ALL[3]}\n{ALL[0]}\n")
     assert encode(checkpoint, ALL[1], "--files-from", "names") == 0
-    assert (folder / "embeddings.paths.txt").read_text("utf-8").splitlines() == [ALL[1], ALL[3], ALL[0]]
+    assert (folder / "paths.txt").read_text("utf-8").splitlines() == [ALL[1], ALL[3], ALL[0]]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{ALL[4]}\0{ALL[2]}\0".encode())))
     assert encode(checkpoint, "--files-from", "-") == 0
-    assert (folder / "embeddings.paths.txt").read_text("utf-8").splitlines() == [ALL[4], ALL[2]]
+    assert (folder / "paths.txt").read_text("utf-8").splitlines() == [ALL[4], ALL[2]]
 
 
 def test_a_tar_becomes_rows_of_one_file(folder: Path, checkpoint: Path) -> None:
@@ -188,7 +188,7 @@ def test_a_tar_becomes_rows_of_one_file(folder: Path, checkpoint: Path) -> None:
         tar.add("photos/1.png", "1.png")
         tar.add("photos/3.png", "3.png")
     assert encode(checkpoint, "t.tar") == 0
-    assert (folder / "embeddings.paths.txt").read_text("utf-8").splitlines() == ["t.tar/1.png", "t.tar/3.png"]
+    assert (folder / "paths.txt").read_text("utf-8").splitlines() == ["t.tar/1.png", "t.tar/3.png"]
     assert_allclose(np.load("embeddings.npy"), expected_rows(checkpoint, [ALL[1], ALL[3]]), rtol=1e-4, atol=1e-5)
 
 
@@ -300,10 +300,10 @@ def test_bad_files_are_named_and_the_rest_goes_on(
     for name, data in bad.items():
         (folder / "photos" / name).write_bytes(data)
     assert encode(checkpoint, "gone.png", "photos", "--batch-size", "2") == 1
-    assert (folder / "embeddings.paths.txt").read_text("utf-8").splitlines() == [str(Path(path)) for path in ALL]
+    assert (folder / "paths.txt").read_text("utf-8").splitlines() == [str(Path(path)) for path in ALL]
     assert_allclose(np.load(folder / "embeddings.npy"), expected_rows(checkpoint, ALL), rtol=1e-4, atol=1e-5)
 
-    lines = (folder / "embeddings.errors.txt").read_text("utf-8").splitlines()
+    lines = (folder / "errors.txt").read_text("utf-8").splitlines()
     paths, reasons = zip(*(line.split("\t") for line in lines), strict=True)
     assert [Path(path).name for path in paths] == [
         "gone.png",
@@ -313,16 +313,16 @@ def test_bad_files_are_named_and_the_rest_goes_on(
     stderr = capsys.readouterr().err
     for path, reason in zip(paths, reasons, strict=True):
         assert f"clip-fast: {path}: {reason}\n" in stderr
-    assert "6 failed: see embeddings.errors.txt" in stderr
+    assert "6 failed: see errors.txt" in stderr
 
 
 def test_errors_of_an_earlier_run_go_when_all_is_well(folder: Path, checkpoint: Path) -> None:
     (folder / "photos" / "empty.jpg").touch()
     assert encode(checkpoint, "photos") == 1
-    assert "embeddings.errors.txt" in written(folder)
+    assert "errors.txt" in written(folder)
     (folder / "photos" / "empty.jpg").unlink()
     assert encode(checkpoint, "photos") == 0
-    assert written(folder) == {"embeddings.npy", "embeddings.paths.txt"}
+    assert written(folder) == {"embeddings.npy", "paths.txt"}
 
 
 def test_where_every_file_fails_only_errors_are_written(
@@ -330,7 +330,7 @@ def test_where_every_file_fails_only_errors_are_written(
 ) -> None:
     (folder / "bad.jpg").touch()
     assert encode(checkpoint, "bad.jpg") == 1
-    assert written(folder) == {"bad.jpg", "embeddings.errors.txt"}
+    assert written(folder) == {"bad.jpg", "errors.txt"}
     assert "no image could be read" in capsys.readouterr().err
 
 
