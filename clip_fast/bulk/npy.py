@@ -9,9 +9,9 @@ A file that cannot be embedded is never an exception, always a `Failure` with it
 
 The written files are `embeddings.npy`, float32 (n, embed_dim), not normalised; beside it `paths.txt`, in UTF-8, whose
 line i is the path of row i; and `errors.txt`, path TAB reason, only where there are failures. Beside a `train.npy`
-these are `train.paths.txt` and `train.errors.txt`. A path that does not fit one line (it has a line break, or bytes that are
-no text) is a failure for that reason, so the lines need no unescaping. The errors show such a path with backslash
-escapes.
+these are `train.paths.txt` and `train.errors.txt`. A path that does not fit one line (it has a line break, or bytes
+that are no text) is a failure for that reason, so the lines need no unescaping. The errors show such a path with
+backslash escapes.
 """
 
 from __future__ import annotations

@@ -61,8 +61,8 @@ FOLDER/, for any number: shards as clip-retrieval and autofaiss read them, and a
 FILE.parquet: the columns of the metadata but `norm`, and `embedding`, a list of fixed size
 
 A file that is no image is named in the errors, and the rest goes on. In the list of a FILE.npy a path must fit a line
-(no line break, UTF-8). Errors that end the run, and Ctrl-C, leave a single file of an earlier run as it was, and a folder ready
-for --resume.
+(no line break, UTF-8). Errors that end the run, and Ctrl-C, leave a single file of an earlier run as it was, and a
+folder ready for --resume.
 """
 
 ENCODE_EPILOG = """\
