@@ -154,7 +154,6 @@ class Workers:
         self._packing = packing
         self._sampler = _Sampler()
         self._board = torch.empty(0, 2)
-        self._started = False  # whether all of them are
         self._loader: DataLoader[Decoded] | None = None
 
     def __enter__(self) -> Workers:
@@ -189,7 +188,7 @@ class Workers:
             except (RuntimeError, OSError, EOFError) as error:
                 if self._sampler.broken:  # the error came from `batches`, not from a worker: do not retry
                     raise
-                said = str(error)  # of a worker's error its trace
+                said = str(error)  # of a worker's error its trace; the error itself holds on to the processes
                 if os.strerror(errno.EMFILE) in said and os.strerror(errno.ENFILE) not in said:
                     raise RuntimeError(
                         f"too many open files: {self._count} workers have {BATCHES_AHEAD} batches each in files of "
@@ -200,12 +199,11 @@ class Workers:
                         f"shared memory is full: {self._count} workers keep {BATCHES_AHEAD} batches each in /dev/shm; "
                         "let it be larger (docker run --shm-size), or have fewer workers or smaller batches"
                     ) from error
-                problem = said  # not the error, whose trace holds on to the processes
                 deadline = time.monotonic() + DEATH_SECONDS
                 while not (dead := _deaths(self._board)) and time.monotonic() < deadline:
                     time.sleep(0.01)
-                if not dead and self._started and _IDLE in self._board[:, 0]:  # one died before it had told its process
-                    dead = [_IDLE]
+                if not dead and self._loader is not None and _IDLE in self._board[:, 0]:
+                    dead = [_IDLE]  # one died before it had told its process
                 if not dead:
                     raise
             finally:
@@ -217,18 +215,17 @@ class Workers:
             restarts += not suspects
             if restarts > MAX_RESTARTS:
                 raise RuntimeError(
-                    f"decoder processes died {restarts} times in a row, without an image to blame: {problem}"
+                    f"decoder processes died {restarts} times in a row, without an image to blame: {said}"
                 )
             _give_up(waiting, {suspect for suspect in suspects if strikes[suspect] >= STRIKES}, self._time_limit)
 
     def _results(self) -> Iterator[Decoded]:
         """What the workers make of the sampler's batches. They are started where there are none."""
         if self._loader is None:
-            self._started = False
             self._board = torch.full((self._count, 2), _IDLE, dtype=torch.int64)
             self._board.share_memory_()
             decoding = _Decoding(self._decoder, self._board, self._time_limit, self._packing)
-            self._loader = _Loader(
+            loader = _Loader(
                 decoding,
                 batch_sampler=self._sampler,  # pyright: ignore[reportArgumentType]
                 num_workers=self._count,
@@ -240,8 +237,8 @@ class Workers:
                 pin_memory=self._pin_memory,
             )
             with _script_hidden():
-                results = iter(self._loader)
-            self._started = True
+                results = iter(loader)
+            self._loader = loader  # from now on the workers are there
             return results
         return iter(self._loader)
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -266,7 +267,7 @@ def test_workers_that_always_die_are_an_error_in_the_end(monkeypatch: pytest.Mon
 
     def failing(workers: Workers) -> None:
         tries.append(1)
-        workers._board, workers._started = torch.full((1, 2), decode._IDLE), True
+        workers._board, workers._loader = torch.full((1, 2), decode._IDLE), cast(Any, object())
         raise RuntimeError("exited unexpectedly")
 
     monkeypatch.setattr(decode, "DEATH_SECONDS", 0)
