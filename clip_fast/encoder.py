@@ -73,6 +73,7 @@ class ImageEncoder(nn.Module):
             faster in float32 computes in it instead.
         mean, std: of the RGB channels of pixels scaled to [0, 1], with which uint8 images are normalised.
         cuda_graphs: replay batches on an NVIDIA GPU as CUDA graphs where launching takes longer; they keep some memory.
+        copy: the encoder has copies of the weights. Otherwise those that are on `device` and in `dtype` become its own.
 
     On a GPU a ViT's embedding of an image has the same bits alone, in any batch and at any position. On a CPU the
     libraries that PyTorch multiplies with do not keep that, and cuDNN's convolutions in a ResNet do not promise it.
@@ -94,6 +95,7 @@ class ImageEncoder(nn.Module):
         mean: Rgb = IMAGE_MEAN,
         std: Rgb = IMAGE_STD,
         cuda_graphs: bool = True,
+        copy: bool = True,
         without_text: str = "it has no text tower",
     ) -> None:
         super().__init__()
@@ -110,7 +112,7 @@ class ImageEncoder(nn.Module):
         self._cuda_graphs = cuda_graphs
         with torch.device("meta"):  # so that no random weights are drawn
             visual = reference.build(config)
-        self.visual = with_weights(visual, state_dict, device, dtype)
+        self.visual = with_weights(visual, state_dict, device, dtype, copy=copy)
         self.eval()
         self._name = register(self)
         self.refresh()
@@ -309,14 +311,16 @@ class ImageEncoder(nn.Module):
 
 
 def with_weights(
-    module: _Module, state_dict: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype
+    module: _Module, state_dict: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype, *, copy: bool
 ) -> _Module:
-    """`module`, which is on the meta device, with copies of these weights, for inference."""
+    """`module`, which is on the meta device, with these weights, for inference; see `ImageEncoder` for `copy`."""
+
+    def own(tensor: Tensor) -> Tensor:
+        to = dtype if tensor.is_floating_point() else None
+        return tensor.to(device, to, copy=copy or tensor.is_inference()).contiguous()
+
     with torch.inference_mode(False):  # tensors made in inference mode have no version to tell changes by
-        weights = {
-            name: tensor.to(device, dtype if tensor.is_floating_point() else None, copy=True).contiguous()
-            for name, tensor in state_dict.items()
-        }
+        weights = {name: own(tensor) for name, tensor in state_dict.items()}
         module.load_state_dict(weights, assign=True)
         return module.eval().requires_grad_(False)
 

@@ -38,7 +38,7 @@ class Clip(ImageEncoder):
     added to its logits; it is None in a CLIP.
 
     Args:
-        config, state_dict, device, dtype, options: the image encoder's, see `ImageEncoder`.
+        config, state_dict, device, dtype, copy, options: the image encoder's, see `ImageEncoder`.
         text_config, text_state_dict: the text encoder's, under the names of `TextEncoder`.
         tokenizer: what `tokenize` calls; by default CLIP's own, `clip_fast.tokenize`.
     """
@@ -53,13 +53,14 @@ class Clip(ImageEncoder):
         dtype: torch.dtype,
         *,
         tokenizer: Tokenizer = simple_tokenizer.tokenize,
+        copy: bool = True,
         **options: Any,
     ) -> None:
-        super().__init__(config, state_dict, device, dtype, **options)
+        super().__init__(config, state_dict, device, dtype, copy=copy, **options)
         self._tokenizer, self._text_config = tokenizer, text_config
         with torch.device("meta"):
             text = TextEncoder(text_config)
-        text = with_weights(text, text_state_dict, device, dtype)
+        text = with_weights(text, text_state_dict, device, dtype, copy=copy)
         self.context_length = text_config.context_length
         self.vocab_size = text_config.vocabulary
         self.token_embedding = text.token_embedding
@@ -234,9 +235,10 @@ def __getattr__(name: str) -> Any:
 def from_checkpoint(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, **options: Any) -> ImageEncoder:
     """The model in a checkpoint: a `Clip` where it has a text tower. Its weights require gradients, as `clip`'s do.
 
+    The checkpoint's tensors become the model's, those that are on `device` and in `dtype` already.
     `options` are those of `ImageEncoder`.
     """
-    options |= {"mean": checkpoint.mean, "std": checkpoint.std}
+    options |= {"mean": checkpoint.mean, "std": checkpoint.std, "copy": False}
     if checkpoint.text is None:
         options |= {"without_text": checkpoint.without_text}
         model = ImageEncoder(checkpoint.config, checkpoint.state_dict, device, dtype, **options)

@@ -30,9 +30,12 @@ class Checkpoint:
     """An image tower as read from a file, and the text tower in it.
 
     `state_dict` has exactly the names and shapes of `reference.build(config).state_dict()`. Its tensors are contiguous,
-    on the CPU, independent of the file, and of the dtype that they have in it (8 bits in float16). `mean` and `std`
-    normalise the RGB channels of pixels scaled to [0, 1]; `squash`, `on_white` and `bilinear` are those of
-    `Preprocess`. `text` is None where the file has no text tower that is served; `without_text` then says why.
+    on the CPU, and of the dtype that they have in the file (8 bits in float16). They are copies, or, of a safetensors
+    file in the hub's cache, pages of it: the system takes those back where memory is short, and writes to them stay in
+    this process.
+
+    `mean` and `std` normalise the RGB channels of pixels scaled to [0, 1]; `squash`, `on_white` and `bilinear` are
+    those of `Preprocess`. `text` is None where the file has no text tower that is served; `without_text` then says why.
     """
 
     config: Config

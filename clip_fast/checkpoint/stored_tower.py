@@ -178,7 +178,8 @@ class StoredTower:
         parts = [_wide(part.detach()) for part in parts]
         whole = torch.cat(parts) if len(parts) > 1 else parts[0]
         whole = whole[0] if batch else whole
-        return (whole.T if transposed else whole).clone(memory_format=torch.contiguous_format)
+        whole = whole.T if transposed else whole
+        return whole.contiguous() if self.file.lasting else whole.clone(memory_format=torch.contiguous_format)
 
     def _has(self, name: str) -> bool:
         return all(key in self.file.entries for key in self.layout.keys(name))

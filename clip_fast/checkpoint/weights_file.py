@@ -37,6 +37,7 @@ class WeightsFile:
     entries: dict[str, Any]
     activation: str | None = None
     open_clip: bool = False  # it bears marks of open_clip, whose models come with either activation
+    lasting: bool = False  # entries are the file's pages, and stay as they are
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class _Contents:
     entries: dict[str, Any]
     activation: str | None = None
     training: bool = False  # a training checkpoint of open_clip's form
+    lasting: bool = False  # see `WeightsFile`
 
 
 def read_weights(path: Path) -> WeightsFile:
@@ -122,15 +124,17 @@ def _read_shards(path: Path) -> _Contents:
     """Reads the shards that an index lists, which must hold every tensor that it lists."""
     tensors = listed_shards(path)
     entries: dict[str, Any] = {}
+    lasting = True
     for name in sorted(set(tensors.values())):
         if Path(name).name != name or name.endswith(_INDEX) or not os.path.isfile(path.parent / name):
             raise CheckpointError(path, f"shard {name!r} is not a file in the same folder")
-        shard = _read(path.parent / name).entries
+        shard = _read(path.parent / name)
         wanted = {key for key, of in tensors.items() if of == name}
-        if missing := sorted(wanted - shard.keys()):
+        if missing := sorted(wanted - shard.entries.keys()):
             raise CheckpointError(path, f"lists {listing(missing)} in {name}, which has no such tensor")
-        entries |= shard
-    return _Contents(entries)
+        entries |= shard.entries
+        lasting &= shard.lasting
+    return _Contents(entries, lasting=lasting)
 
 
 def _read_safetensors(path: Path) -> _Contents:
@@ -143,7 +147,13 @@ def _read_safetensors(path: Path) -> _Contents:
         raise CheckpointError(
             path, f"its metadata must name an activation of {get_args(Activation)}, got {activation!r}"
         )
-    return _Contents(entries, activation)
+    return _Contents(entries, activation, lasting=_never_written_again(path))
+
+
+def _never_written_again(path: Path) -> bool:
+    """Whether it is a file of the hub's cache, whose name is the hash of its bytes: new bytes go to a new file."""
+    stored = path.resolve()
+    return stored.parent.name == "blobs" and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", stored.name) is not None
 
 
 def _read_pickle(path: Path, *, mmap: bool) -> _Contents:
@@ -203,4 +213,4 @@ def _weights_file(path: Path, contents: _Contents) -> WeightsFile:
         any(key.startswith("text.") for key in entries),
         path.name.startswith("open_clip"),
     )
-    return WeightsFile(path, entries, contents.activation, any(marks))
+    return WeightsFile(path, entries, contents.activation, any(marks), contents.lasting)

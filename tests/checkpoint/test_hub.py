@@ -67,6 +67,13 @@ def loaded(name: str, **options: Any) -> Any:
     return clip_fast.load(name, "cpu", **options)[0].requires_grad_(False)
 
 
+def pages_of(file: Path, tensor: torch.Tensor) -> bool:
+    """Whether a tensor is in pages that the system has mapped from a file."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(file) in line]
+    bounds = [[int(address, 16) for address in line[0].split("-")] for line in lines]
+    return any(begin <= tensor.data_ptr() < end for begin, end in bounds)
+
+
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
 
 
@@ -122,6 +129,38 @@ def test_without_a_network_the_cache_serves(
         CheckpointError, match=r"hf-hub:openai/clip-vit-base-patch32: it is not in the cache, .*cache, "
     ):
         loaded("openai/clip-vit-base-patch32")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the mappings of a process are read from /proc")
+def test_float32_weights_are_pages_of_the_cache(hub: LoopbackHub, tmp_path: Path) -> None:
+    """They are no copies, they can be trained, and neither changes the file nor are they lost with it."""
+    name = f"hf-hub:{LAION}"
+    model = loaded(name)
+    blob = max((tmp_path / "cache").rglob("blobs/*"), key=lambda path: path.stat().st_size)
+    before = blob.read_bytes()
+    assert all(pages_of(blob, tensor) for tensor in model.parameters())
+    assert not any(pages_of(blob, tensor) for tensor in loaded(name, dtype=torch.bfloat16).parameters())
+    wanted = embeddings(model)
+
+    trained = loaded(name)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.mul_(0.5)
+    assert not close(embeddings(trained), wanted)
+    assert blob.read_bytes() == before
+    assert close(embeddings(loaded(name)), wanted)
+    shutil.rmtree(tmp_path / "cache")
+    model.refresh()
+    assert torch.equal(embeddings(model), wanted)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the mappings of a process are read from /proc")
+def test_weights_of_another_file_are_copied(folders: dict[str, Any], tmp_path: Path) -> None:
+    """It may be written again."""
+    shutil.copytree(folders["other"][0], tmp_path / "blobs")
+    model = loaded(tmp_path / "blobs")
+    file = tmp_path / "blobs" / "open_clip_model.safetensors"
+    assert not any(pages_of(file, tensor) for tensor in model.parameters())
 
 
 def test_a_broken_download_goes_on_where_it_was(hub: LoopbackHub, folders: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +15,20 @@ from clip_fast.towers.cpu import can_fuse
 MOST = 1.1  # times the weights
 BATCHES = (1, 2, 8, 32)  # 32 images go in parts
 
+RESIDENT = """
+import ctypes, gc
+
+def resident():
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # gives back what was freed, which the C library would keep for the process
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+"""
+
 # Two models of one shape, one after the other. The first also takes what the process keeps for all models: the kernels
 # that oneDNN compiles for each number of rows and of threads, some 0.6 MiB each.
 CHILD = f"""
-import ctypes, gc, json, sys
+import json, sys
 import torch
 from clip_fast.encoder import ImageEncoder
 from clip_fast.towers import reference
@@ -29,12 +40,7 @@ CONFIG = {{
 }}[sys.argv[1]]
 dtype = getattr(torch, sys.argv[2])
 
-def resident():
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # gives back what was freed, which the C library would keep for the process
-    with open("/proc/self/status") as file:
-        return next(1024 * int(line.split()[1]) for line in file if line.startswith("RssAnon"))
-
+{RESIDENT}
 def taken():
     with torch.device("meta"):
         shapes = {{name: tensor.shape for name, tensor in reference.build(CONFIG).state_dict().items()}}
@@ -57,6 +63,55 @@ first, of_first = taken()
 second, of_second = taken()
 print(json.dumps([of_first, of_second]))
 """
+
+
+# A model of float32 in a cache as huggingface_hub has it: its own weights are the file's pages.
+LOADING = f"""
+import json, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+import clip_fast
+from clip_fast.towers import reference
+from clip_fast.towers.config import VitConfig
+
+CONFIG = VitConfig(image_size=224, patch_size=32, width=768, layers=12, heads=12, embed_dim=512)
+blob, snapshot = Path(sys.argv[1]) / "blobs" / ("0" * 64), Path(sys.argv[1]) / "snapshots" / "main"
+for folder in (blob.parent, snapshot):
+    folder.mkdir(parents=True)
+weights = {{name: torch.rand(tensor.shape) / 50 for name, tensor in reference.build(CONFIG).state_dict().items()}}
+save_file(weights, blob, {{"activation": "quick_gelu"}})
+(snapshot / "model.safetensors").symlink_to(blob)
+own = sum(tensor.nbytes for tensor in weights.values())
+del weights
+images = torch.rand(max({BATCHES}), 3, 224, 224)
+
+{RESIDENT}
+
+before = resident()
+model, _ = clip_fast.load(snapshot / "model.safetensors", "cpu")
+shares = [(resident() - before) / own]
+for batch in {BATCHES}:
+    with torch.no_grad():
+        model.encode_image(images[:batch])
+    shares.append((resident() - before) / own)
+print(json.dumps(shares))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_a_model_of_the_hub_has_its_weights_in_memory_once(tmp_path: Path) -> None:
+    """Beside them are pages of the file, which the system takes back where memory is short."""
+    if not can_fuse(torch.float32):
+        pytest.skip("no library packs weights here")
+    child = subprocess.run(
+        [sys.executable, "-c", LOADING, str(tmp_path)], stdout=subprocess.PIPE, text=True, check=True
+    )
+    after_loading, *after_batches = json.loads(child.stdout)
+    print(f"in memory of the process: {after_loading} of the weights when loaded, {after_batches} by batch")
+    assert after_loading <= MOST - 1
+    assert max(after_batches) <= MOST
 
 
 @pytest.mark.slow
