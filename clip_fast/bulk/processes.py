@@ -22,9 +22,10 @@ from ..inputs.items import Item
 from ..loading import load
 from ..towers.config import Activation
 from .decoder import Decoder
+from .fork_server import interrupts_blocked
 from .pipeline import Options, Step, run_shards, without_idle_workers
 from .shards import ShardFolder
-from .workers import end_with_parent, interrupts_blocked
+from .workers import end_with_parent
 
 
 class _ErrorThere(Exception):

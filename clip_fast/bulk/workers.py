@@ -19,15 +19,12 @@ import os
 import resource
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from multiprocessing import forkserver, resource_tracker
-from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, NamedTuple
@@ -38,6 +35,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..inputs import images
 from ..inputs.items import Item, Unreadable
+from . import fork_server
 from .decoder import Decoder, Squares, failure_reason
 from .packing import Packed, Packing, Rooms
 
@@ -231,7 +229,7 @@ class Workers:
                 num_workers=self._count,
                 worker_init_fn=decoding.start,
                 collate_fn=_same,  # pyright: ignore[reportArgumentType]
-                multiprocessing_context=_context() if self._count else None,
+                multiprocessing_context=fork_server.context() if self._count else None,
                 prefetch_factor=BATCHES_AHEAD if self._count else None,
                 persistent_workers=self._count > 0,
                 pin_memory=self._pin_memory,
@@ -437,63 +435,3 @@ def _alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def _context() -> ForkServerContext:
-    """A fork server with the imports done: workers start at once, and inherit neither a GPU nor the folder's lock.
-
-    Raises:
-        OSError: it cannot be started, as where the path of the folder for temporary files is too long.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([f"{__package__}.preloaded"])
-    _allow_open_files()
-    try:
-        with interrupts_blocked():
-            forkserver.ensure_running()
-    except OSError as error:
-        if error.errno is None:  # Python's own check: sockets have paths of about 100 characters at most
-            folder = tempfile.gettempdir()
-            raise OSError(
-                f"the path {folder} is too long for processes to meet there: set TMPDIR to another folder, such as /tmp"
-            ) from error
-        raise
-    return context
-
-
-def _allow_open_files() -> None:
-    """Raises the limit of open files as far as this process may: each batch that waits is a few files."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(OSError, ValueError):  # macOS calls its limit infinite, and refuses that
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-@contextmanager
-def interrupts_blocked() -> Generator[None, None, None]:
-    """Processes that are started in the block never see Ctrl-C, not even while they import; this one sees it after.
-
-    The block's signals are noted, too: another thread, which blocks none, may be given one, and Python would then
-    interrupt the main thread in the middle of a start.
-    """
-    resource_tracker.ensure_running()  # its own start, which every other one makes sure of, ends by unblocking SIGINT
-    noted: list[int] = []
-    handler = None
-    if threading.current_thread() is threading.main_thread():
-        handler = signal.signal(signal.SIGINT, lambda number, _: noted.append(number))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        if handler is not None:
-            signal.signal(signal.SIGINT, handler)
-        if noted:
-            signal.raise_signal(signal.SIGINT)
-
-
-def start_fork_server() -> None:
-    """Starts the process that workers are forked from; it imports PyTorch while the caller does something else.
-
-    Without this call the first batches start it, and wait for it.
-    """
-    _context()

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..bulk import fork_server
 from ..bulk.decoder import Decoder
 from ..bulk.listings import with_listings
 from ..bulk.manifest import computer, weights_digest
@@ -24,7 +25,7 @@ from ..bulk.processes import ProcessJob, run_on_devices, threads_each
 from ..bulk.progress import Bar, Progress, check_errors
 from ..bulk.shards import OutputFolder
 from ..bulk.tables import ParquetWriter
-from ..bulk.workers import FEW_WORKERS, TIME_LIMIT, start_fork_server
+from ..bulk.workers import FEW_WORKERS, TIME_LIMIT
 from ..encoder import ImageEncoder
 from ..errors import printable
 from ..inputs.finder import read_list
@@ -34,6 +35,7 @@ from ..inputs.parquet import Parquet
 from ..loading import default_device, default_dtype, load
 from ..preprocess import Preprocess
 from .files import opened, refuse_to_replace
+from .interrupt import is_command
 from .messages import EXIT_OK, EXIT_SOME_FAILED, EXIT_TERMINATED, report, say, show
 from .parser import dtype_of
 
@@ -59,6 +61,8 @@ def encode(arguments: argparse.Namespace) -> int:
     """Runs `clip-fast encode` and returns its exit status. With --json the summary is shown however the run ends."""
     summary: dict[str, Any] = {"output": arguments.output, "complete": False}
     try:
+        if _decodes_in_workers(arguments):
+            fork_server.start(as_fork=is_command())
         with _sigterm_raised():
             return _encode(arguments, summary)
     except BaseException as error:
@@ -67,6 +71,11 @@ def encode(arguments: argparse.Namespace) -> int:
     finally:
         if arguments.json:
             show(json.dumps(summary))
+
+
+def _decodes_in_workers(arguments: argparse.Namespace) -> bool:
+    """Whether decoders are this process's own. Each of several devices has its own, and Ray has them itself."""
+    return arguments.workers != 0 and not arguments.ray and len(arguments.devices or ()) < 2
 
 
 @contextmanager
@@ -177,8 +186,6 @@ def _encode_to_npy(arguments: argparse.Namespace, summary: dict[str, Any]) -> in
     options = _options(arguments, [device])
     workers = options.workers if arguments.workers is not None else min(FEW_WORKERS, options.workers)
     with EmbeddingWriter(arguments.output) as writer:
-        if workers:
-            start_fork_server()
         items: list[Item] = []
         failures: list[Failure] = []
         for item in _inputs(arguments, writer.targets):
@@ -224,8 +231,6 @@ def _encode_to_folder(arguments: argparse.Namespace, summary: dict[str, Any]) ->
     options = _options(arguments, devices)
     one = devices[0] if len(devices) == 1 else None  # with several devices, each process loads its own weights
     with OutputFolder(arguments.output, arguments.resume) as folder:
-        if one and options.workers:
-            start_fork_server()
         inputs = _inputs(arguments)
         dtype = dtype_of(arguments.dtype) or default_dtype(devices[0])
         model, preprocess = load(arguments.model, one or "cpu", dtype, activation=arguments.activation)
@@ -256,8 +261,6 @@ def _encode_to_parquet(arguments: argparse.Namespace, summary: dict[str, Any]) -
     devices = _chosen_devices(arguments)
     options = _options(arguments, devices)
     with ParquetWriter(arguments.output) as file:
-        if options.workers:
-            start_fork_server()
         inputs = _inputs(arguments, [Path(arguments.output)])
         dtype = dtype_of(arguments.dtype)
         model, preprocess = load(arguments.model, devices[0], dtype, activation=arguments.activation)

@@ -286,7 +286,7 @@ def test_workers_that_cannot_start_are_an_error(monkeypatch: pytest.MonkeyPatch)
         raise OSError("no fork server")
 
     monkeypatch.setattr(decode, "DEATH_SECONDS", 0)
-    monkeypatch.setattr(decode, "_context", failing)
+    monkeypatch.setattr(decode.fork_server, "context", failing)
     with pytest.raises(OSError, match="no fork server"):
         next(Workers(DECODER, 7).decode(iter([])))
     assert len(tries) == 1
@@ -307,9 +307,9 @@ def test_a_lack_of_open_files_says_what_to_do(monkeypatch: pytest.MonkeyPatch, e
 
 def test_as_many_files_may_be_open_as_the_system_allows() -> None:
     program = (
-        "import resource as r\nfrom clip_fast.bulk.workers import start_fork_server\n"
+        "import resource as r\nfrom clip_fast.bulk import fork_server\n"
         "hard = r.getrlimit(r.RLIMIT_NOFILE)[1]\nr.setrlimit(r.RLIMIT_NOFILE, (99, hard))\n"
-        "start_fork_server()\nassert r.getrlimit(r.RLIMIT_NOFILE) == (hard, hard)\n"
+        "fork_server.start(as_fork=True)\nassert r.getrlimit(r.RLIMIT_NOFILE) == (hard, hard)\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
 
@@ -317,7 +317,7 @@ def test_as_many_files_may_be_open_as_the_system_allows() -> None:
 def test_a_temporary_folder_with_too_long_a_path_is_named(tmp_path: Path) -> None:
     folder = tmp_path / ("x" * 99)
     folder.mkdir()
-    program = "from clip_fast.bulk.workers import start_fork_server\nstart_fork_server()\n"
+    program = "from clip_fast.bulk import fork_server\nfork_server.start(as_fork=True)\n"
     done = subprocess.run(
         [sys.executable, "-c", program], env=os.environ | {"TMPDIR": str(folder)}, capture_output=True, text=True
     )
@@ -375,7 +375,8 @@ def test_a_long_thin_image_that_is_squashed_is_no_trouble() -> None:
 def test_processes_are_started_with_ctrl_c_blocked() -> None:
     """The resource tracker, which the first start of a process starts too, unblocks it."""
     program = (
-        "import signal\nfrom multiprocessing import forkserver\nfrom clip_fast.bulk.workers import interrupts_blocked\n"
+        "import signal\nfrom multiprocessing import forkserver\n"
+        "from clip_fast.bulk.fork_server import interrupts_blocked\n"
         "with interrupts_blocked():\n    forkserver.ensure_running()\n"
         "    assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])\n"
     )

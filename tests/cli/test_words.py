@@ -226,7 +226,7 @@ def test_ctrl_c_while_pytorch_is_imported(name: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "when"),
-    [(["--workers", "1"], "multiprocessing.forkserver"), (["--devices", "cpu,cpu", "--workers", "0"], "spawn_main")],
+    [(["--workers", "1"], "resource_tracker"), (["--devices", "cpu,cpu", "--workers", "0"], "spawn_main")],
     ids=["decoders", "devices"],
 )
 def test_ctrl_c_while_other_processes_import(options: list[str], when: str, tmp_path: Path) -> None:

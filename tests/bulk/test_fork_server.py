@@ -1,0 +1,119 @@
+"""The process that decoders are forked from: a fork of the command, or a new interpreter."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it is a new interpreter, as Python has it")
+
+# Starts the server with a file open, and tells its number once it has forked a process that came to its end.
+BEGIN = """
+import multiprocessing, os, sys, threading
+from multiprocessing import forkserver
+from clip_fast.bulk import fork_server
+
+def child(numbers):
+    numbers.put((os.getpid(), os.getppid(), "torch" in sys.modules, "clip_fast.bulk.preloaded" in sys.modules))
+
+def served():
+    context = fork_server.context()
+    numbers = context.SimpleQueue()
+    sys.modules["__main__"].__spec__ = None
+    process = context.Process(target=child, args=(numbers,))
+    process.start()
+    found = numbers.get()
+    process.join()
+    return found
+"""
+
+
+def run(program: str, folder: Path) -> list[str]:
+    script = folder / "script.py"
+    script.write_text(
+        f"{BEGIN}\nif __name__ == '__main__':\n" + "".join(f"    {line}\n" for line in program.split("\n"))
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    return done.stdout.splitlines()
+
+
+COMMAND_LINE = "print(open(f'/proc/{served()[1]}/cmdline').read().replace(chr(0), ' '))"
+
+
+def test_it_is_a_fork_with_the_imports_done(tmp_path: Path) -> None:
+    assert run(f"fork_server.start(as_fork=True)\n{COMMAND_LINE}", tmp_path) == [
+        f"{sys.executable} {tmp_path}/script.py "
+    ]
+
+
+def test_beside_a_thread_a_new_interpreter_is_started(tmp_path: Path) -> None:
+    """A fork would have what the thread has locked, and not the thread."""
+    held = "held = threading.Event()\nthreading.Thread(target=held.wait, daemon=True).start()"
+    (line,) = run(f"{held}\nfork_server.start(as_fork=True)\n{COMMAND_LINE}", tmp_path)
+    assert "multiprocessing.forkserver" in line
+
+
+def test_without_the_name_that_is_replaced_a_new_interpreter_is_started(tmp_path: Path) -> None:
+    """Multiprocessing does not promise it."""
+    program = (
+        "from multiprocessing import util\nstart = util.spawnv_passfds\n"
+        "forkserver.util = type('other', (), {**vars(util), 'spawnv_passfds': start})\ndel util.spawnv_passfds\n"
+        "fork_server.resource_tracker.ensure_running = lambda: None\nfork_server.start(as_fork=True)\nprint('started')"
+    )
+    assert run(program, tmp_path) == ["started"]
+
+
+def test_its_forks_have_what_decoders_need_and_no_file_of_the_command(tmp_path: Path) -> None:
+    program = (
+        "file = open('lock', 'w')\nprint('in the buffer', end='')\nfork_server.start(as_fork=True)\n"
+        "pid, server, *imported = served()\n"
+        "assert all(imported)\nassert pid != server != os.getpid()\n"
+        "for fd in os.listdir(f'/proc/{server}/fd'):\n    link = os.readlink(f'/proc/{server}/fd/{fd}')\n"
+        "    assert 'lock' not in link, link\n"
+        "print()\nprint(server)"
+    ).replace("'lock'", repr(str(tmp_path / "lock")))
+    first, server = run(program, tmp_path)
+    assert first == "in the buffer"  # once
+    deadline = time.monotonic() + 30
+    while os.path.exists(f"/proc/{server}") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not os.path.exists(f"/proc/{server}")
+
+
+def test_the_command_forks_it(tmp_path: Path) -> None:
+    """No second interpreter imports PyTorch: of the processes that a run starts, only the tracker is new."""
+    (tmp_path / "in").mkdir()
+    for i in range(4):
+        Image.new("RGB", (40, 30), (i, 0, 0)).save(tmp_path / "in" / f"{i}.png")
+    log = tmp_path / "interpreters"
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        f"import sys\nopen({str(log)!r}, 'a').write(' '.join(sys.orig_argv) + chr(10))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), *sys.path])}
+    command = [
+        sys.executable,
+        "-m",
+        "clip_fast",
+        "encode",
+        "in",
+        "--model",
+        "tiny-digits",
+        "--output",
+        "out/",
+        "--quiet",
+    ]
+    done = subprocess.run([*command, "--workers", "2"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    command_line, tracker = log.read_text().splitlines()
+    assert "clip_fast encode" in command_line
+    assert "resource_tracker" in tracker
