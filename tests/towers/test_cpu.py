@@ -13,6 +13,8 @@ from torch import Tensor
 from clip_fast import pytorch
 from clip_fast.towers import cpu
 from clip_fast.towers.cpu import GELU_TANH_SLOPE, Product
+from clip_fast.towers.fast import FastTower
+from clip_fast.towers.precision import FP32
 from clip_fast.towers.reference import gelu_tanh, quick_gelu
 
 ACTIVATIONS = {
@@ -23,7 +25,7 @@ ACTIVATIONS = {
     "gelu_tanh": gelu_tanh,
     "scaled_gelu_tanh": lambda x: 2 * GELU_TANH_SLOPE * gelu_tanh(x / GELU_TANH_SLOPE),
 }
-ROWS = [1, 50, 300]
+ROWS = [1, 3, 50, 300]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 DRAWS = 32  # their errors are pooled, since for one row of 160 numbers the ratio of two errors scatters by 20 %
 
@@ -118,6 +120,36 @@ def test_one_layout_serves_all_rows_and_threads(
     assert made == (["mkl_reorder_linear_weight"] if by_mkl else ["reorder_linear_weight"] if packs else [])
     if not made:
         assert product.weight is weight
+
+
+def test_products_are_of_few_numbers_of_rows(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN keeps memory for each."""
+    seen: set[int] = set()
+    for name in ("linear_pointwise", "mkl_linear"):
+        multiply = getattr(pytorch, name)
+        monkeypatch.setattr(pytorch, name, lambda x, *given, multiply=multiply: seen.add(len(x)) or multiply(x, *given))
+    product = Product(torch.randn(160, 96), torch.randn(160))
+    for rows in range(1, 20):
+        assert product(torch.randn(rows, 96)).shape == (rows, 160)
+    assert seen == {"oneDNN": {1, 4, 16, 17, 18, 19}, "MKL": set(range(1, 20)), "BLAS": set[int]()}[library]
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"), [(16, {1, 2, 3, 4, 5, 6, 8, 10, 12, 16}), (7, {1, 2, 3, 4, 5, 6, 7}), (1, {1})]
+)
+def test_a_batch_in_parts_of_few_sizes(most: int, sizes: set[int]) -> None:
+    parts = {batch: cpu.in_few_sizes(batch, most) for batch in range(200)}
+    assert all(sum(parts[batch]) == batch for batch in parts)
+    assert set().union(*parts.values()) == sizes
+    assert all(len(part) <= batch // most + 2 for batch, part in parts.items())
+    assert parts[0] == []
+
+
+@pytest.mark.parametrize("most", [1, 3, 16])
+def test_a_batch_in_parts_of_one_size(most: int) -> None:
+    for batch in range(100):
+        wanted = [len(part) for part in torch.tensor_split(torch.zeros(batch), max(1, -(-batch // most)))]
+        assert FastTower.parts(batch, most, FP32, torch.device("cpu")) == wanted
 
 
 @pytest.mark.parametrize("rows", [*ROWS, 64, 65])
