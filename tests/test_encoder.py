@@ -23,7 +23,7 @@ from torch import Tensor
 import clip_fast
 from clip_fast.encoder import ImageEncoder
 from clip_fast.engine.compiled import _OWNERS
-from clip_fast.towers import cpu, vit_cpu
+from clip_fast.towers import cpu
 from clip_fast.towers.config import ENCODE, HIDDEN_STATES, IMAGE_MEAN, IMAGE_STD, ResNetConfig, VitConfig
 from clip_fast.towers.precision import BY_NAME
 from clip_fast.towers.vit_cpu import CpuVit
@@ -673,13 +673,7 @@ def test_a_large_batch_goes_in_parts(images: Tensor, monkeypatch: pytest.MonkeyP
     assert relative_error(model.encode_image(images), wanted) < 1e-6
 
 
-@pytest.mark.parametrize(
-    ("compiled", "tried"), [(False, [10, 5, 3, 3, 2, 2]), (True, [10, 5, 3, 3, 3, 1])], ids=["any size", "few sizes"]
-)
-def test_out_of_memory_is_answered_by_halving(
-    compiled: bool, tried: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(vit_cpu, "compiled_for_rows", lambda dtype: compiled)
+def test_out_of_memory_is_answered_by_halving() -> None:
     model = make()
     sizes: list[int] = []
 
@@ -691,7 +685,7 @@ def test_out_of_memory_is_answered_by_halving(
 
     x = torch.arange(10.0)[:, None]
     assert torch.equal(model._engine.in_parts(x, run)[0], x)
-    assert sizes == tried
+    assert sizes == [10, 5, 3, 3, 2, 2]
 
     def never(part: Tensor) -> tuple[Tensor, ...]:
         raise torch.OutOfMemoryError

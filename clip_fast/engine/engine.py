@@ -145,9 +145,8 @@ class Engine:
         """`run` over the batch in parts that fit into memory. A part that does not fit after all is halved."""
         limit = self._fitting(images, task)
         while True:
-            sizes = self._fast_tower.parts(len(images), limit, self.computed_in, self.device)
             try:
-                parts = [run(part) for part in images.split(sizes)]
+                parts = [run(part) for part in torch.tensor_split(images, max(1, -(-len(images) // limit)))]
                 break
             except torch.OutOfMemoryError:
                 if limit == 1:

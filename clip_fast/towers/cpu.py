@@ -20,7 +20,9 @@ from .reference import QUICK_GELU_SLOPE
 # fast as by weights that are packed for that number, to 4 %.
 _PACKED_FOR = 320
 _FEW_ROWS = 64  # Up to so many rows are multiplied faster by half weights as they are, more rows in float32.
-_NUMBERS_OF_FEW_ROWS = (1, 4, 16)  # for which oneDNN compiles products; these take little time, whatever their number
+# oneDNN keeps 0.6 MiB for each shape of a weight and number of rows. A tower has products of few rows in its last block
+# alone, one row for each image.
+_NUMBERS_OF_FEW_ROWS = (1, 4, 16)
 _ROWS_IN_CACHE = 128  # of an activation, whose passes take a fifth longer for 64 rows or for 256
 GELU_TANH_SLOPE = math.sqrt(2 / math.pi)
 GELU_TANH_CUBIC = 0.044715
@@ -111,24 +113,6 @@ def stays_half(weight: Tensor, dtype: torch.dtype) -> bool:
     return on_cpu and dtype == torch.float32 and weight.dtype.itemsize < 4 and not multiplies_fast(weight.dtype)
 
 
-def compiled_for_rows(dtype: torch.dtype) -> bool:
-    """Whether a product in `dtype` is oneDNN's, which keeps 0.6 MiB for each weight's shape and number of rows."""
-    return can_fuse(dtype) and not (dtype == torch.float32 and can_pack_for_mkl())
-
-
-def in_few_sizes(batch: int, most: int) -> list[int]:
-    """A batch in parts of `most` images, and a rest in parts of 1, 3 or 5 times a power of two.
-
-    So there are products of few numbers of rows, and of one at a time. Up to 16 images that costs 6 per cent at most.
-    """
-    sizes = {most} | {factor << i for factor in (1, 3, 5) for i in range(most.bit_length()) if factor << i <= most}
-    parts: list[int] = []
-    while batch:
-        parts.append(max(size for size in sizes if size <= batch))
-        batch -= parts[-1]
-    return parts
-
-
 def _with_more_rows(x: Tensor) -> Tensor:
     """`x`, and zeros below it if it has few rows: as many as `_NUMBERS_OF_FEW_ROWS` says."""
     rows = next((number for number in _NUMBERS_OF_FEW_ROWS if number >= len(x)), len(x))
@@ -144,6 +128,7 @@ class Product:
     | the same, up to 64 rows by bfloat16 | oneDNN, packed weights in bfloat16 | the copy would take longer |
     | float32 on Intel's CPUs | MKL, packed weights | 6 to 11 % faster than oneDNN, from 50 rows to 800 |
     | float32 and bfloat16 elsewhere | oneDNN, packed weights | bias and residual are fused, and bfloat16's activation |
+    | up to 16 rows by float32 weights there | BLAS, weights as they are | little slower, and no memory is taken |
     | others | BLAS, weights as they are | |
 
     Where W does not stay as it is, it has one layout for all numbers of rows and of threads, made when it is first
@@ -214,9 +199,12 @@ class Product:
         return self._finish(torch.addmm(self.bias, x, self.weight.T), residual)
 
     def _by_onednn(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        more = _with_more_rows(x)
-        if more is not x:
-            return self._by_onednn(more, None if residual is None else _with_more_rows(residual))[: len(x)]
+        if len(x) <= _NUMBERS_OF_FEW_ROWS[-1]:
+            if x.dtype == self._given.dtype == torch.float32:
+                return self._finish(torch.addmm(self.bias, x, self._given.T, alpha=self._scale), residual)
+            more = _with_more_rows(x)
+            if more is not x:
+                return self._by_onednn(more, None if residual is None else _with_more_rows(residual))[: len(x)]
         if residual is not None and self.alpha == 1:
             return pytorch.linear_pointwise.binary(x, residual, self._operand, self.bias, "add")
         fused = residual is None and self.activation in _FUSED and x.dtype != torch.float32

@@ -54,12 +54,6 @@ class FastTower(ABC):
         """The most images to encode together, apart from what memory allows; None where there is no such limit."""
         return images_at_a_time(cls.rows_on_cpu, config.tokens) if device.type == "cpu" else None
 
-    @classmethod
-    def parts(cls, batch: int, most: int, precision: Precision, device: torch.device) -> list[int]:
-        """The sizes of a batch's parts, `most` images at most; by default they differ by one image at most."""
-        number = max(1, -(-batch // most))
-        return [(batch + i) // number for i in reversed(range(number))]
-
 
 def as_tuple(result: Tensor | Results) -> Results:
     """Results as a tuple, even a single one."""

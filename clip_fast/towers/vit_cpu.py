@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import Rgb, SiglipConfig, VitConfig
-from .cpu import GELU_TANH_SLOPE, Product, compiled_for_rows, in_few_sizes, one_query_attention
+from .cpu import GELU_TANH_SLOPE, Product, one_query_attention
 from .fast import normalised
 from .precision import Precision
 from .reference import QUICK_GELU_SLOPE
@@ -129,12 +129,6 @@ class CpuBlocks(Vit):
     patch: Product  # W of (W, 3 · P · P)
     position: Tensor  # (N, W)
     blocks: tuple[Block, ...]
-
-    @classmethod
-    def parts(cls, batch: int, most: int, precision: Precision, device: torch.device) -> list[int]:
-        if batch and device.type == "cpu" and compiled_for_rows(precision.weights):
-            return in_few_sizes(batch, most)
-        return super().parts(batch, most, precision, device)
 
     def hidden_state(self, images: Tensor, layer: int) -> Tensor:
         return deque(self._residual_stream(images, layer), maxlen=1).pop()
