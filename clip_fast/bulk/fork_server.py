@@ -79,9 +79,9 @@ def _fork_to_run(path: str | bytes, arguments: Sequence[str], files: Sequence[in
     if process := os.fork():
         return process
     try:
-        kept = sorted({*_STANDARD_STREAMS, *files})
-        for file, following in zip(kept, [*kept[1:], os.sysconf("SC_OPEN_MAX")], strict=True):
-            os.closerange(file + 1, following)
+        for file in {int(name) for name in os.listdir("/proc/self/fd")} - {*_STANDARD_STREAMS, *files}:
+            with suppress(OSError):  # the one that the list was read from
+                os.close(file)
         exec(arguments[-1], {})
     except SystemExit:
         pass
