@@ -1,7 +1,7 @@
 """The process that decoders are forked from: it has their imports done, and neither a GPU nor a folder's lock.
 
-It is multiprocessing's fork server. Python starts it as a new interpreter, which imports PyTorch anew: half of a small
-job's time. The command `clip-fast` forks it from itself instead, as soon as it has its own imports.
+It is multiprocessing's fork server. Python starts it as a new interpreter, which imports PyTorch anew: two fifths of
+the CPU time of a job of ten images. The command `clip-fast` forks it from itself instead, once it has its own imports.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import tempfile
 import threading
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from multiprocessing import forkserver, resource_tracker, util
 from multiprocessing.context import ForkServerContext
 from typing import Any
@@ -32,11 +33,12 @@ def context() -> ForkServerContext:
 
 
 def start(*, as_fork: bool) -> None:
-    """Starts the fork server, which is ready at once or while the caller goes on. Raises what `context` raises.
+    """Starts the fork server ahead of need. Raises what `context` raises.
 
     Args:
         as_fork: as a fork of this process, which must have begun and opened nothing yet but its imports: what it has,
-            its forks have too. Elsewhere than on Linux, and beside threads, a new interpreter is started all the same.
+            its forks have too. Elsewhere than on Linux, beside threads, and where a fork fails, a new interpreter is
+            started all the same. It imports while the caller goes on.
     """
     _context(as_fork and sys.platform == "linux" and threading.active_count() == 1)
 
@@ -61,34 +63,44 @@ def _context(as_fork: bool) -> ForkServerContext:
 @contextmanager
 def _forked_for_spawned() -> Generator[None, None, None]:
     """A new interpreter that multiprocessing starts in the block is a fork of this process, and runs the same code."""
-    start: Any = getattr(util, "spawnv_passfds", None)
-    if start is None:  # of another release of Python
+    spawn: Any = getattr(util, "spawnv_passfds", None)
+    if spawn is None:  # of another release of Python
         yield
         return
-    setattr(util, "spawnv_passfds", _fork_to_run)  # noqa: B010
+    setattr(util, "spawnv_passfds", partial(_fork_to_run, spawn))  # noqa: B010
     try:
         yield
     finally:
-        setattr(util, "spawnv_passfds", start)  # noqa: B010
+        setattr(util, "spawnv_passfds", spawn)  # noqa: B010
 
 
-def _fork_to_run(path: str | bytes, arguments: Sequence[str], files: Sequence[int]) -> int:
-    """`util.spawnv_passfds`: of the files that are open, the new process has those that are given; its number."""
+def _fork_to_run(spawn: Any, path: str | bytes, arguments: Sequence[str], files: Sequence[int]) -> int:
+    """`util.spawnv_passfds`, which is `spawn`: the new process has the `files` of those that are open; its number."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.flush()  # or both processes would write what is in its buffer
-    if process := os.fork():
-        return process
     try:
-        for file in {int(name) for name in os.listdir("/proc/self/fd")} - {*_STANDARD_STREAMS, *files}:
+        opened = {int(name) for name in os.listdir("/proc/self/fd")}
+        process = os.fork()
+    except OSError:  # as where memory must be there for a copy of all that this process has
+        return spawn(path, arguments, files)
+    if process:
+        return process
+    status = 1
+    try:
+        for file in opened - {*_STANDARD_STREAMS, *files}:
             with suppress(OSError):  # the one that the list was read from
                 os.close(file)
+        # As a new interpreter has them. The parent's are in the middle of this start, with their locks held.
+        for inherited in (forkserver.ensure_running, resource_tracker.ensure_running):
+            owner: Any = inherited.__self__
+            owner.__init__()
         exec(arguments[-1], {})
     except SystemExit:
-        pass
+        status = 0
     except BaseException:
         sys.excepthook(*sys.exc_info())  # pyright: ignore[reportArgumentType]
     finally:
-        os._exit(0)  # nothing that this process would do at its end is the fork's to do
+        os._exit(status)  # nothing that this process would do at its end is the fork's to do
 
 
 def _allow_open_files() -> None:

@@ -30,9 +30,9 @@ class Checkpoint:
     """An image tower as read from a file, and the text tower in it.
 
     `state_dict` has exactly the names and shapes of `reference.build(config).state_dict()`. Its tensors are contiguous,
-    on the CPU, and of the dtype that they have in the file (8 bits in float16). They are copies, or, of a safetensors
-    file in the hub's cache, pages of it: the system takes those back where memory is short, and writes to them stay in
-    this process.
+    on the CPU, and of the dtype that they have in the file (8 bits in float16). They are copies; but what a safetensors
+    file in the hub's cache holds in this form stays in its pages, which the system takes back where memory is short.
+    Writes to them stay in this process.
 
     `mean` and `std` normalise the RGB channels of pixels scaled to [0, 1]; `squash`, `on_white` and `bilinear` are
     those of `Preprocess`. `text` is None where the file has no text tower that is served; `without_text` then says why.

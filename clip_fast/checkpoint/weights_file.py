@@ -151,7 +151,11 @@ def _read_safetensors(path: Path) -> _Contents:
 
 
 def _never_written_again(path: Path) -> bool:
-    """Whether it is a file of the hub's cache, whose name is the hash of its bytes: new bytes go to a new file."""
+    """Whether it is a file of the hub's cache, whose name is the hash of its bytes: new bytes go to a new file.
+
+    As with any file that is mapped, the process dies if something cuts it short, or deletes it on another host of a
+    network's disk.
+    """
     stored = path.resolve()
     return stored.parent.name == "blobs" and re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", stored.name) is not None
 

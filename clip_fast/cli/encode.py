@@ -62,7 +62,9 @@ def encode(arguments: argparse.Namespace) -> int:
     summary: dict[str, Any] = {"output": arguments.output, "complete": False}
     try:
         if _decodes_in_workers(arguments):
-            fork_server.start(as_fork=is_command())
+            named = (device for device in (arguments.device, *(arguments.devices or ())) if device is not None)
+            untouched = all(device.type == "cpu" for device in named)  # the command line was parsed by trying them
+            fork_server.start(as_fork=untouched and is_command())
         with _sigterm_raised():
             return _encode(arguments, summary)
     except BaseException as error:

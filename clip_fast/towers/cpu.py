@@ -202,9 +202,9 @@ class Product:
         if len(x) <= _NUMBERS_OF_FEW_ROWS[-1]:
             if x.dtype == self._given.dtype == torch.float32:
                 return self._finish(torch.addmm(self.bias, x, self._given.T, alpha=self._scale), residual)
-            more = _with_more_rows(x)
-            if more is not x:
-                return self._by_onednn(more, None if residual is None else _with_more_rows(residual))[: len(x)]
+            padded = _with_more_rows(x)
+            if padded is not x:
+                return self._by_onednn(padded, None if residual is None else _with_more_rows(residual))[: len(x)]
         if residual is not None and self.alpha == 1:
             return pytorch.linear_pointwise.binary(x, residual, self._operand, self.bias, "add")
         fused = residual is None and self.activation in _FUSED and x.dtype != torch.float32

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+
+from clip_fast.bulk import fork_server
+from clip_fast.cli import encode
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it is a new interpreter, as Python has it")
 
@@ -21,6 +25,26 @@ from clip_fast.bulk import fork_server
 
 def child(numbers):
     numbers.put((os.getpid(), os.getppid(), "torch" in sys.modules, "clip_fast.bulk.preloaded" in sys.modules))
+
+def grandchild(numbers):
+    numbers.put(True)
+
+def nesting(numbers):
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=grandchild, args=(numbers,))
+    process.start()
+    process.join(20)
+    if process.exitcode is None:
+        numbers.put(False)
+
+def nested():
+    context = fork_server.context()
+    numbers = context.SimpleQueue()
+    process = context.Process(target=nesting, args=(numbers,))
+    process.start()
+    found = numbers.get()
+    process.terminate() if not found else process.join()
+    return found
 
 def served():
     context = fork_server.context()
@@ -72,20 +96,43 @@ def test_without_the_name_that_is_replaced_a_new_interpreter_is_started(tmp_path
 
 
 def test_its_forks_have_what_decoders_need_and_no_file_of_the_command(tmp_path: Path) -> None:
+    """It ends with the command: the pipes that the test reads are at their end then."""
     program = (
-        "file = open('lock', 'w')\nprint('in the buffer', end='')\nfork_server.start(as_fork=True)\n"
-        "pid, server, *imported = served()\n"
-        "assert all(imported)\nassert pid != server != os.getpid()\n"
-        "for fd in os.listdir(f'/proc/{server}/fd'):\n    link = os.readlink(f'/proc/{server}/fd/{fd}')\n"
-        "    assert 'lock' not in link, link\n"
-        "print()\nprint(server)"
-    ).replace("'lock'", repr(str(tmp_path / "lock")))
-    first, server = run(program, tmp_path)
-    assert first == "in the buffer"  # once
-    deadline = time.monotonic() + 30
-    while os.path.exists(f"/proc/{server}") and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not os.path.exists(f"/proc/{server}")
+        "file = open('held.lock', 'w')\nprint('in the buffer')\nfork_server.start(as_fork=True)\n"
+        "pid, server, *imported = served()\nassert all(imported)\nassert pid != server != os.getpid()\n"
+        "for fd in os.listdir(f'/proc/{server}/fd'):\n"
+        "    assert 'held.lock' not in os.path.realpath(f'/proc/{server}/fd/{fd}')"
+    )
+    assert run(program, tmp_path) == ["in the buffer"]  # once
+
+
+def test_its_forks_may_start_processes(tmp_path: Path) -> None:
+    """No lock that is held while the server starts is held in them for ever."""
+    assert run("fork_server.start(as_fork=True)\nprint(nested())", tmp_path) == ["True"]
+
+
+def test_where_a_fork_fails_a_new_interpreter_is_started(tmp_path: Path) -> None:
+    failing = "def failing():\n    raise OSError(12, 'no memory')\nos.fork = failing"
+    (line,) = run(f"{failing}\nfork_server.start(as_fork=True)\n{COMMAND_LINE}", tmp_path)
+    assert "multiprocessing.forkserver" in line
+
+
+def test_a_gpu_that_the_command_line_names_is_not_inherited(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is tried when the command line is parsed."""
+    asked: list[bool] = []
+
+    def start(*, as_fork: bool) -> None:
+        asked.append(as_fork)
+        raise ValueError("asked")
+
+    monkeypatch.setattr(encode, "is_command", lambda: True)
+    monkeypatch.setattr(fork_server, "start", start)
+    begun = {"output": str(tmp_path / "out.npy"), "workers": 1, "ray": None, "json": False}
+    for device, devices in ((None, None), ("cpu", None), (None, ["cpu"]), ("meta", None), (None, ["meta"])):
+        given = device and torch.device(device), devices and [torch.device(name) for name in devices]
+        with pytest.raises(ValueError, match="asked"):
+            encode.encode(argparse.Namespace(**begun, device=given[0], devices=given[1]))
+    assert asked == [True, True, True, False, False]
 
 
 def test_the_command_forks_it(tmp_path: Path) -> None:

@@ -155,6 +155,23 @@ def test_float32_weights_are_pages_of_the_cache(hub: LoopbackHub, tmp_path: Path
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the mappings of a process are read from /proc")
+@pytest.mark.parametrize("odd", [False, True])
+def test_weights_that_their_writer_did_not_align_are_copied(odd: bool, hub: LoopbackHub, tmp_path: Path) -> None:
+    made = open_clip_folder(tmp_path / "odd")
+    file = tmp_path / "odd" / "open_clip_model.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    file.write_bytes(
+        (length + odd).to_bytes(8, "little") + content[8 : 8 + length] + b" " * odd + content[8 + length :]
+    )
+    hub.add("owner/odd", tmp_path / "odd")
+    model = loaded("hf-hub:owner/odd")
+    blob = max((tmp_path / "cache").rglob("blobs/*"), key=lambda path: path.stat().st_size)
+    assert all(pages_of(blob, tensor) != odd for tensor in model.parameters())
+    assert close(embeddings(model), embeddings(made))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the mappings of a process are read from /proc")
 def test_weights_of_another_file_are_copied(folders: dict[str, Any], tmp_path: Path) -> None:
     """It may be written again."""
     shutil.copytree(folders["other"][0], tmp_path / "blobs")

@@ -229,7 +229,7 @@ def test_ctrl_c_while_pytorch_is_imported(name: str, tmp_path: Path) -> None:
     [(["--workers", "1"], "resource_tracker"), (["--devices", "cpu,cpu", "--workers", "0"], "spawn_main")],
     ids=["decoders", "devices"],
 )
-def test_ctrl_c_while_other_processes_import(options: list[str], when: str, tmp_path: Path) -> None:
+def test_ctrl_c_while_other_processes_start(options: list[str], when: str, tmp_path: Path) -> None:
     """One line, and no traceback of theirs."""
     (tmp_path / "in").mkdir()
     for i in range(40):
