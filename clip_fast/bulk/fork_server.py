@@ -23,15 +23,6 @@ from typing import Any
 _STANDARD_STREAMS = (0, 1, 2)
 
 
-def context() -> ForkServerContext:
-    """Multiprocessing with the fork server, which is started where there is none.
-
-    Raises:
-        OSError: it cannot be started, as where the path of the folder for temporary files is too long.
-    """
-    return _context(as_fork=False)
-
-
 def start(*, as_fork: bool) -> None:
     """Starts the fork server ahead of need. Raises what `context` raises.
 
@@ -40,10 +31,15 @@ def start(*, as_fork: bool) -> None:
             its forks have too. Elsewhere than on Linux, beside threads, and where a fork fails, a new interpreter is
             started all the same. It imports while the caller goes on.
     """
-    _context(as_fork and sys.platform == "linux" and threading.active_count() == 1)
+    context(as_fork=as_fork and sys.platform == "linux" and threading.active_count() == 1)
 
 
-def _context(as_fork: bool) -> ForkServerContext:
+def context(*, as_fork: bool = False) -> ForkServerContext:
+    """Multiprocessing with the fork server. Where there is none it is started, as a fork of this process or anew.
+
+    Raises:
+        OSError: it cannot be started, as where the path of the folder for temporary files is too long.
+    """
     chosen = multiprocessing.get_context("forkserver")
     chosen.set_forkserver_preload([f"{__package__}.preloaded"])
     _allow_open_files()

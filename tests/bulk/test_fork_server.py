@@ -17,43 +17,32 @@ from clip_fast.cli import encode
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it is a new interpreter, as Python has it")
 
-# Starts the server with a file open, and tells its number once it has forked a process that came to its end.
+# What a script runs in processes that are forked from the server, and how it learns what they found.
 BEGIN = """
 import multiprocessing, os, sys, threading
 from multiprocessing import forkserver
 from clip_fast.bulk import fork_server
 
-def child(numbers):
-    numbers.put((os.getpid(), os.getppid(), "torch" in sys.modules, "clip_fast.bulk.preloaded" in sys.modules))
+def child(answers):
+    answers.put((os.getpid(), os.getppid(), "torch" in sys.modules, "clip_fast.bulk.preloaded" in sys.modules))
 
-def grandchild(numbers):
-    numbers.put(True)
+def grandchild(answers):
+    answers.put(True)
 
-def nesting(numbers):
-    context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=grandchild, args=(numbers,))
+def nesting(answers):
+    process = multiprocessing.get_context("forkserver").Process(target=grandchild, args=(answers,))
     process.start()
     process.join(20)
     if process.exitcode is None:
-        numbers.put(False)
+        answers.put(False)
 
-def nested():
+def answer(target):
     context = fork_server.context()
-    numbers = context.SimpleQueue()
-    process = context.Process(target=nesting, args=(numbers,))
+    answers = context.SimpleQueue()
+    process = context.Process(target=target, args=(answers,))
     process.start()
-    found = numbers.get()
-    process.terminate() if not found else process.join()
-    return found
-
-def served():
-    context = fork_server.context()
-    numbers = context.SimpleQueue()
-    sys.modules["__main__"].__spec__ = None
-    process = context.Process(target=child, args=(numbers,))
-    process.start()
-    found = numbers.get()
-    process.join()
+    found = answers.get()
+    process.join() if found else process.terminate()
     return found
 """
 
@@ -63,13 +52,13 @@ def run(program: str, folder: Path) -> list[str]:
     script.write_text(
         f"{BEGIN}\nif __name__ == '__main__':\n" + "".join(f"    {line}\n" for line in program.split("\n"))
     )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, str(script)], cwd=folder, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert not done.stderr
     return done.stdout.splitlines()
 
 
-COMMAND_LINE = "print(open(f'/proc/{served()[1]}/cmdline').read().replace(chr(0), ' '))"
+COMMAND_LINE = "print(open(f'/proc/{answer(child)[1]}/cmdline').read().replace(chr(0), ' '))"
 
 
 def test_it_is_a_fork_with_the_imports_done(tmp_path: Path) -> None:
@@ -99,7 +88,7 @@ def test_its_forks_have_what_decoders_need_and_no_file_of_the_command(tmp_path: 
     """It ends with the command: the pipes that the test reads are at their end then."""
     program = (
         "file = open('held.lock', 'w')\nprint('in the buffer')\nfork_server.start(as_fork=True)\n"
-        "pid, server, *imported = served()\nassert all(imported)\nassert pid != server != os.getpid()\n"
+        "pid, server, *imported = answer(child)\nassert all(imported)\nassert pid != server != os.getpid()\n"
         "for fd in os.listdir(f'/proc/{server}/fd'):\n"
         "    assert 'held.lock' not in os.path.realpath(f'/proc/{server}/fd/{fd}')"
     )
@@ -108,7 +97,7 @@ def test_its_forks_have_what_decoders_need_and_no_file_of_the_command(tmp_path: 
 
 def test_its_forks_may_start_processes(tmp_path: Path) -> None:
     """No lock that is held while the server starts is held in them for ever."""
-    assert run("fork_server.start(as_fork=True)\nprint(nested())", tmp_path) == ["True"]
+    assert run("fork_server.start(as_fork=True)\nprint(answer(nesting))", tmp_path) == ["True"]
 
 
 def test_where_a_fork_fails_a_new_interpreter_is_started(tmp_path: Path) -> None:
@@ -147,19 +136,9 @@ def test_the_command_forks_it(tmp_path: Path) -> None:
         f"import sys\nopen({str(log)!r}, 'a').write(' '.join(sys.orig_argv) + chr(10))"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(site), *sys.path])}
-    command = [
-        sys.executable,
-        "-m",
-        "clip_fast",
-        "encode",
-        "in",
-        "--model",
-        "tiny-digits",
-        "--output",
-        "out/",
-        "--quiet",
-    ]
-    done = subprocess.run([*command, "--workers", "2"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    options = ["encode", "in", "--model", "tiny-digits", "--output", "out/", "--quiet", "--workers", "2"]
+    command = [sys.executable, "-m", "clip_fast", *options]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     command_line, tracker = log.read_text().splitlines()
     assert "clip_fast encode" in command_line
