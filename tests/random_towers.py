@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from clip_fast.towers import reference
+from clip_fast import pytorch
+from clip_fast.towers import cpu, reference
 from clip_fast.towers.config import HIDDEN_STATES, Config
 
 
@@ -49,6 +54,30 @@ def assert_as_exact(fast: Any, tower: Any, images: Tensor) -> None:
     for layer, exact in enumerate(tower.results(images, HIDDEN_STATES)):
         assert relative_error(states[layer], exact) < 1e-13
         assert relative_error(fast.hidden_state(images, layer), exact) < 1e-13
+
+
+@contextmanager
+def products_of_this_cpu(dtype: torch.dtype) -> Iterator[None]:
+    """Within this context PyTorch's own layers multiply by the library that the encoder for CPUs takes in `dtype`.
+
+    In float32 that is oneDNN on CPUs that are not Intel's. It adds up to 1,024 products in a row, MKL about 200, so
+    that its products err by twice as much (2.3 times at K = 1,024 on an AMD EPYC without AVX-512).
+    """
+    if dtype != torch.float32 or cpu.can_pack_for_mkl() or not cpu.can_fuse(dtype):
+        yield
+        return
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = pytorch.linear_pointwise(x.flatten(0, -2).contiguous(), weight.contiguous(), bias, "none", [], "")
+        return y.view(*x.shape[:-1], len(weight))
+
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # it multiplies by MKL
+    try:
+        with patch.object(F, "linear", linear):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
 def worst_cosine(got: Tensor, exact: Tensor) -> float:
