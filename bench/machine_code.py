@@ -60,7 +60,8 @@ _DTYPE_NAMES = {
     torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
 _WIDE = 128  # bits of the widest load
-_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "launch_pdl")  # of a launch, that the compiler is given
+# Of a launch, what the compiler is given.
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "launch_pdl")
 
 
 # --- the launches ----------------------------------------------------------------------------------------------------

@@ -243,7 +243,9 @@ def _scores_kernel(
     rstd = tl.zeros((BLOCK_N,), dtype=tl.float32)
     if STATISTICS:
         rows = image * tokens + token
-        mean, rstd = load_row_statistics(statistics_ptr, rows, tl.cdiv(W, TILE), inside_n, W, eps, TILES)
+        mean, rstd = load_row_statistics(
+            statistics_ptr, rows, tl.cdiv(W, TILE), inside_n, W, eps, TILES, STEP=2, WGMMA=False
+        )
         if tl.program_id(2) == 0:
             tl.store(moments_ptr + rows * 2, mean, mask=inside_n)
             tl.store(moments_ptr + rows * 2 + 1, rstd, mask=inside_n)

@@ -33,11 +33,12 @@ from torch import Tensor
 
 from .direct import launch_kernel
 from .launches import TABLE
-from .primitives import LOG2_E, add_product, dependent_launch, online_softmax_update, wait_for_the_last
+from .primitives import LOG2_E, add_product, by_name, dependent_launch, online_softmax_update, wait_for_the_last
 from .sizes import cdiv, next_power_of_2
-from .targets import target_of
+from .targets import REGISTERS, Launch, Target, target_of
 
 _MIN_KEYS = 16  # what a tensor core takes at least
+_HELD_HEAD_DIM = 64  # the largest head whose queries wait in registers
 
 
 @triton.jit
@@ -53,6 +54,7 @@ def _flash_attention_kernel(
     TILES: tl.constexpr,  # whether there are whole tiles of keys
     REST: tl.constexpr,  # the width of a tile for the keys that are left over; 0 where none are
     MASKED: tl.constexpr,  # the last tile of the loop is not whole
+    HELD: tl.constexpr,  # the queries wait in registers; Hopper's products else read them from shared memory
     BLOCK_D: tl.constexpr,  # D, rounded up to a power of two
     BLOCK_M: tl.constexpr,  # queries
     BLOCK_N: tl.constexpr,  # keys
@@ -72,6 +74,9 @@ def _flash_attention_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     inside_d = offs_d < D  # the compiler sees that this always holds where D is BLOCK_D, and leaves the masks out
     q = tl.load(q_ptr + rows[:, None] * row_stride + offs_d[None, :], mask=inside_d[None, :], other=0.0)
+
+    if HELD:  # what is loaded is multiplied from shared memory, what is computed from registers
+        q = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [q], dtype=q.dtype, is_pure=True, pack=2)
 
     # --- keys that are left over whole tiles, then these
     scale = scale * LOG2_E
@@ -141,7 +146,8 @@ def flash_attention(qkv: Tensor, scale: float, precision: str) -> Tensor:
         return out
 
     size = "flash_attention_64" if head_dim <= 64 else "flash_attention_128"
-    (launch,) = TABLE.launches_for(size, qkv.dtype, target_of(qkv.device), precision)
+    target = target_of(qkv.device)
+    (launch,) = TABLE.launches_for(size, qkv.dtype, target, precision)
     half = qkv.dtype.itemsize == 2
     rest = (tokens if half else tokens - 1) % launch.block_n
     launch_kernel(
@@ -158,10 +164,18 @@ def flash_attention(qkv: Tensor, scale: float, precision: str) -> Tensor:
         TILES=tokens >= launch.block_n or not half,
         REST=max(_MIN_KEYS, next_power_of_2(rest)) if rest and half else 0,
         MASKED=rest > 0 and not half,
+        HELD=half and head_dim <= _HELD_HEAD_DIM and target.wgmma and by_name(target),
         BLOCK_D=max(16, next_power_of_2(head_dim)),
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
-        **launch.options,
+        **_options(launch, target),
         **dependent_launch(qkv.device),
     )
     return out
+
+
+def _options(launch: Launch, target: Target) -> dict[str, int]:
+    """The compiler's options. Where some `blocks` share a multiprocessor, each keeps to its share of the registers."""
+    if launch.blocks == 1 or target.capability is None:
+        return launch.options
+    return launch.options | {"maxnreg": REGISTERS // (launch.blocks * launch.num_warps * 32) // 8 * 8}

@@ -70,7 +70,8 @@ TABLE = LaunchTable(
             "half": {
                 "sm_80": (Launch(64, 64, 0, num_warps=4, num_stages=3),),
                 "sm_86": (Launch(64, 64, 0, num_warps=4, num_stages=2),),
-                "sm_90": (Launch(64, 64, 0, num_warps=4, num_stages=2),),
+                "sm_90": (Launch(64, 64, 0, num_warps=4, num_stages=2, blocks=4),),
+                "sm_100": (Launch(64, 64, 0, num_warps=4, num_stages=2),),
             },
             "float32": {
                 "sm_80": (Launch(64, 32, 0, num_warps=8, num_stages=2),),

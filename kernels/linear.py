@@ -47,6 +47,7 @@ from .primitives import (
     load_row_statistics,
     split_columns,
     store_row_statistics,
+    takes_half,
     wait_for_the_last,
     widened,
 )
@@ -59,7 +60,7 @@ _ALIGNMENT = 16  # bytes; the copy engine wants addresses and strides in multipl
 _SMALL_THINGS = 1024  # bytes of shared memory for barriers, bias and statistics
 
 
-@triton.jit(do_not_specialize=["M", "x_statistics_pairs"])  # one compiled kernel for every batch: one row, one result
+@triton.jit(do_not_specialize=["M", "x_statistics_steps"])  # one compiled kernel for every batch: one row, one result
 def _linear_kernel(
     x,  # (M, K), rows x_stride apart: pointer, or descriptor with blocks of (BLOCK_M, BLOCK_K)
     weight,  # (N, K), contiguous: pointer, or descriptor with blocks of (BLOCK_N, BLOCK_K)
@@ -68,13 +69,13 @@ def _linear_kernel(
     bias_ptr,  # (N,)
     colsum_ptr,  # (N,), float32
     scale_ptr,  # (N,)
-    x_statistics_ptr,  # (M, ⌈K / TILE⌉, 2), float32, rows x_statistics_pairs pairs apart
+    x_statistics_ptr,  # (M, ⌈K / TILE⌉, 2), float32, rows x_statistics_steps · STEP numbers apart
     y_statistics_ptr,  # (M, ⌈N / TILE⌉, 2), float32, contiguous
     M,
     N,
     K,
     x_stride,
-    x_statistics_pairs,
+    x_statistics_steps,
     residual_stride,
     eps,
     NORM: tl.constexpr,
@@ -90,6 +91,9 @@ def _linear_kernel(
     DEPENDENT: tl.constexpr,
     PRECISION: tl.constexpr,  # of products of float32 operands: "ieee" or "tf32"
     X_TILES: tl.constexpr,  # tiles of statistics in a row of x, rounded up to a power of two
+    STEP: tl.constexpr,  # a divisor of the numbers that they are, 2 or 4
+    HALVED: tl.constexpr,  # the activation is given half its argument, see `takes_half`
+    EVEN_N: tl.constexpr,  # BLOCK_N / PARTS divides N
     EVEN_K: tl.constexpr,  # BLOCK_K divides K
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -138,7 +142,10 @@ def _linear_kernel(
         mean = tl.zeros((BLOCK_M,), dtype=tl.float32)
         rstd = tl.zeros((BLOCK_M,), dtype=tl.float32)
         if NORM:
-            mean, rstd = load_row_statistics(x_statistics_ptr, rows, x_statistics_pairs, inside_m, K, eps, X_TILES)
+            mean, rstd = load_row_statistics(
+                x_statistics_ptr, rows, x_statistics_steps, inside_m, K, eps, X_TILES, STEP, WGMMA
+            )
+            rstd = 0.5 * rstd if HALVED else rstd
         # Read before anything asks for the product, whose last step is then still being multiplied. What pointers read
         # would wait in registers, which are few.
         added = (acc,)
@@ -158,12 +165,13 @@ def _linear_kernel(
             inside_n = columns < N - first
             out = parts[part]
             if NORM:
-                colsum = tl.load(colsum_ptr + first + columns, mask=inside_n, other=0.0).to(tl.float32)
+                colsum = _of_columns(colsum_ptr, first, columns, N, EVEN_N)
                 out = rstd[:, None] * (out - mean[:, None] * colsum[None, :])
             if SCALE:
-                out *= tl.load(scale_ptr + first + columns, mask=inside_n, other=0.0).to(tl.float32)[None, :]
+                out *= _of_columns(scale_ptr, first, columns, N, EVEN_N)[None, :]
             if BIAS:
-                out += tl.load(bias_ptr + first + columns, mask=inside_n, other=0.0).to(tl.float32)[None, :]
+                bias = _of_columns(bias_ptr, first, columns, N, EVEN_N)
+                out += (0.5 * bias if HALVED else bias)[None, :]
             if RESIDUAL:
                 if part % (PARTS // READS) == 0 and (part > 0 or not DESCRIPTORS):
                     added = split_columns(
@@ -172,7 +180,7 @@ def _linear_kernel(
                     )
                 out += widened(added[part % (PARTS // READS)], BY_NAME)
 
-            out = activate(out, ACTIVATION, dtype, BY_NAME).to(dtype)
+            out = activate(out, ACTIVATION, dtype, BY_NAME, HALVED).to(dtype)
             if DESCRIPTORS:
                 y.store([m0, first], out)
             else:
@@ -180,6 +188,19 @@ def _linear_kernel(
                 tl.store(address, out, mask=inside_m[:, None] & inside_n[None, :])
             if STATISTICS:
                 store_row_statistics(y_statistics_ptr, out, rows, inside_m, first, N, WHOLE_TILES, WGMMA, BY_NAME)
+
+
+@triton.jit
+def _of_columns(x_ptr, first, columns, N, EVEN: tl.constexpr):
+    """x (N,) at `first + columns` (WIDTH,), as float32.
+
+    Where EVEN, WIDTH divides N: no column needs a mask. Columns beyond N are never stored; they have others' values.
+    """
+    if EVEN:
+        x = tl.load(x_ptr + tl.minimum(first, N - columns.shape[0]) + columns)
+    else:
+        x = tl.load(x_ptr + first + columns, mask=columns < N - first, other=0.0)
+    return x.to(tl.float32)
 
 
 @triton.jit
@@ -216,7 +237,9 @@ def linear(
     bias = None if bias is None else bias.contiguous()
     colsum = None if colsum is None else colsum.contiguous()
     scale = None if scale is None else scale.contiguous()
-    pairs = None if row_statistics is None else _pairs(row_statistics)
+    tiles = statistics_tiles(k)
+    step = 4 if tiles % 2 == 0 else 2
+    x_statistics = None if row_statistics is None else _stepwise(row_statistics, step)
     m = len(x_rows)
     y = x.new_empty((*x.shape[:-1], n))
     y_statistics = empty_statistics(y, statistics)
@@ -231,6 +254,8 @@ def linear(
     descriptors = target.descriptors and not exact_float and all(map(_served_by_copy_engine, tensors))
     reads, parts = _pieces(launch, target, x.itemsize, residual is not None, descriptors)
     blocks = [(block_m, block_k), (block_n, block_k), (block_m, block_n // parts), (block_m, block_n // reads)]
+    # Of a folded LayerNorm a row's rstd and a column's bias can be halved, in place of the tile.
+    halved = x_statistics is not None and residual is None and scale is None and takes_half(activation, x.dtype, target)
     x_arg, weight_arg, y_arg, *residual_arg = map(_descriptor, tensors, blocks) if descriptors else tensors
     launch_kernel(
         _linear_kernel,
@@ -243,16 +268,16 @@ def linear(
         bias,
         colsum,
         scale,
-        pairs,
+        x_statistics,
         y_statistics,
         m,
         n,
         k,
         x_rows.stride(0),
-        0 if pairs is None else pairs.stride(0) // 2,
+        0 if x_statistics is None else x_statistics.stride(0) // step,
         0 if residual_rows is None else residual_rows.stride(0),
         eps,
-        NORM=pairs is not None,
+        NORM=x_statistics is not None,
         SCALE=scale is not None,
         BIAS=bias is not None,
         ACTIVATION=activation,
@@ -263,7 +288,10 @@ def linear(
         WGMMA=descriptors and target.wgmma,
         BY_NAME=by_name(target),
         PRECISION=precision,
-        X_TILES=1 if pairs is None else next_power_of_2(statistics_tiles(k)),
+        X_TILES=1 if x_statistics is None else next_power_of_2(tiles),
+        STEP=step,
+        HALVED=halved,
+        EVEN_N=n % (block_n // parts) == 0,
         EVEN_K=k % block_k == 0,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
@@ -314,10 +342,11 @@ def _rows(x: Tensor, target: Target) -> Tensor:
     return rows if readable else rows.contiguous()
 
 
-def _pairs(row_statistics: Tensor) -> Tensor:
-    """(…, T, 2) as (M, 2 · T), rows a whole number of pairs apart: a view wherever there is one."""
+def _stepwise(row_statistics: Tensor, step: int) -> Tensor:
+    """(…, T, 2) as (M, 2 · T), rows whole steps apart, at an aligned address: a view wherever there is one."""
     rows = row_statistics.reshape(-1, 2 * row_statistics.shape[-2])
-    return rows if rows.stride(1) == 1 and rows.stride(0) % 2 == 0 else rows.contiguous()
+    aligned = rows.stride(0) % step == 0 and rows.data_ptr() % _ALIGNMENT == 0
+    return rows if rows.stride(1) == 1 and aligned else rows.clone(memory_format=torch.contiguous_format)
 
 
 def _served_by_copy_engine(rows: Tensor) -> bool:

@@ -51,6 +51,11 @@ def dependent_launch(device: torch.device) -> dict[str, bool]:
     return {"DEPENDENT": False}
 
 
+def takes_half(activation: str, dtype: torch.dtype, target: Target) -> bool:
+    """Whether all that `activate` needs of its argument is half of it. Halves are exact."""
+    return activation in ("quick_gelu", "gelu_tanh") and dtype == torch.bfloat16 and by_name(target)
+
+
 @triton.jit
 def wait_for_the_last(DEPENDENT: tl.constexpr):
     """First in every kernel that is launched before the last one has ended (programmatic dependent launch, CUDA C++
@@ -113,15 +118,15 @@ def rounded_product(a, b):
 
 
 @triton.jit
-def activate(x, ACTIVATION: tl.constexpr, dtype: tl.constexpr, BY_NAME: tl.constexpr):
+def activate(x, ACTIVATION: tl.constexpr, dtype: tl.constexpr, BY_NAME: tl.constexpr, HALVED: tl.constexpr):
     """QuickGELU x · σ(1.702 x), GELU x · Φ(x), its approximation by tanh (Hendrycks & Gimpel 2016, section 2), ReLU, or
     x itself.
 
     x and the value float32; `dtype` is what the value is rounded to next, whose precision is enough; BY_NAME
-    whether NVIDIA's special functions can be asked for.
+    whether NVIDIA's special functions can be asked for; HALVED whether half of x is given, see `takes_half`.
     """
     if ACTIVATION == "quick_gelu":
-        x = _gated(x, _QUICK_GELU_SLOPE, _QUICK_GELU_CUBIC, dtype, BY_NAME)
+        x = _gated(x, _QUICK_GELU_SLOPE, _QUICK_GELU_CUBIC, dtype, BY_NAME, HALVED)
     elif ACTIVATION == "gelu_tanh":
         if dtype == tl.float32:
             # x σ(u) is x − x σ(−u): of the smaller one little is rounded away. An infinite x has none of it.
@@ -130,7 +135,7 @@ def activate(x, ACTIVATION: tl.constexpr, dtype: tl.constexpr, BY_NAME: tl.const
             tail = tl.where(smaller > 0, x * smaller, 0.0)
             x = tl.where(x < 0, tail, x - tail)
         else:
-            x = _gated(x, _GELU_TANH_SLOPE, _GELU_TANH_CUBIC, dtype, BY_NAME)
+            x = _gated(x, _GELU_TANH_SLOPE, _GELU_TANH_CUBIC, dtype, BY_NAME, HALVED)
     elif ACTIVATION == "gelu":
         if dtype == tl.float32:
             x = 0.5 * x * (1.0 + tl.erf(x * _SQRT_HALF))
@@ -146,12 +151,14 @@ def activate(x, ACTIVATION: tl.constexpr, dtype: tl.constexpr, BY_NAME: tl.const
 
 
 @triton.jit
-def _gated(x, SLOPE: tl.constexpr, CUBIC: tl.constexpr, dtype: tl.constexpr, BY_NAME: tl.constexpr):
+def _gated(
+    x, SLOPE: tl.constexpr, CUBIC: tl.constexpr, dtype: tl.constexpr, BY_NAME: tl.constexpr, HALVED: tl.constexpr
+):  # fmt: skip
     """x · σ(SLOPE x + CUBIC x³), in the precision of `dtype`; see `activate`."""
     if BY_NAME and dtype == tl.bfloat16:
         # σ(2 u) = (1 + tanh u) / 2. The instruction errs by 2⁻¹¹ at most, a quarter of bfloat16's last place.
-        half = 0.5 * x
-        x = half + half * _tanh(_odd_cubic(x, 0.5 * SLOPE, 0.5 * CUBIC))
+        half = x if HALVED else 0.5 * x
+        x = half + half * _tanh(_odd_cubic(half, SLOPE, 4.0 * CUBIC))
     else:
         # Far below zero exp2 overflows to infinity and the quotient is −0, the right limit.
         denominator = 1.0 + tl.exp2(_odd_cubic(x, -(SLOPE * LOG2_E), -(CUBIC * LOG2_E)))
@@ -255,10 +262,11 @@ def merge_statistics(mean, m2, count, width, eps):
     mean, m2 (M, T), zero where count (T,) is zero -> two tensors (M,).
     """
     count = count.to(tl.float32)[None, :]
-    row_mean = tl.sum(rounded_product(count, mean), axis=1) / width
+    share = 1.0 / width  # a quotient for each row would take three instructions more
+    row_mean = rounded_product(tl.sum(rounded_product(count, mean), axis=1), share)
     between = mean - row_mean[:, None]
     row_m2 = tl.sum(tl.fma(count * between, between, m2), axis=1)
-    return row_mean, tl.rsqrt(row_m2 / width + eps)
+    return row_mean, tl.rsqrt(tl.fma(row_m2, share, eps))
 
 
 @triton.jit
@@ -291,19 +299,43 @@ def store_row_statistics(
 
 
 @triton.jit
-def load_row_statistics(statistics_ptr, rows, row_pairs, inside, width, eps, T: tl.constexpr):
+def load_row_statistics(
+    statistics_ptr, rows, row_steps, inside, width, eps, T: tl.constexpr, STEP: tl.constexpr, WGMMA: tl.constexpr
+):  # fmt: skip
     """Mean and 1 / √(variance + eps) of some rows of `width` elements, from the statistics of their tiles.
 
-    statistics_ptr (M, ⌈width / TILE⌉, 2) float32, a row contiguous and row_pairs pairs from the next; rows (S,), read
-    where `inside` (S,); T the number of tiles, rounded up to a power of two -> two tensors (S,).
+    statistics_ptr (M, ⌈width / TILE⌉, 2) float32, a row contiguous and row_steps · STEP numbers from the next; rows
+    (S,), read where `inside` (S,); T the number of tiles, rounded up to a power of two; STEP, 2 or 4, divides a row's
+    numbers, and a load takes as many at a time; WGMMA whether Hopper's products need the result -> two tensors (S,).
     """
+    # Hopper's products leave 16 rows to each warp. Of what is loaded a warp gets 4 rows, then 4 behind those of all other
+    # warps. Loaded in that order, its rows are those of its product: no result changes warps.
+    WARPS: tl.constexpr = rows.shape[0] // 16 if WGMMA else 1
+    rows, inside = _rows_apart(rows, WARPS), _rows_apart(inside, WARPS)
     # (S, 2 T), as it lies in memory: the lanes of a warp then share rows, and a load is of neighbours.
     number = tl.arange(0, 2 * T)
-    address = statistics_ptr + rows[:, None].to(tl.int64) * row_pairs * 2 + number[None, :]
-    mask = inside[:, None] & (number < 2 * tl.cdiv(width, TILE))[None, :]
+    address = statistics_ptr + rows[:, None].to(tl.int64) * row_steps * STEP + number[None, :]
+    mask = inside[:, None] & (number < 2 * tl.cdiv(width, TILE) // STEP * STEP)[None, :]
     pairs = tl.reshape(tl.load(address, mask=mask, other=0.0), (rows.shape[0], T, 2))
     mean, m2 = pairs.split()
-    return merge_statistics(mean, m2, tile_counts(T, width), width, eps)
+    mean, rstd = merge_statistics(mean, m2, tile_counts(T, width), width, eps)
+    return _rows_together(mean, WARPS), _rows_together(rstd, WARPS)
+
+
+@triton.jit
+def _rows_apart(x, WARPS: tl.constexpr):
+    """x (S,), of which each of WARPS has as many neighbours, as four parts, each of some neighbours of every warp."""
+    if WARPS > 1:
+        x = tl.reshape(tl.permute(tl.reshape(x, (WARPS, 4, x.shape[0] // (4 * WARPS))), (1, 0, 2)), (x.shape[0],))
+    return x
+
+
+@triton.jit
+def _rows_together(x, WARPS: tl.constexpr):
+    """What `_rows_apart` was given."""
+    if WARPS > 1:
+        x = tl.reshape(tl.permute(tl.reshape(x, (4, WARPS, x.shape[0] // (4 * WARPS))), (1, 0, 2)), (x.shape[0],))
+    return x
 
 
 @triton.jit

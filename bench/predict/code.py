@@ -32,6 +32,7 @@ class Line:
     conditional: bool
     name: str
     operands: str
+    never: bool = False  # the assembler's padding: issued, and never executed
 
     @property
     def kind(self) -> str:
@@ -123,7 +124,7 @@ def _covered(once: Sequence[Line]) -> int:
 def _line(found: tuple[str, str, str, str]) -> Line:
     address, predicate, name, operands = found
     conditional = bool(predicate) or bool(re.match(r"!?U?P\d", operands))
-    return Line(int(address, 16), conditional, name, operands)
+    return Line(int(address, 16), conditional, name, operands, never=predicate.strip() == "@!PT")
 
 
 def _basic_blocks(code: Sequence[Line]) -> list[list[Line]]:
@@ -202,6 +203,8 @@ def _count(lines: Iterable[Line]) -> Counts:
 
 def _one(line: Line) -> Counts:
     kind = line.kind
+    if line.never:
+        return Counts(1)
     if kind in _MATRIX:
         operations, shared = _matrix(line)
         return Counts(1, matrix=1, matrix_operations=operations, matrix_bytes=shared)

@@ -200,8 +200,9 @@ def _hazard(arguments: list[str]) -> int:
 
 def _launches(arguments: list[str]) -> int:
     options = parser("Products by every launch that the table has for them: sound each, and the same bits by all.")
+    multiplied = [name for name, kind in KINDS.items() if kind.dtype.is_floating_point]
     options.add_argument("--arch", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
-    options.add_argument("--dtype", nargs="+", default=list(KINDS), choices=list(KINDS))
+    options.add_argument("--dtype", nargs="+", default=multiplied, choices=multiplied)
     options.add_argument("--case", default="", help="only cases whose names contain this")
     options.add_argument("--json", action="store_true", help="a line of JSON for each launch of each case")
     chosen = options.parse_args(arguments)
