@@ -37,7 +37,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .direct import launch_kernel
+from .direct import Constants, launch_again
 from .launches import TABLE
 from .primitives import (
     activate,
@@ -53,7 +53,7 @@ from .primitives import (
 )
 from .sizes import cdiv, next_power_of_2
 from .statistics import STATISTICS_TILE, empty_statistics, statistics_tiles
-from .targets import Launch, Target, fitting, multiprocessors, target_of
+from .targets import TARGETS, Launch, Target, fitting, multiprocessors, target_of
 
 _GROUP_M = 8  # rows of tiles that share the weight while it is in the cache
 _ALIGNMENT = 16  # bytes; the copy engine wants addresses and strides in multiples of it
@@ -237,10 +237,9 @@ def linear(
     bias = None if bias is None else bias.contiguous()
     colsum = None if colsum is None else colsum.contiguous()
     scale = None if scale is None else scale.contiguous()
-    tiles = statistics_tiles(k)
-    step = 4 if tiles % 2 == 0 else 2
+    step = _step(k)
     x_statistics = None if row_statistics is None else _stepwise(row_statistics, step)
-    m = len(x_rows)
+    m = x_rows.shape[0]
     y = x.new_empty((*x.shape[:-1], n))
     y_statistics = empty_statistics(y, statistics)
     if y.numel() == 0:
@@ -248,19 +247,20 @@ def linear(
 
     launches = TABLE.launches_for("linear", x.dtype, target, precision)
     launch = fitting(launches, m, n, multiprocessors(x.device))
-    block_m, block_n, block_k = launch.block_m, launch.block_n, launch.block_k
     tensors = [x_rows, weight, y.view(m, n)] + ([] if residual_rows is None else [residual_rows])
     exact_float = x.dtype == torch.float32 and precision == "ieee"  # no tensor cores: nothing to feed so fast
     descriptors = target.descriptors and not exact_float and all(map(_served_by_copy_engine, tensors))
-    reads, parts = _pieces(launch, target, x.itemsize, residual is not None, descriptors)
-    blocks = [(block_m, block_k), (block_n, block_k), (block_m, block_n // parts), (block_m, block_n // reads)]
-    # Of a folded LayerNorm a row's rstd and a column's bias can be halved, in place of the tile.
-    halved = x_statistics is not None and residual is None and scale is None and takes_half(activation, x.dtype, target)
+    blocks, constants = _constants(
+        launch, target.name, n, k, x.dtype, precision, descriptors, x_statistics is not None, scale is not None,
+        bias is not None, residual is not None, activation, statistics, by_name(target),
+        tuple(dependent_launch(x.device).items()),
+    )  # fmt: skip
     x_arg, weight_arg, y_arg, *residual_arg = map(_descriptor, tensors, blocks) if descriptors else tensors
-    launch_kernel(
+    launch_again(
         _linear_kernel,
         x.device,
         _grid(launch, m, n, x.device),
+        constants,
         x_arg,
         weight_arg,
         y_arg,
@@ -277,20 +277,37 @@ def linear(
         0 if x_statistics is None else x_statistics.stride(0) // step,
         0 if residual_rows is None else residual_rows.stride(0),
         eps,
-        NORM=x_statistics is not None,
-        SCALE=scale is not None,
-        BIAS=bias is not None,
+    )
+    return y, y_statistics
+
+
+@cache
+def _constants(
+    launch: Launch, target_name: str, n: int, k: int, dtype: torch.dtype, precision: str, descriptors: bool, norm: bool,
+    scale: bool, bias: bool, residual: bool, activation: str, statistics: bool, named: bool,
+    early: tuple[tuple[str, bool], ...],
+) -> tuple[list[tuple[int, int]], Constants]:  # fmt: skip
+    """The blocks of the descriptors, and the kernel's constants. Made anew, they take the host a fifth of a launch."""
+    target = TARGETS[target_name]
+    block_m, block_n, block_k = launch.block_m, launch.block_n, launch.block_k
+    reads, parts = _pieces(launch, target, dtype.itemsize, residual, descriptors)
+    blocks = [(block_m, block_k), (block_n, block_k), (block_m, block_n // parts), (block_m, block_n // reads)]
+    return blocks, Constants(
+        NORM=norm,
+        SCALE=scale,
+        BIAS=bias,
         ACTIVATION=activation,
-        RESIDUAL=residual is not None,
+        RESIDUAL=residual,
         STATISTICS=statistics,
         WHOLE_TILES=n % STATISTICS_TILE == 0,
         DESCRIPTORS=descriptors,
         WGMMA=descriptors and target.wgmma,
-        BY_NAME=by_name(target),
+        BY_NAME=named,
         PRECISION=precision,
-        X_TILES=1 if x_statistics is None else next_power_of_2(tiles),
-        STEP=step,
-        HALVED=halved,
+        X_TILES=next_power_of_2(statistics_tiles(k)) if norm else 1,
+        STEP=_step(k),
+        # Of a folded LayerNorm a row's rstd and a column's bias are halved, in place of the tile.
+        HALVED=norm and not scale and not residual and takes_half(activation, dtype, target),
         EVEN_N=n % (block_n // parts) == 0,
         EVEN_K=k % block_k == 0,
         BLOCK_M=block_m,
@@ -300,12 +317,15 @@ def linear(
         READS=reads,
         PARTS=parts,
         **launch.options,
-        **dependent_launch(x.device),
+        **dict(early),
     )
-    return y, y_statistics
 
 
-@cache
+def _step(k: int) -> int:
+    """Numbers of a row's statistics that are loaded at a time: 16 bytes of them where they are whole steps."""
+    return 4 if statistics_tiles(k) % 2 == 0 else 2
+
+
 def _pieces(launch: Launch, target: Target, itemsize: int, residual: bool, descriptors: bool) -> tuple[int, int]:
     """READS and PARTS of the kernel. Each part holds whole tiles of statistics.
 

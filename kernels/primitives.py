@@ -308,8 +308,8 @@ def load_row_statistics(
     (S,), read where `inside` (S,); T the number of tiles, rounded up to a power of two; STEP, 2 or 4, divides a row's
     numbers, and a load takes as many at a time; WGMMA whether Hopper's products need the result -> two tensors (S,).
     """
-    # Hopper's products leave 16 rows to each warp. Of what is loaded a warp gets 4 rows, then 4 behind those of all other
-    # warps. Loaded in that order, its rows are those of its product: no result changes warps.
+    # Hopper's products leave 16 rows to each warp. Of what is loaded a warp gets 4 rows, then 4 behind those of all the
+    # others. Loaded in that order, its rows are those of its product: no result changes warps.
     WARPS: tl.constexpr = rows.shape[0] // 16 if WGMMA else 1
     rows, inside = _rows_apart(rows, WARPS), _rows_apart(inside, WARPS)
     # (S, 2 T), as it lies in memory: the lanes of a warp then share rows, and a load is of neighbours.
