@@ -150,6 +150,7 @@ def flash_attention(qkv: Tensor, scale: float, precision: str) -> Tensor:
     (launch,) = TABLE.launches_for(size, qkv.dtype, target, precision)
     half = qkv.dtype.itemsize == 2
     rest = (tokens if half else tokens - 1) % launch.block_n
+    held = half and _held(tokens, head_dim, rest, launch, target)
     launch_kernel(
         _flash_attention_kernel,
         qkv.device,
@@ -164,18 +165,27 @@ def flash_attention(qkv: Tensor, scale: float, precision: str) -> Tensor:
         TILES=tokens >= launch.block_n or not half,
         REST=max(_MIN_KEYS, next_power_of_2(rest)) if rest and half else 0,
         MASKED=rest > 0 and not half,
-        HELD=half and head_dim <= _HELD_HEAD_DIM and target.wgmma and by_name(target),
+        HELD=held,
         BLOCK_D=max(16, next_power_of_2(head_dim)),
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
-        **_options(launch, target),
+        **launch.options,
+        **(_share_of_registers(launch) if held else {}),
         **dependent_launch(qkv.device),
     )
     return out
 
 
-def _options(launch: Launch, target: Target) -> dict[str, int]:
-    """The compiler's options. Where some `blocks` share a multiprocessor, each keeps to its share of the registers."""
-    if launch.blocks == 1 or target.capability is None:
-        return launch.options
-    return launch.options | {"maxnreg": REGISTERS // (launch.blocks * launch.num_warps * 32) // 8 * 8}
+def _held(tokens: int, head_dim: int, rest: int, launch: Launch, target: Target) -> bool:
+    """Whether queries wait in registers, which takes a third off the loop's reads of shared memory.
+
+    Larger heads leave too few registers. Without keys that are left over, ptxas has each product wait for the last.
+    """
+    looped = tokens > launch.block_n and rest > 0
+    return looped and head_dim <= _HELD_HEAD_DIM and target.wgmma and by_name(target)
+
+
+def _share_of_registers(launch: Launch) -> dict[str, int]:
+    """The compiler's option that lets `launch.blocks` share a multiprocessor."""
+    share = REGISTERS // (launch.blocks * launch.num_warps * 32) // 8 * 8
+    return {"maxnreg": share} if launch.blocks > 1 else {}
