@@ -287,7 +287,7 @@ def _constants(
     scale: bool, bias: bool, residual: bool, activation: str, statistics: bool, named: bool,
     early: tuple[tuple[str, bool], ...],
 ) -> tuple[list[tuple[int, int]], Constants]:  # fmt: skip
-    """The blocks of the descriptors, and the kernel's constants. Made anew, they take the host a fifth of a launch."""
+    """The blocks of the descriptors, and the kernel's constants. Made anew, they take the host a sixth of a launch."""
     target = TARGETS[target_name]
     block_m, block_n, block_k = launch.block_m, launch.block_n, launch.block_k
     reads, parts = _pieces(launch, target, dtype.itemsize, residual, descriptors)
