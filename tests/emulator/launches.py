@@ -13,10 +13,12 @@ from .gate import Gate, Row, build, call
 from .problem import Case, Kind
 from .subject import bits, launches_of, pinned
 
-# Epilogue, M, N, K. Statistics of x are merged from 2, 4, 8, 12, 20 and 26 tiles; M and N leave ragged tiles, and one
-# N a tile of statistics that is not whole.
+# Epilogue, M, N, K. Statistics of x are merged from 1, 2, 3, 4, 8, 12, 20 and 26 tiles; M and N leave ragged tiles, and
+# one N a tile of statistics that is not whole.
 _LINEAR = (
+    ("qkv", 70, 192, 64),
     ("qkv", 70, 192, 128),
+    ("qkv", 70, 192, 192),
     ("all", 150, 320, 200),
     ("qkv", 130, 64, 512),
     ("qkv", 70, 200, 768),

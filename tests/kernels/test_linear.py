@@ -34,6 +34,8 @@ CASES = (
     ((3, 100, 72), "all"),
     ((131, 257, 88), "out_residual"),
     ((129, 192, 100), "ln_fc1_gelu"),
+    ((19, 96, 136), "ln_qkv"),  # three tiles of statistics
+    ((7, 64, 48), "ln_fc1_gelu"),  # one
     ((65, 130, 1), "plain"),
     ((17, 512, 768), "ln_qkv"),  # ViT-B, ln_post and projection
     ((98, 80, 320), "conv1_relu"),  # RN50x4
@@ -281,16 +283,24 @@ def test_rows_apart_in_memory(gap: int, path: str, guards: Guards) -> None:
     assert_same_bits(operands.run(guards, gap)[0], operands.run(guards)[0])
 
 
-def test_statistics_of_rows_apart_in_memory(path: str) -> None:
-    """A class token's statistics lie between those of patches, and are read in place."""
-    operands = Operands(12, 128, 192, torch.float16, norm=True, bias=True)
+@pytest.mark.parametrize("tiles", [3, 4])
+def test_statistics_of_rows_apart_in_memory(tiles: int, path: str) -> None:
+    """A class token's statistics lie between those of patches, and are read in place.
+
+    Those of an even number of tiles are loaded by 16 bytes: rows that do not begin at multiples of that are copied.
+    """
+    operands = Operands(12, 128, 64 * tiles, torch.float16, norm=True, bias=True)
     wanted, _ = operands.run()
     statistics, colsum = operands.norm()  # type: ignore[misc]
     many = torch.full((12, 5, *statistics.shape[1:]), float("nan"), device=DEVICE)
     many[:, 2] = statistics
-    odd = torch.full((12, 7), float("nan"), device=DEVICE)
-    odd[:, :6] = statistics.flatten(1)
-    for rows in (many[:, 2], odd[:, :6].unflatten(1, (3, 2))):
+    cases = [many[:, 2]]
+    for before, behind in ((0, 1), (0, 2), (2, 2), (1, 3)):
+        wide = torch.full((12, before + 2 * tiles + behind), float("nan"), device=DEVICE)
+        inner = wide[:, before : before + 2 * tiles]
+        inner.copy_(statistics.flatten(1))
+        cases.append(inner.unflatten(1, (tiles, 2)))
+    for rows in cases:
         y, _ = ops.linear(operands.x, operands.weight, operands.bias, norm=(rows, colsum), impl="triton")
         assert_same_bits(y, wanted)
 
