@@ -310,7 +310,7 @@ def load_row_statistics(
     """
     # Hopper's products leave 16 rows to each warp. Of what is loaded a warp gets 4 rows, then 4 behind those of all the
     # others. Loaded in that order, its rows are those of its product: no result changes warps.
-    WARPS: tl.constexpr = rows.shape[0] // 16 if WGMMA else 1
+    WARPS: tl.constexpr = rows.shape[0] // 16 if WGMMA else 1  # pyright: ignore
     rows, inside = _rows_apart(rows, WARPS), _rows_apart(inside, WARPS)
     # (S, 2 T), as it lies in memory: the lanes of a warp then share rows, and a load is of neighbours.
     number = tl.arange(0, 2 * T)

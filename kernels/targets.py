@@ -89,7 +89,8 @@ class Launch:
     """How a kernel is launched: tile of the result, reduction step, warps, and pipeline stages.
 
     `block_m` × `block_n` are rows × columns for a GEMM, queries × keys for attention. `blocks` of a persistent kernel
-    are launched for each multiprocessor, as many as it holds at a time.
+    are launched for each multiprocessor, as many as it holds at a time. Of attention so many share its registers, where
+    queries wait in them.
     """
 
     block_m: int

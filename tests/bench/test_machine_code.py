@@ -227,6 +227,36 @@ print(json.dumps(dataclasses.asdict(machine_code.compile_job(job))))
     assert row["bulk_stored"] % half == 0
 
 
+def test_attention_holds_its_queries_where_no_product_waits_for_the_last() -> None:
+    program = """
+import re
+from functools import partial
+from bench import machine_code as m
+for tokens, head_dim in ((257, 64), (730, 64), (197, 32), (256, 64), (50, 64), (64, 64), (257, 80)):
+    case = m.Case("", partial(m._flash_attention, tokens, head_dim, m.BFLOAT, "ieee"))
+    (job,) = m.jobs_of(case, "sm_90")
+    assert dict(job.options).get("maxnreg") == (128 if tokens % 64 and tokens > 64 >= head_dim else None), job
+    if (tokens, head_dim) not in ((257, 64), (256, 64)):
+        continue
+    usage, sass = m.disassembled(m.compiled_kernel(job).asm["cubin"])
+    products = re.findall(r"HGMMA\\.\\S+ R\\d+, (R\\d+|gdesc)(.*?);", sass)
+    ended = sum("gsb0" in rest for _, rest in products)
+    print(tokens, products[0][0][0], len(products), ended, *re.findall(r"REG:(\\d+) STACK:(\\d+)", usage)[0])
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        tokens, left, products, groups, registers, spilled = line.split()
+        assert left == ("R" if tokens == "257" else "g"), line
+        assert int(groups) == (4 if tokens == "257" else 2), (
+            line
+        )  # all steps of a product are begun before it is waited for
+        assert int(products) >= 8, line
+        assert int(registers) <= 128, line
+        assert spilled == "0", line
+
+
 def test_nothing_to_compile_is_an_error() -> None:
     done = run("--only", "no such case")
     assert done.returncode == 2
