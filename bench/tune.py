@@ -113,7 +113,7 @@ class Entry:
             columns = int(head[1]) if head else n  # of the result
             if not _ACCUMULATOR[0] <= m * columns // (32 * warps) <= _ACCUMULATOR[1]:
                 continue
-            for blocks in _BLOCKS if self.op in _PERSISTENT else (1,):
+            for blocks in _BLOCKS if self.op in _PERSISTENT else sorted({1, current.blocks}):
                 launch = Launch(m, n, current.block_k, num_warps=warps, num_stages=s, blocks=blocks)
                 if launch != current and blocks * warps <= _RESIDENT_WARPS:
                     found.append(launch)
