@@ -307,7 +307,7 @@ def _constants(
         X_TILES=next_power_of_2(statistics_tiles(k)) if norm else 1,
         STEP=_step(k),
         # Of a folded LayerNorm a row's rstd and a column's bias are halved, in place of the tile.
-        HALVED=norm and not scale and not residual and takes_half(activation, dtype, target),
+        HALVED=norm and not scale and not residual and takes_half(activation, dtype, named),
         EVEN_N=n % (block_n // parts) == 0,
         EVEN_K=k % block_k == 0,
         BLOCK_M=block_m,

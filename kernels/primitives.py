@@ -18,6 +18,7 @@ _GELU_TANH_SLOPE: tl.constexpr = tl.constexpr(1.5957691216057308)  # 2 √(2 / �
 _GELU_TANH_CUBIC: tl.constexpr = tl.constexpr(1.5957691216057308 * 0.044715)
 TILE: tl.constexpr = tl.constexpr(STATISTICS_TILE)
 _SQUARES: tl.constexpr = tl.constexpr(8)  # of columns of a tile, that multiply-adds sum
+_TURNS: tl.constexpr = tl.constexpr(4)  # in which a warp of Hopper loads the statistics of its 16 rows
 
 # Abramowitz & Stegun 1964, 7.1.26: erf(z) = 1 − (a₁ t + … + a₅ t⁵) exp(−z²) with t = 1 / (1 + p z), within 1.5e-7.
 _ERF_P: tl.constexpr = tl.constexpr(0.3275911)
@@ -51,9 +52,9 @@ def dependent_launch(device: torch.device) -> dict[str, bool]:
     return {"DEPENDENT": False}
 
 
-def takes_half(activation: str, dtype: torch.dtype, target: Target) -> bool:
-    """Whether all that `activate` needs of its argument is half of it. Halves are exact."""
-    return activation in ("quick_gelu", "gelu_tanh") and dtype == torch.bfloat16 and by_name(target)
+def takes_half(activation: str, dtype: torch.dtype, named: bool) -> bool:
+    """Whether all that `activate` needs of its argument is half of it, which is exact. `named` is its BY_NAME."""
+    return activation in ("quick_gelu", "gelu_tanh") and dtype == torch.bfloat16 and named
 
 
 @triton.jit
@@ -311,7 +312,7 @@ def load_row_statistics(
     # Hopper's products leave 16 rows to each warp. Of what is loaded a warp gets 4 rows, then 4 behind those of all the
     # others. Loaded in that order, its rows are those of its product: no result changes warps.
     WARPS: tl.constexpr = rows.shape[0] // 16 if WGMMA else 1  # pyright: ignore
-    rows, inside = _rows_apart(rows, WARPS), _rows_apart(inside, WARPS)
+    rows, inside = _interleaved(rows, WARPS, _TURNS), _interleaved(inside, WARPS, _TURNS)
     # (S, 2 T), as it lies in memory: the lanes of a warp then share rows, and a load is of neighbours.
     number = tl.arange(0, 2 * T)
     address = statistics_ptr + rows[:, None].to(tl.int64) * row_steps * STEP + number[None, :]
@@ -319,22 +320,18 @@ def load_row_statistics(
     pairs = tl.reshape(tl.load(address, mask=mask, other=0.0), (rows.shape[0], T, 2))
     mean, m2 = pairs.split()
     mean, rstd = merge_statistics(mean, m2, tile_counts(T, width), width, eps)
-    return _rows_together(mean, WARPS), _rows_together(rstd, WARPS)
+    return _interleaved(mean, _TURNS, WARPS), _interleaved(rstd, _TURNS, WARPS)
 
 
 @triton.jit
-def _rows_apart(x, WARPS: tl.constexpr):
-    """x (S,), of which each of WARPS has as many neighbours, as four parts, each of some neighbours of every warp."""
-    if WARPS > 1:
-        x = tl.reshape(tl.permute(tl.reshape(x, (WARPS, 4, x.shape[0] // (4 * WARPS))), (1, 0, 2)), (x.shape[0],))
-    return x
+def _interleaved(x, GROUPS: tl.constexpr, PARTS: tl.constexpr):
+    """x (S,), GROUPS of PARTS of neighbours, with the first parts of all groups first, then the second ones, and so on.
 
-
-@triton.jit
-def _rows_together(x, WARPS: tl.constexpr):
-    """What `_rows_apart` was given."""
-    if WARPS > 1:
-        x = tl.reshape(tl.permute(tl.reshape(x, (4, WARPS, x.shape[0] // (4 * WARPS))), (1, 0, 2)), (x.shape[0],))
+    With the two numbers exchanged it gives x back.
+    """
+    if GROUPS > 1 and PARTS > 1:
+        apart = tl.reshape(x, (GROUPS, PARTS, x.shape[0] // (GROUPS * PARTS)))
+        x = tl.reshape(tl.permute(apart, (1, 0, 2)), (x.shape[0],))
     return x
 
 

@@ -182,7 +182,13 @@ def test_what_comes_before_the_wait(lines: list[str], early: int) -> None:
 
 def run(*arguments: str, before: str = "") -> subprocess.CompletedProcess[str]:
     """The command in a process of its own. There Triton compiles, and does not interpret."""
-    program = f"{before}\nimport sys\nfrom bench import machine_code\nsys.exit(machine_code.main({list(arguments)!r}))"
+    return executed(
+        f"{before}\nimport sys\nfrom bench import machine_code\nsys.exit(machine_code.main({list(arguments)!r}))"
+    )
+
+
+def executed(program: str) -> subprocess.CompletedProcess[str]:
+    """A program in a process of its own, see `run`."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
@@ -215,8 +221,7 @@ case = next(case for case in machine_code.cases() if case.name == "linear fp16 l
 (job,) = machine_code.jobs_of(case, "sm_90")
 print(json.dumps(dataclasses.asdict(machine_code.compile_job(job))))
 """
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = executed(program)
     assert done.returncode == 0, done.stderr
     row = json.loads(done.stdout)
     assert any("bytes of shared memory, 232448 are there" in problem for problem in row["problems"]), row
@@ -243,8 +248,7 @@ for tokens, head_dim in ((257, 64), (730, 64), (197, 32), (256, 64), (50, 64), (
     ended = sum("gsb0" in rest for _, rest in products)
     print(tokens, products[0][0][0], len(products), ended, *re.findall(r"REG:(\\d+) STACK:(\\d+)", usage)[0])
 """
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = executed(program)
     assert done.returncode == 0, done.stderr
     for line in done.stdout.splitlines():
         tokens, left, products, groups, registers, spilled = line.split()
