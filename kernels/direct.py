@@ -21,15 +21,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 _ALIGNMENT = 16  # what Triton compiles for: bytes of an address, and a divisor of integers
 _AMD = torch.version.hip is not None
 
-_compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}  # kernels, with the values of their constants
-
-
-class Constants(dict[str, Any]):
-    """A kernel's constexprs and the compiler's options, that no one changes: one key, its identity, for all of them."""
-
-    __hash__ = object.__hash__  # type: ignore[assignment]
-    __eq__ = object.__eq__
-    __ne__ = object.__ne__
+_Compiled = dict[Hashable, tuple[Any, tuple[Any, ...]]]  # kernels, with the values of their constants
+_compiled: _Compiled = {}
 
 
 def launch_kernel(kernel: Any, device: torch.device, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -40,30 +33,40 @@ def launch_kernel(kernel: Any, device: torch.device, grid: tuple[int, ...], *arg
         arguments: tensors, descriptors, numbers and None, in the order of the kernel's parameters.
         constants: its constexprs, which are its last parameters, and the compiler's options.
     """
-    _launch((kernel.fn, device, *map(_kind, arguments), *constants.items()), kernel, grid, arguments, constants)
+    key = (kernel.fn, device, *map(_kind, arguments), *constants.items())
+    _launch(_compiled, key, kernel, grid, arguments, constants)
 
 
-def launch_again(
-    kernel: Any, device: torch.device, grid: tuple[int, ...], constants: Constants, *arguments: Any
-) -> None:
-    """`launch_kernel` where the caller keeps its constants: the host saves a sixth of its time."""
-    _launch((kernel.fn, device, *map(_kind, arguments), constants), kernel, grid, arguments, constants)
+class Plan:
+    """Launches of a kernel on one device that differ in their tensors alone: the host looks at nothing else anew.
+
+    Args:
+        kernel, grid, constants: as of `launch_kernel`.
+        numbers: the kernel's arguments between its tensors and its constexprs.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        self._kernel, self._grid, self._numbers, self._constants = kernel, grid, numbers, constants
+        self._compiled: _Compiled = {}
+
+    def launch(self, *tensors: Any) -> None:
+        """Launches the kernel. Its first arguments are `tensors`: tensors, descriptors and None."""
+        arguments = (*tensors, *self._numbers)
+        _launch(self._compiled, tuple(map(_kind, tensors)), self._kernel, self._grid, arguments, self._constants)
 
 
 def _launch(
-    key: Hashable, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]
-) -> None:
-    known = _compiled.get(key)
-    if known is not None and "run" not in vars(kernel):  # with a `run` of its own it is only compiled: see `dispatch`
-        compiled, values = known
+    known: _Compiled, key: Hashable, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+) -> None:  # fmt: skip
+    found = known.get(key)
+    if found is not None and "run" not in vars(kernel):  # with a `run` of its own it is only compiled: see `dispatch`
+        compiled, values = found
         compiled[(*grid, 1, 1)[:3]](*arguments, *values)
-    else:
-        _remember(key, kernel, kernel[grid](*arguments, **constants), len(arguments), constants)
-
-
-def _remember(key: Hashable, kernel: Any, compiled: Any, arguments: int, constants: dict[str, Any]) -> None:
+        return
+    compiled = kernel[grid](*arguments, **constants)
     if hasattr(type(compiled), "__getitem__") and "run" not in vars(kernel):
-        _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[arguments:])
+        known[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
 
 
 def _kind(argument: Any) -> Hashable:

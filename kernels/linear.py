@@ -29,7 +29,7 @@ tile of y overlap the epilogue of the last. Elsewhere, and for exact float32, th
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 
 import torch
 import triton
@@ -37,7 +37,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .direct import Constants, launch_again
+from .direct import Plan
 from .launches import TABLE
 from .primitives import (
     activate,
@@ -231,68 +231,66 @@ def linear(
     precision: str,
 ) -> tuple[Tensor, Tensor]:
     n, k = weight.shape
-    target = target_of(x.device)
-    x_rows, weight = _rows(x, target), weight.contiguous()
-    residual_rows = None if residual is None else _rows(residual, target)
+    device, target = x.device, target_of(x.device)
+    x_rows, x_stride = _rows(x, target)
+    residual_rows, residual_stride = (None, 0) if residual is None else _rows(residual, target)
+    x_statistics, x_steps = (None, 0) if row_statistics is None else _in_steps(row_statistics, _step(k))
+    weight = weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     colsum = None if colsum is None else colsum.contiguous()
     scale = None if scale is None else scale.contiguous()
-    step = _step(k)
-    x_statistics = None if row_statistics is None else _stepwise(row_statistics, step)
-    m = x_rows.shape[0]
     y = x.new_empty((*x.shape[:-1], n))
     y_statistics = empty_statistics(y, statistics)
     if y.numel() == 0:
         return y, y_statistics
 
-    launches = TABLE.launches_for("linear", x.dtype, target, precision)
-    launch = fitting(launches, m, n, multiprocessors(x.device))
-    tensors = [x_rows, weight, y.view(m, n)] + ([] if residual_rows is None else [residual_rows])
-    exact_float = x.dtype == torch.float32 and precision == "ieee"  # no tensor cores: nothing to feed so fast
-    descriptors = target.descriptors and not exact_float and all(map(_served_by_copy_engine, tensors))
-    blocks, constants = _constants(
-        launch, target.name, n, k, x.dtype, precision, descriptors, x_statistics is not None, scale is not None,
-        bias is not None, residual is not None, activation, statistics, by_name(target),
-        tuple(dependent_launch(x.device).items()),
+    addresses = x_rows.data_ptr() | weight.data_ptr() | y.data_ptr()
+    if residual_rows is not None:
+        addresses |= residual_rows.data_ptr()
+    plan, tiles = _plan(
+        device, target.name, multiprocessors(device), TABLE.launches_for("linear", x.dtype, target, precision),
+        x.dtype, precision, by_name(target), addresses % _ALIGNMENT == 0, y.numel() // n, n, k,
+        x_stride, x_steps, residual_stride, eps, x_statistics is not None, scale is not None, bias is not None,
+        residual is not None, activation, statistics,
     )  # fmt: skip
-    x_arg, weight_arg, y_arg, *residual_arg = map(_descriptor, tensors, blocks) if descriptors else tensors
-    launch_again(
-        _linear_kernel,
-        x.device,
-        _grid(launch, m, n, x.device),
-        constants,
-        x_arg,
-        weight_arg,
-        y_arg,
-        residual_arg[0] if residual_arg else None,
-        bias,
-        colsum,
-        scale,
-        x_statistics,
-        y_statistics,
-        m,
-        n,
-        k,
-        x_rows.stride(0),
-        0 if x_statistics is None else x_statistics.stride(0) // step,
-        0 if residual_rows is None else residual_rows.stride(0),
-        eps,
-    )
+    operands = x_rows, weight, y, residual_rows
+    if tiles is not None:
+        operands = [
+            None if rows is None else _Descriptor(rows, *tile) for rows, tile in zip(operands, tiles, strict=True)
+        ]
+    plan.launch(*operands, bias, colsum, scale, x_statistics, y_statistics)
     return y, y_statistics
 
 
-@cache
-def _constants(
-    launch: Launch, target_name: str, n: int, k: int, dtype: torch.dtype, precision: str, descriptors: bool, norm: bool,
-    scale: bool, bias: bool, residual: bool, activation: str, statistics: bool, named: bool,
-    early: tuple[tuple[str, bool], ...],
-) -> tuple[list[tuple[int, int]], Constants]:  # fmt: skip
-    """The blocks of the descriptors, and the kernel's constants. Made anew, they take the host a sixth of a launch."""
+_Tile = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # shape and strides of rows, and of a tile its shape
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    device: torch.device, target_name: str, multiprocessors: int, launches: tuple[Launch, ...], dtype: torch.dtype,
+    precision: str, named: bool, aligned: bool, m: int, n: int, k: int, x_stride: int, x_steps: int,
+    residual_stride: int, eps: float, norm: bool, scale: bool, bias: bool, residual: bool, activation: str,
+    statistics: bool,
+) -> tuple[Plan, tuple[_Tile, ...] | None]:  # fmt: skip
+    """The plan of a launch, and the tiles by which descriptors take x, weight, y and the residual, if they do.
+
+    Both follow from the arguments, of which a tower has a few for each size of batch. Made anew for every launch they
+    would take the host half as long as the rest of it.
+    """
     target = TARGETS[target_name]
+    launch = fitting(launches, m, n, multiprocessors)
     block_m, block_n, block_k = launch.block_m, launch.block_n, launch.block_k
+    exact_float = dtype == torch.float32 and precision == "ieee"  # no tensor cores: nothing to feed so fast
+    strides = x_stride, k, n, residual_stride
+    descriptors = (
+        target.descriptors and not exact_float and aligned
+        and all(stride * dtype.itemsize % _ALIGNMENT == 0 for stride in strides)
+    )  # fmt: skip
     reads, parts = _pieces(launch, target, dtype.itemsize, residual, descriptors)
-    blocks = [(block_m, block_k), (block_n, block_k), (block_m, block_n // parts), (block_m, block_n // reads)]
-    return blocks, Constants(
+    shapes = (m, k), (n, k), (m, n), (m, n)
+    blocks = (block_m, block_k), (block_n, block_k), (block_m, block_n // parts), (block_m, block_n // reads)
+    tiles = tuple((shape, (stride, 1), block) for shape, stride, block in zip(shapes, strides, blocks, strict=True))
+    constants = dict(
         NORM=norm,
         SCALE=scale,
         BIAS=bias,
@@ -317,8 +315,15 @@ def _constants(
         READS=reads,
         PARTS=parts,
         **launch.options,
-        **dict(early),
+        **dependent_launch(device),
     )
+    grid = (_programs(launch, m, n, multiprocessors),)
+    numbers = m, n, k, x_stride, x_steps, residual_stride, eps
+    return Plan(_linear_kernel, grid, numbers, constants), tiles if descriptors else None
+
+
+def _programs(launch: Launch, m: int, n: int, multiprocessors: int) -> int:
+    return min(cdiv(m, launch.block_m) * cdiv(n, launch.block_n), multiprocessors * launch.blocks)
 
 
 def _step(k: int) -> int:
@@ -347,38 +352,39 @@ def _pieces(launch: Launch, target: Target, itemsize: int, residual: bool, descr
     return next(((r, p) for r, p in pieces if tile // r + tile // p <= room), (halves, halves))
 
 
-def _grid(launch: Launch, m: int, n: int, device: torch.device) -> tuple[int]:
-    tiles = cdiv(m, launch.block_m) * cdiv(n, launch.block_n)
-    return (min(tiles, multiprocessors(device) * launch.blocks),)
+def _rows(x: Tensor, target: Target) -> tuple[Tensor, int]:
+    """(…, K) as M rows, each contiguous and behind the end of the one before, and the elements from one to the next.
 
-
-def _rows(x: Tensor, target: Target) -> Tensor:
-    """(…, K) as (M, K), each row contiguous and behind the end of the one before: a view where `target` can read it."""
-    rows = x.reshape(-1, x.shape[-1])
-    (m, k), (stride, step) = rows.shape, rows.stride()
+    `x` itself wherever `target` can read it.
+    """
+    k = x.shape[-1]
+    if x.is_contiguous():
+        return x, k
+    rows = x.reshape(-1, k)
+    stride, step = rows.stride()
     readable = (step == 1 or k == 1) and (
-        stride == k or (stride > k and ((m - 1) * stride + k) * rows.element_size() >= target.dense_below)
+        stride == k or (stride > k and ((len(rows) - 1) * stride + k) * rows.element_size() >= target.dense_below)
     )
-    return rows if readable else rows.contiguous()
+    return (rows, stride) if readable else (rows.contiguous(), k)
 
 
-def _stepwise(row_statistics: Tensor, step: int) -> Tensor:
-    """(…, T, 2) as (M, 2 · T), rows whole steps apart, at an aligned address: a view wherever there is one."""
-    rows = row_statistics.reshape(-1, 2 * row_statistics.shape[-2])
+def _in_steps(row_statistics: Tensor, step: int) -> tuple[Tensor, int]:
+    """(…, T, 2) as rows of 2 · T numbers at an aligned address, and the steps from one row to the next.
+
+    `row_statistics` itself wherever its rows are whole steps apart.
+    """
+    numbers = 2 * row_statistics.shape[-2]
+    if row_statistics.is_contiguous() and row_statistics.data_ptr() % _ALIGNMENT == 0:
+        return row_statistics, numbers // step
+    rows = row_statistics.reshape(-1, numbers)
     aligned = rows.stride(0) % step == 0 and rows.data_ptr() % _ALIGNMENT == 0
-    return rows if rows.stride(1) == 1 and aligned else rows.clone(memory_format=torch.contiguous_format)
-
-
-def _served_by_copy_engine(rows: Tensor) -> bool:
-    return rows.data_ptr() % _ALIGNMENT == 0 and rows.stride(0) * rows.element_size() % _ALIGNMENT == 0
+    if rows.stride(1) != 1 or not aligned:
+        rows = rows.clone(memory_format=torch.contiguous_format)
+    return rows, rows.stride(0) // step
 
 
 class _Descriptor(TensorDescriptor):
-    """Not checked again: the launch table has the block, and `_served_by_copy_engine` has seen the rows."""
+    """Not checked again: the launch table has the block, and `_plan` has seen the strides."""
 
     def __post_init__(self) -> None:
         pass
-
-
-def _descriptor(rows: Tensor, block: tuple[int, int]) -> TensorDescriptor:
-    return _Descriptor(rows, rows.shape, rows.stride(), block)

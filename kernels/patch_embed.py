@@ -163,12 +163,13 @@ def patch_embed(
         images = images.to(weight.dtype)
     target = target_of(images.device)
     m = batch * patches
-    launches = TABLE.launches_for("patch_embed", weight.dtype, target, precision)
+    kind = kind_of(weight.dtype, precision)
     if statistics:
-        launches = launches[:1]  # another tile would sum the row statistics in another order
+        launches = TABLE.entry("patch_embed", kind, target)[:1]  # another tile sums row statistics in another order
+    else:
+        launches = TABLE.launches_for("patch_embed", weight.dtype, target, precision)
     launch = fitting(launches, m, width, multiprocessors(images.device))
     if images.dtype != weight.dtype:
-        kind = kind_of(weight.dtype, precision)
         launch = replace(launch, num_stages=stages_from_registers(launch.num_stages, kind, target))
     launch_kernel(
         _patch_embed_kernel,

@@ -106,6 +106,9 @@ class Launch:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
+_pinned: ContextVar[int | None] = ContextVar("pinned", default=None)
+
+
 class LaunchTable(dict[str, dict[Kind, dict[str, tuple[Launch, ...]]]]):
     """Launches by op, kind of dtype and name of the architecture.
 
@@ -121,8 +124,9 @@ class LaunchTable(dict[str, dict[Kind, dict[str, tuple[Launch, ...]]]]):
         return launches[target.name]
 
     def launches_for(self, op: str, dtype: torch.dtype, target: Target, precision: str) -> tuple[Launch, ...]:
-        """The launches of `op` in `dtype`, by the input precision "ieee" or "tf32"."""
-        return self.entry(op, kind_of(dtype, precision), target)
+        """The launches of `op` in `dtype`, by the input precision "ieee" or "tf32"; within `pinned`, one of them."""
+        launches, number = self.entry(op, kind_of(dtype, precision), target), _pinned.get()
+        return launches if number is None else (launches[min(number, len(launches) - 1)],)
 
     @property
     def most(self) -> int:
@@ -134,8 +138,6 @@ class LaunchTable(dict[str, dict[Kind, dict[str, tuple[Launch, ...]]]]):
 
 _MARGIN = 32  # rows and columns
 
-_pinned: ContextVar[int | None] = ContextVar("pinned", default=None)
-
 
 def fitting(launches: Sequence[Launch], rows: int, columns: int, multiprocessors: int) -> Launch:
     """The launch whose multiprocessors are done first with `rows` × `columns` of a product.
@@ -144,9 +146,6 @@ def fitting(launches: Sequence[Launch], rows: int, columns: int, multiprocessors
     operands' m + n, and what every tile waits for. The margin of 32 was chosen so that the order is that of the times
     that `bench.predict` calculates. Few rows so get small tiles, and many get those that leave the last wave full.
     """
-    number = _pinned.get()
-    if number is not None:
-        return launches[min(number, len(launches) - 1)]
 
     def time(launch: Launch) -> int:
         tiles = -(-rows // launch.block_m) * -(-columns // launch.block_n)

@@ -42,10 +42,10 @@ GAP = 1e-6  # seconds between two launches of a graph: estimated
 # only its end and its stores are waited for, not the launch: estimated as a half.
 DEPENDENT_GAP = 0.5e-6
 
-# Seconds of the host for a launch, and for one with tensor descriptors. Timed on an Intel Xeon that other work shared,
-# with a stand-in for the driver: the engine's calls, descriptors, Triton's own launcher (13 to 22 and 39 to 42 µs, by
-# Triton's binder 84 to 88). The driver adds 8 µs.
-HOST_LAUNCH, HOST_DESCRIPTORS = 26e-6, 49e-6
+# Seconds of the host for a launch, and for one with tensor descriptors. Timed on an AMD EPYC of the third generation
+# that other work shared, with a stand-in for the driver: the engine's calls, descriptors, Triton's own launcher (18 to
+# 25 and 28 to 30 µs, by Triton's binder 102 to 104). The driver adds 8 µs.
+HOST_LAUNCH, HOST_DESCRIPTORS = 30e-6, 37e-6
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,22 @@ def test_a_block_a_tile_has_its_prologue_and_epilogue_once() -> None:
     assert read.once == Counts(instructions=4, wavefronts=8)
 
 
+def test_copies_of_a_loops_first_steps_are_not_counted_before_it_too() -> None:
+    copy = "        /*0010*/                   LDGSTS.E.BYPASS.128 [R5], desc[UR6][R8.64] ;\n"
+    branch = "        /*0040*/               @P1 BRA 0x20 ;\n"
+    pipelined = PLAIN.replace(branch, copy.replace("0010", "0038").replace("R8.64]", "R8.64], !P0") + branch)
+    assert code.read(pipelined).step.wavefronts == 4 + 4
+    assert code.read(pipelined).once == Counts(instructions=4, wavefronts=4)  # of the store
+    # Two steps ahead, and a copy that is none of the loop's.
+    ahead = pipelined.replace(
+        copy, copy + copy.replace("0010", "0014") + copy.replace("0010", "0018").replace("128", "64")
+    )
+    assert code.read(ahead).once == Counts(instructions=6, wavefronts=4 + 2)
+    # Without a loop every copy is made.
+    unrolled = pipelined.replace("@P1 BRA 0x20", "NOP")
+    assert code.read(unrolled).once.wavefronts == 4 + 4 + 4 + 4  # LDSM's, too
+
+
 def test_code_without_products_and_loops_runs_once() -> None:
     read = code.read(PLAIN.replace("@P1 BRA 0x20", "NOP").replace("HMMA.16816.F32.BF16", "MUFU.EX2"))
     assert read.step == Counts()

@@ -62,8 +62,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     from clip_fast.kernels import direct
 
-    monkeypatch.setattr(direct, "_compiled", {})  # no launch passes Triton's own
-    monkeypatch.setattr(direct, "_remember", lambda *_: None)
+    def bound(known: Any, key: Any, kernel: Any, grid: Any, arguments: Any, constants: Any) -> None:
+        kernel[grid](*arguments, **constants)
+
+    monkeypatch.setattr(direct, "_launch", bound)  # no launch passes Triton's binder over
     seen: list[str] = []
     run, interpret = JITFunction.run, GridExecutor.__call__
 

@@ -89,7 +89,7 @@ class Operands:
         x, weight = keep(self.x, gap), keep(self.weight)
         assert x is not None
         assert weight is not None
-        with mock.patch.object(linear, "_descriptor", wraps=linear._descriptor) as descriptor:
+        with mock.patch.object(linear, "_Descriptor", wraps=linear._Descriptor) as descriptor:
             results = ops.linear(
                 x, weight, keep(self.bias), residual=keep(self.residual, gap), scale=keep(self.scale),
                 norm=None if norm is None else (guards.copy(norm[0]), guards.copy(norm[1])) if guards else norm,
@@ -207,12 +207,9 @@ def test_many_programs_walk_over_every_tile(path: str, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(("rows", "blocks", "programs"), [(128, 1, 3), (1024, 1, 7), (1024, 2, 14), (640, 2, 14)])
-def test_as_many_programs_as_the_multiprocessors_hold(
-    rows: int, blocks: int, programs: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(linear, "multiprocessors", lambda device: 7)
+def test_as_many_programs_as_the_multiprocessors_hold(rows: int, blocks: int, programs: int) -> None:
     launch = targets.Launch(128, 128, 64, num_warps=4, num_stages=3, blocks=blocks)
-    assert linear._grid(launch, rows, 384, DEVICE) == (programs,)
+    assert linear._programs(launch, rows, 384, 7) == programs
 
 
 def test_on_hopper_a_residual_is_read_by_as_few_loads_as_fit() -> None:
@@ -351,10 +348,10 @@ def test_rows_within_each_other(stride: int, path: str) -> None:
 def test_on_blackwell_small_tensors_are_dense(rows: int, stride: int, wanted: int) -> None:
     """Those that span less than 128 KiB. A copy is made only where there is more than one row."""
     x = torch.empty(rows, stride, dtype=torch.float16, device=DEVICE)[:, :64]
-    dense = linear._rows(x, targets.TARGETS["sm_100"])
-    assert dense.stride() == (wanted, 1)
+    dense, apart = linear._rows(x, targets.TARGETS["sm_100"])
+    assert apart == wanted
     assert (dense.data_ptr() != x.data_ptr()) == (rows > 1 and wanted == 64)
-    assert linear._rows(x, targets.TARGETS["sm_90"]).data_ptr() == x.data_ptr()
+    assert linear._rows(x, targets.TARGETS["sm_90"])[0].data_ptr() == x.data_ptr()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from clip_fast.kernels.launches import TABLE
-from clip_fast.kernels.targets import TARGETS, Launch, fitting, pinned
+from clip_fast.kernels.targets import TARGETS, Launch, LaunchTable, fitting, pinned
 
 WIDE, SQUARE, FLAT, SMALL = LAUNCHES = tuple(
     Launch(m, n, 64, num_warps=4, num_stages=3) for m, n in ((128, 256), (128, 128), (64, 128), (64, 64))
@@ -33,10 +34,12 @@ def test_one_launch_is_taken_as_it_is() -> None:
 
 
 def test_a_number_pins_the_launch() -> None:
-    for number, wanted in enumerate((*LAUNCHES, SMALL)):
+    table = LaunchTable(linear={"half": {"sm_80": LAUNCHES}})
+    asked = "linear", torch.bfloat16, TARGETS["sm_80"], "ieee"
+    for number, wanted in enumerate((*LAUNCHES, LAUNCHES[-1])):
         with pinned(number):
-            assert fitting(LAUNCHES, 50, 768, 132) == wanted
-    assert fitting(LAUNCHES, 65792, 3072, 132) == WIDE
+            assert table.launches_for(*asked) == (wanted,)
+    assert table.launches_for(*asked) == LAUNCHES
 
 
 @pytest.mark.parametrize("arch", TARGETS)
