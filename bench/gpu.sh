@@ -89,7 +89,7 @@ mark() {
 }
 
 # run NAME COMMAND...: runs it within the time left, and within `most` seconds; its output goes to NAME.log too. A
-# command that ends at its limit leaves its stage cut. A benchmark ends there by itself.
+# command that is ended at its limit leaves its stage cut, and so does one with --minutes, which ends there by itself.
 run() {
     local name=$1 limit began=$SECONDS; shift
     limit=$(left)
@@ -99,7 +99,9 @@ run() {
     # SIGINT lets pytest report its failures. Its list of passed tests is for the next call, not for the screen.
     timeout -s INT -k 10 "$limit" "$@" 2>&1 | tee "$output/$name.log" | grep --line-buffered -v "^PASSED "
     local result=${PIPESTATUS[0]}
-    if ((result == 124 || result == 137)) || ((!result && SECONDS - began > limit - 25 && limit > 25)); then
+    local by_itself=0
+    [[ " $* " == *" --minutes "* ]] && ((!result && limit > 25 && SECONDS - began > limit - 25)) && by_itself=1
+    if ((result == 124 || result == 137 || by_itself)); then
         echo "== $name: cut by the time limit"
         [[ $outcome == failed ]] || outcome=cut
     elif ((result)); then

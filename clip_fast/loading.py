@@ -27,7 +27,8 @@ def default_device() -> torch.device:
     """A GPU where PyTorch can use one. Warns where there is one that it cannot use."""
     if torch.cuda.is_available():
         return torch.device("cuda")
-    if _gpu_is_there() and os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1"):
+    hidden = any(os.environ.get(f"{vendor}_VISIBLE_DEVICES", "0") in ("", "-1") for vendor in ("CUDA", "HIP", "ROCR"))
+    if _gpu_is_there() and not hidden:
         try:
             torch.cuda.init()
             reason = "PyTorch sees none"
@@ -43,7 +44,9 @@ def default_device() -> torch.device:
 
 def _gpu_is_there() -> bool:
     """Whether the system has loaded the driver of a GPU that this kind of PyTorch is for."""
-    return os.path.exists("/dev/kfd") if torch.version.hip else bool(glob.glob("/dev/nvidia[0-9]*"))
+    if torch.version.hip:
+        return os.path.exists("/dev/kfd")
+    return bool(glob.glob("/dev/nvidia[0-9]*")) or os.path.exists("/usr/lib/wsl/lib/libcuda.so.1")  # Windows' own
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

@@ -16,6 +16,9 @@ float32 the class token comes first, and the last tile is ragged where G is no w
               ^   whole tiles of keys, no mask
               16 keys wide, of which one counts
 
+A head of 72, 80 or 88 columns is two parts of 64 and of 16 or 32, each with products of its own: padded to a power of
+two it would have 128.
+
 Exponentials are powers of two. A row's maximum is multiplied by scale · log2 e; the scores themselves are, too, in the
 multiply-add that takes the maximum off. Per image and head 4 · N² · D operations are done, 3 · N · D elements read and
 N · D written: N / 2 operations a byte in half precision, 128 for ViT-L/14. Attention is 1 to 9 per cent of an encoder's
@@ -27,6 +30,7 @@ operations.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -37,8 +41,9 @@ from .primitives import LOG2_E, add_product, by_name, dependent_launch, online_s
 from .sizes import cdiv, next_power_of_2
 from .targets import REGISTERS, Launch, Target, target_of
 
-_MIN_KEYS = 16  # what a tensor core takes at least
-_HELD_HEAD_DIM = 64  # the largest head whose queries wait in registers
+_MIN_KEYS = _MIN_COLUMNS = 16  # what a tensor core takes at least
+_LOAD = 16  # bytes, the most that a thread loads at a time
+_HEAD_DIM = 64  # of most models: the first part of a larger head, and the largest whose queries wait in registers
 
 
 @triton.jit
@@ -55,7 +60,8 @@ def _flash_attention_kernel(
     REST: tl.constexpr,  # the width of a tile for the keys that are left over; 0 where none are
     MASKED: tl.constexpr,  # the last tile of the loop is not whole
     HELD: tl.constexpr,  # the queries wait in registers; Hopper's products else read them from shared memory
-    BLOCK_D: tl.constexpr,  # D, rounded up to a power of two
+    BLOCK_D: tl.constexpr,  # a head's first columns, or all of them rounded up to a power of two
+    TAIL: tl.constexpr,  # the columns behind these, rounded up likewise; 0 where there are none
     BLOCK_M: tl.constexpr,  # queries
     BLOCK_N: tl.constexpr,  # keys
 ):
@@ -71,9 +77,9 @@ def _flash_attention_kernel(
     # Queries past the end are read from the last one: they are computed and never stored.
     offs_m = pid % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = tl.minimum(offs_m, N - 1)
-    offs_d = tl.arange(0, BLOCK_D)
-    inside_d = offs_d < D  # the compiler sees that this always holds where D is BLOCK_D, and leaves the masks out
-    q = tl.load(q_ptr + rows[:, None] * row_stride + offs_d[None, :], mask=inside_d[None, :], other=0.0)
+    q_rows = q_ptr + rows[:, None] * row_stride
+    q = _load_columns(q_rows, 0, D, BLOCK_D)
+    q_tail = _load_columns(q_rows, BLOCK_D, D, TAIL) if TAIL > 0 else q
 
     if HELD:  # what is loaded is multiplied from shared memory, what is computed from registers
         q = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [q], dtype=q.dtype, is_pure=True, pack=2)
@@ -83,49 +89,88 @@ def _flash_attention_kernel(
     m = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     l = tl.zeros((BLOCK_M,), dtype=tl.float32)  # noqa: E741 (the name that the papers use)
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    acc_tail = tl.zeros((BLOCK_M, TAIL), dtype=tl.float32) if TAIL > 0 else acc
     start = N % BLOCK_N
     if q.dtype == tl.float32:
         # Two products of the queries take more registers than there are. The class token needs none: m is its score,
         # summed by halves and so more exactly than a product is, l = 1, acc its value.
-        k_0 = tl.load(k_ptr + offs_d, mask=inside_d, other=0.0)
-        v_0 = tl.load(v_ptr + offs_d, mask=inside_d, other=0.0)
-        m = tl.sum(q * k_0[None, :], axis=1) * scale
+        v_0 = _load_columns(v_ptr, 0, D, BLOCK_D)
+        m = tl.sum(q * _load_columns(k_ptr, 0, D, BLOCK_D), axis=1)
+        acc = tl.broadcast_to(v_0, (BLOCK_M, BLOCK_D))
+        if TAIL > 0:
+            v_0 = _load_columns(v_ptr, BLOCK_D, D, TAIL)
+            m += tl.sum(q_tail * _load_columns(k_ptr, BLOCK_D, D, TAIL), axis=1)
+            acc_tail = tl.broadcast_to(v_0, (BLOCK_M, TAIL))
+        m *= scale
         l = tl.full((BLOCK_M,), 1.0, dtype=tl.float32)  # noqa: E741
-        acc = tl.broadcast_to(v_0[None, :], (BLOCK_M, BLOCK_D))
         start = 1
     elif REST > 0:
-        acc, m, l = _attend(  # noqa: E741
-            q, k_ptr, v_ptr, 0, start, row_stride, scale, acc, m, l, True, True, PRECISION, D, BLOCK_D, REST
-        )
+        acc, acc_tail, m, l = _attend(  # noqa: E741
+            q, q_tail, k_ptr, v_ptr, 0, start, row_stride, scale, acc, acc_tail, m, l,
+            True, True, PRECISION, D, BLOCK_D, TAIL, REST,
+        )  # fmt: skip
     if TILES:
         for n0 in range(start, N, BLOCK_N):
-            acc, m, l = _attend(  # noqa: E741
-                q, k_ptr, v_ptr, n0, N, row_stride, scale, acc, m, l, False, MASKED, PRECISION, D, BLOCK_D, BLOCK_N
-            )
+            acc, acc_tail, m, l = _attend(  # noqa: E741
+                q, q_tail, k_ptr, v_ptr, n0, N, row_stride, scale, acc, acc_tail, m, l,
+                False, MASKED, PRECISION, D, BLOCK_D, TAIL, BLOCK_N,
+            )  # fmt: skip
 
     # --- store
-    out_ptrs = out_ptr + (image * N + offs_m[:, None]) * (H * D) + head * D + offs_d[None, :]
-    inside = (offs_m < N)[:, None] & inside_d[None, :]
-    tl.store(out_ptrs, (acc * (1.0 / l)[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+    out_rows = out_ptr + (image * N + offs_m[:, None]) * (H * D) + head * D
+    inside = (offs_m < N)[:, None]
+    _store_columns(out_rows, acc * (1.0 / l)[:, None], inside, 0, D, BLOCK_D)
+    if TAIL > 0:
+        _store_columns(out_rows, acc_tail * (1.0 / l)[:, None], inside, BLOCK_D, D, TAIL)
+
+
+@triton.jit
+def _load_columns(rows, first, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Columns `first` to `first` + WIDTH of a head's rows, pointers (M, 1) or one; zero from column D on."""
+    # The compiler sees that all are inside where D is WIDTH, and leaves the masks out.
+    columns = first + tl.arange(0, WIDTH)[None, :]
+    return tl.load(rows + columns, mask=columns < D, other=0.0)
+
+
+@triton.jit
+def _store_columns(rows, x, inside, first, D: tl.constexpr, WIDTH: tl.constexpr):
+    """x (M, WIDTH) into the columns that `_load_columns` reads, of the rows that are `inside` (M, 1)."""
+    columns = first + tl.arange(0, WIDTH)[None, :]
+    tl.store(rows + columns, x.to(rows.dtype.element_ty), mask=inside & (columns < D))
+
+
+@triton.jit
+def _load_keys_and_values(
+    k_ptr, v_ptr, n, inside_n, row_stride, first, MASKED: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Columns `first` to `first` + WIDTH of keys and values n (K,): (WIDTH, K) and (K, WIDTH)."""
+    columns = first + tl.arange(0, WIDTH)
+    inside = columns < D
+    k_ptrs = k_ptr + n[None, :] * row_stride + columns[:, None]
+    v_ptrs = v_ptr + n[:, None] * row_stride + columns[None, :]
+    if MASKED:
+        k = tl.load(k_ptrs, mask=inside[:, None] & inside_n[None, :], other=0.0)
+        v = tl.load(v_ptrs, mask=inside[None, :] & inside_n[:, None], other=0.0)
+    else:
+        k = tl.load(k_ptrs, mask=inside[:, None], other=0.0)
+        v = tl.load(v_ptrs, mask=inside[None, :], other=0.0)
+    return k, v
 
 
 @triton.jit
 def _attend(
-    q, k_ptr, v_ptr, n0, end, row_stride, scale, acc, m, l, FIRST: tl.constexpr, MASKED: tl.constexpr,  # noqa: E741
-    PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDTH: tl.constexpr,
+    q, q_tail, k_ptr, v_ptr, n0, end, row_stride, scale, acc, acc_tail, m, l, FIRST: tl.constexpr,  # noqa: E741
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, TAIL: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One step of the softmax: keys n0 to n0 + WIDTH. Where MASKED those from `end` on do not count."""
-    n, offs_d = n0 + tl.arange(0, WIDTH), tl.arange(0, BLOCK_D)
-    inside_n, inside_d = n < end, offs_d < D
-    k_ptrs = k_ptr + n[None, :] * row_stride + offs_d[:, None]
-    v_ptrs = v_ptr + n[:, None] * row_stride + offs_d[None, :]
-    if MASKED:
-        k = tl.load(k_ptrs, mask=inside_d[:, None] & inside_n[None, :], other=0.0)
-        v = tl.load(v_ptrs, mask=inside_d[None, :] & inside_n[:, None], other=0.0)
-    else:
-        k = tl.load(k_ptrs, mask=inside_d[:, None], other=0.0)
-        v = tl.load(v_ptrs, mask=inside_d[None, :], other=0.0)
+    n = n0 + tl.arange(0, WIDTH)
+    inside_n = n < end
+    k, v = _load_keys_and_values(k_ptr, v_ptr, n, inside_n, row_stride, 0, MASKED, D, BLOCK_D)
     score = tl.dot(q, k, input_precision=PRECISION)
+    if TAIL > 0:
+        k_tail, v_tail = _load_keys_and_values(k_ptr, v_ptr, n, inside_n, row_stride, BLOCK_D, MASKED, D, TAIL)
+        score = add_product(q_tail, k_tail, score, PRECISION)
     if MASKED:
         score = tl.where(inside_n[None, :], score, float("-inf"))
     if q.dtype == tl.float32:  # the largest score less the maximum is then exactly zero; half precision cannot tell
@@ -134,8 +179,13 @@ def _attend(
         p, rescale, m, l = online_softmax_update(score, scale, m, l)  # noqa: E741
     # Before the first tile nothing was summed. The compiler must not take zeros times `rescale` for a sum: equal values
     # in an accumulator's registers are copied between wgmma's fence and wgmma, where nothing may write to them.
+    p = p.to(v.dtype)
     acc = tl.zeros_like(acc) if FIRST else acc * rescale[:, None]
-    return add_product(p.to(v.dtype), v, acc, PRECISION), m, l
+    acc = add_product(p, v, acc, PRECISION)
+    if TAIL > 0:
+        acc_tail = tl.zeros_like(acc_tail) if FIRST else acc_tail * rescale[:, None]
+        acc_tail = add_product(p, v_tail, acc_tail, PRECISION)
+    return acc, acc_tail, m, l
 
 
 def flash_attention(qkv: Tensor, scale: float, precision: str) -> Tensor:
@@ -145,9 +195,8 @@ def flash_attention(qkv: Tensor, scale: float, precision: str) -> Tensor:
     if batch == 0:
         return out
 
-    size = "flash_attention_64" if head_dim <= 64 else "flash_attention_128"
     target = target_of(qkv.device)
-    (launch,) = TABLE.launches_for(size, qkv.dtype, target, precision)
+    launch, block_d, tail = _parts(head_dim, qkv.dtype, target, precision)
     half = qkv.dtype.itemsize == 2
     rest = (tokens if half else tokens - 1) % launch.block_n
     held = half and _held(tokens, head_dim, rest, launch, target)
@@ -166,7 +215,8 @@ def flash_attention(qkv: Tensor, scale: float, precision: str) -> Tensor:
         REST=max(_MIN_KEYS, next_power_of_2(rest)) if rest and half else 0,
         MASKED=rest > 0 and not half,
         HELD=held,
-        BLOCK_D=max(16, next_power_of_2(head_dim)),
+        BLOCK_D=block_d,
+        TAIL=tail,
         BLOCK_M=launch.block_m,
         BLOCK_N=launch.block_n,
         **launch.options,
@@ -176,13 +226,30 @@ def flash_attention(qkv: Tensor, scale: float, precision: str) -> Tensor:
     return out
 
 
+def _parts(head_dim: int, dtype: torch.dtype, target: Target, precision: str) -> tuple[Launch, int, int]:
+    """The launch for a head of so many columns, and the kernel's BLOCK_D and TAIL.
+
+    A tail is as wide as each thread of the launch needs it to load 16 bytes of its keys at a time.
+    """
+    padded = max(_MIN_COLUMNS, next_power_of_2(head_dim))
+    (launch,) = TABLE.launches_for("flash_attention_64", dtype, target, precision)
+    if padded <= _HEAD_DIM:
+        return launch, padded, 0
+    loaded = launch.num_warps * target.lanes * _LOAD // (launch.block_n * dtype.itemsize)
+    tail = max(_MIN_COLUMNS, loaded, next_power_of_2(head_dim - _HEAD_DIM))
+    if _HEAD_DIM + tail < padded:
+        return launch, _HEAD_DIM, tail
+    (launch,) = TABLE.launches_for("flash_attention_128", dtype, target, precision)
+    return launch, padded, 0
+
+
 def _held(tokens: int, head_dim: int, rest: int, launch: Launch, target: Target) -> bool:
     """Whether queries wait in registers, which takes a third off the loop's reads of shared memory.
 
     Larger heads leave too few registers. Without keys that are left over, ptxas has each product wait for the last.
     """
     looped = tokens > launch.block_n and rest > 0
-    return looped and head_dim <= _HELD_HEAD_DIM and target.wgmma and by_name(target)
+    return looped and head_dim <= _HEAD_DIM and target.wgmma and by_name(target)
 
 
 def _share_of_registers(launch: Launch) -> dict[str, int]:

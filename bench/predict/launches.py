@@ -151,7 +151,7 @@ def _patch_embed(a: Named, grid: int) -> tuple[str, Work]:
 
 
 def _flash_attention(a: Named, grid: int) -> tuple[str, Work]:
-    m, n, d = a["BLOCK_M"], a["BLOCK_N"] if a["TILES"] else a["REST"], a["BLOCK_D"]
+    m, n, d = a["BLOCK_M"], a["BLOCK_N"] if a["TILES"] else a["REST"], a["BLOCK_D"] + a["TAIL"]
     # Keys that are left over are in no loop, but for float32, whose class token is in none.
     steps = _tiles(a["N"] - 1, n) if a["MASKED"] else a["N"] // n if a["TILES"] else 1
     work = Work(grid, steps, 4 * m * n * d, 2 * n * d * _itemsize(a["qkv_ptr"]))

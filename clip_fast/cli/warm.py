@@ -25,8 +25,9 @@ def warm(arguments: argparse.Namespace) -> int:
         return EXIT_OK
     began = time.perf_counter()
     size = sides(model.config.image_size)
-    for dtype in dict.fromkeys((torch.uint8, torch.float32, model.dtype)):  # raw pixels, what `preprocess` gives
-        model.encode_image(torch.zeros(1, 3, *size, dtype=dtype, device=model.device))
+    with torch.inference_mode():  # with gradients the plain tower would run
+        for dtype in dict.fromkeys((torch.uint8, torch.float32, model.dtype)):  # raw pixels, what `preprocess` gives
+            model.encode_image(torch.zeros(1, 3, *size, dtype=dtype, device=model.device))
     if size[0] == size[1]:  # others are resized by decoding processes
         _resize(size[0], model.device)
     say(f"the kernels of {arguments.model} in {model.dtype} are compiled: {time.perf_counter() - began:.1f} s")

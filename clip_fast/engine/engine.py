@@ -129,15 +129,16 @@ class Engine:
             return None
         try:
             return fast.graphs(bucket, images, task, lambda: bucket * self._memory_of_one(images, task))
-        except torch.OutOfMemoryError:
-            self._pause.begin()
         except Exception as error:  # of a capture; where the fault is not the capture's, launching raises it again
-            if toolchain.is_strict():
+            if toolchain.is_out_of_memory(error):
+                self._pause.begin()
+            elif toolchain.is_strict():
                 raise
-            told = self._bucket(images) is None  # the kernels themselves have failed, and a warning said so
-            self.cuda_graphs = False
-            if not told:
-                warnings.warn(f"clip_fast launches its kernels one by one from now on: {error}", stacklevel=3)
+            else:
+                told = self._bucket(images) is None  # the kernels themselves have failed, and a warning said so
+                self.cuda_graphs = False
+                if not told:
+                    warnings.warn(f"clip_fast launches its kernels one by one from now on: {error}", stacklevel=3)
         fast.graphs.release()
         return None
 

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from clip_fast.cli import warm
 from clip_fast.cli.main import main
-from clip_fast.encoder import ImageEncoder
+from clip_fast.engine.engine import Engine
 from clip_fast.kernels import ops
 
 
 def test_every_dtype_of_images(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     seen: list[torch.dtype] = []
+    run = Engine.run
+
+    def seen_by_the_engine(self: Engine, images: Tensor, *task: Any) -> Any:
+        seen.append(images.dtype)
+        return run(self, images, *task)
+
     monkeypatch.setattr(warm, "triton_can_run", lambda device: True)
-    monkeypatch.setattr(ImageEncoder, "encode_image", lambda self, images: seen.append(images.dtype))
+    monkeypatch.setattr(Engine, "run", seen_by_the_engine)
     resized: list[Tensor] = []
     resize = ops.resize
     monkeypatch.setattr(ops, "resize", lambda *operands: resized.append(resize(*operands)))
