@@ -21,8 +21,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 _ALIGNMENT = 16  # what Triton compiles for: bytes of an address, and a divisor of integers
 _AMD = torch.version.hip is not None
 
-_Compiled = dict[Hashable, tuple[Any, tuple[Any, ...]]]  # kernels, with the values of their constants
-_compiled: _Compiled = {}
+_compiled: dict[Hashable, tuple[Any, tuple[Any, ...]]] = {}  # kernels, with the values of their constants
+_alike: dict[Hashable, object] = {}  # a key of plans by all in them that a kernel may be compiled for
 
 
 def launch_kernel(kernel: Any, device: torch.device, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
@@ -33,40 +33,45 @@ def launch_kernel(kernel: Any, device: torch.device, grid: tuple[int, ...], *arg
         arguments: tensors, descriptors, numbers and None, in the order of the kernel's parameters.
         constants: its constexprs, which are its last parameters, and the compiler's options.
     """
-    key = (kernel.fn, device, *map(_kind, arguments), *constants.items())
-    _launch(_compiled, key, kernel, grid, arguments, constants)
+    _launch((kernel.fn, device, *map(_kind, arguments), *constants.items()), kernel, grid, arguments, constants)
 
 
 class Plan:
-    """Launches of a kernel on one device that differ in their tensors alone: the host looks at nothing else anew.
+    """Launches of a kernel that differ in their tensors alone: the host looks at nothing else anew.
 
     Args:
-        kernel, grid, constants: as of `launch_kernel`.
+        kernel, device, grid, constants: as of `launch_kernel`.
         numbers: the kernel's arguments between its tensors and its constexprs.
     """
 
-    def __init__(self, kernel: Any, grid: tuple[int, ...], numbers: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    def __init__(
+        self, kernel: Any, device: torch.device, grid: tuple[int, ...], numbers: tuple[Any, ...], **constants: Any
+    ) -> None:
         self._kernel, self._grid, self._numbers, self._constants = kernel, grid, numbers, constants
-        self._compiled: _Compiled = {}
+        compiled_for = (kernel.fn, device, *map(_kind, numbers), *constants.items())
+        self._key = _alike.setdefault(compiled_for, object())
 
     def launch(self, *tensors: Any) -> None:
-        """Launches the kernel. Its first arguments are `tensors`: tensors, descriptors and None."""
-        arguments = (*tensors, *self._numbers)
-        _launch(self._compiled, tuple(map(_kind, tensors)), self._kernel, self._grid, arguments, self._constants)
+        """Launches the kernel on the plan's device, the current one.
+
+        Args:
+            tensors: its first arguments: tensors, descriptors and None.
+        """
+        key = (self._key, *map(_kind, tensors))
+        _launch(key, self._kernel, self._grid, (*tensors, *self._numbers), self._constants)
 
 
 def _launch(
-    known: _Compiled, key: Hashable, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...],
-    constants: dict[str, Any],
-) -> None:  # fmt: skip
-    found = known.get(key)
-    if found is not None and "run" not in vars(kernel):  # with a `run` of its own it is only compiled: see `dispatch`
-        compiled, values = found
+    key: Hashable, kernel: Any, grid: tuple[int, ...], arguments: tuple[Any, ...], constants: dict[str, Any]
+) -> None:
+    known = _compiled.get(key)
+    if known is not None and "run" not in vars(kernel):  # with a `run` of its own it is only compiled: see `dispatch`
+        compiled, values = known
         compiled[(*grid, 1, 1)[:3]](*arguments, *values)
         return
     compiled = kernel[grid](*arguments, **constants)
     if hasattr(type(compiled), "__getitem__") and "run" not in vars(kernel):
-        known[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
+        _compiled[key] = compiled, tuple(constants[name] for name in kernel.arg_names[len(arguments) :])
 
 
 def _kind(argument: Any) -> Hashable:

@@ -9,6 +9,7 @@ rounding.
 from __future__ import annotations
 
 import importlib
+import itertools
 import threading
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -191,7 +192,7 @@ def _module(name: str) -> Any:
 
 # --- compiling ahead -------------------------------------------------------------------------------------------------
 
-_compiling = threading.Lock()  # of the process: kernels are compiled ahead for one caller at a time
+_compiling = threading.Lock()  # of the process: held by the caller whose kernels are compiled ahead
 
 
 class _Compilers(ThreadPoolExecutor):
@@ -206,7 +207,7 @@ class _Compilers(ThreadPoolExecutor):
         return self.begun[-1]
 
 
-def compile_ahead(run: Callable[[], object], say: Callable[[int], None]) -> None:
+def compile_ahead(run: Callable[[], object], say: Callable[[int], None]) -> bool:
     """Compiles and loads all kernels of the ops that `run` calls, side by side; other threads go on launching theirs.
 
     Each is compiled for any number of rows. Nothing is launched by `run`: the results of its ops have no values.
@@ -214,11 +215,19 @@ def compile_ahead(run: Callable[[], object], say: Callable[[int], None]) -> None
     Args:
         say: called with the number of kernels, if compiling them takes longer than a second.
 
+    Returns:
+        Whether they are compiled: another caller's kernels are not waited for.
+
     Raises:
         Exception: any error of Triton's, or of the toolchain that it calls.
     """
-    with _compiling:
+    if not _compiling.acquire(blocking=False):
+        return False
+    try:
         copy_context().run(_compile_ahead, run, say)  # Triton 3.6 leaves its mode on after an error
+    finally:
+        _compiling.release()
+    return True
 
 
 def _compile_ahead(run: Callable[[], object], say: Callable[[int], None]) -> None:
@@ -226,22 +235,24 @@ def _compile_ahead(run: Callable[[], object], say: Callable[[int], None]) -> Non
     from triton.runtime.jit import JITFunction
 
     _every_launch.set(True)
-    values = (value for name in _launching for value in vars(_module(name)).values())
-    kernels = {id(value): value for value in values if isinstance(value, JITFunction)}  # helpers stand in several
-    with ExitStack() as locked:
-        with _Compilers() as compilers, ExitStack() as changed, AsyncCompileMode(compilers):
-            for kernel in kernels.values():
-                kernel.run = _compiling_run(kernel)
-                changed.callback(vars(kernel).pop, "run", None)
-            run()
-            if wait(compilers.begun, timeout=1).not_done:
-                say(len(compilers.begun))
-            wait(compilers.begun)
-            # Triton's mode ends with the locks held: no launch may wait for a kernel while it is entered as compiled.
-            for lock in _launching.values():
-                locked.enter_context(lock)
-        for kernel in kernels.values():
-            _load(kernel)
+    kernels = {
+        name: [each for each in vars(_module(name)).values() if isinstance(each, JITFunction)] for name in _launching
+    }
+    with ExitStack() as locked, _Compilers() as compilers, ExitStack() as changed, AsyncCompileMode(compilers):
+        for kernel in itertools.chain(*kernels.values()):
+            kernel.run = _compiling_run(kernel)
+            changed.callback(vars(kernel).pop, "run", None)
+        run()
+        if wait(compilers.begun, timeout=1).not_done:
+            say(len(compilers.begun))
+        wait(compilers.begun)
+        # Triton's mode ends with the locks held: no launch may wait for a kernel while it is entered as compiled.
+        for lock in _launching.values():
+            locked.enter_context(lock)
+    for name, lock in _launching.items():
+        with lock:  # no launch may find a kernel half loaded
+            for kernel in kernels[name]:
+                _load(kernel)
 
 
 def _load(kernel: Any) -> None:

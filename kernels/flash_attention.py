@@ -168,6 +168,7 @@ def _attend(
     inside_n = n < end
     k, v = _load_keys_and_values(k_ptr, v_ptr, n, inside_n, row_stride, 0, MASKED, D, BLOCK_D)
     score = tl.dot(q, k, input_precision=PRECISION)
+    v_tail = v
     if TAIL > 0:
         k_tail, v_tail = _load_keys_and_values(k_ptr, v_ptr, n, inside_n, row_stride, BLOCK_D, MASKED, D, TAIL)
         score = add_product(q_tail, k_tail, score, PRECISION)
@@ -177,9 +178,9 @@ def _attend(
         p, rescale, m, l = online_softmax_update(score * scale, 1.0, m, l)  # noqa: E741
     else:
         p, rescale, m, l = online_softmax_update(score, scale, m, l)  # noqa: E741
+    p = p.to(v.dtype)
     # Before the first tile nothing was summed. The compiler must not take zeros times `rescale` for a sum: equal values
     # in an accumulator's registers are copied between wgmma's fence and wgmma, where nothing may write to them.
-    p = p.to(v.dtype)
     acc = tl.zeros_like(acc) if FIRST else acc * rescale[:, None]
     acc = add_product(p, v, acc, PRECISION)
     if TAIL > 0:

@@ -265,7 +265,7 @@ def linear(
 _Tile = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]  # shape and strides of rows, and of a tile its shape
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=4096)
 def _plan(
     device: torch.device, target_name: str, multiprocessors: int, launches: tuple[Launch, ...], dtype: torch.dtype,
     precision: str, named: bool, aligned: bool, m: int, n: int, k: int, x_stride: int, x_steps: int,
@@ -275,7 +275,7 @@ def _plan(
     """The plan of a launch, and the tiles by which descriptors take x, weight, y and the residual, if they do.
 
     Both follow from the arguments, of which a tower has a few for each size of batch. Made anew for every launch they
-    would take the host half as long as the rest of it.
+    would take the host as long as the rest of it.
     """
     target = TARGETS[target_name]
     launch = fitting(launches, m, n, multiprocessors)
@@ -290,7 +290,12 @@ def _plan(
     shapes = (m, k), (n, k), (m, n), (m, n)
     blocks = (block_m, block_k), (block_n, block_k), (block_m, block_n // parts), (block_m, block_n // reads)
     tiles = tuple((shape, (stride, 1), block) for shape, stride, block in zip(shapes, strides, blocks, strict=True))
-    constants = dict(
+    numbers = m, n, k, x_stride, x_steps, residual_stride, eps
+    plan = Plan(
+        _linear_kernel,
+        device,
+        (_programs(launch, m, n, multiprocessors),),
+        numbers,
         NORM=norm,
         SCALE=scale,
         BIAS=bias,
@@ -317,9 +322,7 @@ def _plan(
         **launch.options,
         **dependent_launch(device),
     )
-    grid = (_programs(launch, m, n, multiprocessors),)
-    numbers = m, n, k, x_stride, x_steps, residual_stride, eps
-    return Plan(_linear_kernel, grid, numbers, constants), tiles if descriptors else None
+    return plan, tiles if descriptors else None
 
 
 def _programs(launch: Launch, m: int, n: int, multiprocessors: int) -> int:

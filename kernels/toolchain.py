@@ -118,7 +118,7 @@ def gives_way(device: torch.device, error: Exception) -> bool:
         return False
     if isinstance(error, OSError) and error.errno in _PASSING:
         return False
-    if isinstance(error, RuntimeError) and "out of memory" in str(error):
+    if is_out_of_memory(error):
         raise torch.OutOfMemoryError(str(error)) from error
     if is_strict() or "captur" in str(error) or not _works(device):
         return False
@@ -126,6 +126,12 @@ def gives_way(device: torch.device, error: Exception) -> bool:
         _failed.setdefault(_numbered(device), _line(error))
     tell(device)
     return True
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU's memory did not suffice, whoever says so: PyTorch's allocator, Triton, or CUDA itself."""
+    called_so = isinstance(error, RuntimeError) and "out of memory" in str(error)
+    return called_so or isinstance(error, torch.OutOfMemoryError)
 
 
 def is_strict() -> bool:

@@ -26,6 +26,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -80,7 +81,7 @@ _LAUNCH_HEADER = [
         f"{name} (calculated)"
         for name in (
             "times", "tiles", "waves", "tensor, µs", "main loop, µs", "epilogue, µs", "memory, µs", "all, µs",
-            "instructions of a step", "and once", "barriers once", "registers", "blocks a multiprocessor",
+            "host, µs", "instructions of a step", "and once", "barriers once", "registers", "blocks a multiprocessor",
         )
     ),
 ]  # fmt: skip
@@ -88,7 +89,7 @@ _LAUNCH_HEADER = [
 
 def _launch_line(p: Predicted) -> list[str]:
     time, code_ = p.time, p.kernel.code
-    seconds = (time.tensor, time.loop, time.epilogue, time.memory, time.device)
+    seconds = (time.tensor, time.loop, time.epilogue, time.memory, time.device, time.host)
     return [
         p.launch.label, str(p.count), str(p.launch.work.tiles), f"{time.waves:.2f}",
         *(f"{value * 1e6:.4g}" for value in seconds), str(code_.step.instructions), str(code_.once.instructions),
@@ -117,7 +118,7 @@ def measured_on(devices: Iterable[str], results: Path = RESULTS) -> dict[tuple[s
         document = json.loads(file.read_text())
         where = document["environment"]
         for name in devices:
-            if name not in where["device"]:
+            if not re.search(rf"\b{re.escape(name)}\b", where["device"]):
                 continue
             mark = "" if where.get("code") == fingerprint() else " (other code)"
             for row in document["rows"]:

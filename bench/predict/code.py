@@ -90,10 +90,10 @@ def read(sass: str) -> Code:
     # A loop that is more than its step goes on to the next tile. Blocks of a few instructions spin on a barrier.
     walks = sum(len(blocks[i]) for i in around - step) > sum(len(blocks[i]) for i in step)
     rest = sorted((around if walks else reachable) - step)
-    pass_, once = ([line for i in part for line in blocks[i]] for part in (sorted(step), rest))
+    looped, once = ([line for i in part for line in blocks[i]] for part in (sorted(step), rest))
     counts = _count(once)
-    wavefronts = counts.wavefronts - _asked_ahead(pass_, once)
-    return Code(_count(pass_), replace(counts, wavefronts=wavefronts, covered_loads=_covered(once)))
+    wavefronts = counts.wavefronts - _asked_ahead(looped, once)
+    return Code(_count(looped), replace(counts, wavefronts=wavefronts, covered_loads=_covered(once)))
 
 
 def _unrolled(lines: Sequence[Line]) -> Code:
@@ -127,9 +127,10 @@ def _covered(once: Sequence[Line]) -> int:
 
 
 def _asked_ahead(step: Sequence[Line], once: Sequence[Line]) -> int:
-    """Wavefronts of the asynchronous copies before the loop that are whole steps of it."""
-    in_step, before = (sum(_wavefronts(line) for line in part if line.kind == "LDGSTS") for part in (step, once))
-    return before - before % in_step if in_step else 0
+    """Wavefronts of the asynchronous copies that stand before the loop, as far as they are whole steps of it."""
+    before = (line for line in once if line.address < step[0].address)
+    in_step, ahead = (sum(_wavefronts(line) for line in part if line.kind == "LDGSTS") for part in (step, before))
+    return ahead - ahead % in_step if in_step else 0
 
 
 def _line(found: tuple[str, str, str, str]) -> Line:

@@ -109,6 +109,29 @@ def test_the_first_call_has_what_tells_most_and_the_next_goes_on(tmp_path: Path)
     assert "done already" not in said
 
 
+def test_what_ends_in_time_is_done(tmp_path: Path) -> None:
+    """Only a benchmark that has --minutes ends by itself because they are over."""
+    fake = tmp_path / "python"
+    fake.write_text(
+        FAKE.replace("    *bench.roofline", '    "-m bench.e"*" --json "*) sleep 3 ;;\n    *bench.roofline')
+    )
+    fake.chmod(0o755)
+    script = (
+        SCRIPT.read_text()
+        .replace("limit - 25", "limit - 58")
+        .replace('cd "$(dirname "$0")/.."', f"cd {SCRIPT.parents[1]}")
+    )
+    (tmp_path / "gpu.sh").write_text(script)
+    stages = ("--stage", "epilogue", "--stage", "first")
+    environment = os.environ | {"PYTHON": str(fake), "CODE": "one"}
+    done = subprocess.run(
+        ["bash", tmp_path / "gpu.sh", "--minutes", "1", "--output", tmp_path / "out", *stages],
+        capture_output=True, text=True, env=environment, timeout=120,
+    )  # fmt: skip
+    assert "== epilogue done" in done.stdout
+    assert "== first cut" in done.stdout
+
+
 def test_tests_that_have_passed_are_not_run_again(tmp_path: Path) -> None:
     fake, output = tmp_path / "python", tmp_path / "out"
     kept = FAKE.replace('"-m pytest "*)', '"-m pytest "*) for last; do :; done; cat "${last#@}" >"$0.deselected";')

@@ -111,6 +111,9 @@ def test_copies_of_a_loops_first_steps_are_not_counted_before_it_too() -> None:
         copy, copy + copy.replace("0010", "0014") + copy.replace("0010", "0018").replace("128", "64")
     )
     assert code.read(ahead).once == Counts(instructions=6, wavefronts=4 + 2)
+    # One behind the loop is the epilogue's.
+    behind = pipelined.replace("        /*0060*/", copy.replace("0010", "0058") + "        /*0060*/")
+    assert code.read(behind).once == Counts(instructions=5, wavefronts=8)
     # Without a loop every copy is made.
     unrolled = pipelined.replace("@P1 BRA 0x20", "NOP")
     assert code.read(unrolled).once.wavefronts == 4 + 4 + 4 + 4  # LDSM's, too
@@ -384,6 +387,10 @@ def test_what_a_gpu_measured_stands_beside(tmp_path: Path) -> None:
     result = {"environment": {"device": "NVIDIA H200", "code": "another"}, "rows": rows}
     (tmp_path / "some" / "end_to_end.json").write_text(json.dumps(result))
     key = ("H200", "ViT-L/14", 256, "bf16")
+    assert command.measured_on(["H200", "A100"], tmp_path) == {key: "51,234 (other code)"}
+    result["environment"]["device"] = "NVIDIA GH200 480GB"
+    (tmp_path / "another").mkdir()
+    (tmp_path / "another" / "end_to_end.json").write_text(json.dumps(result | {"rows": [rows[0] | {"batch": 9}]}))
     assert command.measured_on(["H200", "A100"], tmp_path) == {key: "51,234 (other code)"}
     assert "img/s (measured)" in command.markdown([predicted()], command.measured_on(["H200"], tmp_path))
     assert "(measured)" not in command.markdown([predicted()], {})

@@ -339,7 +339,10 @@ def test_where_no_graph_can_be_captured_kernels_are_launched(bucketed: None, mon
     assert len(released) == 1
 
 
-def test_one_out_of_memory_does_not_end_them_for_good(bucketed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), RuntimeError("CUDA error: out of memory")])
+def test_one_out_of_memory_does_not_end_them_for_good(
+    error: Exception, bucketed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing is said, the memory is given back, and after a pause graphs are captured again."""
     full, asked, released = True, 0, 0
 
@@ -347,7 +350,7 @@ def test_one_out_of_memory_does_not_end_them_for_good(bucketed: None, monkeypatc
         nonlocal asked
         asked += 1
         if full:
-            raise torch.OutOfMemoryError
+            raise error
         return self._run(images, task)
 
     def release(self: Graphs) -> None:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -352,9 +354,10 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     gpu(monkeypatch)
     seen: list[tuple[int, ...]] = []
 
-    def compile_ahead(run: Callable[[], object], say: Callable[[int], None]) -> None:
+    def compile_ahead(run: Callable[[], object], say: Callable[[int], None]) -> bool:
         run()
         say(11)
+        return True
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -380,6 +383,47 @@ def test_kernels_are_compiled_once_and_it_is_said(
     assert compilations == [(1, 3, 2, 2)] * 3
     said = [record.getMessage() for record in caplog.records if record.name == "clip_fast"]
     assert said == ["compiling 11 kernels for NVIDIA H200, once: Triton keeps them"] * 3
+
+
+def test_only_models_of_the_same_kernels_wait(
+    compilations: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of other kernels goes on at once, and compiles ahead the next time."""
+    said = dispatch.compile_ahead
+    compiling, go_on = threading.Event(), threading.Event()
+    busy = threading.Lock()
+
+    def compile_ahead(run: Callable[[], object], say: Callable[[int], None]) -> bool:
+        if not busy.acquire(blocking=False):
+            return False
+        try:
+            return said(run, say)
+        finally:
+            busy.release()
+
+    def slow(images: Tensor) -> None:
+        compilations.append(tuple(images.shape))
+        compiling.set()
+        assert go_on.wait(30)
+
+    def quick(images: Tensor) -> None:
+        compilations.append(tuple(images.shape))
+
+    monkeypatch.setattr(dispatch, "compile_ahead", compile_ahead)
+    images = images_on_gpu(4, 3, 2, 2)
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(ahead.compile_kernels, slow, images, "one")
+        assert compiling.wait(30)
+        second = threads.submit(ahead.compile_kernels, slow, images, "one")
+        ahead.compile_kernels(quick, images, "another")
+        assert len(compilations) == 1
+        assert not second.done()
+        go_on.set()
+        first.result(30)
+        second.result(30)
+    assert len(compilations) == 1
+    ahead.compile_kernels(quick, images, "another")
+    assert len(compilations) == 2
 
 
 def test_a_compilation_that_fails_ends_as_a_launch_that_fails(

@@ -62,7 +62,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     from clip_fast.kernels import direct
 
-    def bound(known: Any, key: Any, kernel: Any, grid: Any, arguments: Any, constants: Any) -> None:
+    def bound(key: Any, kernel: Any, grid: Any, arguments: Any, constants: Any) -> None:
         kernel[grid](*arguments, **constants)
 
     monkeypatch.setattr(direct, "_launch", bound)  # no launch passes Triton's binder over

@@ -92,7 +92,7 @@ def check(jit, grid, arguments, **constants):
         tensors, numbers = arguments[:2], arguments[2:]
         settled = jit, grid, numbers, tuple(constants.items())
         if settled not in plans:
-            plans[settled] = direct.Plan(jit, grid, numbers, constants)
+            plans[settled] = direct.Plan(jit, torch.device("cpu"), grid, numbers, **constants)
         plans[settled].launch(*tensors)
     (compiled, size, given), = launched
     assert tuple(size) == (*grid, 1, 1)[:3]
@@ -138,6 +138,16 @@ for name, x, n in (("aligned", aligned, 32), ("not aligned", ends, 32), ("one", 
     assert not bound
     chosen[name] = launched[0][0]
 assert len(set(chosen.values())) == 4, chosen
+
+# Plans that differ in numbers for which nothing is compiled share a kernel.
+for n in (48, 80):
+    bound.clear()
+    plan = direct.Plan(kernel, torch.device("cpu"), (1,), (n, 64, 1.0), N=16, WIDE=False)
+    for _ in range(2):
+        launched.clear()
+        plan.launch(ends, ends)
+        assert launched[0][0] is kernel.run(ends, ends, n, 64, 1.0, grid=(1,), warmup=True, N=16, WIDE=False)
+    assert bound == [kernel] * (n == 48), bound
 
 # Where a kernel has a run of its own it is not launched past it, and nothing that it returns is kept.
 kept = len(direct._compiled)

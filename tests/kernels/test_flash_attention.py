@@ -10,10 +10,10 @@ from torch import Tensor
 from clip_fast.kernels import ops, oracles
 from clip_fast.kernels.dispatch import Impl
 
-# Tokens, heads, head_dim: ViT-B/32, B/16, L/14, L/14@336px; H, g and bigG; one token, around a tile, a prime.
+# Tokens, heads, head_dim: ViT-B/32, B/16, L/14, L/14@336px; H, g, bigG and SO400M; one token, around a tile, a prime.
 SHAPES = (
     (50, 2, 64), (197, 1, 64), (257, 1, 64), (577, 1, 64), (257, 1, 80), (50, 2, 88), (197, 1, 104),
-    (1, 2, 64), (2, 3, 80), (63, 1, 64), (64, 1, 64), (65, 1, 64), (66, 1, 104), (129, 1, 64), (67, 3, 40), (33, 1, 8),
+    (200, 2, 72), (70, 2, 96), (70, 2, 66), (1, 2, 64), (2, 3, 80), (63, 1, 64), (64, 1, 64), (65, 1, 64), (66, 1, 104), (129, 1, 64), (67, 3, 40), (33, 1, 8),
     (31, 2, 128),
 )  # fmt: skip
 
@@ -95,10 +95,13 @@ def test_an_image_does_not_depend_on_its_batch(tokens: int, dtype: torch.dtype) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("head_dim", [64, 80])
+@pytest.mark.parametrize("head_dim", [64, 72, 104])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_stays_in_its_image_and_head(bad: float, head_dim: int, dtype: torch.dtype, guards: Guards) -> None:
-    """A head of 80 is padded to 128 lanes. The added lanes lie in the next head, and its values must not enter."""
+    """A head of 72 is padded to 80 or 96 lanes, one of 104 to 128.
+
+    The added lanes lie in the next head, and its values must not enter.
+    """
     qkv = random_qkv(3, 70, 2, head_dim, dtype)
     clean = ops.flash_attention(qkv, 0.125, impl="triton").unflatten(-1, (2, head_dim))
     qkv[1, 69, :, 1, 5] = bad

@@ -368,14 +368,18 @@ def test_activations_over_their_whole_range(activation: str, dtype: torch.dtype,
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("deviation", [0.5, 1.0, 2.0, 4.0])
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu", "gelu_tanh"])
 def test_special_functions_at_their_worst(
-    activation: str, dtype: torch.dtype, deviation: float, sign: float, monkeypatch: pytest.MonkeyPatch
+    activation: str, norm: bool, dtype: torch.dtype, deviation: float, sign: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By NVIDIA's instructions, each off by all that PTX allows it, everywhere to the same side."""
+    """By NVIDIA's instructions, each off by all that PTX allows it, everywhere to the same side.
+
+    With a LayerNorm, bfloat16 is given half its argument.
+    """
     monkeypatch.setattr(linear, "by_name", lambda target: True)
     monkeypatch.setattr(interpreter, "SIGN_OF_ERROR", sign)
-    operands = Operands(64, 256, 64, dtype, bias=True, activation=activation)
+    operands = Operands(64, 256, 64, dtype, norm=norm, bias=True, activation=activation)
     operands.weight *= deviation
     operands.bias *= 0.1  # type: ignore[operator]
     y, _ = operands.run()
