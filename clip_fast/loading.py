@@ -27,7 +27,8 @@ def default_device() -> torch.device:
     """A GPU where PyTorch can use one. Warns where there is one that it cannot use."""
     if torch.cuda.is_available():
         return torch.device("cuda")
-    hidden = any(os.environ.get(f"{vendor}_VISIBLE_DEVICES", "0") in ("", "-1") for vendor in ("CUDA", "HIP", "ROCR"))
+    variables = ("CUDA", "HIP", "ROCR") if torch.version.hip else ("CUDA",)
+    hidden = any(os.environ.get(f"{name}_VISIBLE_DEVICES", "0") in ("", "-1") for name in variables)
     if _gpu_is_there() and not hidden:
         try:
             torch.cuda.init()

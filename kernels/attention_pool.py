@@ -108,7 +108,7 @@ def _linear_launch(weight: Tensor, precision: str) -> tuple[int, int]:
 
 
 def _warps_of_128_lanes(target: Target) -> int:
-    return 128 // target.lanes
+    return 4 if target.capability is not None else 2  # AMD's warps have 64 lanes
 
 
 @triton.jit(do_not_specialize=["B"])

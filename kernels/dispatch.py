@@ -192,7 +192,7 @@ def _module(name: str) -> Any:
 
 # --- compiling ahead -------------------------------------------------------------------------------------------------
 
-_compiling = threading.Lock()  # of the process: held by the caller whose kernels are compiled ahead
+_compiling = threading.Lock()  # of the process: kernels are compiled ahead for one caller at a time
 
 
 class _Compilers(ThreadPoolExecutor):
@@ -207,7 +207,7 @@ class _Compilers(ThreadPoolExecutor):
         return self.begun[-1]
 
 
-def compile_ahead(run: Callable[[], object], say: Callable[[int], None]) -> bool:
+def compile_ahead(run: Callable[[], object], say: Callable[[int], None]) -> None:
     """Compiles and loads all kernels of the ops that `run` calls, side by side; other threads go on launching theirs.
 
     Each is compiled for any number of rows. Nothing is launched by `run`: the results of its ops have no values.
@@ -215,19 +215,11 @@ def compile_ahead(run: Callable[[], object], say: Callable[[int], None]) -> bool
     Args:
         say: called with the number of kernels, if compiling them takes longer than a second.
 
-    Returns:
-        Whether they are compiled: another caller's kernels are not waited for.
-
     Raises:
         Exception: any error of Triton's, or of the toolchain that it calls.
     """
-    if not _compiling.acquire(blocking=False):
-        return False
-    try:
+    with _compiling:
         copy_context().run(_compile_ahead, run, say)  # Triton 3.6 leaves its mode on after an error
-    finally:
-        _compiling.release()
-    return True
 
 
 def _compile_ahead(run: Callable[[], object], say: Callable[[int], None]) -> None:

@@ -16,8 +16,8 @@ float32 the class token comes first, and the last tile is ragged where G is no w
               ^   whole tiles of keys, no mask
               16 keys wide, of which one counts
 
-A head of 72, 80 or 88 columns is two parts of 64 and of 16 or 32, each with products of its own: padded to a power of
-two it would have 128.
+Heads are padded to a power of two. Those of 65 to 96 columns are two parts on NVIDIA's GPUs, of 64 columns and of 16 or
+32, each with products of its own: padded they would have 128.
 
 Exponentials are powers of two. A row's maximum is multiplied by scale · log2 e; the scores themselves are, too, in the
 multiply-add that takes the maximum off. Per image and head 4 · N² · D operations are done, 3 · N · D elements read and
@@ -127,7 +127,7 @@ def _flash_attention_kernel(
 @triton.jit
 def _load_columns(rows, first, D: tl.constexpr, WIDTH: tl.constexpr):
     """Columns `first` to `first` + WIDTH of a head's rows, pointers (M, 1) or one; zero from column D on."""
-    # The compiler sees that all are inside where D is WIDTH, and leaves the masks out.
+    # The compiler sees that all are inside where D is `first` + WIDTH or more, and leaves the masks out.
     columns = first + tl.arange(0, WIDTH)[None, :]
     return tl.load(rows + columns, mask=columns < D, other=0.0)
 
@@ -230,15 +230,16 @@ def flash_attention(qkv: Tensor, scale: float, precision: str) -> Tensor:
 def _parts(head_dim: int, dtype: torch.dtype, target: Target, precision: str) -> tuple[Launch, int, int]:
     """The launch for a head of so many columns, and the kernel's BLOCK_D and TAIL.
 
-    A tail is as wide as each thread of the launch needs it to load 16 bytes of its keys at a time.
+    A tail is as wide as each thread of the launch needs it to load 16 bytes of its keys at a time. On AMD's GPUs
+    there is none, since nothing tells whether it would pay.
     """
     padded = max(_MIN_COLUMNS, next_power_of_2(head_dim))
     (launch,) = TABLE.launches_for("flash_attention_64", dtype, target, precision)
     if padded <= _HEAD_DIM:
         return launch, padded, 0
-    loaded = launch.num_warps * target.lanes * _LOAD // (launch.block_n * dtype.itemsize)
+    loaded = launch.num_warps * 32 * _LOAD // (launch.block_n * dtype.itemsize)
     tail = max(_MIN_COLUMNS, loaded, next_power_of_2(head_dim - _HEAD_DIM))
-    if _HEAD_DIM + tail < padded:
+    if target.capability is not None and _HEAD_DIM + tail < padded:
         return launch, _HEAD_DIM, tail
     (launch,) = TABLE.launches_for("flash_attention_128", dtype, target, precision)
     return launch, padded, 0

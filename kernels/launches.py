@@ -11,11 +11,11 @@ reads least of shared memory; only the flat tile for middling rows has two block
 Several launches stand only where the emulator has shown that they have the same bits. It does not know AMD and sm_100.
 In TF32 it found that the row statistics that a tile of 64 × 64 leaves are not those of 128 × 128.
 
-"half" stands for float16 and bfloat16, "tf32" for float32 on tensor cores; "flash_attention_64" is for head sizes up to
-64, "flash_attention_128" for those up to 128. Attention in TF32 has one stage where wgmma wants transposed values:
-copies of 4 bytes cannot be pipelined there. Exact float32 has short steps: its error grows with them. On sm_90 four
-blocks of attention share the registers of a multiprocessor: 128 for each thread, which is what ptxas needs at least to
-hold queries there.
+"half" stands for float16 and bfloat16, "tf32" for float32 on tensor cores. "flash_attention_64" is for heads of up to
+64 columns and for those of two parts, "flash_attention_128" for all others, see `flash_attention._parts`. Attention in
+TF32 has one stage where wgmma wants transposed values: copies of 4 bytes cannot be pipelined there. Exact float32 has
+short steps: its error grows with them. On sm_90 four blocks of attention share the registers of a multiprocessor where
+they hold queries: 128 for each thread, which is what ptxas needs at least.
 """
 
 from __future__ import annotations

@@ -57,11 +57,6 @@ class Target:
     dependent_launch: bool = False
     dense_below: int = 0
 
-    @property
-    def lanes(self) -> int:
-        """Of a warp."""
-        return 64 if self.capability is None else 32
-
     def room(self, blocks: int) -> int:
         """The bytes of shared memory that each of `blocks` on one multiprocessor may have."""
         if self.resident is None:

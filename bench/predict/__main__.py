@@ -118,7 +118,7 @@ def measured_on(devices: Iterable[str], results: Path = RESULTS) -> dict[tuple[s
         document = json.loads(file.read_text())
         where = document["environment"]
         for name in devices:
-            if not re.search(rf"\b{re.escape(name)}\b", where["device"]):
+            if not re.search(rf"\b{re.escape(name)}\b(?! (?:D|Laptop)\b)", where["device"]):
                 continue
             mark = "" if where.get("code") == fingerprint() else " (other code)"
             for row in document["rows"]:

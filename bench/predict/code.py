@@ -6,8 +6,8 @@ programs walk over tiles has a loop around it, or both in one loop; the rest of 
 the rest is all that is no step. A loop of few steps may be unrolled whole. Its matrix instructions are then in no loop,
 and the code from the first of them to the last is one step that does all.
 
-A pipeline's first loads stand before its loop, whose last passes then load nothing. What the loop copies is counted in
-every pass, and so not once more before it.
+A pipeline's first loads stand before its loop, whose last passes then load nothing. The wavefronts of what the loop
+copies are counted in every pass, and so not once more before it.
 
 A listing has no trip counts and no bank conflicts. Conflicts of 16-bit stores are taken from `tests.emulator count`,
 which executes the same kernels: two wavefronts for each.

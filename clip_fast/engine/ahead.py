@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import defaultdict
 from collections.abc import Callable, Hashable
 
 import torch
@@ -15,7 +14,7 @@ from ..kernels import dispatch, ops, toolchain
 _log = logging.getLogger("clip_fast")
 _probed: set[torch.device] = set()
 _compiled: set[Hashable] = set()
-_waiting: defaultdict[Hashable, threading.Lock] = defaultdict(threading.Lock)  # by the kernels that are compiled
+_one_at_a_time = threading.Lock()  # a second model of the same kernels waits for the first, and finds them compiled
 
 
 def probe(device: torch.device) -> None:
@@ -43,30 +42,24 @@ def compile_kernels(run: Callable[[Tensor], object], images: Tensor, key: Hashab
     Triton would compile each at its first launch, one after another. A log line says what takes so long. A compilation
     that fails ends as a launch that fails, see `toolchain.py`.
 
-    A second model of the same kernels waits for the first, and finds them compiled. One of other kernels does not wait:
-    its kernels are launched, and those that are not compiled yet are, one after another.
-
     Args:
         key: of all that decides which kernels these are. It is compiled for once in a process.
     """
     device = images.device
-    kernels = (images.dtype, images.is_contiguous(), key)
-    key = (device, kernels)
+    key = (device, images.dtype, images.is_contiguous(), key)
     if not images.is_cuda or key in _compiled or not dispatch.triton_can_run(device):
         return
     if torch.cuda.is_current_stream_capturing():
         return
-    with _waiting[kernels]:
+    with _one_at_a_time:
         if key in _compiled:
             return
         try:
-            done = dispatch.compile_ahead(lambda: run(images[:1]), lambda number: _say(number, device))
+            dispatch.compile_ahead(lambda: run(images[:1]), lambda kernels: _say(kernels, device))
         except Exception as error:
             if not toolchain.gives_way(device, error):
                 raise
-            done = True  # none is launched there any more
-        if done:
-            _compiled.add(key)
+        _compiled.add(key)
 
 
 def _say(kernels: int, device: torch.device) -> None:

@@ -149,8 +149,8 @@ class Engine:
             try:
                 parts = [run(part) for part in torch.tensor_split(images, max(1, -(-len(images) // limit)))]
                 break
-            except torch.OutOfMemoryError:
-                if limit == 1:
+            except Exception as error:
+                if limit == 1 or not toolchain.is_out_of_memory(error):
                     raise
                 limit = -(-min(limit, len(images)) // 2)
         return tuple(column[0] if len(column) == 1 else torch.cat(column) for column in zip(*parts, strict=True))

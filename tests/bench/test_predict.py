@@ -13,11 +13,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import regressions
 from bench.models import MODELS
 from bench.predict import __main__ as command
-from bench.predict import code, rival, terms
+from bench.predict import code, launches, rival, terms
 from bench.predict.code import Code, Counts
 from bench.predict.devices import DEVICES, Device, Library
 from bench.predict.launches import Launch, Work
@@ -452,6 +453,13 @@ from bench.predict.launches import launches_of
 for launch in launches_of(MODELS["ViT-B/32"], 256, "bf16", DEVICES["H200"]):
     print(launch.job.kernel, launch.grid, launch.work.tiles, launch.work.steps, sep="\\t")
 """
+
+
+def test_a_head_of_two_parts_has_the_work_of_both() -> None:
+    qkv = torch.empty(1, dtype=torch.bfloat16, device="meta")
+    tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": 64, "TAIL": 16, "REST": 32, "TILES": True, "MASKED": False}
+    _, work = launches._flash_attention(tiles | {"N": 729, "qkv_ptr": qkv}, 12)
+    assert work == Work(tiles=12, steps=11, operations=4 * 64 * 64 * 80, copied=2 * 64 * 80 * 2)
 
 
 def test_launches_are_those_of_the_tower_with_the_devices_grid() -> None:

@@ -30,6 +30,8 @@ HAZARDS = (
     ("attention_pool", "ViT-B/32", "tf32", False),
     ("flash_attention", "N=257 H=1 D=64", "fp16", False),
     ("flash_attention", "N=257 H=1 D=64", "tf32", False),
+    ("flash_attention", "N=257 H=1 D=80", "fp16", False),
+    ("flash_attention", "N=257 H=1 D=80", "tf32", False),
 )
 
 

@@ -5,12 +5,11 @@ Triton's interpreter stands for a GPU: launches work until one of them is made t
 
 from __future__ import annotations
 
+import fnmatch
 import subprocess
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -317,25 +316,46 @@ def test_loading_probes(monkeypatch: pytest.MonkeyPatch) -> None:
         clip_fast.load("tiny-digits", "cpu")
 
 
-@pytest.mark.parametrize("visible", [None, "0", "", "-1"])
+@pytest.mark.parametrize(
+    ("variable", "visible", "hip", "hidden"),
+    [("CUDA", None, None, False), ("CUDA", "0", None, False), ("CUDA", "", None, True), ("CUDA", "-1", None, True),
+     ("HIP", "", None, False), ("HIP", "", "7.0", True), ("ROCR", "-1", "7.0", True), ("CUDA", "", "7.0", True)],
+)  # fmt: skip
 @pytest.mark.parametrize("there", [False, True])
-def test_a_gpu_that_pytorch_cannot_use(there: bool, visible: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_pytorch_cannot_use(
+    there: bool, variable: str, visible: str | None, hip: str | None, hidden: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def init() -> None:
         raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040).\nPlease update it.")
 
     monkeypatch.setattr(loading, "_gpu_is_there", lambda: there)
     monkeypatch.setattr(torch.cuda, "init", init)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    for each in ("CUDA", "HIP", "ROCR"):
+        monkeypatch.delenv(f"{each}_VISIBLE_DEVICES", raising=False)
     if visible is not None:
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        monkeypatch.setenv(f"{variable}_VISIBLE_DEVICES", visible)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         assert loading.default_device() == CPU
-    hidden = visible in ("", "-1")
     assert len(messages(said)) == (1 if there and not hidden else 0)
     for message in messages(said):
         assert "though this machine has a GPU: The NVIDIA driver on your system is too old" in message
         assert "Please update it" not in message
+
+
+@pytest.mark.parametrize(
+    ("file", "hip", "there"),
+    [("/dev/nvidia0", None, True), ("/dev/nvidia0", "7.0", False), ("/dev/kfd", "7.0", True), ("/dev/kfd", None, False),
+     ("/usr/lib/wsl/lib/libcuda.so.1", None, True), ("/dev/null", None, False)],
+)  # fmt: skip
+def test_a_gpu_is_there_where_its_driver_is(
+    file: str, hip: str | None, there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(loading.os.path, "exists", lambda path: path == file)
+    monkeypatch.setattr(loading.glob, "glob", lambda pattern: fnmatch.filter([file], pattern))
+    assert loading._gpu_is_there() == there
 
 
 # --- compiling ahead -------------------------------------------------------------------------------------------------
@@ -354,10 +374,9 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     gpu(monkeypatch)
     seen: list[tuple[int, ...]] = []
 
-    def compile_ahead(run: Callable[[], object], say: Callable[[int], None]) -> bool:
+    def compile_ahead(run: Callable[[], object], say: Callable[[int], None]) -> None:
         run()
         say(11)
-        return True
 
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -383,47 +402,6 @@ def test_kernels_are_compiled_once_and_it_is_said(
     assert compilations == [(1, 3, 2, 2)] * 3
     said = [record.getMessage() for record in caplog.records if record.name == "clip_fast"]
     assert said == ["compiling 11 kernels for NVIDIA H200, once: Triton keeps them"] * 3
-
-
-def test_only_models_of_the_same_kernels_wait(
-    compilations: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A model of other kernels goes on at once, and compiles ahead the next time."""
-    said = dispatch.compile_ahead
-    compiling, go_on = threading.Event(), threading.Event()
-    busy = threading.Lock()
-
-    def compile_ahead(run: Callable[[], object], say: Callable[[int], None]) -> bool:
-        if not busy.acquire(blocking=False):
-            return False
-        try:
-            return said(run, say)
-        finally:
-            busy.release()
-
-    def slow(images: Tensor) -> None:
-        compilations.append(tuple(images.shape))
-        compiling.set()
-        assert go_on.wait(30)
-
-    def quick(images: Tensor) -> None:
-        compilations.append(tuple(images.shape))
-
-    monkeypatch.setattr(dispatch, "compile_ahead", compile_ahead)
-    images = images_on_gpu(4, 3, 2, 2)
-    with ThreadPoolExecutor() as threads:
-        first = threads.submit(ahead.compile_kernels, slow, images, "one")
-        assert compiling.wait(30)
-        second = threads.submit(ahead.compile_kernels, slow, images, "one")
-        ahead.compile_kernels(quick, images, "another")
-        assert len(compilations) == 1
-        assert not second.done()
-        go_on.set()
-        first.result(30)
-        second.result(30)
-    assert len(compilations) == 1
-    ahead.compile_kernels(quick, images, "another")
-    assert len(compilations) == 2
 
 
 def test_a_compilation_that_fails_ends_as_a_launch_that_fails(

@@ -7,14 +7,16 @@ import torch
 from kernel_checks import DEVICE, DTYPES, Guards, assert_as_accurate, assert_same_bits
 from torch import Tensor
 
-from clip_fast.kernels import ops, oracles
+from clip_fast.kernels import flash_attention, ops, oracles
 from clip_fast.kernels.dispatch import Impl
+from clip_fast.kernels.launches import TABLE
+from clip_fast.kernels.targets import TARGETS
 
 # Tokens, heads, head_dim: ViT-B/32, B/16, L/14, L/14@336px; H, g, bigG and SO400M; one token, around a tile, a prime.
 SHAPES = (
     (50, 2, 64), (197, 1, 64), (257, 1, 64), (577, 1, 64), (257, 1, 80), (50, 2, 88), (197, 1, 104),
-    (200, 2, 72), (1, 2, 64), (2, 3, 80), (63, 1, 64), (64, 1, 64), (65, 1, 64), (66, 1, 104), (129, 1, 64),
-    (67, 3, 40), (33, 1, 8), (70, 2, 66), (70, 2, 96), (31, 2, 128),
+    (200, 2, 72), (1, 2, 72), (1, 2, 64), (2, 3, 80), (63, 1, 64), (64, 1, 64), (65, 1, 64), (66, 1, 104), (129, 1, 64),
+    (67, 3, 40), (33, 1, 8), (70, 2, 66), (33, 2, 65), (70, 2, 96), (64, 1, 97), (31, 2, 128),
 )  # fmt: skip
 
 
@@ -86,9 +88,9 @@ def test_hostile_inputs(hostility: str, dtype: torch.dtype, guards: Guards) -> N
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [50, 65])
-def test_an_image_does_not_depend_on_its_batch(tokens: int, dtype: torch.dtype) -> None:
-    qkv = random_qkv(5, tokens, 2, 64, dtype)
+@pytest.mark.parametrize(("tokens", "head_dim"), [(50, 64), (65, 64), (65, 72)])
+def test_an_image_does_not_depend_on_its_batch(tokens: int, head_dim: int, dtype: torch.dtype) -> None:
+    qkv = random_qkv(5, tokens, 2, head_dim, dtype)
     whole = ops.flash_attention(qkv, 0.125, impl="triton")
     for images in (slice(0, 1), slice(3, 4), slice(2, 5), torch.tensor([4, 0, 2], device=DEVICE)):
         assert_same_bits(ops.flash_attention(qkv[images].contiguous(), 0.125, impl="triton"), whole[images])
@@ -109,6 +111,26 @@ def test_nan_stays_in_its_image_and_head(bad: float, head_dim: int, dtype: torch
     assert_same_bits(out[[0, 2]], clean[[0, 2]])
     assert_same_bits(out[1, :, 0], clean[1, :, 0])
     assert not out[1, :, 1].isfinite().all()
+
+
+HALF, FLOAT = torch.float16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "arch", "wanted"),
+    [(40, HALF, "sm_90", (64, 0)), (64, HALF, "sm_90", (64, 0)), (65, HALF, "sm_90", (64, 16)),
+     (80, HALF, "sm_90", (64, 16)), (81, HALF, "sm_90", (64, 32)), (96, HALF, "sm_90", (64, 32)),
+     (97, HALF, "sm_90", (128, 0)), (72, HALF, "sm_80", (64, 16)), (72, FLOAT, "sm_80", (64, 32)),
+     (72, HALF, "gfx942", (128, 0)), (72, FLOAT, "gfx942", (128, 0))],
+)  # fmt: skip
+def test_the_parts_of_a_head(head_dim: int, dtype: torch.dtype, arch: str, wanted: tuple[int, int]) -> None:
+    target = TARGETS[arch]
+    launch, *columns = flash_attention._parts(head_dim, dtype, target, "ieee")
+    assert tuple(columns) == wanted
+    entry = f"flash_attention_{wanted[0]}"
+    assert TABLE.launches_for(entry, dtype, target, "ieee") == (launch,)
+    if wanted[1]:  # 16 bytes for each thread
+        assert wanted[1] * dtype.itemsize * launch.block_n >= 16 * 32 * launch.num_warps
 
 
 def test_strides_of_any_kind_and_no_images(guards: Guards) -> None:
@@ -139,7 +161,7 @@ def test_what_no_kernel_serves(head_dim: int, dtype: torch.dtype, launches: list
     assert launches == []
 
 
-@pytest.mark.parametrize("head_dim", [64, 40])
+@pytest.mark.parametrize("head_dim", [64, 40, 72])
 def test_opcheck(head_dim: int, launches: list[str]) -> None:
     qkv = random_qkv(2, 20, 2, head_dim, torch.float32)
     torch.library.opcheck(torch.ops.clip_fast.flash_attention.default, (qkv, 0.125, "ieee"))
