@@ -96,7 +96,7 @@ class Clip(ImageEncoder):
         """
         if not isinstance(text, Tensor | torch.fx.Proxy):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
-                f"text must be a tensor of tokens, got {type(text).__name__}: clip_fast.tokenize(texts) makes one"
+                f"text must be a tensor of tokens, got {type(text).__name__}: model.tokenize(texts) makes one"
             )
         return encode_text(self, text.to(self.device), self._text_config).to(self.dtype)
 

@@ -30,6 +30,8 @@ def classify(
         texts = model.encode_text(tokenize([f"a photo of a {label}" for label in labels]).to(device))
         images = model.encode_image(torch.stack([preprocess(picture) for picture in pictures]).to(device))
         logits = model.logit_scale.exp() * F.normalize(images, dim=-1) @ F.normalize(texts, dim=-1).T
+        if getattr(model, "logit_bias", None) is not None:  # a SigLIP says of each pair by itself how probable it is
+            return (logits + model.logit_bias).sigmoid()
     return logits.softmax(dim=-1)
 
 

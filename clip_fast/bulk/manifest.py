@@ -15,6 +15,7 @@ from PIL import features
 
 from ..encoder import ImageEncoder
 from ..extras import pyarrow
+from ..inputs.finder import without_braces
 from ..kernels.dispatch import triton_can_run
 from ..version import __version__
 from .atomic import new_file
@@ -59,18 +60,24 @@ def write_manifest(path: Path, manifest: dict[str, Any]) -> None:
 
 
 def compare(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    """Refuses to resume a run that had other settings. More inputs may follow those that it had.
+    """Refuses to resume a run that had other settings. More inputs may follow those that it had, and a model with the
+    same weights may have another name.
 
     Raises:
         ValueError: names each setting that differs, with both values.
     """
     names = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
-    earlier, inputs = before.get("inputs"), now.get("inputs")
-    if earlier and inputs and inputs[: len(earlier)] == earlier:
+    earlier, inputs = (list(without_braces(settings.get("inputs") or ())) for settings in (before, now))
+    if earlier and inputs[: len(earlier)] == earlier:
         names = [name for name in names if name != "inputs"]
+    if before.get("weights") == now.get("weights"):
+        names = [name for name in names if name != "model"]
     if names:
         differences = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names)
-        advice = ". A run is extended by inputs that are named behind those that it had" if "inputs" in names else ""
+        advice = (
+            ". A run is extended by inputs behind those that it had: named there, in wider braces, or at the end of "
+        )
+        advice = f"{advice}its list" if "inputs" in names else ""
         raise ValueError(f"cannot resume {folder} with other settings: {differences}{advice}")
 
 

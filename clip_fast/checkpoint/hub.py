@@ -24,6 +24,7 @@ _BESIDE = (
     *("tokenizer.json", "spiece.model", *SETTINGS_FILES),
 )
 _FOLDERS = ("", "0_CLIPModel/")  # where weights are: sentence-transformers has each part of a model in a folder
+_CALLED = {"siglip2": "siglip2: a NaFlex tower, whose images keep their shape"}  # fixed ones say "siglip"
 _LIBRARY = {"library_name": "clip_fast", "library_version": __version__}
 
 
@@ -33,12 +34,14 @@ class HubModel:
 
     `revision` is a branch, a tag or a commit; None is the main branch. `config` is the one that is preferred in a
     repository that has transformers' and open_clip's. `cache` is a folder in place of huggingface_hub's own cache.
+    `otherwise` ends the error that there is no such model: what else the name may have meant.
     """
 
     repository: str
     revision: str | None = None
     config: str = HUGGING_FACE_CONFIG
     cache: str | os.PathLike[str] | None = None
+    otherwise: str = ""
 
     def __str__(self) -> str:
         return f"hf-hub:{self.repository}" + (f"@{self.revision}" if self.revision else "")
@@ -55,7 +58,7 @@ class HubModel:
         """
         hub = extras.huggingface_hub()
         try:
-            info: Any = hub.HfApi(**_LIBRARY).model_info(self.repository, revision=self.revision)
+            info: Any = _info(hub, self.repository, self.revision)
         except Exception as error:  # each release has its own kinds of errors of the network
             if problem := self._refusal(error):
                 raise CheckpointError(self, problem) from error
@@ -78,8 +81,8 @@ class HubModel:
             if isinstance(error, hub.errors.OfflineModeIsEnabled):
                 problem = "HF_HUB_OFFLINE forbids asking the hub: unset it once"
             else:
-                problem = f"{hub.constants.ENDPOINT} cannot be reached ({summary(error)}): try again"
-            raise CheckpointError(self, f"it is not in the cache, {place}, and {problem}") from error
+                problem = _no_answer(error)
+            raise CheckpointError(self, f"it is not in the cache, {place}, and {problem}{self.otherwise}") from error
         return self._choose(lambda name: cached(name) is not None, lambda name: Path(str(cached(name))))
 
     def _choose(self, has: Callable[[str], bool], get: Callable[[str], Path]) -> Path:
@@ -118,7 +121,7 @@ class HubModel:
         with suppress(Exception):  # each release has its own kinds of errors of the network
             if isinstance(hub.try_to_load_from_cache(repository, "tokenizer.json", cache_dir=self.cache), str):
                 return
-            files = {file.rfilename for file in hub.HfApi(**_LIBRARY).model_info(repository).siblings or ()}
+            files = {file.rfilename for file in _info(hub, repository).siblings or ()}
             for name in (*SETTINGS_FILES, "tokenizer.json"):  # the last one tells that all are there
                 if name in files:
                     hub.hf_hub_download(repository, name, cache_dir=self.cache, **_LIBRARY)
@@ -130,7 +133,7 @@ class HubModel:
             revision = self.revision if PurePosixPath(name).name in FOLDER_FILES.values() else commit
             path = hub.hf_hub_download(self.repository, name, revision=revision, cache_dir=self.cache, **_LIBRARY)
         except Exception as error:
-            reason = f"{name} cannot be downloaded from {hub.constants.ENDPOINT} ({summary(error)}): try again"
+            reason = f"{name} cannot be downloaded: {_no_answer(error)}"
             raise CheckpointError(self, self._refusal(error) or reason) from error
         return Path(path)
 
@@ -145,11 +148,28 @@ class HubModel:
         if isinstance(error, hub.errors.RepositoryNotFoundError):
             return (
                 f"no model of that name is at {hub.constants.ENDPOINT}, or it is private: check the spelling, or log "
-                "in with `hf auth login`, or set HF_TOKEN"
+                f"in with `hf auth login`, or set HF_TOKEN{self.otherwise}"
             )
         if isinstance(error, hub.errors.HFValidationError):
             return f"is no name of a model on the hub: {summary(error)}"
         return None
+
+
+def _info(hub: Any, repository: str, revision: str | None = None) -> Any:
+    """What the hub says of a model, within the time that its files are asked for: it may be there and not answer."""
+    timeout: float = hub.constants.HF_HUB_ETAG_TIMEOUT
+    return hub.HfApi(**_LIBRARY).model_info(repository, revision=revision, timeout=timeout)
+
+
+def _no_answer(error: Exception) -> str:
+    """Why the hub gave no answer that is of use, and what to do."""
+    place: str = extras.huggingface_hub().constants.ENDPOINT
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403):
+        return f"{place} does not accept the token ({summary(error)}): log in with `hf auth login`, or unset HF_TOKEN"
+    if status is not None:
+        return f"{place} answered {status} ({summary(error)}): try again later"
+    return f"{place} cannot be reached ({summary(error)}): try again"
 
 
 def _unserved(config: Path) -> str | None:
@@ -161,4 +181,4 @@ def _unserved(config: Path) -> str | None:
         told = content.get("model_type") or content["model_cfg"]["vision_cfg"]["timm_model_name"]
     except STRUCTURE_ERRORS:
         return f"its {config.name} is not a CLIP's"
-    return f"its {config.name} is of a {told}"
+    return f"its {config.name} is of a {_CALLED.get(told, told)}"

@@ -324,8 +324,15 @@ IMAGES_ONLY = frozenset(
         *("roberta-ViT-B-32", "xlm-roberta-base-ViT-B-32", "xlm-roberta-large-ViT-H-14"),
         *("nllb-clip-base", "nllb-clip-large", "nllb-clip-base-siglip", "nllb-clip-large-siglip"),
     }
-    | {name for name in ARCHITECTURES if "-CLIPA" in name}
 )
+
+# Families whose image towers are not served, by how open_clip's names for them begin.
+_NOT_SERVED = {"EVA": "EVA", "coca_": "CoCa", "convnext_": "ConvNeXt", "MobileCLIP": "MobileCLIP", "ViTamin": "ViTamin"}
+
+
+def not_served(architecture: str) -> str | None:
+    """The family of an architecture of open_clip's that is not served; None for all other names."""
+    return next((family for begin, family in _NOT_SERVED.items() if architecture.startswith(begin)), None)
 
 
 def hub_model(architecture: str, tag: str) -> str | None:

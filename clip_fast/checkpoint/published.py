@@ -15,7 +15,7 @@ from ..errors import CheckpointError
 from ..towers.config import Config, VitConfig
 from .download import Pretrained, download
 from .hub import HubModel
-from .pairs import ARCHITECTURES, IMAGES_ONLY, PAIRS, SIGLIP_REPOSITORIES, hub_model, tags_of
+from .pairs import ARCHITECTURES, IMAGES_ONLY, PAIRS, SIGLIP_REPOSITORIES, hub_model, not_served, tags_of
 from .reading import OPEN_CLIP_CONFIG
 
 _ASSETS = Path(__file__).parents[1] / "assets"
@@ -126,16 +126,25 @@ def resolve(name_or_path: str | os.PathLike[str], download_root: str | os.PathLi
         if repository is None:
             raise CheckpointError(name, f"{architecture} has no weights of that name, only {', '.join(tags)}")
         return HubModel(repository, revision or None, OPEN_CLIP_CONFIG, download_root).weights()
+    if tag and (family := not_served(architecture)):
+        raise CheckpointError(name, f"is open_clip's name of a {family}, which is not served")
     if _REPOSITORY.fullmatch(plain) and not plain.endswith(_SUFFIXES):
+        otherwise = f"; no file or folder has this name{_hint(name, 0.8)}"
         try:
-            return HubModel(plain, revision or None, cache=download_root).weights()
+            return HubModel(plain, revision or None, cache=download_root, otherwise=otherwise).weights()
         except ModuleNotFoundError as error:
             raise CheckpointError(name, f"no such file or folder; and {error}") from error
-    close = difflib.get_close_matches(name.lower(), {known.lower() for known in available_models()}, n=1, cutoff=0.5)
-    hint = "".join(f"; did you mean {known!r}?" for known in available_models() if known.lower() in close)
+    hint = _hint(name, 0.5)
     names = ", ".join([*OPENAI_MODELS, *BUNDLED_MODELS])
     raise CheckpointError(
         name,
         f"no such file, and no model of that name{hint} (names: {names}, owner/name on the Hugging Face hub, and what "
         "`clip-fast models` lists)",
     )
+
+
+def _hint(name: str, cutoff: float) -> str:
+    """The known name that is most like `name`, as a question, if one is as like it as `cutoff` (from 0 to 1)."""
+    known = {each.lower(): each for each in available_models()}
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=cutoff)
+    return "".join(f"; did you mean {known[each]!r}?" for each in close)

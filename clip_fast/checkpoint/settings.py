@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
+from PIL.Image import Resampling
 
 from ..errors import CheckpointError
 from ..towers.config import (
@@ -211,7 +212,7 @@ def _hugging_face_settings(path: Path, content: dict[str, Any], kind: Convention
         processing = read_json(beside)
     elif (beside := path.with_name("processor_config.json")).is_file():
         processing = read_json(beside).get("image_processor") or {}
-    squash, other = _hugging_face_preprocessing(processing, image_size, kind)
+    squash, bilinear, other = _hugging_face_preprocessing(processing, image_size, kind)
     _warn_of_preprocessing(beside, other)
     return BesideWeights(
         ACTIVATIONS[activation],
@@ -220,6 +221,7 @@ def _hugging_face_settings(path: Path, content: dict[str, Any], kind: Convention
         mean=_triple(beside, processing, "image_mean", kind.settings.mean),
         std=_triple(beside, processing, "image_std", kind.settings.std, least=0),
         squash=squash,
+        bilinear=bilinear,
         on_white=bool(processing) and processing.get("do_convert_rgb") is not False,  # transformers' default is True
         text=hugging_face_text(path, content),
     )
@@ -234,11 +236,12 @@ def _hugging_face_vision(content: dict[str, Any]) -> dict[str, Any]:
 
 def _hugging_face_preprocessing(
     processing: dict[str, Any], image_size: int, kind: Conventions
-) -> tuple[bool, dict[str, Any]]:
-    """Whether an image processor of transformers squashes, and what else it is set to do otherwise than CLIP's."""
+) -> tuple[bool, bool, dict[str, Any]]:
+    """Whether an image processor of transformers squashes, whether it resizes bilinearly, and what else it is set to do
+    otherwise than CLIP's."""
     set_to: dict[str, Any] = {
         "do_resize": True,
-        "resample": 3,  # Pillow's bicubic
+        "resample": Resampling.BICUBIC,
         "size": image_size if kind.cropped else {"height": image_size, "width": image_size},
         "do_center_crop": kind.cropped,
         "crop_size": image_size,
@@ -252,7 +255,7 @@ def _hugging_face_preprocessing(
     squash = set_to["size"] in square
     done = {
         "do_resize": set_to["do_resize"],
-        "resample": set_to["resample"] == 3,
+        "resample": set_to["resample"] in (Resampling.BICUBIC, Resampling.BILINEAR),
         "size": squash or set_to["size"] in (image_size, {"shortest_edge": image_size}),
         "do_center_crop": set_to["do_center_crop"] or squash,
         "crop_size": set_to["crop_size"] in (image_size, *square) or not set_to["do_center_crop"],
@@ -261,7 +264,8 @@ def _hugging_face_preprocessing(
         "do_normalize": set_to["do_normalize"],
         "do_pad": not set_to["do_pad"],
     }
-    return squash, {key: set_to[key] for key in done if not done[key]}
+    bilinear = set_to["resample"] == Resampling.BILINEAR
+    return squash, bilinear, {key: set_to[key] for key in done if not done[key]}
 
 
 def _open_clip_settings(path: Path, content: dict[str, Any]) -> BesideWeights:

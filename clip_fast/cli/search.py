@@ -109,7 +109,8 @@ def _texts(arguments: argparse.Namespace) -> list[str]:
     with opened(arguments.queries, "--queries") as file:
         data = file.read()
     try:
-        texts = [line for line in data.decode("utf-8-sig").splitlines() if line.strip()]
+        lines = data.decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+        texts = [line for line in lines if line.strip()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{printable(arguments.queries)}: not in UTF-8: {error}") from error
     if not texts:

@@ -109,9 +109,17 @@ class SpanReader:
         self._items: Iterator[Item] = iter(())
 
     def read(self, span: Span) -> list[Item]:
+        """The items of a span.
+
+        Raises:
+            ValueError: the part has fewer items than when it was dealt.
+        """
         if span.part != self._part:
             self._part, self._at, self._items = span.part, 0, iter(self._inputs.parts[span.part])
         items = list(islice(self._items, span.start - self._at, span.stop - self._at))
+        part = self._inputs.parts[span.part]
+        if len(items) < span.stop - span.start and not isinstance(part, Files):
+            raise ValueError(f"{part.path} has fewer images than when they were counted: it has changed meanwhile")
         self._at = span.stop
         return items
 

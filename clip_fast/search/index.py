@@ -78,7 +78,8 @@ class Index:
 
         Raises:
             ValueError: for a query of another shape, or one that has no direction; for a `k` below 1; where a shard has
-                changed since the index was opened, as the last one does when `encode --resume` extends the folder.
+                changed since the index was opened, as the last one does when `encode --resume` extends the folder, or a
+                row has not the length that was written beside it.
         """
         if query.ndim == 2 and len(query) != 1:
             raise ValueError(f"search takes one query, got {len(query)}: search_many takes several")
@@ -180,6 +181,14 @@ class _Best:
             for i in range(0, len(block), step):
                 cosines[:, i : i + step] = self._rounded @ block[i : i + step].T
             cosines /= lengths
+        # The rest of the bound is for rows so short that products with them are lost below float32's range.
+        most = 1 + self._margin + block.shape[1] * float(np.finfo(_FLOAT_32).tiny) / np.where(there, lengths, 1)
+        damaged = there & ~(np.abs(cosines) <= most).all(axis=0)
+        if damaged.any():
+            raise ValueError(
+                f"row {start + int(damaged.argmax())} of the index is damaged: it has not the length that was written "
+                "beside it. `clip-fast verify` names the shard"
+            )
         cosines[:, ~there] = -np.inf
         known = self.rows.shape[1]
         k = min(self._k, known + int(there.sum()))

@@ -93,6 +93,11 @@ def test_a_tar_that_was_changed_is_listed_anew(tmp_path: Path, monkeypatch: pyte
         listing.write_bytes(damage)
         assert (list(tar), times.times) == (after, 1)
         assert listing.read_bytes() == data
+    for bit in random.sample(range(8 * len(data)), 300):  # the footer's numbers among them
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        listing.write_bytes(damaged)
+        assert list(tar) == after, bit
 
 
 def test_a_listing_that_is_not_gone_through_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,6 +131,17 @@ def test_spans_cover_the_items_in_shards(tmp_path: Path, size: int) -> None:
         assert [item for spans in shards[1::2] for span in spans for item in some.read(span)] == [
             item for start in range(size, len(items), 2 * size) for item in items[start : start + size]
         ]
+
+
+def test_a_tar_that_has_lost_images_since_they_were_counted(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "t.tar", [f"{i}.png" for i in range(9)])
+    inputs = find_inputs([path])
+    shards = list(spans_of(inputs, 4))
+    reader = SpanReader(inputs)
+    assert len([item for span in shards[0] for item in reader.read(span)]) == 4
+    write_tar(path, ["0.png", "1.png"])
+    with pytest.raises(ValueError, match=r"t\.tar has fewer images than when they were counted"):
+        SpanReader(inputs).read(shards[0][0])
 
 
 def test_a_second_run_and_a_page_list_no_tar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

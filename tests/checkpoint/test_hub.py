@@ -6,12 +6,15 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from loopback_hub import LoopbackHub, loopback_hub, visit
@@ -294,6 +297,10 @@ def test_a_gated_model(hub: LoopbackHub, folders: dict[str, Any], monkeypatch: p
             r"ViT-B-32/laion2b: ViT-B-32 has no weights of that name, only openai, .*laion2b_s34b_b79k",
         ),
         ("ViT-B-32-quickgelu/laion2b_s34b_b79k", r"ViT-B-32-quickgelu has no weights of that name, only openai"),
+        ("EVA02-B-16/merged2b_s8b_b131k", r"EVA02-B-16/merged2b_s8b_b131k: is open_clip's name of a EVA, which is not"),
+        ("coca_ViT-B-32/laion2b_s13b_b90k", r"is open_clip's name of a CoCa, which is not served"),
+        ("ViT-B/33", r"no file or folder has this name; did you mean 'ViT-B/32'\?"),
+        ("vit-b-32/laion2b_s34b_b79k", r"did you mean 'ViT-B-32/laion2b_s34b_b79k'\?"),
         ("photos/clip.safetensors", r"photos/clip\.safetensors: no such file, and no model of that name"),
     ],
 )
@@ -302,11 +309,43 @@ def test_names_that_are_none(name: str, message: str, hub: LoopbackHub) -> None:
         loaded(name)
 
 
+def test_a_hub_that_does_not_answer(
+    hub: LoopbackHub, folders: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes connections, and says nothing: the cache serves after the time that huggingface_hub waits."""
+    model = loaded(LAION)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        visit(hub, tmp_path / "cache", monkeypatch)
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
+        assert torch.equal(embeddings(loaded(LAION)), embeddings(model))
+        with pytest.raises(CheckpointError, match=r"it is not in the cache.*cannot be reached"):
+            loaded("someone/else")
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [(401, "does not accept the token .*unset HF_TOKEN"), (503, "answered 503 .*try again later")],
+)
+def test_a_hub_that_refuses(status: int, message: str, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refused(Exception):
+        response = SimpleNamespace(status_code=status)  # as of huggingface_hub's own errors
+
+    def refused(*_: Any, **__: Any) -> None:
+        raise Refused
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", refused)
+    with pytest.raises(CheckpointError, match=f"it is not in the cache.*{message}"):
+        loaded("someone/else")
+
+
 CONFIGS = {
     "of a bert": {"config.json": {"model_type": "bert"}},
     "of a convnext_base": {
         "open_clip_config.json": {"model_cfg": {"vision_cfg": {"timm_model_name": "convnext_base"}}}
     },
+    "of a siglip2: a NaFlex tower": {"config.json": {"model_type": "siglip2"}},
     "not a CLIP's": {"config.json": {"architectures": ["X"]}},
     "it has none of model.safetensors": {},
 }
@@ -371,9 +410,7 @@ def test_architectures_are_open_clips() -> None:
         model = factory.get_model_config(name)
         vision = model["vision_cfg"]
         text = model["text_cfg"]
-        assert (name in pairs.IMAGES_ONLY) == (
-            "hf_model_name" in text or "strip_sep_token" in text.get("tokenizer_kwargs", {})
-        )
+        assert (name in pairs.IMAGES_ONLY) == ("hf_model_name" in text)
         if isinstance(ours, SiglipConfig):
             assert (ours.image_size, ours.embed_dim) == (vision["image_size"], model["embed_dim"])
             with torch.device("meta"):

@@ -447,6 +447,8 @@ SQUASHED = {"size": {"height": 64, "width": 64}, "do_center_crop": False}
         (SQUASHED | {"crop_size": {"height": 224, "width": 224}, "do_convert_rgb": True}, True),
         (SQUASHED | {"do_center_crop": True, "crop_size": 64}, True),
         ({"size": [64, 64], "do_center_crop": False}, True),
+        ({"resample": 2}, False),
+        (SQUASHED | {"resample": 2}, True),
     ],
     ids=str,
 )
@@ -456,14 +458,15 @@ def test_preprocessing_of_hugging_face(
     processing: dict[str, Any], squash: bool, file: str, saved: Path, tmp_path: Path
 ) -> None:
     write_hugging_face(saved, tmp_path, file, processing)
-    assert read_checkpoint(tmp_path).squash == squash
+    checkpoint = read_checkpoint(tmp_path)
+    assert (checkpoint.squash, checkpoint.bilinear) == (squash, processing.get("resample") == 2)
 
 
 @pytest.mark.parametrize(
     ("processing", "named"),
     [
         ({"do_resize": False}, "do_resize False"),
-        ({"resample": 2}, "resample 2"),
+        ({"resample": 0}, "resample 0"),
         ({"size": {"shortest_edge": 72}}, "size {'shortest_edge': 72}"),
         ({"size": 72, "crop_size": 64}, "size 72"),
         ({"size": {"shortest_edge": 64, "longest_edge": 96}}, "size {'shortest_edge': 64, 'longest_edge': 96}"),

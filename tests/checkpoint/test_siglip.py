@@ -171,10 +171,13 @@ def test_another_image_size(tmp_path: Path) -> None:
     assert close(encoder.encode_image(images), tower(images))
 
 
+@pytest.mark.parametrize("resample", [3, 2], ids=["SigLIP", "SigLIP 2"])
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
-def test_images_are_preprocessed_as_the_processor_does(mode: str, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("error:.*not preprocessed")
+def test_images_are_preprocessed_as_the_processor_does(mode: str, resample: int, tmp_path: Path) -> None:
+    """By the settings that transformers' converter writes: SigLIP 2's images are resized bilinearly."""
     pil = pytest.importorskip("transformers.models.siglip.image_processing_pil_siglip")
-    processor = pil.SiglipImageProcessorPil(size={"height": 64, "width": 64})
+    processor = pil.SiglipImageProcessorPil(size={"height": 64, "width": 64}, resample=resample)
     hugging_face("SiglipVisionModel").save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     _, preprocess = clip_fast.load(tmp_path, device="cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -99,7 +100,7 @@ def test_a_finished_run_is_extended(photos: Path, capsys: pytest.CaptureFixture[
     assert cli.main([*arguments("a"), *size]) == 0
     first = Path("out/img_emb/img_emb_0000.npy").stat().st_ino
     assert cli.main([*arguments("b", "a"), *size, "--resume"]) == 2
-    assert "A run is extended by inputs that are named behind those that it had" in capsys.readouterr().err
+    assert "A run is extended by inputs behind those that it had" in capsys.readouterr().err
     assert cli.main([*arguments("a", "b"), *size, "--resume"]) == 0
     assert json.loads(capsys.readouterr().out)["resumed"] == 2
     assert Path("out/img_emb/img_emb_0000.npy").stat().st_ino == first
@@ -108,3 +109,9 @@ def test_a_finished_run_is_extended(photos: Path, capsys: pytest.CaptureFixture[
     assert len(files) == 7 + 1
     assert all((Path("out") / path).read_bytes() == (Path("whole") / path).read_bytes() for path in files)
     assert cli.main(["verify", "out"]) == 0
+    # The same weights by another name, and braces that stand for more.
+    weights = str(ROOT / "clip_fast" / "assets" / "tiny-digits" / "model.safetensors")
+    assert cli.main([*arguments("{a,b}"), *size, "--output", "braces/"]) == 0
+    shutil.copytree("a", "c")
+    assert cli.main([*arguments("{a,b,c}"), *size, "--output", "braces/", "--model", weights, "--resume"]) == 0
+    assert cli.main([*arguments("{b,a}"), *size, "--output", "braces/", "--resume"]) == 2

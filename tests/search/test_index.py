@@ -263,6 +263,25 @@ def test_a_query_may_be_a_tensor(tmp_path: Path, dtype: torch.dtype) -> None:
     assert index.search_many(torch.stack([query, query]), 2) == [wanted, wanted]
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1.8e38])
+@pytest.mark.parametrize("k", [1, 5, 100])
+def test_a_row_that_has_lost_its_length_hides_no_others(tmp_path: Path, k: int, value: float) -> None:
+    """As by one bit that the disk has turned. Without an error, the row's cosine would push others out."""
+    rows = np.random.default_rng().standard_normal((60, 24)).astype(np.float32)
+    write_index(tmp_path / "index", rows, 20)
+    stored = np.load(tmp_path / "index" / "img_emb" / "img_emb_0001.npy", mmap_mode="r+")
+    stored[3, 5] = value
+    with pytest.raises(ValueError, match=r"row 23 of the index is damaged.*clip-fast verify"):
+        Index(tmp_path / "index").search(rows[23], k)
+    assert cli.main(["verify", str(tmp_path / "index")]) == 1
+
+
+@pytest.mark.parametrize("length", [1e-18, 1e15])
+def test_rows_of_any_length_are_compared(tmp_path: Path, length: float) -> None:
+    rows = (length * np.random.default_rng().standard_normal((50, 24))).astype(np.float32)
+    assert write_index(tmp_path / "index", rows, 20).search(rows[7] / np.float32(length), 1)[0].row == 7
+
+
 @pytest.mark.parametrize("searched", [False, True])
 @pytest.mark.parametrize("rows", [5, 3, None])
 def test_an_open_index_says_that_its_folder_has_changed(tmp_path: Path, searched: bool, rows: int | None) -> None:
