@@ -531,7 +531,7 @@ def test_preprocessing_of_open_clip(
 def test_hugging_face_normalisation(tmp_path: Path) -> None:
     hugging_face("CLIPModel").save_pretrained(tmp_path)  # type: ignore[operator]
     assert read_checkpoint(tmp_path).mean == IMAGE_MEAN
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3], "resample": 2}))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3], "resample": 0}))
     with pytest.warns(UserWarning, match="preprocess images yourself"):
         assert read_checkpoint(tmp_path).mean == (0.1, 0.2, 0.3)
 
