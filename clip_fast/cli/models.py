@@ -19,7 +19,7 @@ def models(_: argparse.Namespace) -> int:
         families.setdefault(model.config, []).append(model)
     longest = max(len(model.name) for model in published_models())
     for config, members in families.items():
-        size = f"{_parameters(config) / 1e6:,.0f} million parameters"
+        size = f"{_parameters(config) / 1e6:,.1f} million parameters"
         show(f"{members[0].name}: {size}, images of {config.image_size} pixels, embeddings of {config.embed_dim}")
         for model in members:
             words = " (images only)" if model.images_only else ""
