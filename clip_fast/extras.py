@@ -41,9 +41,10 @@ def ftfy() -> Any:
 
 
 def huggingface_hub() -> Any:
-    """huggingface_hub, with its module of errors. Raises ModuleNotFoundError, see `_extra`."""
+    """huggingface_hub, with its modules of errors and constants. Raises ModuleNotFoundError, see `_extra`."""
     purpose = "a model of the Hugging Face hub"
-    _extra("huggingface_hub.errors", "hub", purpose)
+    for module in ("errors", "constants"):
+        _extra(f"huggingface_hub.{module}", "hub", purpose)
     return _extra("huggingface_hub", "hub", purpose)
 
 

@@ -391,7 +391,7 @@ def test_a_model_is_built_of_a_state_dict(pair: tuple[Any, Any]) -> None:
 
 
 def test_what_is_no_tensor_of_tokens_is_named(pair: tuple[Any, Any]) -> None:
-    with pytest.raises(TypeError, match=r"text must be a tensor of tokens, got list: clip_fast.tokenize\(texts\)"):
+    with pytest.raises(TypeError, match=r"text must be a tensor of tokens, got list: model.tokenize\(texts\)"):
         pair[1].encode_text(["a dog"])
 
 
