@@ -67,11 +67,12 @@ def compare(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
         ValueError: names each setting that differs, with both values.
     """
     names = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
-    earlier, inputs = (list(without_braces(settings.get("inputs") or ())) for settings in (before, now))
-    if earlier and inputs[: len(earlier)] == earlier:
-        names = [name for name in names if name != "inputs"]
-    if before.get("weights") == now.get("weights"):
-        names = [name for name in names if name != "model"]
+    if "inputs" in names:
+        earlier, inputs = (list(without_braces(settings.get("inputs") or ())) for settings in (before, now))
+        if earlier and inputs[: len(earlier)] == earlier:
+            names.remove("inputs")
+    if "model" in names and "weights" in before and "weights" not in names:
+        names.remove("model")
     if names:
         differences = "; ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names)
         advice = (

@@ -183,7 +183,7 @@ class _Best:
             cosines /= lengths
         # The rest of the bound is for rows so short that products with them are lost below float32's range.
         most = 1 + self._margin + block.shape[1] * float(np.finfo(_FLOAT_32).tiny) / np.where(there, lengths, 1)
-        damaged = there & ~(np.abs(cosines) <= most).all(axis=0)
+        damaged = there & ~(np.maximum(cosines.max(axis=0, initial=0), -cosines.min(axis=0, initial=0)) <= most)
         if damaged.any():
             raise ValueError(
                 f"row {start + int(damaged.argmax())} of the index is damaged: it has not the length that was written "

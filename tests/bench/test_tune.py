@@ -70,8 +70,14 @@ def test_every_entry_has_machine_code_and_shapes() -> None:
         assert entry.shapes([1])
 
 
+def run_compiling(program: str) -> None:
+    """Runs a program in a process of its own, in which Triton compiles and does not interpret."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_entrys_cases_are_launched_as_it_says() -> None:
-    """Runs in a process of its own. There Triton does not interpret."""
     program = """
 from dataclasses import replace
 from bench import tune
@@ -85,9 +91,7 @@ for entry in tune.entries():
         jobs = [job for name in entry.cases for job in jobs_of(known[name], "sm_90")]
     assert {dict(job.options)["num_warps"] for job in jobs} == {2}, (entry.name, jobs)
 """
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_compiling(program)
 
 
 def test_a_shape_weighs_what_its_model_spends_on_it() -> None:
@@ -289,7 +293,6 @@ def test_a_search_without_a_launch_that_runs_comes_to_an_end(tmp_path: Path, mon
 
 @pytest.mark.slow
 def test_what_the_machine_code_condemns() -> None:
-    """Runs in a process of its own. There Triton compiles, and does not interpret."""
     program = """
 from bench import tune
 from clip_fast.kernels.targets import Launch
@@ -306,9 +309,7 @@ crowded = Launch(128, 128, 32, num_warps=4, num_stages=3, blocks=3)
 problems = tune.problems_of(entry, "sm_86", [crowded], 1)
 assert problems[crowded] == ["2 blocks fit a multiprocessor, 3 are wanted"], problems
 """
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    run_compiling(program)
 
 
 def test_a_process_that_dies_or_hangs_takes_nothing_along(monkeypatch: pytest.MonkeyPatch) -> None:
