@@ -38,7 +38,8 @@ def assert_as_accurate(kernel: Tensor, plain: Tensor, exact: Tensor, factor: flo
 def assert_statistics_of(statistics: Tensor, y: Tensor) -> None:
     """`statistics` are the row statistics of `y` as stored, as accurately as plain PyTorch computes them in float32.
 
-    Means count relative to their tile's mean magnitude, squared deviations relative to themselves.
+    Means count relative to their tile's mean magnitude, squared deviations relative to themselves. The root mean square
+    of n errors is itself uncertain by 1 / √(2n): the bound has four times that, so that three rows may be unlucky.
     """
     exact, plain = row_statistics(y.double()), row_statistics(y)
     assert statistics.shape == plain.shape
@@ -47,7 +48,8 @@ def assert_statistics_of(statistics: Tensor, y: Tensor) -> None:
     magnitude = torch.stack([tile.mean(dim=-1) for tile in tiles], dim=-1)
     scale = torch.stack([magnitude, exact[..., 1]], dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
     got, twin = (rms((x.double() - exact) / scale).item() for x in (statistics, plain))
-    bound = 1.2 * max(twin, torch.finfo(torch.float32).eps / 2)
+    luck = 1 + 4 / (2 * exact.numel()) ** 0.5
+    bound = 1.2 * luck * max(twin, torch.finfo(torch.float32).eps / 2)
     assert got <= bound, f"row statistics: relative error {got:.3e}, at most {bound:.3e} wanted"
 
 
