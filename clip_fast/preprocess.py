@@ -36,9 +36,9 @@ class Preprocess:
     `image_size` is the side of the square result in pixels, or its height and width; `mean` and `std` are per RGB
     channel of pixels scaled to [0, 1], those of the model's training. `squash` resizes the whole image to that size,
     whatever its aspect ratio, as some models were trained; otherwise the middle is cut out. `on_white` converts to RGB
-    before resizing, with what is transparent on white, as transformers does. `bilinear` resizes bilinearly, as for
-    CLIPA, and not bicubically. An EXIF orientation is not applied, as `clip` does not; only a TIFF is turned, by Pillow
-    itself.
+    before resizing, with what is transparent on white, and rounds the crop's corner down, as transformers does.
+    `bilinear` resizes bilinearly, as for CLIPA, and not bicubically. An EXIF orientation is not applied, as `clip` does
+    not; only a TIFF is turned, by Pillow itself.
 
     As in `clip`, the whole image is resized before that crop, so memory grows with the aspect ratio: about
     4 image_size² bytes times long side / short side.
@@ -81,7 +81,7 @@ class Preprocess:
             resize = transforms.Resize(sides(size) if self.squash else size, interpolation=mode)
         else:  # torchvision has no such transform
             resize = self._resize
-        crop = transforms.CenterCrop(size)
+        crop = self._crop if self.on_white else transforms.CenterCrop(size)
         geometry = [_rgb_on_white, resize, crop] if self.on_white else [resize, crop, _rgb]
         return [*geometry, transforms.ToTensor(), transforms.Normalize(self.mean, self.std)]
 
@@ -127,9 +127,8 @@ class Preprocess:
 
     def geometry(self, size: tuple[int, int]) -> Geometry:
         """Where the result lies in an image of this width and height, once that is resized."""
-        resized, (height, width) = self.resized(size), sides(self.image_size)
-        left, top = round((resized[0] - width) / 2), round((resized[1] - height) / 2)  # a half to the even neighbour
-        return Geometry(resized, left, top)
+        resized = self.resized(size)
+        return Geometry(resized, *self._corner(resized))
 
     def resized(self, size: tuple[int, int]) -> tuple[int, int]:
         """Width and height of an image of this width and height after it was resized, and before a crop."""
@@ -142,6 +141,12 @@ class Preprocess:
         ratio = min(size[1] / height, size[0] / width)  # rounded to the nearest, as open_clip does
         return round(size[0] / ratio), round(size[1] / ratio)
 
+    def _corner(self, resized: tuple[int, int]) -> tuple[int, int]:
+        """Left and top of the middle of an image of this width and height."""
+        height, width = sides(self.image_size)
+        rounded = int if self.on_white else round  # which takes a half to the even neighbour
+        return rounded((resized[0] - width) / 2), rounded((resized[1] - height) / 2)
+
     def _resize(self, image: Image.Image) -> Image.Image:
         filters = Image.Resampling
         return image.resize(self.resized(image.size), filters.BILINEAR if self.bilinear else filters.BICUBIC)
@@ -152,9 +157,10 @@ class Preprocess:
         Before the conversion to RGB, because clip does so and the order shows: a palette is resized by nearest
         neighbour, transparent pixels do not bleed into opaque ones, 16-bit pixels are clipped to 8 bits last.
         """
-        _, left, top = self.geometry(image.size)
-        height, width = sides(self.image_size)
-        image = self._resize(image)
+        return self._crop(self._resize(image))
+
+    def _crop(self, image: Image.Image) -> Image.Image:
+        (left, top), (height, width) = self._corner(image.size), sides(self.image_size)
         return image if image.size == (width, height) else image.crop((left, top, left + width, top + height))
 
 

@@ -14,12 +14,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from saved_clips import clip_tokenizer, close, hugging_face_folder, open_clip_folder, whole_words, word_pieces
 from saved_siglips import byte_pairs, full, open_clip_siglip, sentence_piece, siglip_folder, unigram
 
 import clip_fast
+from clip_fast.cli.main import main
 from clip_fast.errors import NotServed
 from clip_fast.towers.config import sides
 
@@ -28,9 +31,13 @@ INTRODUCTION = """
 What `clip_fast.load` gives, as `pytest tests/test_loaded_families.py -m slow --compatibility FILE` saw it: models at
 their real widths, cut to one layer, MetaCLIP 2 to 100 tokens and SigLIP to 4,096, saved by their package with random
 weights (SigLIP and CLIPA with a tokenizer of their kind that was made on the spot). **equal**: within 1e-5 of what the
-package computes in float32; of words, the tokens are the same, too.
+package computes in float32; of words, the tokens are the same, too. The hidden state is the last one. For images of
+another size, open_clip and timm resample the positions as `load` does; transformers has its own way. Files are a JPEG
+photograph and a PNG as `clip-fast encode` embeds them; there the package's embeddings are of the same pixels. Empty:
+the package has no such output.
 """
-COLUMNS = ("package", "model", "images", "words")
+COLUMNS = ("package", "model", "images", "words", "patch tokens", "hidden state", "another size", "files")
+Cells = tuple[str, ...]  # of the columns behind the first two
 
 
 @dataclass(frozen=True)
@@ -133,7 +140,7 @@ FAMILIES = [
     Family("transformers", "MetaClip2Model", of_transformers("MetaClip2", whole_words, eos_token_id=2, vocab_size=100)),
 ]  # fmt: skip
 
-_SEEN: dict[tuple[str, str], tuple[str, str]] = {}  # (package and version, model) -> images and words
+_SEEN: dict[tuple[str, str], Cells] = {}  # (package and version, model) -> the other columns
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -143,14 +150,13 @@ def _table(pytestconfig: pytest.Config) -> Iterator[None]:
         write_table(Path(path), _SEEN)
 
 
-def write_table(path: Path, seen: dict[tuple[str, str], tuple[str, str]]) -> None:
+def write_table(path: Path, seen: dict[tuple[str, str], Cells]) -> None:
     """Writes the page's second section anew, and keeps the lines of other packages and versions."""
     first, _, own = path.read_text().partition(HEADING)
-    lines = [line.strip("| ").split(" | ") for line in own.splitlines() if line.startswith("| ")][2:]
-    rows = {(package, name): (images, words) for package, name, images, words in lines} | seen
-    table = [
-        f"| {' | '.join(cells)} |" for cells in (COLUMNS, ("---",) * 4, *((*key, *rows[key]) for key in sorted(rows)))
-    ]
+    lines = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in own.splitlines() if line[:2] == "| "]
+    rows = {(package, name): tuple(cells) for package, name, *cells in lines[2:]} | seen
+    body = [(*key, *rows[key]) for key in sorted(rows)]
+    table = [f"| {' | '.join(cells)} |" for cells in (COLUMNS, ("---",) * len(COLUMNS), *body)]
     path.write_text(first + HEADING + INTRODUCTION + "\n" + "\n".join(table) + "\n")
 
 
@@ -160,21 +166,19 @@ def test_a_family(family: Family, tmp_path: Path) -> None:
     if "MetaClip2" in family.name and not hasattr(pytest.importorskip("transformers"), "MetaClip2Model"):
         pytest.skip("this transformers has no MetaCLIP 2")
     model, tokenize = family.make(tmp_path)
-    ours: Any = clip_fast.load(tmp_path, "cpu")[0]
+    ours, preprocess = clip_fast.load(tmp_path, "cpu")
     images = torch.randn(2, 3, *sides(ours.config.image_size))
-    texts = ["a photo of a dog", "on the beach, at night", ""]
-    key = f"{family.package} {importlib.metadata.version(family.package)}", family.name
     with torch.no_grad():
         assert close(ours.encode_image(images), _embeddings(model, "image", images))
-        if family.refused:
-            with pytest.raises(NotServed, match=family.refused):
-                ours.tokenize(texts)
-            _SEEN[key] = ("equal", "not served")
-            return
-        tokens = tokenize(texts)
-        assert torch.equal(ours.tokenize(texts), tokens)
-        assert close(ours.encode_text(tokens), _embeddings(model, "text", tokens))
-    _SEEN[key] = ("equal", "equal")
+        cells = [
+            "equal",
+            _words(family, ours, model, tokenize),
+            _patch_tokens(ours, model, images),
+            _hidden_state(ours, model, images),
+            _another_size(tmp_path, ours, model),
+            _files(tmp_path / "pictures", ours, preprocess, model),
+        ]
+    _SEEN[f"{family.package} {importlib.metadata.version(family.package)}", family.name] = tuple(cells)
 
 
 def _embeddings(model: Any, side: str, batch: torch.Tensor) -> torch.Tensor:
@@ -184,10 +188,105 @@ def _embeddings(model: Any, side: str, batch: torch.Tensor) -> torch.Tensor:
     return getattr(found, "pooler_output", found)
 
 
+def _words(family: Family, ours: Any, model: Any, tokenize: Any) -> str:
+    texts = ["a photo of a dog", "on the beach, at night", ""]
+    if family.refused:
+        with pytest.raises(NotServed, match=family.refused):
+            ours.tokenize(texts)
+        return "not served"
+    tokens = tokenize(texts)
+    assert torch.equal(ours.tokenize(texts), tokens)
+    assert close(ours.encode_text(tokens), _embeddings(model, "text", tokens))
+    return "equal"
+
+
+def _vision(model: Any) -> Any:
+    """The module that gives hidden states: of transformers, of timm, or of open_clip."""
+    visual = getattr(model, "visual", None)
+    return model.vision_model if visual is None else getattr(visual, "trunk", visual)
+
+
+def _patch_tokens(ours: Any, model: Any, images: torch.Tensor) -> str:
+    vision = _vision(model)
+    if hasattr(vision, "attnpool"):
+        with pytest.raises(ValueError, match="patch tokens"):
+            ours.encode_image(images, return_patch_tokens=True)
+        return ""
+    if hasattr(vision, "output_tokens"):
+        vision.output_tokens = True
+        wanted = vision(images)[1]
+        vision.output_tokens = False
+    elif hasattr(vision, "forward_features"):
+        wanted = vision.forward_features(images)
+    else:
+        wanted = vision(images).last_hidden_state
+        if hasattr(vision, "pre_layrnorm"):  # CLIP's is before its LayerNorm, and has the class token
+            wanted = vision.post_layernorm(wanted)[:, 1:]
+    assert close(ours.encode_image(images, return_patch_tokens=True)[1], wanted)
+    return "equal"
+
+
+def _hidden_state(ours: Any, model: Any, images: torch.Tensor) -> str:
+    vision = _vision(model)
+    if hasattr(vision, "attnpool"):
+        with pytest.raises(ValueError, match="hidden states"):
+            ours.hidden_state(images, -1)
+        return ""
+    states: list[torch.Tensor] = []
+    blocks = vision.encoder if hasattr(vision, "encoder") else getattr(vision, "transformer", None) or vision.blocks
+
+    def keep(_: Any, __: Any, output: Any) -> None:
+        states.append(getattr(output, "last_hidden_state", output))
+
+    with blocks.register_forward_hook(keep):
+        vision(images)
+    assert close(ours.hidden_state(images, -1), states[0])
+    return "equal"
+
+
+def _another_size(folder: Path, ours: Any, model: Any) -> str:
+    vision = _vision(model)
+    if hasattr(vision, "attnpool"):
+        with pytest.raises(ValueError, match="image_size"):
+            clip_fast.load(folder, "cpu", image_size=320)
+        return ""
+    if not hasattr(model, "visual"):
+        return ""
+    height, width = (side + 2 * ours.config.patch_size for side in sides(ours.config.image_size))
+    if hasattr(vision, "set_input_size"):
+        model = copy.deepcopy(model)
+        _vision(model).set_input_size((height, width))
+    else:
+        package = pytest.importorskip("open_clip")
+        options = {"force_image_size": (height, width), "force_custom_text": hasattr(model, "text")}
+        model = package.create_model(f"local-dir:{folder}", **options).eval()
+    images = torch.randn(2, 3, height, width)
+    resized = clip_fast.load(folder, "cpu", image_size=(height, width))[0]
+    assert close(resized.encode_image(images), _embeddings(model, "image", images))
+    return "equal"
+
+
+def _files(folder: Path, ours: Any, preprocess: Any, model: Any) -> str:
+    """Embeds files by the command; `model` embeds what `preprocess` makes of them."""
+    folder.mkdir()
+    pictures = [Image.effect_noise((320, 240), 60).convert("RGB"), Image.radial_gradient("L").convert("RGB")]
+    for picture, name in zip(pictures, ("a.jpg", "b.png"), strict=True):
+        picture.save(folder / name)
+    images = torch.stack([preprocess(Image.open(path)) for path in sorted(folder.iterdir())])
+    out = folder.parent / "embeddings"
+    given = ["encode", str(folder), "--model", str(folder.parent), "--output", f"{out}/", "--device", "cpu"]
+    assert main([*given, "--workers", "0", "--quiet", "--embedding-dtype", "float32"]) == 0
+    rows = torch.from_numpy(np.load(next(out.glob("img_emb/*.npy"))))
+    assert close(rows, _embeddings(model, "image", images))
+    return "equal"
+
+
 def test_the_table_keeps_the_lines_of_other_versions_and_the_first_section(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("# First\n\n| a | b |\n")
-    write_table(page, {("a 1.0", "x"): ("equal", "equal")})
-    write_table(page, {("a 2.0", "x"): ("equal", "not served")})
+    write_table(page, {("a 1.0", "x"): ("equal",) * 5 + ("",)})
+    write_table(page, {("a 2.0", "x"): ("equal", "not served", "", "", "", "equal")})
     assert page.read_text().startswith("# First\n\n| a | b |\n")
-    assert page.read_text().splitlines()[-2:] == ["| a 1.0 | x | equal | equal |", "| a 2.0 | x | equal | not served |"]
+    first, second = page.read_text().splitlines()[-2:]
+    assert first == "| a 1.0 | x | equal | equal | equal | equal | equal |  |"
+    assert second == "| a 2.0 | x | equal | not served |  |  |  | equal |"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from .. import extras
 from ..errors import CheckpointError, summary
 from ..version import __version__
 from .reading import FOLDER_FILES, HUGGING_FACE_CONFIG
-from .settings import STRUCTURE_ERRORS, description
+from .settings import STRUCTURE_ERRORS, description, refusal
 from .text_settings import named_tokenizer
 from .tokenizer import SETTINGS_FILES
 from .weights_file import is_index, listed_shards, read_json
@@ -76,14 +77,24 @@ class HubModel:
             found = hub.try_to_load_from_cache(self.repository, name, cache_dir=self.cache, revision=self.revision)
             return found if isinstance(found, str) else None  # it may also say that the hub has no such file
 
-        if not any(cached(f"{folder}{name}") for folder in _FOLDERS for name in FOLDER_FILES):
+        pairs = [(f"{folder}{name}", f"{folder}{own}") for folder in _FOLDERS for name, own in FOLDER_FILES.items()]
+        if not any(cached(weights) and cached(config) for weights, config in pairs):
             place = self.cache or hub.constants.HF_HUB_CACHE
             if isinstance(error, hub.errors.OfflineModeIsEnabled):
                 problem = "HF_HUB_OFFLINE forbids asking the hub: unset it once"
             else:
                 problem = _no_answer(error)
-            raise CheckpointError(self, f"it is not in the cache, {place}, and {problem}{self.otherwise}") from error
-        return self._choose(lambda name: cached(name) is not None, lambda name: Path(str(cached(name))))
+            config = next((config for weights, config in pairs if cached(weights)), None)
+            absent, more = (f"its {config}", "") if config else ("it", self.otherwise)  # open_clip brings weights alone
+            raise CheckpointError(self, f"{absent} is not in the cache, {place}, and {problem}{more}") from error
+        weights = self._choose(lambda name: cached(name) is not None, lambda name: Path(str(cached(name))))
+        if absent := _absent_beside(weights):
+            warnings.warn(
+                f"{self}: the cache has no {' and no '.join(absent)}, and the hub could not be asked: if the model has "
+                "such files, load it once with the hub in reach; until then what its family usually has is used",
+                stacklevel=5,
+            )
+        return weights
 
     def _choose(self, has: Callable[[str], bool], get: Callable[[str], Path]) -> Path:
         """The preferred weights, after all that belongs to them: where weights are, nothing is missing beside them."""
@@ -172,12 +183,23 @@ def _no_answer(error: Exception) -> str:
     return f"{place} cannot be reached ({summary(error)}): try again"
 
 
+def _absent_beside(weights: Path) -> list[str]:
+    """What transformers' weights have beside them on the hub, and a cache may not have: whoever filled it chose."""
+    if FOLDER_FILES[weights.name] != HUGGING_FACE_CONFIG:
+        return []
+    wanted = {
+        "preprocessor_config.json": ("preprocessor_config.json", "processor_config.json"),
+        "tokenizer.json": ("tokenizer.json", "spiece.model"),
+    }
+    return [name for name, ways in wanted.items() if not any(weights.with_name(way).is_file() for way in ways)]
+
+
 def _unserved(config: Path) -> str | None:
     """Why the model that a config describes is none that is served; None where it is one."""
     content = read_json(config)
     try:
         if description(config, content) is not None:
-            return None
+            return refusal(config, content)
         told = content.get("model_type") or content["model_cfg"]["vision_cfg"]["timm_model_name"]
     except STRUCTURE_ERRORS:
         return f"its {config.name} is not a CLIP's"

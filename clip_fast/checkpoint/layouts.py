@@ -112,8 +112,8 @@ def _keys_alone(name: str) -> list[str]:
     return [key.removeprefix(HUGGING_FACE.prefix) for key in hugging_face_keys(name)]
 
 
-# Of a SiglipVisionModel, as transformers 5 writes it.
-SIGLIP_ALONE = replace(HUGGING_FACE, prefix="", keys=_keys_alone)
+# Of a SiglipVisionModel or CLIPVisionModel, as transformers 5 writes it.
+HUGGING_FACE_ALONE = replace(HUGGING_FACE, prefix="", keys=_keys_alone)
 TIMM = Layout(  # of open_clip's SigLIP models
     "visual.trunk.",
     "blocks.",
@@ -166,11 +166,7 @@ def _layout(keys: Collection[str]) -> Layout | None:
         return OPENAI
     if "conv1.weight" in keys:
         return TOWER_ALONE
-    if "embeddings.patch_embedding.bias" in keys:
-        return SIGLIP_ALONE
-    if "embeddings.patch_embedding.weight" in keys:  # of a CLIPVisionModel, as transformers 5 writes it
-        return HUGGING_FACE
-    return None
+    return HUGGING_FACE_ALONE if "embeddings.patch_embedding.weight" in keys else None
 
 
 # Keys that every image tower of a kind has and hardly anything else does, behind the prefix of a module that holds it.

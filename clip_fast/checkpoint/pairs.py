@@ -88,8 +88,9 @@ ARCHITECTURES: dict[str, Config] = {
     "nllb-clip-large-siglip": replace(_SIGLIP_SO400M_14, image_size=384),
 }
 
-# By architecture and tag. ViT-SO400M-14-SigLIP-378 is not among them: its weights are those of -384, whose config says
-# 384 pixels, and `image_size=378` asks for the others.
+# An architecture that has another's weights, whose config says another size of images -> the other, and its own size.
+SAME_WEIGHTS = {"ViT-SO400M-14-SigLIP-378": ("ViT-SO400M-14-SigLIP-384", 378)}
+# By architecture and tag.
 PAIRS: dict[str, dict[str, str]] = {
     "RN50": {
         "openai": "timm/resnet50_clip.openai",

@@ -15,7 +15,16 @@ from ..errors import CheckpointError
 from ..towers.config import Config, VitConfig
 from .download import Pretrained, download
 from .hub import HubModel
-from .pairs import ARCHITECTURES, IMAGES_ONLY, PAIRS, SIGLIP_REPOSITORIES, hub_model, not_served, tags_of
+from .pairs import (
+    ARCHITECTURES,
+    IMAGES_ONLY,
+    PAIRS,
+    SAME_WEIGHTS,
+    SIGLIP_REPOSITORIES,
+    hub_model,
+    not_served,
+    tags_of,
+)
 from .reading import OPEN_CLIP_CONFIG
 
 _ASSETS = Path(__file__).parents[1] / "assets"
@@ -111,6 +120,8 @@ def resolve(name_or_path: str | os.PathLike[str], download_root: str | os.PathLi
         ModuleNotFoundError: the extra `hub` is not installed: `pip install "clip_fast[hub]"`.
     """
     name = os.fspath(name_or_path)
+    if not name:  # to Path it is the current folder
+        raise CheckpointError("the model", "its name is empty")
     if name in OPENAI_CHECKPOINTS:
         return download(OPENAI_CHECKPOINTS[name], Path(download_root or "~/.cache/clip").expanduser())
     if name in BUNDLED_MODELS:
@@ -126,8 +137,11 @@ def resolve(name_or_path: str | os.PathLike[str], download_root: str | os.PathLi
         if repository is None:
             raise CheckpointError(name, f"{architecture} has no weights of that name, only {', '.join(tags)}")
         return HubModel(repository, revision or None, OPEN_CLIP_CONFIG, download_root).weights()
+    if architecture in SAME_WEIGHTS:
+        other, size = SAME_WEIGHTS[architecture]
+        raise CheckpointError(name, f"has the weights of {other}: load {other}/{tag or 'webli'} with image_size={size}")
     if tag and (family := not_served(architecture)):
-        raise CheckpointError(name, f"is open_clip's name of a {family}, which is not served")
+        raise CheckpointError(name, f"is the name of one of open_clip's {family} models, which are not served")
     if _REPOSITORY.fullmatch(plain) and not plain.endswith(_SUFFIXES):
         otherwise = f"; no file or folder has this name{_hint(name, 0.8)}"
         try:

@@ -185,6 +185,19 @@ def read_settings(path: Path, held: Described, kind: Conventions) -> BesideWeigh
     return settings
 
 
+def refusal(path: Path, content: dict[str, Any]) -> str | None:
+    """Why a CLIP or SigLIP with this config is not served, before its weights are there; None where it may be."""
+    timm = path.name != "config.json" and content["model_cfg"]["vision_cfg"].get("timm_model_name")
+    siglip = bool(timm) or content.get("model_type") in CONVENTIONS[True].types
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they are given when the weights are read
+            _settings(path, content, CONVENTIONS[siglip])
+    except CheckpointError as error:
+        return str(error).removeprefix(f"{path}: ")
+    return None
+
+
 def _settings(path: Path, content: dict[str, Any], kind: Conventions) -> BesideWeights:
     if path.name == "config.json":
         return _hugging_face_settings(path, content, kind)
@@ -271,6 +284,8 @@ def _hugging_face_preprocessing(
 def _open_clip_settings(path: Path, content: dict[str, Any]) -> BesideWeights:
     model: dict[str, Any] = content["model_cfg"]
     vision: dict[str, Any] = model["vision_cfg"]
+    if "multimodal_cfg" in model:
+        raise CheckpointError(path, "is of a CoCa, which is not served")
     special = _special(vision, _OPEN_CLIP_KEYS | _OPEN_CLIP_UNUSED, _OPEN_CLIP_DEFAULTS)
     if (pool := vision.get("pool_type", "tok")) not in get_args(Pool):
         special["pool_type"] = pool

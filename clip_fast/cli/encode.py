@@ -312,7 +312,9 @@ def _settings(
         "activation": arguments.activation,
         "weights": weights_digest(model),
         "squash": preprocess.squash,
-        **({"on_white": True} if preprocess.on_white else {}),  # alone then: older folders do not have it
+        # Alone where they are so: older folders do not have them.
+        **({"on_white": True} if preprocess.on_white else {}),
+        **({"crop": "rounded down"} if preprocess.on_white and not preprocess.squash else {}),
         **({"bilinear": True} if preprocess.bilinear else {}),
         "dtype": str(model.dtype).removeprefix("torch."),
         "batch_size": options.batch_size,

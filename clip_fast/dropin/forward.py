@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from types import MethodType
 from typing import Any, cast
 
@@ -79,6 +80,8 @@ class Forward:
         positional = tuple(p.name for p in named if p.kind is p.POSITIONAL_OR_KEYWORD)
         self._named = positional[2:]  # behind self and the images
         self._takes_any_option = any(p.kind is p.VAR_KEYWORD for p in named)
+        # In late releases of transformers 4 the model around SigLIP's tower collects hidden states, and makes tuples.
+        self._is_inside = served.is_inside_siglip(tower) and self._takes_any_option
         self._attached: Callable[..., Any] | None = None
         self._name = register(self)
 
@@ -149,6 +152,9 @@ class Forward:
             return self._original(pixel_values, *more, **options)  # raises the error of such a call
         options |= given
         asked = self._setting(options, "output_hidden_states")
+        if self._is_inside and (asked or self._setting(options, "output_attentions")):
+            self._warn("hidden states or attention weights are asked for, which transformers 4 takes from the layers")
+            return self._original(pixel_values, **options)  # the layers have other forwards while this call lasts
         results = self._routed(pixel_values, HIDDEN_STATES if asked else self.task, self._not_served(options))
         if results is None:
             return self._original(pixel_values, **options)
@@ -158,7 +164,8 @@ class Forward:
             pooler_output=pooled,
             hidden_states=_chosen(results, asked) if asked else None,
         )
-        wants_tuple = self._takes("return_dict") and self._setting(options, "return_dict") is False
+        takes = self._takes("return_dict") and not self._is_inside
+        wants_tuple = takes and self._setting(options, "return_dict") is False
         return output.to_tuple() if wants_tuple else output
 
     def _pooled(self, results: Results, all_states: bool) -> tuple[Tensor, Tensor]:
@@ -296,7 +303,10 @@ class Forward:
     def _stamp(self, reading: _Reading) -> object:
         modules = tuple(map(type, reading.watch.modules)), reading.watch.state()
         settings = served.attention_setting(self.tower), self._normalisation()
-        return modules, instance.count(self.tower), settings
+        if reading.engine is not None:
+            return modules, instance.count(self.tower), settings
+        values = chain.from_iterable(vars(module).values() for module in reading.watch.modules)
+        return modules, instance.count(self.tower), settings, tuple(map(id, values))  # a method may be put back
 
     def _read(self, last: _Reading | None) -> _Reading:
         watch = Watch(self.tower, served.JUDGED)

@@ -46,8 +46,7 @@ _KNOWN = (
     | _TRANSFORMERS
     | _SIGLIP
     | _TIMM
-    | {f"{_MODELING_SIGLIP}.Siglip{name}" for name in ("VisionEmbeddings", "Encoder", "EncoderLayer", "MLP")}
-    | {f"{_MODELING_SIGLIP}.Siglip{name}" for name in ("Attention", "MultiheadAttentionPoolingHead")}
+    | {f"{_MODELING_SIGLIP}.Siglip{name}" for name in (*_PARTS, "MultiheadAttentionPoolingHead")}
     | {"timm.models.vision_transformer.Block", "timm.layers.patch_embed.PatchEmbed", _TIMM_POOL}
     | {"timm.layers.attention.Attention", "timm.layers.mlp.Mlp", "timm.layers.norm.LayerNorm"}
     | {"torch.nn.modules.dropout.Dropout"}
@@ -110,6 +109,11 @@ def is_transformers(module: nn.Module) -> bool:
 
 def is_siglip_of_transformers(module: nn.Module) -> bool:
     return _class(module) in _SIGLIP and hasattr(module, "post_layernorm")
+
+
+def is_inside_siglip(module: nn.Module) -> bool:
+    """Whether it is the tower inside of transformers 4's SiglipVisionModel."""
+    return _class(module) == f"{_MODELING_SIGLIP}.SiglipVisionTransformer"
 
 
 def is_siglip(module: nn.Module) -> bool:
@@ -436,8 +440,6 @@ def _transformers_layers(tower: Any) -> list[Any]:
 
 def _siglip_config(tower: Any) -> SiglipConfig:
     """The shape of a SigLIP tower of transformers."""
-    # Release 4 reads hidden states and attention weights by forwards that it gives to the layers during a call.
-    _require(_class(tower) == f"{_MODELING_SIGLIP}.SiglipVisionModel", "SigLIP is served from transformers 5 on")
     layers, embeddings, head = _transformers_layers(tower), tower.embeddings, tower.head
     attention = head.attention
     _require(type(attention) is nn.MultiheadAttention, f"head.attention is a {_class(attention)}")

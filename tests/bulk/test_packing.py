@@ -92,9 +92,10 @@ def assert_same_squares(
         Preprocess(32),
         Preprocess(32, bilinear=True),
         Preprocess(32, squash=True),
+        Preprocess(32, on_white=True),
         Preprocess(32, squash=True, on_white=True),
     ],
-    ids=["crop", "bilinear", "squash", "on white"],
+    ids=["crop", "bilinear", "squash", "on white", "squash, on white"],
 )
 @pytest.mark.parametrize("fast", [False, True], ids=["", "fast"])
 def test_squares_are_those_of_the_workers(preprocess: Preprocess, fast: bool, items: list[Item]) -> None:

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -132,6 +133,34 @@ def test_without_a_network_the_cache_serves(
         CheckpointError, match=r"hf-hub:openai/clip-vit-base-patch32: it is not in the cache, .*cache, "
     ):
         loaded("openai/clip-vit-base-patch32")
+
+
+@pytest.mark.parametrize("missing", ["open_clip_config.json", "preprocessor_config.json", ""])
+def test_a_cache_that_another_program_filled(
+    missing: str, hub: LoopbackHub, folders: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """open_clip brings weights alone, transformers a model without its processor."""
+    if missing.startswith("open_clip"):
+        huggingface_hub.hf_hub_download(LAION, "open_clip_model.safetensors", cache_dir=tmp_path / "cache")
+    else:
+        folder = tmp_path / "whole"
+        shutil.copytree(folders["hugging_face"][0], folder)
+        (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.1, 0.2, 0.3], "size": 64}))
+        hub.add("someone/whole", folder)
+        for file in folder.iterdir():
+            if file.name != missing:
+                huggingface_hub.hf_hub_download("someone/whole", file.name, cache_dir=tmp_path / "cache")
+    visit(hub, tmp_path / "cache", monkeypatch, offline=True)
+    if missing.startswith("open_clip"):
+        with pytest.raises(CheckpointError, match=r"its open_clip_config\.json is not in the cache, .*unset it once$"):
+            loaded(f"hf-hub:{LAION}")
+    elif missing:
+        with pytest.warns(UserWarning, match="the cache has no preprocessor_config.json, and the hub could not be"):
+            assert clip_fast.load("someone/whole", "cpu")[1].mean != (0.1, 0.2, 0.3)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert clip_fast.load("someone/whole", "cpu")[1].mean == (0.1, 0.2, 0.3)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the mappings of a process are read from /proc")
@@ -297,9 +326,11 @@ def test_a_gated_model(hub: LoopbackHub, folders: dict[str, Any], monkeypatch: p
             r"ViT-B-32/laion2b: ViT-B-32 has no weights of that name, only openai, .*laion2b_s34b_b79k",
         ),
         ("ViT-B-32-quickgelu/laion2b_s34b_b79k", r"ViT-B-32-quickgelu has no weights of that name, only openai"),
-        ("EVA02-B-16/merged2b_s8b_b131k", r"EVA02-B-16/merged2b_s8b_b131k: is open_clip's name of a EVA, which is not"),
-        ("coca_ViT-B-32/laion2b_s13b_b90k", r"is open_clip's name of a CoCa, which is not served"),
+        ("EVA02-B-16/merged2b_s8b_b131k", r"merged2b_s8b_b131k: is the name of one of open_clip's EVA models"),
+        ("coca_ViT-B-32/laion2b_s13b_b90k", r"one of open_clip's CoCa models, which are not served"),
         ("ViT-B/33", r"no file or folder has this name; did you mean 'ViT-B/32'\?"),
+        ("", r"^the model: its name is empty$"),
+        ("ViT-SO400M-14-SigLIP-378/webli", r"load ViT-SO400M-14-SigLIP-384/webli with image_size=378$"),
         ("vit-b-32/laion2b_s34b_b79k", r"did you mean 'ViT-B-32/laion2b_s34b_b79k'\?"),
         ("photos/clip.safetensors", r"photos/clip\.safetensors: no such file, and no model of that name"),
     ],
@@ -345,6 +376,12 @@ CONFIGS = {
     "of a convnext_base": {
         "open_clip_config.json": {"model_cfg": {"vision_cfg": {"timm_model_name": "convnext_base"}}}
     },
+    "is of a CoCa": {
+        "open_clip_config.json": {
+            "model_cfg": {"vision_cfg": {"patch_size": 32, "attentional_pool": True}, "multimodal_cfg": {"width": 512}}
+        }
+    },
+    "vision_cfg sets qk_norm": {"open_clip_config.json": {"model_cfg": {"vision_cfg": {"qk_norm": True}}}},
     "of a siglip2: a NaFlex tower": {"config.json": {"model_type": "siglip2"}},
     "not a CLIP's": {"config.json": {"architectures": ["X"]}},
     "it has none of model.safetensors": {},
@@ -390,10 +427,12 @@ def test_pairs_are_open_clips() -> None:
             continue
         if "_siglip_" not in config["vision_cfg"].get("timm_model_name", "_siglip_"):
             continue
-        if architecture == "ViT-SO400M-14-SigLIP-378":  # -384's weights
-            assert pairs.hub_model(architecture, tag) is None
-            continue
         wanted = pretrained.get_pretrained_cfg(architecture, tag)["hf_hub"].rstrip("/")
+        if architecture in pairs.SAME_WEIGHTS:
+            other, size = pairs.SAME_WEIGHTS[architecture]
+            assert pairs.hub_model(architecture, tag) is None
+            assert (pairs.hub_model(other, tag), size) == (wanted, config["vision_cfg"]["image_size"])
+            continue
         assert pairs.hub_model(architecture, tag) == wanted, (architecture, tag)
         found += 1
     listed = sum(len(pairs.tags_of(name)) for plain in pairs.PAIRS for name in (plain, f"{plain}-quickgelu"))

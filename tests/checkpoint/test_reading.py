@@ -737,6 +737,16 @@ def test_hugging_face_files_that_are_not_enough(saved: Path, tmp_path: Path) -> 
         read_checkpoint(tmp_path)
 
 
+def test_a_vision_model_of_transformers(tmp_path: Path) -> None:
+    """Its keys have no prefix as of release 5, and it has no projection."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    shape = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = transformers.CLIPVisionConfig(**shape, image_size=32, patch_size=16)
+    transformers.CLIPVisionModel(config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"misses visual_projection\.weight: a CLIPVisionModel has no"):
+        read_checkpoint(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("index", "message"),
     [

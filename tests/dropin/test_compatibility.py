@@ -46,6 +46,7 @@ class Family:
     refused: str = ""
     size: ImageSize = 224
     normalisation: tuple[Rgb, Rgb] = (IMAGE_MEAN, IMAGE_STD)  # mean and deviation
+    by_original: tuple[str, ...] = ()  # outputs that the original gives, besides those that it gives of every family
 
 
 def openai_clip(*shape: Any) -> Callable[[], nn.Module]:
@@ -62,20 +63,46 @@ def huge() -> nn.Module:
     return open_clip("ViT-H-14-378-quickgelu", vision_cfg=vision, text_cfg={"layers": 1})()
 
 
-def cut(name: str, layers: int = 1, **vision: Any) -> Callable[[], nn.Module]:
+def cut(name: str, layers: int = 1, text: dict[str, Any] | None = None, **vision: Any) -> Callable[[], nn.Module]:
     """A model of open_clip's, its towers cut to a few layers."""
 
     def make() -> nn.Module:
         package: Any = importlib.import_module("open_clip")
         config = package.get_model_config(name)
         shape = config["vision_cfg"] | {"layers": layers} | vision
-        model = open_clip(name, vision_cfg=shape, text_cfg=config["text_cfg"] | {"layers": 1})()
+        model = open_clip(name, vision_cfg=shape, text_cfg=config["text_cfg"] | {"layers": 1} | (text or {}))()
         for part, weight in model.named_parameters():
             if part.endswith(".gamma"):  # a fresh LayerScale hides the blocks
                 torch.nn.init.uniform_(weight, 0.5, 2)
         return model
 
     return make
+
+
+def cut_siglip(name: str) -> Callable[[], nn.Module]:
+    """A SigLIP of open_clip's, its image tower, which is timm's, cut to one layer, and its text tower to few tokens."""
+
+    def make() -> nn.Module:
+        package: Any = importlib.import_module("open_clip")
+        timm: Any = importlib.import_module("timm")
+        create = timm.create_model
+        text = package.get_model_config(name)["text_cfg"] | {"layers": 1, "vocab_size": 100}
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(timm, "create_model", lambda *given, **options: create(*given, **options, depth=1))
+            return open_clip(name, text_cfg=text)()
+
+    return make
+
+
+def so400m_of_transformers() -> nn.Module:
+    """SO400M at 384 pixels, one layer, with a small text tower."""
+    module: Any = importlib.import_module("transformers")
+    vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_attention_heads": 16, "patch_size": 14}
+    text = {"hidden_size": 1152, "intermediate_size": 64, "num_attention_heads": 16, "vocab_size": 100}
+    layer = {"num_hidden_layers": 1}
+    ends = {"bos_token_id": 1, "eos_token_id": 2}
+    config = module.SiglipConfig(text_config=text | layer | ends, vision_config=vision | layer | {"image_size": 384})
+    return module.SiglipModel(config)
 
 
 def llava() -> nn.Module:
@@ -124,8 +151,9 @@ def _tokens(merges: list[str]) -> list[str]:
     return [*symbols, *(f"{symbol}</w>" for symbol in symbols), *pairs, "<|startoftext|>", "<|endoftext|>"]
 
 
+# Late releases of transformers 4 take hidden states from SigLIP's layers, which the original must run for that.
 _OLD_TRANSFORMERS = find_spec("transformers") and importlib.metadata.version("transformers").startswith("4.")
-_SIGLIP_REFUSED = "from transformers 5 on" if _OLD_TRANSFORMERS else ""
+_COLLECTED = ("hidden states",) if _OLD_TRANSFORMERS else ()
 
 QUICK = ("ViT-B/32", "RN50", "ViT-B-32", "CLIPVisionModel")  # the others are built for some seconds: slow tests
 FAMILIES = [
@@ -163,6 +191,21 @@ FAMILIES = [
         "open_clip_torch", "ViT-B-32-SigLIP2-256", open_clip("ViT-B-32-SigLIP2-256"), size=256,
         normalisation=(SIGLIP_MEAN, SIGLIP_STD),
     ),
+    *(
+        Family(
+            "open_clip_torch", f"{name}, one layer", cut_siglip(name), size=size,
+            normalisation=(SIGLIP_MEAN, SIGLIP_STD),
+        )
+        for name, size in (
+            ("ViT-L-16-SigLIP-256", 256), ("ViT-SO400M-14-SigLIP-384", 384), ("ViT-SO400M-16-SigLIP2-512", 512),
+            ("ViT-gopt-16-SigLIP2-256", 256),
+        )
+    ),
+    *(Family("open_clip_torch", f"{name}, one layer", cut(name)) for name in ("ViT-L-14", "ViT-g-14", "ViT-bigG-14")),
+    Family(
+        "open_clip_torch", "ViT-H-14-worldwide-quickgelu, one layer",
+        cut("ViT-H-14-worldwide-quickgelu", text={"vocab_size": 100}),
+    ),
     Family("open_clip_torch", "convnext_base", open_clip("convnext_base"), refused="its visual.trunk is a timm"),
     Family("transformers", "CLIPModel", transformers("CLIPModel", "CLIPConfig")),
     Family("transformers", "CLIPVisionModel", transformers("CLIPVisionModel", "CLIPVisionConfig")),
@@ -173,12 +216,16 @@ FAMILIES = [
     Family("transformers", "MetaClip2Model", transformers("MetaClip2Model", "MetaClip2Config")),
     Family("transformers", "LlavaForConditionalGeneration", llava),
     Family(
-        "transformers", "SiglipModel", transformers("SiglipModel", "SiglipConfig"), _SIGLIP_REFUSED,
-        normalisation=(SIGLIP_MEAN, SIGLIP_STD),
+        "transformers", "SiglipModel", transformers("SiglipModel", "SiglipConfig"),
+        normalisation=(SIGLIP_MEAN, SIGLIP_STD), by_original=_COLLECTED,
     ),
     Family(
-        "transformers", "SiglipVisionModel", transformers("SiglipVisionModel", "SiglipVisionConfig"), _SIGLIP_REFUSED,
-        normalisation=(SIGLIP_MEAN, SIGLIP_STD),
+        "transformers", "SiglipVisionModel", transformers("SiglipVisionModel", "SiglipVisionConfig"),
+        normalisation=(SIGLIP_MEAN, SIGLIP_STD), by_original=_COLLECTED,
+    ),
+    Family(
+        "transformers", "SiglipModel, SO400M at 384 pixels, one layer", so400m_of_transformers, size=384,
+        normalisation=(SIGLIP_MEAN, SIGLIP_STD), by_original=_COLLECTED,
     ),
     Family("transformers", "Siglip2Model", transformers("Siglip2Model", "Siglip2Config"), "no image tower"),
     Family("transformers", "Dinov2Model", transformers("Dinov2Model", "Dinov2Config"), "no image tower"),
@@ -278,6 +325,8 @@ OUTPUTS: dict[str, tuple[Callable[[Any, Tensor], Any], str, float]] = {
     "patch tokens": (patch_tokens, FAST, 1e-5),
     "interpolated positions": (interpolated, ORIGINAL, 1e-6),
 }
+VERIFY = "verify"
+COLUMNS = (*OUTPUTS, VERIFY)
 
 _SEEN: dict[tuple[str, str], dict[str, str]] = {}  # (package and version, family) -> output -> what was seen
 
@@ -312,15 +361,16 @@ def no_longer_fast(package: str, version: str, family: str, cells: dict[str, str
 
 
 def write_table(path: Path, seen: dict[tuple[str, str], dict[str, str]]) -> None:
-    header = ["package", "model", *OUTPUTS]
+    header = ["package", "model", *COLUMNS]
     rows = (read_table(path) if path.exists() else {}) | seen
     title = (
         "What `clip_fast.accelerate` gives, as `pytest tests/dropin --compatibility FILE` saw it.\n"
         "**fast**: the fast path ran, and what it returned was what the original returns, but for rounding.\n"
-        "**original**: the original forward runs, and a warning says why. Empty: there is no such output."
+        "**original**: the original forward runs, and a warning says why. Empty: there is no such output.\n"
+        "`clip_fast.verify` found both within 1e-5 of the plain encoder in float64."
     )
     rules = "| " + " | ".join("---" for _ in header) + " |"
-    body = [f"| {' | '.join([*key, *(rows[key].get(output, '') for output in OUTPUTS)])} |" for key in sorted(rows)]
+    body = [f"| {' | '.join([*key, *(rows[key].get(output, '') for output in COLUMNS)])} |" for key in sorted(rows)]
     path.parent.mkdir(parents=True, exist_ok=True)
     rest = path.read_text().removeprefix(_own(path)).lstrip("\n") if path.exists() else ""
     own = "\n".join(["# Compatibility", "", title, "", f"| {' | '.join(header)} |", rules, *body]) + "\n"
@@ -356,6 +406,7 @@ def test_a_family(family: Family) -> None:
     images = torch.rand(2, 3, *sides(family.size))
     with torch.no_grad():
         for name, (run, way, bound) in OUTPUTS.items():
+            way = ORIGINAL if name in family.by_original else way
             wanted = run(original, images)
             if wanted is None:
                 continue
@@ -373,6 +424,10 @@ def test_a_family(family: Family) -> None:
             if way == FAST:
                 assert any(not torch.equal(*pair) for pair in pairs), f"{name} is not by another path"
             cells[name] = way
+    verdict = clip_fast.verify(model, images)
+    assert verdict.error < 1e-5
+    assert verdict.lowest_cosine > 1 - 1e-6
+    cells[VERIFY] = FAST
     assert not no_longer_fast(family.package, version, family.name, cells)
     if hasattr(model, "encode"):
         return  # sentence-transformers take pictures

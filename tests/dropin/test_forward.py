@@ -559,6 +559,17 @@ def test_a_change_is_seen(name: str, way: str, images: Tensor) -> None:
     assert got.shape != before.shape or name.endswith("another class") or not torch.equal(got, before)
 
 
+def test_a_method_that_is_put_back_is_seen(images: Tensor) -> None:
+    model = clip_fast.accelerate(open_clip_vit())
+    block: Any = tower(model).transformer.resblocks[1]
+    own = block.forward
+    with torch.no_grad():
+        block.forward = lambda *arguments, **options: own(*arguments, **options)
+        falls_back(model, images, "has its own forward")
+        block.forward = own
+        stays_fast(model, images)
+
+
 def test_weights_are_prepared_once_however_often_the_attention_is_switched(images: Tensor) -> None:
     """What is looked through anew and found the same keeps its engine."""
     model = clip_fast.accelerate(hugging_face())
