@@ -14,6 +14,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # For a test of whole towers: the interpreter takes longest for exact products of float32.
 SLOW_IN_FLOAT32 = (*DTYPES[:2], pytest.param(torch.float32, marks=pytest.mark.slow))
+# For a tower that differs from another in its sizes alone: each of its kernels has tests of its own in every dtype.
+ONE_INTERPRETED = DTYPES if DEVICE.type == "cuda" else (torch.bfloat16,)
 GUARD = 1024  # poisoned elements on each side of a guarded tensor; a multiple of 16 bytes in every dtype
 
 

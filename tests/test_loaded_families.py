@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +19,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from saved_clips import clip_tokenizer, close, hugging_face_folder, open_clip_folder, whole_words, word_pieces
 from saved_siglips import byte_pairs, full, open_clip_siglip, sentence_piece, siglip_folder, unigram
 
 import clip_fast
 from clip_fast.cli.main import main
-from clip_fast.errors import NotServed
+from clip_fast.errors import CheckpointError, NotServed
 from clip_fast.towers.config import sides
 
 HEADING = "\n## Loaded checkpoints\n"
@@ -33,8 +35,8 @@ their real widths, cut to one layer, MetaCLIP 2 to 100 tokens and SigLIP to 4,09
 weights (SigLIP and CLIPA with a tokenizer of their kind that was made on the spot). **equal**: within 1e-5 of what the
 package computes in float32; of words, the tokens are the same, too. The hidden state is the last one. For images of
 another size, open_clip and timm resample the positions as `load` does; transformers has its own way. Files are a JPEG
-photograph and a PNG as `clip-fast encode` embeds them; there the package's embeddings are of the same pixels. Empty:
-the package has no such output.
+and a PNG as `clip-fast encode` embeds them; there the package's embeddings are of the same pixels. Empty:
+the package has no such output. **refused**: for the reason behind it.
 """
 COLUMNS = ("package", "model", "images", "words", "patch tokens", "hidden state", "another size", "files")
 Cells = tuple[str, ...]  # of the columns behind the first two
@@ -113,6 +115,7 @@ FAMILIES = [
     Family("open_clip_torch", "ViT-B-32-quickgelu (MetaCLIP)", of_open_clip("ViT-B-32-quickgelu")),
     Family("open_clip_torch", "ViT-B-32 in a CustomTextCLIP", of_open_clip("ViT-B-32", custom=True)),
     Family("open_clip_torch", "ViT-H-14-378-quickgelu (DFN-5B)", of_open_clip("ViT-H-14-378-quickgelu")),
+    Family("open_clip_torch", "ViT-L-14 (LAION, DataComp)", of_open_clip("ViT-L-14")),
     Family("open_clip_torch", "ViT-bigG-14", of_open_clip("ViT-bigG-14")),
     Family(
         "open_clip_torch", "ViT-H-14-worldwide-quickgelu (MetaCLIP 2)",
@@ -129,6 +132,10 @@ FAMILIES = [
         refused="it is transformers'",
     ),
     Family("open_clip_torch", "ViT-B-16-SigLIP", siglip_of_open_clip("ViT-B-16-SigLIP", unigram)),
+    Family("open_clip_torch", "ViT-L-16-SigLIP-256", siglip_of_open_clip("ViT-L-16-SigLIP-256", unigram)),
+    Family(
+        "open_clip_torch", "ViT-SO400M-16-SigLIP2-256", siglip_of_open_clip("ViT-SO400M-16-SigLIP2-256", gemma)
+    ),
     Family(
         "open_clip_torch", "ViT-SO400M-14-SigLIP-384", siglip_of_open_clip("ViT-SO400M-14-SigLIP-384", unigram)
     ),
@@ -139,6 +146,14 @@ FAMILIES = [
     Family("transformers", "CLIPModel", of_transformers("CLIP", clip_tokenizer, eos_token_id=2)),
     Family("transformers", "MetaClip2Model", of_transformers("MetaClip2", whole_words, eos_token_id=2, vocab_size=100)),
 ]  # fmt: skip
+
+# open_clip's, by a part of the reason.
+REFUSED = {
+    "EVA02-B-16": "from timm that is no SigLIP's, eva02_base_patch16_clip_224",
+    "MobileCLIP-S1": "from timm that is no SigLIP's, fastvit_mci1",
+    "convnext_base": "from timm that is no SigLIP's, convnext_base",
+    "coca_ViT-B-32": "belongs to an attentional pooler, as CoCa has",
+}
 
 _SEEN: dict[tuple[str, str], Cells] = {}  # (package and version, model) -> the other columns
 
@@ -179,6 +194,36 @@ def test_a_family(family: Family, tmp_path: Path) -> None:
             _files(tmp_path / "pictures", ours, preprocess, model),
         ]
     _SEEN[f"{family.package} {importlib.metadata.version(family.package)}", family.name] = tuple(cells)
+
+
+def _saw_refusal(package: str, name: str, folder: Path, reason: str) -> None:
+    with pytest.raises(CheckpointError, match=reason) as refusal:
+        clip_fast.load(folder, "cpu")
+    said = str(refusal.value).removeprefix(f"{next(folder.glob('*.safetensors'))}: ")
+    key = f"{package} {importlib.metadata.version(package)}", name
+    _SEEN[key] = (f"refused: {said}", *[""] * (len(COLUMNS) - 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_family_that_is_refused(name: str, tmp_path: Path) -> None:
+    """By the names of its weights, whose values are left out, and its config."""
+    package = pytest.importorskip("open_clip")
+    with torch.device("meta"):
+        names = package.create_model(name, device="meta", pretrained=None).state_dict()
+    save_file({name: torch.zeros(1) for name in names}, tmp_path / "open_clip_model.safetensors")
+    config = {"model_cfg": package.get_model_config(name), "preprocess_cfg": {}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    _saw_refusal("open_clip_torch", name, tmp_path, REFUSED[name])
+
+
+@pytest.mark.slow
+def test_naflex_is_refused(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = transformers.Siglip2Config(text_config=small | {"vocab_size": 100}, vision_config=small)
+    transformers.Siglip2Model(config).save_pretrained(tmp_path)
+    _saw_refusal("transformers", "Siglip2Model (NaFlex)", tmp_path, "belongs to a NaFlex tower")
 
 
 def _embeddings(model: Any, side: str, batch: torch.Tensor) -> torch.Tensor:
@@ -247,11 +292,11 @@ def _hidden_state(ours: Any, model: Any, images: torch.Tensor) -> str:
 def _another_size(folder: Path, ours: Any, model: Any) -> str:
     vision = _vision(model)
     if hasattr(vision, "attnpool"):
-        with pytest.raises(ValueError, match="image_size"):
+        with pytest.raises(ValueError, match="a ResNet takes images of its own size"):
             clip_fast.load(folder, "cpu", image_size=320)
         return ""
-    if not hasattr(model, "visual"):
-        return ""
+    if not hasattr(model, "visual") or not isinstance(ours.config.image_size, int):
+        return ""  # open_clip takes every grid that it resamples for a square
     height, width = (side + 2 * ours.config.patch_size for side in sides(ours.config.image_size))
     if hasattr(vision, "set_input_size"):
         model = copy.deepcopy(model)

@@ -57,12 +57,6 @@ def open_clip(name: str, **options: Any) -> Callable[[], nn.Module]:
     return lambda: importlib.import_module("open_clip").create_model(name, pretrained=None, **options)
 
 
-def huge() -> nn.Module:
-    """DFN-5B's ViT-H at 378 pixels, cut to two layers."""
-    vision = {"image_size": 378, "layers": 2, "width": 1280, "head_width": 80, "patch_size": 14}
-    return open_clip("ViT-H-14-378-quickgelu", vision_cfg=vision, text_cfg={"layers": 1})()
-
-
 def cut(name: str, layers: int = 1, text: dict[str, Any] | None = None, **vision: Any) -> Callable[[], nn.Module]:
     """A model of open_clip's, its towers cut to a few layers."""
 
@@ -114,10 +108,10 @@ def llava() -> nn.Module:
     return module.LlavaForConditionalGeneration(config)
 
 
-def transformers(name: str, config: str) -> Callable[[], nn.Module]:
+def transformers(name: str, config: str, **settings: Any) -> Callable[[], nn.Module]:
     def make() -> nn.Module:
         module: Any = importlib.import_module("transformers")
-        return getattr(module, name)(getattr(module, config)())
+        return getattr(module, name)(getattr(module, config)(**settings))
 
     return make
 
@@ -155,6 +149,7 @@ def _tokens(merges: list[str]) -> list[str]:
 _OLD_TRANSFORMERS = find_spec("transformers") and importlib.metadata.version("transformers").startswith("4.")
 _COLLECTED = ("hidden states",) if _OLD_TRANSFORMERS else ()
 
+_TWO_LAYERS = {"num_hidden_layers": 2}
 QUICK = ("ViT-B/32", "RN50", "ViT-B-32", "CLIPVisionModel")  # the others are built for some seconds: slow tests
 FAMILIES = [
     Family("openai-clip", "ViT-B/32", openai_clip(512, 224, 12, 768, 32)),
@@ -163,12 +158,12 @@ FAMILIES = [
     Family("openai-clip", "RN50x4", openai_clip(640, 288, (4, 6, 10, 6), 80, None), size=288),
     Family("open_clip_torch", "ViT-B-32", open_clip("ViT-B-32")),
     Family("open_clip_torch", "ViT-B-32, QuickGELU forced", open_clip("ViT-B-32", force_quick_gelu=True)),
-    Family("open_clip_torch", "ViT-B-16-plus-240", open_clip("ViT-B-16-plus-240"), size=240),
+    Family("open_clip_torch", "ViT-B-16-plus-240, two layers", cut("ViT-B-16-plus-240", 2), size=240),
     Family(
         "open_clip_torch", "ViT-B-32 at 256 pixels", open_clip("ViT-B-32", force_image_size=256), size=256
     ),
     Family("open_clip_torch", "ViT-B-32 in a CustomTextCLIP", open_clip("ViT-B-32", force_custom_text=True)),
-    Family("open_clip_torch", "ViT-H-14-378-quickgelu, two layers", huge, size=378),
+    Family("open_clip_torch", "ViT-H-14-378-quickgelu, one layer", cut("ViT-H-14-378-quickgelu"), size=378),
     Family("open_clip_torch", "ViT-L-14-CLIPA, one layer", cut("ViT-L-14-CLIPA")),
     Family("open_clip_torch", "ViT-M-16-alt, with LayerScale, two layers", cut("ViT-M-16-alt", 2)),
     Family(
@@ -184,20 +179,14 @@ FAMILIES = [
     ),
     Family("open_clip_torch", "RN50", open_clip("RN50")),
     Family("open_clip_torch", "coca_ViT-B-32", open_clip("coca_ViT-B-32"), refused="attn_pool is"),
-    Family(
-        "open_clip_torch", "ViT-B-16-SigLIP", open_clip("ViT-B-16-SigLIP"), normalisation=(SIGLIP_MEAN, SIGLIP_STD)
-    ),
-    Family(
-        "open_clip_torch", "ViT-B-32-SigLIP2-256", open_clip("ViT-B-32-SigLIP2-256"), size=256,
-        normalisation=(SIGLIP_MEAN, SIGLIP_STD),
-    ),
     *(
         Family(
             "open_clip_torch", f"{name}, one layer", cut_siglip(name), size=size,
             normalisation=(SIGLIP_MEAN, SIGLIP_STD),
         )
         for name, size in (
-            ("ViT-L-16-SigLIP-256", 256), ("ViT-SO400M-14-SigLIP-384", 384), ("ViT-SO400M-16-SigLIP2-512", 512),
+            ("ViT-B-16-SigLIP", 224), ("ViT-B-32-SigLIP2-256", 256), ("ViT-L-16-SigLIP-256", 256),
+            ("ViT-SO400M-14-SigLIP-384", 384), ("ViT-SO400M-16-SigLIP2-512", 512),
             ("ViT-gopt-16-SigLIP2-256", 256),
         )
     ),
@@ -216,11 +205,13 @@ FAMILIES = [
     Family("transformers", "MetaClip2Model", transformers("MetaClip2Model", "MetaClip2Config")),
     Family("transformers", "LlavaForConditionalGeneration", llava),
     Family(
-        "transformers", "SiglipModel", transformers("SiglipModel", "SiglipConfig"),
+        "transformers", "SiglipModel, two layers",
+        transformers("SiglipModel", "SiglipConfig", vision_config=_TWO_LAYERS, text_config=_TWO_LAYERS),
         normalisation=(SIGLIP_MEAN, SIGLIP_STD), by_original=_COLLECTED,
     ),
     Family(
-        "transformers", "SiglipVisionModel", transformers("SiglipVisionModel", "SiglipVisionConfig"),
+        "transformers", "SiglipVisionModel, two layers",
+        transformers("SiglipVisionModel", "SiglipVisionConfig", **_TWO_LAYERS),
         normalisation=(SIGLIP_MEAN, SIGLIP_STD), by_original=_COLLECTED,
     ),
     Family(
