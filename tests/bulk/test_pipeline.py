@@ -358,28 +358,69 @@ def test_a_thousand_images_of_all_formats_and_broken_ones(tmp_path: Path) -> Non
 # --- What is killed goes on ------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def tars(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The photos in three tars, with a text beside each."""
+    folder = tmp_path_factory.mktemp("input") / "tars"
+    folder.mkdir()
+    paths = sorted(photos.iterdir())
+    for number in range(3):
+        with tarfile.open(folder / f"{number}.tar", "w") as tar:
+            for path in paths[number::3]:
+                tar.add(path, path.name)
+                tar.addfile(tarfile.TarInfo(f"{path.stem}.txt"))
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("workers", "kills"), [(0, 30), (2, 5)])
+@pytest.mark.parametrize(
+    ("source", "how", "kills"),
+    [
+        ("photos", ["--workers", "0"], 30),
+        ("photos", ["--workers", "2"], 5),
+        ("tars", ["--workers", "0"], 10),
+        ("tars", ["--workers", "1", "--devices", "cpu,cpu"], 5),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(
-    photos: Path, undisturbed: dict[str, bytes], tmp_path: Path, warm: Warm, workers: int, kills: int
+    source: str, how: list[str], kills: int, tmp_path: Path, warm: Warm, request: pytest.FixtureRequest
 ) -> None:
-    resume = ("--resume", "--workers", str(workers))
-    start = time.perf_counter()
-    assert warm.run(*command(photos, tmp_path / "timed", *resume)) == 1
-    duration = time.perf_counter() - start
+    pattern = request.getfixturevalue(source)
+    photos = pattern if source == "photos" else f"{pattern}/*.tar"
+    assert cli.main(command(photos, tmp_path / "undisturbed", "--workers", "0")) == 1
+    undisturbed = contents(tmp_path / "undisturbed")
+    resume = ("--resume", *how)
+    durations = []
+    for attempt in range(2):
+        start = time.perf_counter()
+        assert warm.run(*command(photos, tmp_path / f"timed{attempt}", *resume)) == 1
+        durations.append(time.perf_counter() - start)
+    duration = min(durations)  # the first may wait for the warm process itself
 
-    print(f"{workers} workers, undisturbed {duration:.2f} s")
+    print(f"{source}, {how}: undisturbed {duration:.2f} s")
     killed, job = 0, 0
     while killed < kills:
         output = tmp_path / f"out{job}"
         job += 1
+
+        def shards(output: Path = output) -> int:
+            return len(list(output.rglob("metadata_*")))
+
         for _ in range(3):  # kills of the same job
-            moment, group = random.uniform(duration / 4, duration), random.random() < 0.5  # before, it only loads
+            group = random.random() < 0.5  # the workers with it, or left to notice
+            start = time.perf_counter()
             warm.start(*command(photos, output, *resume))
-            status = warm.end(signal.SIGKILL, after=moment, group=group)  # the workers with it, or left to notice
-            shards = len(list(output.rglob("metadata_*")))
-            print(f"killed after {moment:.3f} s{' with its workers' * group}: {status}, {shards} shards")
+            if random.random() < 0.5:
+                moment = random.uniform(duration / 4, duration)  # before, it only loads
+            else:  # as soon as it has written some more shards
+                moment, wanted = 0.0, shards() + random.randrange(1, 4)
+                while shards() < wanted and time.perf_counter() < start + 2 * duration:
+                    time.sleep(0.001)
+            status = warm.end(signal.SIGKILL, after=moment, group=group)
+            taken = time.perf_counter() - start
+            print(f"killed after {taken:.3f} s{' with its workers' * group}: {status}, {shards()} shards")
             if status == 1:
                 break
             assert status == -signal.SIGKILL
