@@ -6,6 +6,7 @@ import io
 import os
 import re
 import tarfile
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -79,14 +80,19 @@ class Tar:
 
     def __iter__(self) -> Iterator[Item]:
         seen = _Seen(self._images)
+        empty = True
         try:
             for key, member in self._images():
+                empty = False
                 number = seen.again(member.name)
                 location = f"{self.path}/{member.name}#{number}" if number > 1 else f"{self.path}/{member.name}"
                 if member.problem:
                     yield Unreadable(key, location, f"{member.problem} in the archive")
                 else:
                     yield TarMember(key, location, self.path, member.offset, member.size)
+            if empty:
+                told = f"{self.path}: no member has the suffix of an image that Pillow reads"
+                warnings.warn(told, stacklevel=1)  # once for a tar, whoever goes through it
         except Exception as error:  # tarfile raises whatever its parsing stumbles on
             if may_pass(error):
                 raise

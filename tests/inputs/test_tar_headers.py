@@ -135,3 +135,15 @@ def test_names_of_a_sorted_tar_are_not_kept(tmp_path: Path) -> None:
     assert kept(names) == 0
     assert kept(names + names) == 300
     assert kept(random.sample(names, 300)) > 0
+
+
+@pytest.mark.parametrize("suffix", ["img", "jpg"])
+def test_a_tar_without_images_is_named(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        tar.addfile(tarfile.TarInfo(f"0.{suffix}"))
+    if suffix == "jpg":
+        assert len(list(Tar(str(path)))) == 1
+    else:
+        with pytest.warns(UserWarning, match=r"a\.tar: no member has the suffix of an image that Pillow reads"):
+            assert not list(Tar(str(path)))
