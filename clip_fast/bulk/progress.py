@@ -64,7 +64,7 @@ class Bar:
         self._told = time.monotonic()
         line = tqdm.format_meter(
             self._done,
-            self._expected,
+            max(self._done, self._expected),  # which may be an estimate
             self._told - self._start,
             unit=" images",
             initial=self._earlier,

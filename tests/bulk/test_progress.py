@@ -61,3 +61,9 @@ def test_without_a_terminal_there_is_a_line_a_minute(
     assert "01:15" in lines[0]
     assert "2.00 images/s" in lines[0]  # without those of the earlier run
     assert "encode-bound, 3 errors" in lines[0]
+
+
+def test_an_estimate_that_was_too_small_is_not_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(2) as progress:
+        progress(Step(Totals(5, 0, 1)))
+    assert "5/5 images" in capsys.readouterr().err
