@@ -88,13 +88,23 @@ class HubModel:
             absent, more = (f"its {config}", "") if config else ("it", self.otherwise)  # open_clip brings weights alone
             raise CheckpointError(self, f"{absent} is not in the cache, {place}, and {problem}{more}") from error
         weights = self._choose(lambda name: cached(name) is not None, lambda name: Path(str(cached(name))))
-        if absent := _absent_beside(weights):
+        if not self._has_processor(weights):
             warnings.warn(
-                f"{self}: the cache has no {' and no '.join(absent)}, and the hub could not be asked: if the model has "
-                "such files, load it once with the hub in reach; until then what its family usually has is used",
+                f"{self}: the cache has no image processor of it, and the hub could not be asked: if the model has "
+                "one, load it once with the hub in reach; until then its family's usual preprocessing is taken",
                 stacklevel=5,
             )
         return weights
+
+    @staticmethod
+    def _has_processor(weights: Path) -> bool:
+        """Whether transformers' image processor is beside weights, or none belongs there: whoever filled a cache chose.
+
+        A tokenizer that is missing is told when words are wanted.
+        """
+        names = ("preprocessor_config.json", "processor_config.json")
+        apart = FOLDER_FILES[weights.name] != HUGGING_FACE_CONFIG
+        return apart or any(weights.with_name(name).is_file() for name in names)
 
     def _choose(self, has: Callable[[str], bool], get: Callable[[str], Path]) -> Path:
         """The preferred weights, after all that belongs to them: where weights are, nothing is missing beside them."""
@@ -181,17 +191,6 @@ def _no_answer(error: Exception) -> str:
     if status is not None:
         return f"{place} answered {status} ({summary(error)}): try again later"
     return f"{place} cannot be reached ({summary(error)}): try again"
-
-
-def _absent_beside(weights: Path) -> list[str]:
-    """What transformers' weights have beside them on the hub, and a cache may not have: whoever filled it chose."""
-    if FOLDER_FILES[weights.name] != HUGGING_FACE_CONFIG:
-        return []
-    wanted = {
-        "preprocessor_config.json": ("preprocessor_config.json", "processor_config.json"),
-        "tokenizer.json": ("tokenizer.json", "spiece.model"),
-    }
-    return [name for name, ways in wanted.items() if not any(weights.with_name(way).is_file() for way in ways)]
 
 
 def _unserved(config: Path) -> str | None:

@@ -139,7 +139,9 @@ def resolve(name_or_path: str | os.PathLike[str], download_root: str | os.PathLi
         return HubModel(repository, revision or None, OPEN_CLIP_CONFIG, download_root).weights()
     if architecture in SAME_WEIGHTS:
         other, size = SAME_WEIGHTS[architecture]
-        raise CheckpointError(name, f"has the weights of {other}: load {other}/{tag or 'webli'} with image_size={size}")
+        raise CheckpointError(
+            name, f"has the weights of {other}: clip_fast.load('{other}/{tags_of(other)[0]}', image_size={size})"
+        )
     if tag and (family := not_served(architecture)):
         raise CheckpointError(name, f"is the name of one of open_clip's {family} models, which are not served")
     if _REPOSITORY.fullmatch(plain) and not plain.endswith(_SUFFIXES):

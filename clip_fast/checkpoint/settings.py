@@ -190,24 +190,24 @@ def refusal(path: Path, content: dict[str, Any]) -> str | None:
     timm = path.name != "config.json" and content["model_cfg"]["vision_cfg"].get("timm_model_name")
     siglip = bool(timm) or content.get("model_type") in CONVENTIONS[True].types
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they are given when the weights are read
-            _settings(path, content, CONVENTIONS[siglip])
+        _settings(path, content, CONVENTIONS[siglip], warn=False)  # it warns when the weights are read
     except CheckpointError as error:
         return str(error).removeprefix(f"{path}: ")
+    except STRUCTURE_ERRORS as error:
+        return f"its {path.name} has an unexpected structure: {error!r}"
     return None
 
 
-def _settings(path: Path, content: dict[str, Any], kind: Conventions) -> BesideWeights:
+def _settings(path: Path, content: dict[str, Any], kind: Conventions, warn: bool = True) -> BesideWeights:
     if path.name == "config.json":
-        return _hugging_face_settings(path, content, kind)
+        return _hugging_face_settings(path, content, kind, warn)
     timm = content["model_cfg"]["vision_cfg"].get("timm_model_name")
     if timm and _TIMM_SIGLIP.fullmatch(timm) and not kind.class_tokens:
-        return _timm_settings(path, content, kind)
-    return _open_clip_settings(path, content)
+        return _timm_settings(path, content, kind, warn)
+    return _open_clip_settings(path, content, warn)
 
 
-def _hugging_face_settings(path: Path, content: dict[str, Any], kind: Conventions) -> BesideWeights:
+def _hugging_face_settings(path: Path, content: dict[str, Any], kind: Conventions, warn: bool) -> BesideWeights:
     """Of a transformers config; what it leaves out has transformers' defaults."""
     if content.get("model_type") not in kind.types:
         types = " or ".join(map(repr, kind.types))
@@ -226,7 +226,8 @@ def _hugging_face_settings(path: Path, content: dict[str, Any], kind: Convention
     elif (beside := path.with_name("processor_config.json")).is_file():
         processing = read_json(beside).get("image_processor") or {}
     squash, bilinear, other = _hugging_face_preprocessing(processing, image_size, kind)
-    _warn_of_preprocessing(beside, other)
+    if warn:
+        _warn_of_preprocessing(beside, other)
     return BesideWeights(
         ACTIVATIONS[activation],
         heads=_integer(path, "num_attention_heads", vision.get("num_attention_heads", 12)),
@@ -281,7 +282,7 @@ def _hugging_face_preprocessing(
     return squash, bilinear, {key: set_to[key] for key in done if not done[key]}
 
 
-def _open_clip_settings(path: Path, content: dict[str, Any]) -> BesideWeights:
+def _open_clip_settings(path: Path, content: dict[str, Any], warn: bool) -> BesideWeights:
     model: dict[str, Any] = content["model_cfg"]
     vision: dict[str, Any] = model["vision_cfg"]
     if "multimodal_cfg" in model:
@@ -297,7 +298,8 @@ def _open_clip_settings(path: Path, content: dict[str, Any]) -> BesideWeights:
     for key, value in special.items():
         raise CheckpointError(path, f"vision_cfg sets {key} to {value!r}, which is not served")
     processing: dict[str, Any] = content.get("preprocess_cfg", {})
-    _warn_of_preprocessing(path, _unfollowed(processing))
+    if warn:
+        _warn_of_preprocessing(path, _unfollowed(processing))
     width = _integer(path, "width", vision.get("width", 768))
     width *= 32 if isinstance(vision.get("layers"), list) else 1  # of the attention
     size, squash = _open_clip_size(path, vision), processing.get("resize_mode") == "squash"
@@ -318,13 +320,14 @@ def _open_clip_settings(path: Path, content: dict[str, Any]) -> BesideWeights:
     )
 
 
-def _timm_settings(path: Path, content: dict[str, Any], kind: Conventions) -> BesideWeights:
+def _timm_settings(path: Path, content: dict[str, Any], kind: Conventions, warn: bool) -> BesideWeights:
     """Of an open_clip config whose image tower is one of timm's SigLIP towers."""
     vision: dict[str, Any] = content["model_cfg"]["vision_cfg"]
     for key, value in _special(vision, _TIMM_KEYS, _TIMM_VALUES).items():
         raise CheckpointError(path, f"vision_cfg sets {key} to {value!r}, which is not served")
     processing: dict[str, Any] = content.get("preprocess_cfg", {})
-    _warn_of_preprocessing(path, _unfollowed(processing))
+    if warn:
+        _warn_of_preprocessing(path, _unfollowed(processing))
     return BesideWeights(
         _timm_activation(vision["timm_model_name"]),
         image_size=_open_clip_size(path, vision),

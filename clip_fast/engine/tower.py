@@ -77,6 +77,8 @@ class Watch:
 
         every = tuple(map(vars, self.modules))
         self._attributes = every[1:] if called else every
+        # transformers 4 leaves SigLIP's layers forwards of their own after a call that collected hidden states.
+        self._forwards = tuple(own for own in self._attributes if "forward" in own)
         self._masked = tuple(own for own in every if _MASK in own) if _MASK in settings else ()
         told = ((own, [name for name in settings if name in own and name != _MASK]) for own in every)
         self._settings = tuple((itemgetter(*names), own) for own, names in told if names)
@@ -90,7 +92,8 @@ class Watch:
             values = [of(own) for of, own in self._settings]
         except KeyError:
             return object()  # a setting is gone: equal to nothing
-        return tuple(map(len, self._attributes)), values, [setting(own, _MASK) for own in self._masked]
+        forwards = [id(own.get("forward")) for own in self._forwards]
+        return tuple(map(len, self._attributes)), values, [setting(own, _MASK) for own in self._masked], forwards
 
     def _now(self) -> tuple[int, ...]:
         return tuple(map(id, chain.from_iterable(map(dict[str, Any].values, self._children))))

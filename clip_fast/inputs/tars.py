@@ -90,9 +90,6 @@ class Tar:
                     yield Unreadable(key, location, f"{member.problem} in the archive")
                 else:
                     yield TarMember(key, location, self.path, member.offset, member.size)
-            if empty:
-                told = f"{self.path}: no member has the suffix of an image that Pillow reads"
-                warnings.warn(told, stacklevel=1)  # once for a tar, whoever goes through it
         except Exception as error:  # tarfile raises whatever its parsing stumbles on
             if may_pass(error):
                 raise
@@ -100,6 +97,9 @@ class Tar:
             if isinstance(error, tarfile.ReadError):
                 reason = kind_of(Path(self.path), PACKED) or reason
             yield Unreadable(self.path, self.path, f"not a readable, uncompressed tar: {reason}")
+        else:
+            if empty:  # said once for a tar, whoever goes through it
+                warnings.warn(f"{self.path}: holds no image, by the suffixes that Pillow reads", stacklevel=1)
 
     def _images(self) -> Iterator[tuple[str, Member]]:
         """The members that are images by their names, with their keys."""

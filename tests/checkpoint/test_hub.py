@@ -155,7 +155,7 @@ def test_a_cache_that_another_program_filled(
         with pytest.raises(CheckpointError, match=r"its open_clip_config\.json is not in the cache, .*unset it once$"):
             loaded(f"hf-hub:{LAION}")
     elif missing:
-        with pytest.warns(UserWarning, match="the cache has no preprocessor_config.json, and the hub could not be"):
+        with pytest.warns(UserWarning, match="the cache has no image processor of it, and the hub could not be"):
             assert clip_fast.load("someone/whole", "cpu")[1].mean != (0.1, 0.2, 0.3)
     else:
         with warnings.catch_warnings():
@@ -330,7 +330,7 @@ def test_a_gated_model(hub: LoopbackHub, folders: dict[str, Any], monkeypatch: p
         ("coca_ViT-B-32/laion2b_s13b_b90k", r"one of open_clip's CoCa models, which are not served"),
         ("ViT-B/33", r"no file or folder has this name; did you mean 'ViT-B/32'\?"),
         ("", r"^the model: its name is empty$"),
-        ("ViT-SO400M-14-SigLIP-378/webli", r"load ViT-SO400M-14-SigLIP-384/webli with image_size=378$"),
+        ("ViT-SO400M-14-SigLIP-378/webli", r"load\('ViT-SO400M-14-SigLIP-384/webli', image_size=378\)$"),
         ("vit-b-32/laion2b_s34b_b79k", r"did you mean 'ViT-B-32/laion2b_s34b_b79k'\?"),
         ("photos/clip.safetensors", r"photos/clip\.safetensors: no such file, and no model of that name"),
     ],
@@ -379,6 +379,13 @@ CONFIGS = {
     "is of a CoCa": {
         "open_clip_config.json": {
             "model_cfg": {"vision_cfg": {"patch_size": 32, "attentional_pool": True}, "multimodal_cfg": {"width": 512}}
+        }
+    },
+    "its config.json has an unexpected structure": {
+        "config.json": {
+            "model_type": "clip",
+            "vision_config": {"image_size": 224},
+            "text_config": {"num_attention_heads": "8"},
         }
     },
     "vision_cfg sets qk_norm": {"open_clip_config.json": {"model_cfg": {"vision_cfg": {"qk_norm": True}}}},

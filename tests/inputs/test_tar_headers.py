@@ -145,5 +145,5 @@ def test_a_tar_without_images_is_named(suffix: str, tmp_path: Path) -> None:
     if suffix == "jpg":
         assert len(list(Tar(str(path)))) == 1
     else:
-        with pytest.warns(UserWarning, match=r"a\.tar: no member has the suffix of an image that Pillow reads"):
+        with pytest.warns(UserWarning, match=r"a\.tar: holds no image, by the suffixes that Pillow reads"):
             assert not list(Tar(str(path)))
