@@ -67,6 +67,8 @@ class BesideWeights:
     pool: Pool = "tok"
     ln_after_pool: bool = False
     text: TextSettings = field(default_factory=TextSettings)
+    # A file, and the settings of preprocessing in it that `Preprocess` does not follow.
+    unfollowed: tuple[Path, dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,8 @@ def read_settings(path: Path, held: Described, kind: Conventions) -> BesideWeigh
     names = "width", "layers", "patch_size", "embedding"
     if told is not None and (differing := told.differences(held, names)):
         raise CheckpointError(path, f"describes another model than its weights are: {differing}")
+    if settings.unfollowed is not None:
+        _warn_of_preprocessing(*settings.unfollowed)
     return settings
 
 
@@ -190,7 +194,7 @@ def refusal(path: Path, content: dict[str, Any]) -> str | None:
     timm = path.name != "config.json" and content["model_cfg"]["vision_cfg"].get("timm_model_name")
     siglip = bool(timm) or content.get("model_type") in CONVENTIONS[True].types
     try:
-        _settings(path, content, CONVENTIONS[siglip], warn=False)  # it warns when the weights are read
+        _settings(path, content, CONVENTIONS[siglip])
     except CheckpointError as error:
         return str(error).removeprefix(f"{path}: ")
     except STRUCTURE_ERRORS as error:
@@ -198,16 +202,16 @@ def refusal(path: Path, content: dict[str, Any]) -> str | None:
     return None
 
 
-def _settings(path: Path, content: dict[str, Any], kind: Conventions, warn: bool = True) -> BesideWeights:
+def _settings(path: Path, content: dict[str, Any], kind: Conventions) -> BesideWeights:
     if path.name == "config.json":
-        return _hugging_face_settings(path, content, kind, warn)
+        return _hugging_face_settings(path, content, kind)
     timm = content["model_cfg"]["vision_cfg"].get("timm_model_name")
     if timm and _TIMM_SIGLIP.fullmatch(timm) and not kind.class_tokens:
-        return _timm_settings(path, content, kind, warn)
-    return _open_clip_settings(path, content, warn)
+        return _timm_settings(path, content, kind)
+    return _open_clip_settings(path, content)
 
 
-def _hugging_face_settings(path: Path, content: dict[str, Any], kind: Conventions, warn: bool) -> BesideWeights:
+def _hugging_face_settings(path: Path, content: dict[str, Any], kind: Conventions) -> BesideWeights:
     """Of a transformers config; what it leaves out has transformers' defaults."""
     if content.get("model_type") not in kind.types:
         types = " or ".join(map(repr, kind.types))
@@ -226,8 +230,6 @@ def _hugging_face_settings(path: Path, content: dict[str, Any], kind: Convention
     elif (beside := path.with_name("processor_config.json")).is_file():
         processing = read_json(beside).get("image_processor") or {}
     squash, bilinear, other = _hugging_face_preprocessing(processing, image_size, kind)
-    if warn:
-        _warn_of_preprocessing(beside, other)
     return BesideWeights(
         ACTIVATIONS[activation],
         heads=_integer(path, "num_attention_heads", vision.get("num_attention_heads", 12)),
@@ -238,6 +240,7 @@ def _hugging_face_settings(path: Path, content: dict[str, Any], kind: Convention
         bilinear=bilinear,
         on_white=bool(processing) and processing.get("do_convert_rgb") is not False,  # transformers' default is True
         text=hugging_face_text(path, content),
+        unfollowed=(beside, other),
     )
 
 
@@ -282,7 +285,7 @@ def _hugging_face_preprocessing(
     return squash, bilinear, {key: set_to[key] for key in done if not done[key]}
 
 
-def _open_clip_settings(path: Path, content: dict[str, Any], warn: bool) -> BesideWeights:
+def _open_clip_settings(path: Path, content: dict[str, Any]) -> BesideWeights:
     model: dict[str, Any] = content["model_cfg"]
     vision: dict[str, Any] = model["vision_cfg"]
     if "multimodal_cfg" in model:
@@ -298,8 +301,6 @@ def _open_clip_settings(path: Path, content: dict[str, Any], warn: bool) -> Besi
     for key, value in special.items():
         raise CheckpointError(path, f"vision_cfg sets {key} to {value!r}, which is not served")
     processing: dict[str, Any] = content.get("preprocess_cfg", {})
-    if warn:
-        _warn_of_preprocessing(path, _unfollowed(processing))
     width = _integer(path, "width", vision.get("width", 768))
     width *= 32 if isinstance(vision.get("layers"), list) else 1  # of the attention
     size, squash = _open_clip_size(path, vision), processing.get("resize_mode") == "squash"
@@ -317,17 +318,16 @@ def _open_clip_settings(path: Path, content: dict[str, Any], warn: bool) -> Besi
         pool=pool,
         ln_after_pool=bool(vision.get("final_ln_after_pool")),
         text=open_clip_text(path, model),
+        unfollowed=(path, _unfollowed(processing)),
     )
 
 
-def _timm_settings(path: Path, content: dict[str, Any], kind: Conventions, warn: bool) -> BesideWeights:
+def _timm_settings(path: Path, content: dict[str, Any], kind: Conventions) -> BesideWeights:
     """Of an open_clip config whose image tower is one of timm's SigLIP towers."""
     vision: dict[str, Any] = content["model_cfg"]["vision_cfg"]
     for key, value in _special(vision, _TIMM_KEYS, _TIMM_VALUES).items():
         raise CheckpointError(path, f"vision_cfg sets {key} to {value!r}, which is not served")
     processing: dict[str, Any] = content.get("preprocess_cfg", {})
-    if warn:
-        _warn_of_preprocessing(path, _unfollowed(processing))
     return BesideWeights(
         _timm_activation(vision["timm_model_name"]),
         image_size=_open_clip_size(path, vision),
@@ -336,6 +336,7 @@ def _timm_settings(path: Path, content: dict[str, Any], kind: Conventions, warn:
         squash=processing.get("resize_mode", "squash") == "squash",
         bilinear=processing.get("interpolation") == "bilinear",
         text=open_clip_text(path, content["model_cfg"]),
+        unfollowed=(path, _unfollowed(processing)),
     )
 
 
@@ -400,5 +401,5 @@ def _warn_of_preprocessing(path: Path, other: dict[str, Any]) -> None:
         warnings.warn(
             f"{path}: this model's images are not preprocessed as CLIP's ({settings}), which is not done here; "
             "the encoder is right, but preprocess images yourself",
-            stacklevel=7,
+            stacklevel=5,
         )

@@ -92,7 +92,7 @@ class Watch:
             values = [of(own) for of, own in self._settings]
         except KeyError:
             return object()  # a setting is gone: equal to nothing
-        forwards = [id(own.get("forward")) for own in self._forwards]
+        forwards = [own.get("forward") for own in self._forwards]
         return tuple(map(len, self._attributes)), values, [setting(own, _MASK) for own in self._masked], forwards
 
     def _now(self) -> tuple[int, ...]:
