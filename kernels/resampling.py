@@ -150,6 +150,25 @@ def plan(sources: Sequence[Source], side: int, filter: Filter = "bicubic") -> Pl
     return Plan(steps, np.concatenate(tables) if tables else np.empty(0, np.int32), scratch)
 
 
+def joined(plans: Sequence[Plan], sizes: Sequence[int], side: int) -> Plan:
+    """The plan of the batches of some plans as one batch, whose packed pixels, `sizes` bytes each, are joined, too."""
+    steps: list[NDArray[Any]] = []
+    pixels = table = scratch = images = 0
+    for plan, size in zip(plans, sizes, strict=True):
+        moved = plan.steps.copy()
+        moved[0, :, 0] += pixels
+        moved[:, :, 5] += table
+        moved[0, :, 8] += scratch
+        moved[1, :, 0] += scratch
+        moved[1, :, 8] += images * CHANNELS * side**2
+        steps.append(moved)
+        pixels += size
+        table += len(plan.tables)
+        scratch += plan.scratch
+        images += moved.shape[1]
+    return Plan(np.concatenate(steps, axis=1), np.concatenate([plan.tables for plan in plans]), scratch)
+
+
 def _check(source: Source, side: int) -> None:
     if min(source.width, source.height, *source.resized, side) < 1:
         raise ValueError(

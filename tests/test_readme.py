@@ -28,9 +28,9 @@ import torch
 from PIL import Image
 
 from clip_fast import Clip
+from clip_fast.bulk import processes
 from clip_fast.checkpoint import published
 from clip_fast.checkpoint.download import Pretrained
-from clip_fast.cli import parser
 from clip_fast.cli.main import main
 from clip_fast.search.index import Index
 from clip_fast.towers import reference
@@ -151,7 +151,7 @@ def working_folder(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for path in pictures.iterdir():
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(parser, "_device", lambda text: torch.device("cpu"))  # GPUs 0 and 1, that is
+    monkeypatch.setattr(processes, "all_devices", lambda: [torch.device("cpu")] * 2)  # for two GPUs
     return tmp_path
 
 
@@ -180,7 +180,7 @@ def test_these_are_the_recipes() -> None:
     found = ENCODING + SEARCHING
     assert found == [
         ["clip-fast", "encode", "photos/", "--model", "ViT-L/14", "--output", "embeddings.npy"],
-        [*tars, "--devices", "0,1", "--embedding-dtype", "float16", "--normalize", "--resume"],
+        [*tars, "--devices", "all", "--embedding-dtype", "float16", "--normalize", "--resume"],
         ["ray", "start", "--head"],
         ["ray", "start", "--address=HEAD:6379"],
         [*tars, "--ray", "auto", "--normalize"],

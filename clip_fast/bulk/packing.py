@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from ..inputs.items import Item
 from ..kernels import dispatch, ops, oracles
-from ..kernels.resampling import CHANNELS, FIELDS, Source, plan
+from ..kernels.resampling import CHANNELS, FIELDS, Plan, Source, joined, plan
 from ..preprocess import Preprocess
 from ..pytorch import shared_zeros
 from ..towers.config import sides
@@ -36,6 +37,7 @@ _THINNEST = 16  # pixels across an image that travels: a thinner one may have mo
 _HEADER = 4  # numbers before a plan's steps: images, side, scratch, and none
 
 _SHARED = Path("/dev/shm")
+_GPUS = Path("/proc/driver/nvidia/gpus")  # a folder for each
 
 
 @dataclass(frozen=True)
@@ -126,11 +128,7 @@ class Packed:
             RuntimeError: shared memory has no room.
         """
         filter = "bilinear" if self._decoder.preprocess.bilinear else "bicubic"
-        steps, tables, scratch = plan(self._sources, self._side, filter)
-        if len(tables) % 2:
-            tables = np.append(tables, np.int32(0))
-        header = np.array([len(self._sources), self._side, scratch, 0])
-        numbers = torch.as_tensor(np.concatenate([header, steps.reshape(-1), tables.view(np.int64)]))
+        numbers = _numbers(plan(self._sources, self._side, filter), self._side)
         if not shared:
             return numbers
         return shared_zeros(8 * len(numbers)).view(torch.int64).copy_(numbers)
@@ -146,6 +144,29 @@ def _bytes_of(image: Image.Image) -> bytes:
         ImageFile.MAXBLOCK = block
 
 
+def _numbers(plan: Plan, side: int) -> Tensor:
+    """A plan as it travels: the header, the steps, and the tables, filled up to whole numbers of 64 bits."""
+    tables = np.append(plan.tables, np.zeros(len(plan.tables) % 2, np.int32))
+    header = np.array([plan.steps.shape[1], side, plan.scratch, 0])
+    return torch.as_tensor(np.concatenate([header, plan.steps.reshape(-1), tables.view(np.int64)]))
+
+
+def joined_plans(plans: Sequence[Tensor], sizes: Sequence[int]) -> Tensor:
+    """What `squares` is told of the pixels of several `Packed`, `sizes` bytes each, one behind the other."""
+    side = header_of(plans[0])[1]
+    parts: list[Plan] = []
+    for numbers in plans:
+        count, _, scratch = header_of(numbers)
+        steps, tables = _steps_and_tables(numbers, count)
+        parts.append(Plan(steps.numpy(), tables.numpy(), scratch))
+    return _numbers(joined(parts, sizes, side), side)
+
+
+def _steps_and_tables(plan: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    end = _HEADER + 2 * count * FIELDS
+    return plan[_HEADER:end].view(2, count, FIELDS), plan[end:].view(torch.int32)
+
+
 def squares(pixels: Tensor, plan: Tensor, header: tuple[int, int, int]) -> Tensor:
     """The resized images, uint8 (B, 3, image_size, image_size), on the device that pixels and plan are on.
 
@@ -154,9 +175,7 @@ def squares(pixels: Tensor, plan: Tensor, header: tuple[int, int, int]) -> Tenso
         header: what `header_of` gives for the plan.
     """
     count, side, scratch = header
-    end = _HEADER + 2 * count * FIELDS
-    steps, tables = plan[_HEADER:end].view(2, count, FIELDS), plan[end:].view(torch.int32)
-    return ops.resize(pixels, steps, tables, scratch, side)
+    return ops.resize(pixels, *_steps_and_tables(plan, count), scratch, side)
 
 
 def header_of(plan: Tensor) -> tuple[int, int, int]:
@@ -180,10 +199,16 @@ def packing_for(preprocess: Preprocess, device: torch.device, rooms: int, batch_
     if len(set(sides(preprocess.image_size))) > 1:
         return None
     wanted = rooms * min(batch_size * MOST_OF_IMAGE, MOST_OF_BATCH)
-    if 2 * wanted * torch.cuda.device_count() > shutil.disk_usage(_SHARED).free:
+    if 2 * wanted * _gpus() > shutil.disk_usage(_SHARED).free:
         return None
     order = tall_images_first()
     return None if order is None else Packing(order)
+
+
+def _gpus() -> int:
+    """This machine's GPUs: also those that this process does not see, as a worker of Ray sees its own alone."""
+    listed = len(list(_GPUS.iterdir())) if _GPUS.is_dir() else 0
+    return max(listed, torch.cuda.device_count())
 
 
 def tall_first(size: tuple[int, int], resized: tuple[int, int]) -> bool:

@@ -19,13 +19,16 @@ import torch
 
 from ..inputs.inputs import Inputs, SpanReader, spans_of
 from ..inputs.items import Item
-from ..loading import load
+from ..loading import default_device, load
 from ..towers.config import Activation
 from .decoder import Decoder
 from .fork_server import interrupts_blocked
 from .pipeline import Options, Step, run_shards, without_idle_workers
 from .shards import ShardFolder
 from .workers import end_with_parent
+
+# Threads of a process, where a CPU is divided. Other CPU runtimes give their streams about as many, for throughput.
+_THREADS = 4
 
 
 class _ErrorThere(Exception):
@@ -44,6 +47,13 @@ class ProcessJob:
     options: Options
     fast_decode: bool
     threads: int  # of PyTorch, on a CPU
+
+
+def all_devices() -> list[torch.device]:
+    """All GPUs that PyTorch can use; without one the CPU, as often as it has four threads."""
+    if default_device().type == "cuda":
+        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return [torch.device("cpu")] * max(1, torch.get_num_threads() // _THREADS)
 
 
 def threads_each(devices: Sequence[torch.device]) -> int:

@@ -33,11 +33,15 @@ from ..inputs.items import ImageFile, Item, Unreadable, image_bytes
 from ..loading import load
 from ..towers.config import Activation
 from .decoder import Decoder
+from .packing import packing_for
 from .rows import encode_rows, settle
-from .workers import FEW_WORKERS, MEMORY_LIMIT, TIME_LIMIT, Decoded, Workers, WorkItem
+from .workers import FEW_WORKERS, MEMORY_LIMIT, ROOMS, TIME_LIMIT, Decoded, Workers, WorkItem
 
 BYTES = "bytes"  # the column of files' contents that `read_binary_files` makes
 CELL_LIMIT = MEMORY_LIMIT // 4  # bytes of an image in a batch: its decoding process holds it twice when it arrives
+# A part of a batch goes to one process. A part of one image would take the encoder's process ten times as long.
+_IMAGES_OF_PART = 16
+_BYTES_OF_PART = 64 << 20  # or one image
 
 Batch = dict[str, NDArray[Any]]
 
@@ -112,7 +116,8 @@ class ImageEncoder:
         self.column = column
         self.normalize = normalize
         self.threads = threads or min(FEW_WORKERS, os.cpu_count() or 1)
-        self.workers = Workers(Decoder(preprocess, fast_decode), self.threads, time_limit=time_limit)
+        packing = packing_for(preprocess, self.encoder.device, self.threads * ROOMS, _IMAGES_OF_PART)
+        self.workers = Workers(Decoder(preprocess, fast_decode), self.threads, time_limit=time_limit, packing=packing)
 
     def __call__(self, batch: Any) -> Any:
         """A batch of columns with the embeddings added.
@@ -138,12 +143,10 @@ class ImageEncoder:
 
     def embed(self, items: Sequence[Item]) -> Batch:
         """The columns that a batch of `items` gets."""
-        # Images go one by one, since what a process is sent counts against its memory. Places go in rows, since a table
-        # is read in groups of rows.
-        size = 1 if any(isinstance(item, _Bytes | _Pixels) for item in items) else -(-len(items) // self.threads)
-        parts = WorkItem(list(items), 0, 0, len(items)).parts(max(1, size))
-        decoded = Decoded.joined((pixels for _, pixels in self.workers.decode(iter(parts))), len(items))
-        rows = encode_rows(self.encoder, decoded.pixels, self.normalize).cpu().numpy()
+        parts = self._parts(items)
+        device = self.encoder.device
+        decoded = Decoded.joined((pixels for _, pixels in self.workers.decode(iter(parts))), len(items), device)
+        rows = encode_rows(self.encoder, decoded.images(), self.normalize).cpu().numpy()
         failed = settle(rows, decoded.errors)
         sizes = decoded.sizes.numpy()
         return {
@@ -153,6 +156,28 @@ class ImageEncoder:
             "error": np.array([failed.get(i, "") for i in range(len(items))], object),
             "embedding": rows,
         }
+
+    def _parts(self, items: Sequence[Item]) -> list[WorkItem]:
+        """The items in parts, each for one process. What a process is sent counts against its memory."""
+        most = min(_IMAGES_OF_PART, -(-len(items) // self.threads))
+        starts, sent = [0], 0
+        for i, item in enumerate(items):
+            sent += _bytes_sent(item)
+            if i > starts[-1] and (i == starts[-1] + most or sent > _BYTES_OF_PART):
+                starts.append(i)
+                sent = _bytes_sent(item)
+        ends = [*starts[1:], len(items)]
+        return [WorkItem(list(items[start:end]), 0, start, len(items)) for start, end in zip(starts, ends, strict=True)]
+
+
+def _bytes_sent(item: Item) -> int:
+    match item:
+        case _Bytes():
+            return len(item.data)
+        case _Pixels():
+            return item.data.nbytes
+        case _:
+            return 0
 
 
 def _is_arrow(batch: Any) -> bool:

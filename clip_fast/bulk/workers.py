@@ -37,7 +37,7 @@ from ..inputs import images
 from ..inputs.items import Item, Unreadable
 from . import fork_server
 from .decoder import Decoder, Squares, failure_reason
-from .packing import Packed, Packing, Rooms
+from .packing import Packed, Packing, Rooms, header_of, joined_plans, squares
 
 BATCHES_AHEAD = 3  # per worker
 ROOMS = BATCHES_AHEAD + 1  # of packed batches, per worker: the one that is encoded, too
@@ -78,23 +78,39 @@ class Decoded(NamedTuple):
         return cls(pixels, torch.frombuffer(bytearray(notes, "ascii"), dtype=torch.uint8), plan)
 
     @classmethod
-    def joined(cls, parts: Iterable[Decoded], count: int) -> Decoded:
+    def joined(cls, parts: Iterable[Decoded], count: int, device: torch.device | None = None) -> Decoded:
         """The parts of a batch of `count` images, one or more, as one.
 
-        Of several, each part's shared memory is given back when it has been copied.
+        Of several, each part's shared memory is given back when it has been copied. Packed pixels are copied to
+        `device`.
         """
         pixels = torch.empty(0)
+        packed: list[Tensor] = []
+        plans: list[Tensor] = []
         sizes: list[tuple[int, int]] = []
         errors: dict[int, str] = {}
         for part in parts:
-            if not sizes:
-                alone = len(part.pixels) == count
-                pixels = part.pixels if alone else part.pixels.new_empty((count, *part.pixels.shape[1:]))
-            if pixels is not part.pixels:
-                pixels[len(sizes) : len(sizes) + len(part.pixels)] = part.pixels
+            own = part.sizes.numpy()
+            if part.plan is not None:
+                packed.append(part.pixels.to(device, copy=True))
+                plans.append(part.plan.clone())
+            elif len(own) == count:
+                pixels = part.pixels
+            else:
+                if not sizes:
+                    pixels = part.pixels.new_empty((count, *part.pixels.shape[1:]))
+                pixels[len(sizes) : len(sizes) + len(own)] = part.pixels
             errors |= {len(sizes) + i: reason for i, reason in part.errors.items()}
-            sizes += [(int(width), int(height)) for width, height in part.sizes.numpy()]
-        return cls.of(pixels, sizes, errors)
+            sizes += [(int(width), int(height)) for width, height in own]
+        if not packed:
+            return cls.of(pixels, sizes, errors)
+        return cls.of(torch.cat(packed), sizes, errors, joined_plans(plans, [len(each) for each in packed]))
+
+    def images(self) -> Tensor:
+        """The images, uint8 (B, 3, height, width). Packed ones are resized on the device that their pixels are on."""
+        if self.plan is None:
+            return self.pixels
+        return squares(self.pixels, self.plan.to(self.pixels.device), header_of(self.plan))
 
     @property
     def sizes(self) -> Tensor:

@@ -181,6 +181,10 @@ def _device(text: str) -> torch.device:
 
 
 def _devices(text: str) -> list[torch.device]:
+    if text == "all":
+        from ..bulk.processes import all_devices
+
+        return all_devices()
     return [_device(f"cuda:{name}" if name.isdecimal() else name) for name in text.split(",")]
 
 
@@ -251,7 +255,12 @@ def parser() -> argparse.ArgumentParser:
 
     large = encode.add_argument_group("for --output FOLDER/ and FILE.parquet")
     large.add_argument("--resume", action="store_true", help="go on with what is in FOLDER/, if anything")
-    large.add_argument("--devices", type=_devices, metavar="0,1,...", help="a process each, shards divided (FOLDER/)")
+    large.add_argument(
+        "--devices",
+        type=_devices,
+        metavar="0,1,...|all",
+        help="a process each, shards divided (FOLDER/); all: each GPU, or processes of 4 threads on a CPU without one",
+    )
     large.add_argument("--shard-size", type=_whole(1), metavar="N", help="images per shard (default: 10000)")
     large.add_argument("--embedding-dtype", choices=("float32", "float16"), help="as written (default: float32)")
     large.add_argument("--normalize", action="store_true", help="write embeddings of length 1")

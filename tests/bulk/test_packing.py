@@ -191,11 +191,12 @@ def test_a_pillow_that_has_one_order_is_served(monkeypatch: pytest.MonkeyPatch) 
     assert tall_images_first.__wrapped__() is False
 
 
-def test_where_images_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_images_are_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu, free = torch.device("cpu"), torch.device("cuda"), 8 << 30
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     monkeypatch.setattr(dispatch, "triton_can_run", lambda device: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(packing, "_GPUS", tmp_path)
     square = Preprocess(224)
     assert packing.packing_for(Preprocess((128, 256)), gpu, 4, 256) is None
     assert packing.packing_for(square, cpu, 4, 256) is None
@@ -205,6 +206,11 @@ def test_where_images_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert packing.packing_for(square, gpu, 16, 256) is None
     assert packing.packing_for(square, gpu, 8, 256) == Packing(TALL)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # of the machine's four
+    for name in "0123":
+        (tmp_path / name).mkdir()
+    assert packing.packing_for(square, gpu, 8, 256) is None
+    assert packing.packing_for(square, gpu, 4, 256) == Packing(TALL)
     monkeypatch.setattr(packing, "tall_images_first", lambda: None)
     assert packing.packing_for(square, gpu, 4, 256) is None
     monkeypatch.setattr(packing, "tall_images_first", lambda: True)

@@ -11,8 +11,9 @@ import torch
 from hostile import Counting
 
 from clip_fast.bulk.pipeline import Options, Step
-from clip_fast.bulk.processes import ProcessJob, run_on_devices, threads_each
+from clip_fast.bulk.processes import ProcessJob, all_devices, run_on_devices, threads_each
 from clip_fast.bulk.shards import OutputFolder
+from clip_fast.cli.parser import parser
 from clip_fast.inputs.inputs import Files, Inputs
 
 
@@ -22,6 +23,20 @@ def test_processes_divide_the_threads(
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert threads_each([torch.device("cpu")] * processes) == share
+
+
+@pytest.mark.parametrize(("threads", "processes"), [(1, 1), (4, 1), (7, 1), (8, 2), (64, 16)])
+def test_all_devices_of_a_cpu(monkeypatch: pytest.MonkeyPatch, threads: int, processes: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert all_devices() == [torch.device("cpu")] * processes
+    assert parser().parse_args(["encode", "--model", "m", "--devices", "all"]).devices == all_devices()
+
+
+def test_all_devices_where_there_are_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert all_devices() == [torch.device("cuda:0"), torch.device("cuda:1")]
 
 
 def test_a_process_gets_no_more_workers_than_there_are_batches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,8 +27,9 @@ from hostile import Greedy, Hanging, Killing
 from PIL import Image
 
 import clip_fast
-from clip_fast.bulk import ray_job, ray_stage
+from clip_fast.bulk import packing, ray_job, ray_stage, workers
 from clip_fast.bulk.ray_stage import ImageEncoder
+from clip_fast.bulk.workers import ROOMS
 from clip_fast.cli import main as cli
 
 pyarrow = pytest.importorskip("pyarrow")
@@ -192,6 +193,45 @@ def test_hostile_images_are_failures_and_the_next_batch_goes_on(
     assert got["error"][0] == "1001 bytes: an image in a batch may have 1000"
     assert got["error"][1] == "1200 bytes: an image in a batch may have 1000"
     assert got["status"].tolist() == ["failed", "failed", "ok"]
+
+
+def test_parts_are_of_few_images_and_few_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_stage, "_BYTES_OF_PART", 100)
+    encoder = ImageEncoder(MODEL, device="cpu", threads=2)
+
+    def parts(*cells: object) -> list[int]:
+        made = encoder._parts([ray_stage.item_of(cell) for cell in cells])
+        assert [part.start for part in made] == [sum(len(each.items) for each in made[:i]) for i in range(len(made))]
+        assert {part.length for part in made} == {len(cells)}
+        return [len(part.items) for part in made]
+
+    assert parts() == [0]
+    assert parts(b"x") == [1]
+    assert parts(*[b"x"] * 5) == [3, 2]
+    assert parts(*["a path"] * 40) == [16, 16, 8]
+    assert parts(*[bytes(40)] * 7) == [2, 2, 2, 1]
+    assert parts(bytes(101), b"x", b"x", bytes(101), bytes(101), np.zeros((9, 9), np.uint8)) == [1, 2, 1, 1, 1]
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_on_a_gpu_images_travel_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, normalize: bool) -> None:
+    """The way of a GPU on a CPU, where the op's oracle resizes: in parts, with failures, and batch after batch."""
+    (tmp_path / "a.png").write_bytes(encoded(picture(3)))
+    cells = [*map(encoded, map(picture, range(37))), b"nothing", str(tmp_path / "a.png"), np.asarray(NOISE), None]
+    cells += [encoded(NOISE.resize((300 + 7 * i, 40 + 90 * i))) for i in range(5)]
+    how, asked = packing.Packing(packing.tall_images_first() is True, most_of_image=100_000), list[Any]()
+    resizing = ImageEncoder(MODEL, device="cpu", normalize=normalize, threads=2)
+    monkeypatch.setattr(ray_stage, "packing_for", lambda *args: asked.append(args) or how)
+    travelling = ImageEncoder(MODEL, device="cpu", normalize=normalize, threads=2)
+    assert asked[0][1:] == (torch.device("cpu"), 2 * ROOMS, 16)
+    calls: list[int] = []
+    monkeypatch.setattr(workers, "squares", lambda *args: calls.append(1) or packing.squares(*args))
+    for chosen in (cells, cells[::-1], cells[:1], cells[-1:], cells[37:38]):
+        got, wanted = (encoder({"image": objects(*chosen)}) for encoder in (travelling, resizing))
+        for name in ("status", "error", "width", "height"):
+            assert got[name].tolist() == wanted[name].tolist()
+        assert got["embedding"].tobytes() == wanted["embedding"].tobytes()
+    assert len(calls) == 5
 
 
 def test_a_script_without_a_guard_may_call_it(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from clip_fast.kernels import ops
 from clip_fast.kernels.dispatch import Impl
-from clip_fast.kernels.resampling import Filter, Plan, Source, plan
+from clip_fast.kernels.resampling import Filter, Plan, Source, joined, plan
 
 DATA = Path(__file__).parents[1] / "data"
 PHOTOGRAPHS = sorted(path for path in DATA.iterdir() if path.suffix in (".jpg", ".png"))
@@ -183,6 +183,19 @@ def test_equal_sizes_share_their_tables() -> None:
     one, many = plan([Source(0, 64, 48, (20, 20), 0, 0)], 20), plan([Source(9, 64, 48, (20, 20), 0, 0)] * 7, 20)
     np.testing.assert_array_equal(one.tables, many.tables)
     assert many.steps.shape == (2, 7, 9)
+
+
+def test_a_joined_plan_is_that_of_its_batches(guards: Guards) -> None:
+    images = [noise(*size) for size in ((12, 20), (40, 2), (5, 5), (9, 30), (33, 17))]
+    sources = [shortest_side(image, 8, number == 1) for number, image in enumerate(images)]
+    wanted = resized(guards, images, sources, 8)
+    batches = [slice(0, 2), slice(2, 2), slice(2, 3), slice(3, 5)]
+    parts = [packed(images[batch], sources[batch]) if images[batch] else (torch.empty(0), []) for batch in batches]
+    whole = torch.cat([pixels.to(DEVICE, torch.uint8) for pixels, _ in parts])
+    made = joined([plan(placed, 8) for _, placed in parts], [len(pixels) for pixels, _ in parts], 8)
+    steps, tables, scratch = tensors(made)
+    for impl in ("triton", "reference"):
+        assert_same_bits(ops.resize(*map(guards.copy, (whole, steps, tables)), scratch, 8, impl=impl), wanted)  # type: ignore[arg-type]
 
 
 def test_launches(guards: Guards, launches: list[str]) -> None:
