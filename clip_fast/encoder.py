@@ -165,6 +165,11 @@ class ImageEncoder(nn.Module):
         return self._precision
 
     @property
+    def cuda_graphs(self) -> bool:
+        """Whether batches may be replayed as CUDA graphs on a GPU."""
+        return self._cuda_graphs
+
+    @property
     def mean(self) -> Rgb:
         """That uint8 images are normalised with, as `std`."""
         return self._mean
@@ -286,6 +291,11 @@ class ImageEncoder(nn.Module):
         assert self._engine is not None
         return self._engine.without_values(images, task)
 
+    def _warn(self, reason: str) -> None:
+        if reason not in self._warned and reason not in _SILENT:
+            self._warned.add(reason)
+            warnings.warn(f"the plain tower runs, not the fast one: {reason}", stacklevel=route.users_level())
+
     def _replica(self) -> bool:
         return self.__dict__.get("_is_replica", False)  # DataParallel's mark
 
@@ -294,9 +304,8 @@ class ImageEncoder(nn.Module):
         expected = because in _SILENT
         if because == route.GRADIENTS:  # asked for in training, or by images: it is no oversight
             expected = self.training or not any(p.requires_grad for p in self.visual.parameters())
-        if not expected and because not in self._warned:
-            self._warned.add(because)
-            warnings.warn(f"the plain tower runs, not the fast one: {because}", stacklevel=4)
+        if not expected:
+            self._warn(because)
         images = checked(images, self.config.image_size).to(self.device)
 
         def run(images: Tensor) -> Results:

@@ -128,8 +128,9 @@ def load(
         CheckpointError: the checkpoint is missing or not sound; the message names the file and what is wrong. Or it
             cannot be had from the hub; the message says why, and what to do.
         ModuleNotFoundError: the extra `hub` is not installed: `pip install "clip_fast[hub]"`.
-        ValueError: `image_size` is no size, smaller than a patch, or not a ResNet's own; `jit` is true; or two
-            different dtypes are given.
+        ValueError: `image_size` is no size, smaller than a patch, or not a ResNet's own; `precision`, `activation` or
+            `dtype` is not one that there is; `jit` is true; or two different dtypes are given.
+        TypeError: `dtype` is no dtype.
     """
     if isinstance(jit, torch.dtype):
         if dtype not in (None, jit):

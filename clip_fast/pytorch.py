@@ -16,6 +16,7 @@ whether the fast path is right, the fast path is not taken.
   of the weights. Without it, as in PyTorch 2.7, a program that torch.compile makes for a GPU has the plain tower.
 * `_get_mkldnn_serialized_md` tells whether two packed weights are laid out alike. Without it a convolution keeps two.
 * `_new_shared` makes a tensor in shared memory. Without it one is made elsewhere, and moved there.
+* `_dynamo_marked_constant` has torch.compile call a function, and not trace it. Without it a graph breaks there.
 * `_replicate_for_data_parallel` makes replicas of `DataParallel` run the original. Without it replicas are as PyTorch
   makes them.
 """
@@ -23,11 +24,14 @@ whether the fast path is right, the fast path is not taken.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def _found(module: str, path: str = "") -> Any:
@@ -153,6 +157,18 @@ def onednn_multiplies(dtype: torch.dtype) -> bool:
     """Whether oneDNN multiplies in a half precision on this CPU, by its own or by emulating instructions."""
     supported = _INSTRUCTIONS[dtype]
     return torch.backends.mkldnn.is_available() and supported is not None and supported()
+
+
+# --- torch.compile ---------------------------------------------------------------------------------------------------
+
+
+def constant_in_graphs(function: _Function) -> _Function:
+    """As `torch.compiler.assume_constant_result`, which would import all of torch.compile.
+
+    A graph has what the function returns while the graph is made.
+    """
+    cast(Any, function)._dynamo_marked_constant = True
+    return function
 
 
 # --- modules ---------------------------------------------------------------------------------------------------------

@@ -34,11 +34,12 @@ def accelerate(model: _Model, *, precision: PrecisionName | None = None, cuda_gr
         cuda_graphs: replay batches on an NVIDIA GPU as CUDA graphs where launching would take longer.
 
     Returns:
-        The same model. It returns what it returned. Raw uint8 images, which no original takes, are normalised.
+        The same model. It returns what it returned, but for raw uint8 images: these are normalised.
 
     Raises:
         NotServed: (a ValueError) the model has a part that is not served; the message names it. The model is unchanged.
-        ValueError: `precision` is none of the four.
+        ValueError: `precision` is none of the four, or the model is a loaded one, and has other settings.
+        TypeError: `model` is no module.
 
     The original forward runs, and one warning says why, where a weight or the images require gradients, where hooks are
     registered inside the tower, or where it is in training mode and has dropout or batch norms.
@@ -49,14 +50,20 @@ def accelerate(model: _Model, *, precision: PrecisionName | None = None, cuda_gr
     TorchScript needs the original: `torch.jit.script(clip_fast.restore(model).visual)`.
     """
     check_name(precision)
-    if isinstance(model, ImageEncoder):  # already fast
-        model.refresh()
-        return model
-    found = [_forward(tower, precision, cuda_graphs) for tower in served.find(model)]
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise TypeError(f"accelerate takes a torch.nn.Module, got a {type(model).__qualname__}")
+    loaded = [module for module in model.modules() if isinstance(module, ImageEncoder)]  # already fast
+    for encoder in loaded:
+        if precision not in (None, encoder.precision) or (encoder.cuda_graphs and not cuda_graphs):
+            raise ValueError("the model was loaded with another precision, or with CUDA graphs: give these to `load`")
+    towers = list(filter(served.is_tower, model.modules())) if loaded else served.find(model)
+    found = [_forward(tower, precision, cuda_graphs) for tower in towers]
     for forward in found:
         if problem := forward.read():
             raise NotServed(problem)
         probe(forward.device)
+    for encoder in loaded:
+        encoder.refresh()
     restore(model)
     for forward in found:
         forward.attach()

@@ -43,10 +43,7 @@ from . import instance, served
 
 _AUTOCAST: dict[torch.dtype, PrecisionName] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 _DTYPES = {"": None, "fp16": torch.float16, "bf16": torch.bfloat16}  # as compiled graphs name autocast's
-_PACKAGES = {  # not users' code
-    "clip_fast", "torch", "clip", "open_clip", "transformers", "sentence_transformers",
-    "pickle", "copy", "multiprocessing", "cloudpickle", "joblib", "ray",
-}  # fmt: skip
+_INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 _METADATA = ("__module__", "__name__", "__qualname__", "__doc__", "__annotations__")  # of a function, for people
 _UNREAD = frozenset(  # options for a language model or a loss, which models around a tower hand down to it
     ["num_items_in_batch", "use_cache", "cache_position", "logits_to_keep", "output_router_logits", "return_loss"]
@@ -115,6 +112,8 @@ class Forward:
         return (self._precision, self._cuda_graphs) == (precision, cuda_graphs)
 
     def _attach_to_copy(self, tower: nn.Module) -> None:
+        if not served.is_tower(tower):  # its class was changed, as by a parametrisation: it stays the original
+            return
         forward = Forward(tower, self._precision, self._cuda_graphs)
         forward.read()
         forward.attach()
@@ -125,7 +124,7 @@ class Forward:
         warnings.warn(
             f"a pickle of an accelerated {name} is the original, as it is in the processes that pickles are sent to: "
             "call clip_fast.accelerate on it there",
-            stacklevel=_users_level(),
+            stacklevel=route.users_level(),
         )
         return instance.state(self.tower)
 
@@ -155,7 +154,8 @@ class Forward:
         if self._is_inside and (asked or self._setting(options, "output_attentions")):
             self._warn("hidden states or attention weights are asked for, which transformers 4 takes from the layers")
             return self._original(pixel_values, **options)  # the layers have other forwards while this call lasts
-        results = self._routed(pixel_values, HIDDEN_STATES if asked else self.task, self._not_served(options))
+        task = HIDDEN_STATES if asked else self.task
+        results = self._routed(pixel_values, task, self._not_served(pixel_values, options))
         if results is None:
             return self._original(pixel_values, **options)
         pooled, last = self._pooled(results, all_states=bool(asked))
@@ -191,8 +191,10 @@ class Forward:
             return getattr(self.tower.config, name, None)
         return value
 
-    def _not_served(self, options: Mapping[str, Any]) -> str | None:
+    def _not_served(self, images: Tensor, options: Mapping[str, Any]) -> str | None:
         """The part of a call of a transformers tower that only the original can answer."""
+        if isinstance(images, Tensor) and images.dtype in _INTEGERS:  # pyright: ignore[reportUnnecessaryIsInstance]
+            return "the images are integers, which transformers takes for floats"
         if self._setting(options, "output_attentions"):
             return "attention weights are asked for"
         if getattr(self.tower.config, "is_causal", None):
@@ -229,7 +231,7 @@ class Forward:
             self._warned.add(reason)
             name = type(self.tower).__qualname__
             message = f"the original forward of {name} runs, not clip_fast's: {reason}"
-            warnings.warn(message, stacklevel=_users_level())
+            warnings.warn(message, stacklevel=route.users_level())
 
     def _look(self) -> tuple[Engine | None, str | None]:
         reading = self._reading()
@@ -351,15 +353,6 @@ class Forward:
             images = images.permute(0, 3, 1, 2)
         weight = served.weight(self.tower)
         return normalised(images.to(weight.device), weight.dtype, *self._normalisation())
-
-
-def _users_level() -> int:
-    """The `stacklevel`, for a warning of the calling function, of the nearest frame of a user's own code."""
-    level, frame = 1, inspect.currentframe()
-    frame = frame and frame.f_back
-    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _PACKAGES:
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:

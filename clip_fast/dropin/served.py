@@ -79,12 +79,17 @@ def find(model: nn.Module) -> list[nn.Module]:
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise NotServed("the model is a TorchScript program, whose parts cannot be replaced: load it with jit=False")
-    towers = [module for module in model.modules() if gives_embeddings(module) or is_transformers(module)]
+    towers = list(filter(is_tower, model.modules()))
     if not towers:
         raise NotServed(
             f"no image tower of openai-clip, open_clip or transformers' CLIP or SigLIP in {_image_part(model)}"
         )
     return towers
+
+
+def is_tower(module: nn.Module) -> bool:
+    """Whether it is an image tower of a known class."""
+    return gives_embeddings(module) or is_transformers(module)
 
 
 def is_clip(module: nn.Module) -> bool:
@@ -150,10 +155,13 @@ def read(tower: nn.Module) -> Tower:
     keys = _keys(tower)
 
     def state_dict() -> dict[str, Tensor]:
-        return _canonical(plain_tensors(_weights(tower)), shapes, keys)
+        weights = plain_tensors(_weights(tower))
+        _check_positions(weights)
+        return _canonical(weights, shapes, keys)
 
-    state = {name: tensor.to("meta") for name, tensor in plain_tensors(_weights(tower)).items()}
-    _canonical(state, shapes, keys)  # has it all?
+    weights = plain_tensors(_weights(tower))
+    _check_positions(weights)
+    _canonical({name: tensor.to("meta") for name, tensor in weights.items()}, shapes, keys)  # has it all?
     if is_clip(tower):
         _check_wiring(tower, plain)
         _require(_computes_as_ours(type(tower)), f"its {_class(tower)} computes something else than the package's own")
@@ -175,8 +183,13 @@ def _computes_as_ours(kind: Any) -> bool:
         shape |= {"layers": (1, 1, 1, 1), "heads": 4, "width": 8}
     else:
         shape |= {"layers": 1, "heads": 1, "width": 64, "patch_size": 4} | ({} if openai else {"mlp_ratio": 4.0})
-    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"), torch.autocast("cpu", enabled=False):
-        before = torch.get_rng_state()
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.device("cpu"),
+        torch.autocast("cpu", enabled=False),
+        torch.random.fork_rng(devices=[]),
+    ):
         try:
             tower: nn.Module = kind(**shape).float().eval()
             for weight in tower.parameters():
@@ -184,8 +197,6 @@ def _computes_as_ours(kind: Any) -> bool:
             images = torch.randn(2, 3, side, side, dtype=torch.float32)
         except (TypeError, AttributeError, ValueError):
             return not openai
-        finally:
-            torch.set_rng_state(before)
         plain: nn.Module = reference.build(_config(tower)).float().eval()
         plain.load_state_dict(_weights(tower), strict=False)
         wanted, got = plain(images), tower(images)
@@ -223,7 +234,8 @@ def weight(tower: nn.Module) -> Tensor:
 JUDGED = (  # the attributes that `read` judges
     "eps", "num_heads", "attn_mask", "scale", "is_causal", "input_resolution", "image_size", "pool_type",
     "final_ln_after_pool", "global_pool", "pool", "dynamic_img_size", "dynamic_img_pad", "flatten", "use_head",
-    "batch_first", "head_dim", "add_zero_attn", "approximate", "stride", "padding", "dilation",
+    "batch_first", "head_dim", "add_zero_attn", "approximate", "kernel_size", "stride", "padding", "dilation", "groups",
+    "padding_mode", "ceil_mode", "count_include_pad", "divisor_override", "max_norm",
 )  # fmt: skip
 
 
@@ -277,6 +289,13 @@ def _transformers_keys(name: str) -> list[str]:
     return [] if name == "proj" else [key.removeprefix("vision_model.") for key in hugging_face_keys(name)]
 
 
+def _check_positions(weights: Mapping[str, Tensor]) -> None:
+    for name, order in weights.items():
+        if name.endswith("position_ids") and not order.is_meta:
+            in_order = torch.arange(order.numel(), device=order.device)
+            _require(torch.equal(order.flatten().to(in_order), in_order), "its position_ids are not in order")
+
+
 def _check_modules(tower: Any, expected: float) -> None:
     """Checks that every module is known, and as its class makes it; `expected` is the epsilon of norms."""
     for name, module in _named(tower).items():
@@ -290,6 +309,9 @@ def _check_modules(tower: Any, expected: float) -> None:
         eps: float | None = getattr(module, "eps", None)
         if eps is not None and eps != expected:
             raise NotServed(f"{name} has eps {eps}, expected {expected}")
+        if isinstance(module, nn.ModuleList):
+            order = [child for child, _ in module.named_children()]
+            _require(order == [str(i) for i in range(len(order))], f"{name} runs {order}")
 
 
 def _patched(cls: type) -> str | None:
@@ -304,7 +326,15 @@ def _patched(cls: type) -> str | None:
 
 def is_own(kind: type, name: str, method: Any) -> bool:
     """Whether the method of this name was defined in the class, and not put there by someone else."""
-    return (method.__module__, method.__qualname__) == (kind.__module__, f"{kind.__qualname__}.{name}")
+    if (method.__module__, method.__qualname__) != (kind.__module__, f"{kind.__qualname__}.{name}"):
+        return False
+    # `functools.wraps` copies these names, and not the globals of the module where a function was defined.
+    packages = {"torch", kind.__module__.partition(".")[0]}
+    while method is not None:
+        if str(getattr(method, "__globals__", {}).get("__name__")).partition(".")[0] not in packages:
+            return False
+        method = getattr(method, "__wrapped__", None)
+    return True
 
 
 def _named(tower: Any) -> dict[str, nn.Module]:
@@ -328,7 +358,10 @@ def _check_wiring(tower: nn.Module, plain: nn.Module) -> None:
 
 
 def _geometry(module: nn.Module) -> tuple[object, ...]:
-    names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "ceil_mode", "count_include_pad")
+    names = (
+        "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode", "ceil_mode", "count_include_pad",
+        "divisor_override",
+    )  # fmt: skip
     return type(module), *(_pair(getattr(module, name, None)) for name in names)
 
 
@@ -431,10 +464,7 @@ def _transformers_layers(tower: Any) -> list[Any]:
         own = layer.self_attn
         plain = getattr(own, "scale", None) in (None, own.head_dim**-0.5) and not getattr(own, "is_causal", False)
         _require(plain, f"encoder.layers.{i}.self_attn is causal, or has its own scale")
-    order: Tensor | None = getattr(tower.embeddings, "position_ids", None)
-    if order is not None and not order.is_meta:
-        in_order = torch.arange(order.numel(), device=order.device)
-        _require(torch.equal(order.flatten().to(in_order), in_order), "its position_ids are not in order")
+    _require(tower.embeddings.position_embedding.max_norm is None, "its positions are renormalised")
     return layers
 
 
@@ -443,6 +473,7 @@ def _siglip_config(tower: Any) -> SiglipConfig:
     layers, embeddings, head = _transformers_layers(tower), tower.embeddings, tower.head
     attention = head.attention
     _require(type(attention) is nn.MultiheadAttention, f"head.attention is a {_class(attention)}")
+    _require(getattr(tower, "use_head", True), "its head is not used")
     plain = attention.batch_first and attention.in_proj_weight is not None and not attention.add_zero_attn
     _require(plain, "head.attention takes its tokens otherwise than transformers makes it")
     return SiglipConfig(

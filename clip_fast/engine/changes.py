@@ -26,6 +26,8 @@ from torch import Tensor, nn
 
 from .. import pytorch
 
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+
 _cdata = attrgetter("cdata")
 
 
@@ -113,15 +115,18 @@ class _Hooks:
     def _count_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Counts an optimiser's step in the versions of our weights; a fused step does not.
 
-        FSDP steps shards and gathers them into the same tensors without a new version, so a step on anything but a
-        plain tensor counts as a change of any weight.
+        A weight that has no gradient is not written, and PyTorch would refuse to differentiate through it with a new
+        version. Weights may be views of the flat tensor that is stepped. FSDP steps shards and gathers them into the
+        same tensors without a new version, so a step on a weight that is no plain tensor counts as a change of any.
         """
         with self._lock:
             followed = list(self._followed)
-        ours = {id(tensor) for weights in followed for tensor in weights.tensors()}
-        stepped: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"] if id(p) in ours]
-        torch.autograd.graph.increment_version(stepped)
-        self.uncounted += any(type(p) not in (Tensor, nn.Parameter) for p in stepped)
+        ours = [tensor for weights in followed for tensor in weights.tensors()]
+        stepped: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+        identities = set(map(id, ours))
+        self.uncounted += any(type(p) not in _PLAIN for p in stepped if id(p) in identities)
+        places = {_storage(p) for p in stepped if type(p) in _PLAIN and p.grad is not None}
+        torch.autograd.graph.increment_version([t for t in ours if type(t) in _PLAIN and _storage(t) in places])
 
     def _count_module(self, parent: nn.Module, *_: Any) -> None:
         """Counts a module that is put into a tower.
@@ -131,6 +136,10 @@ class _Hooks:
         """
         if not torch.compiler.is_compiling():
             self.uncounted += id(parent) in self._parents
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _iterating() -> bool:

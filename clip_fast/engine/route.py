@@ -9,6 +9,7 @@ and modes may have changed since the last one. In a graph of torch.compile a cal
 
 from __future__ import annotations
 
+import inspect
 from typing import Protocol
 
 import torch
@@ -18,7 +19,7 @@ from .. import pytorch
 from ..errors import NotServed
 from ..towers.config import Task
 from ..towers.fast import Results
-from .compiled import compiled
+from .compiled import compiled, serves
 from .engine import Engine
 
 # Reasons for the plain tower that come from the call itself.
@@ -31,6 +32,21 @@ META = "its weights are on the meta device"
 
 # Reasons that need no warning, since the plain tower is the only one that can serve such a call.
 SILENT = frozenset({PROGRAM, WITHOUT_VALUES, DOUBLE})
+
+
+_PACKAGES = {  # not users' code
+    "clip_fast", "torch", "clip", "open_clip", "transformers", "sentence_transformers",
+    "pickle", "copy", "multiprocessing", "cloudpickle", "joblib", "ray",
+}  # fmt: skip
+
+
+def users_level() -> int:
+    """The `stacklevel`, for a warning of the calling function, of the nearest frame of a user's own code."""
+    level, frame = 1, inspect.currentframe()
+    frame = frame and frame.f_back
+    while frame is not None and str(frame.f_globals.get("__name__")).partition(".")[0] in _PACKAGES:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 class Owner(Protocol):
@@ -70,11 +86,15 @@ def route(owner: Owner, images: Tensor, task: Task, asked: str | None = None) ->
     if torch.compiler.is_exporting() or isinstance(images, torch.fx.Proxy):
         return PROGRAM
     if torch.compiler.is_compiling():
-        plain = asked or pytorch.transformed() or pytorch.may_be_replayed(images)
-        engine = None if plain else owner._traced_engine()
+        if asked or pytorch.transformed() or pytorch.may_be_replayed(images) or not serves(owner._name):
+            return PROGRAM
+        engine = owner._traced_engine()
         if engine is None or _by_plain_tower(engine, images):
             return PROGRAM
-        return compiled(owner._name, engine.checked(images), task, owner._autocast())
+        for tensor in engine.tensors():
+            _ = tensor.shape  # so that the graph is made anew for weights of other shapes
+        rows = engine.config.row_shapes(task)
+        return compiled(owner._name, engine.checked(images), task, rows, owner._autocast())
     if pytorch.without_values(images):
         return WITHOUT_VALUES
     return judge(owner, images, task, asked)
@@ -90,7 +110,12 @@ def judge(owner: Owner, images: Tensor, task: Task, asked: str | None = None) ->
         return reason
     assert engine is not None
     try:
-        return engine.run(engine.checked(images), task)
+        try:
+            checked = engine.checked(images)
+        except (TypeError, ValueError):
+            engine.tower.state_dict()  # weights for images of this shape may have been put in
+            raise
+        return engine.run(checked, task)
     except NotServed as error:  # weights of another shape have been put in
         return str(error)
 

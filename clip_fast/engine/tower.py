@@ -80,11 +80,12 @@ class Watch:
         # transformers 4 leaves SigLIP's layers forwards of their own after a call that collected hidden states.
         self._forwards = tuple(own for own in self._attributes if "forward" in own)
         self._masked = tuple(own for own in every if _MASK in own) if _MASK in settings else ()
+        self._kinds: tuple[Any, ...] = tuple(set(map(type, self.modules)))
         told = ((own, [name for name in settings if name in own and name != _MASK]) for own in every)
         self._settings = tuple((itemgetter(*names), own) for own, names in told if names)
 
     def state(self) -> object:
-        """A value that differs where an attribute was put on a module, or a setting was changed.
+        """A value that differs where an attribute was put on a module, or a setting or a class's forward was changed.
 
         Attributes of a tower that is called as a module are its own matter: whoever replaces its forward is called.
         """
@@ -93,7 +94,9 @@ class Watch:
         except KeyError:
             return object()  # a setting is gone: equal to nothing
         forwards = [own.get("forward") for own in self._forwards]
-        return tuple(map(len, self._attributes)), values, [setting(own, _MASK) for own in self._masked], forwards
+        classes = [kind.forward for kind in self._kinds]
+        masks = [setting(own, _MASK) for own in self._masked]
+        return tuple(map(len, self._attributes)), values, masks, forwards, classes
 
     def _now(self) -> tuple[int, ...]:
         return tuple(map(id, chain.from_iterable(map(dict[str, Any].values, self._children))))
