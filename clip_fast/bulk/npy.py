@@ -132,8 +132,9 @@ class EmbeddingWriter:
             for name in ("paths.txt", "errors.txt")
         )
         self.targets = [output, paths, errors]
-        if paths.is_file() and not output.exists():
-            raise ValueError(f"{paths} is there without {output}, so it may be a list of your own: move or remove it")
+        for companion in (paths, errors):
+            if companion.is_file() and not output.exists() and not (companion == errors and _lists_failures(errors)):
+                raise ValueError(f"{companion} is there without {output}, so it may be your own: move or remove it")
         self._open: list[NewFile] = []
         try:
             for target in self.targets:
@@ -195,6 +196,12 @@ class EmbeddingWriter:
     def _discard(self) -> None:
         for new in self._open:
             new.discard()
+
+
+def _lists_failures(errors: Path) -> bool:
+    """Whether a list of errors is that of a run, which leaves it alone where every image has failed."""
+    with open(errors, "rb") as file:
+        return b"\t" in file.readline(1 << 20)
 
 
 def _npy_header(shape: tuple[int, ...]) -> bytes:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import importlib
 import os
 import pickle
-from collections.abc import Callable, Iterator, Sequence
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import islice
 from typing import Any
+from uuid import uuid4
 
 import torch
 
 from ..checkpoint.published import local_path
+from ..errors import printable, summary
 from ..extras import pyarrow, ray
 from ..inputs.containers import IMAGE_COLUMN, Container
 from ..inputs.finder import is_leftover
@@ -30,6 +35,7 @@ from .workers import TIME_LIMIT
 
 _PATH = "path"
 _KEY = "__key__"  # of webdatasets
+_CLAIM = ".clip-fast-run-"  # begins the name of a file that is there while a run writes to a folder
 
 _FILES_LISTED = 1000  # files that one task lists
 _BATCHES_A_BLOCK = 8  # batches that one call of an actor encodes, one file holds, and a worker's death repeats
@@ -83,57 +89,57 @@ def encode(
     if path := local_path(model):
         model = _absolute(str(path))
     joined = not cluster.is_initialized()
-    if joined:
-        cluster.init(address=address)
-    try:
-        resources = cluster.cluster_resources()
-        cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
-        actors = workers or gpus or max(1, cpus // 2)
-        device = "cuda" if gpus else "cpu"
-        dtype = dtype or default_dtype(torch.device(device))
-        loaded, _ = load(model, "cpu", dtype, activation=activation)  # fails here rather than on workers
-        if any("://" in path for path in paths):
-            rows = _read_urls(data, paths, image_column, key_column)
-        else:
-            rows = _read_places(data, find(paths, image_column=image_column, key_column=key_column))
-        rows.repartition(target_num_rows_per_block=_BATCHES_A_BLOCK * batch_size).map_batches(
-            _TableEncoder,
-            fn_constructor_kwargs={
-                "model": model,
-                "device": device,
-                "dtype": dtype,
-                "activation": activation,
-                "normalize": normalize,
-                "fast_decode": fast_decode,
-                "threads": max(1, cpus // actors),
-                "time_limit": time_limit,
-            },
-            batch_size=batch_size,
-            compute=data.ActorPoolStrategy(size=actors),
-            num_gpus=1 if gpus else 0,
-            num_cpus=1,
-        ).write_parquet(folder, filesystem=filesystem)
-    except cluster.exceptions.RayError as error:
-        raise RuntimeError(f"the cluster gave up: {_last_line(error)}") from error
-    finally:
+    with _claimed(filesystem, folder, output):
         if joined:
-            cluster.shutdown()
-    written = importlib.import_module("pyarrow.dataset").dataset(folder, filesystem=filesystem, format="parquet")
-    failed = importlib.import_module("pyarrow.compute").field("status") == "failed"
-    totals = {"images": written.count_rows(), "failed": written.count_rows(filter=failed)}
-    settings = {
-        "inputs": list(paths),
-        "image_column": image_column,
-        "key_column": key_column,
-        "model": model,
-        "activation": activation,
-        "weights": weights_digest(loaded),
-        "dtype": str(dtype).removeprefix("torch."),
-        "normalize": normalize,
-        "fast_decode": fast_decode,
-    }
-    with filesystem.open_output_stream(f"{folder}/{RAY_MANIFEST_NAME}") as file:
-        file.write(manifest_bytes({"settings": settings, "done": totals}))
+            with _sigterm_kept():
+                cluster.init(address=address)
+        try:
+            resources = cluster.cluster_resources()
+            cpus, gpus = int(resources.get("CPU", 1)), int(resources.get("GPU", 0))
+            actors = workers or gpus or max(1, cpus // 2)
+            device = "cuda" if gpus else "cpu"
+            dtype = dtype or default_dtype(torch.device(device))
+            loaded, _ = load(model, "cpu", dtype, activation=activation)  # fails here rather than on workers
+            if any("://" in path for path in paths):
+                rows = _read_urls(data, paths, image_column, key_column)
+            else:
+                rows = _read_places(data, find(paths, image_column=image_column, key_column=key_column))
+            rows.repartition(target_num_rows_per_block=_BATCHES_A_BLOCK * batch_size).map_batches(
+                _TableEncoder,
+                fn_constructor_kwargs={
+                    "model": model,
+                    "device": device,
+                    "dtype": dtype,
+                    "activation": activation,
+                    "normalize": normalize,
+                    "fast_decode": fast_decode,
+                    "threads": max(1, cpus // actors),
+                    "time_limit": time_limit,
+                },
+                batch_size=batch_size,
+                compute=data.ActorPoolStrategy(size=actors),
+                num_gpus=1 if gpus else 0,
+                num_cpus=1 if 2 * actors <= cpus else 0,  # the tasks that list, read and write want CPUs, too
+            ).write_parquet(folder, filesystem=filesystem)
+        except cluster.exceptions.RayError as error:
+            raise RuntimeError(f"the cluster gave up: {_reason(error)}") from error
+        finally:
+            if joined:
+                cluster.shutdown()
+        totals = _totals(filesystem, folder)
+        settings = {
+            "inputs": list(paths),
+            "image_column": image_column,
+            "key_column": key_column,
+            "model": model,
+            "activation": activation,
+            "weights": weights_digest(loaded),
+            "dtype": str(dtype).removeprefix("torch."),
+            "normalize": normalize,
+            "fast_decode": fast_decode,
+        }
+        with filesystem.open_output_stream(f"{folder}/{RAY_MANIFEST_NAME}") as file:
+            file.write(manifest_bytes({"settings": settings, "done": totals}))
     return totals
 
 
@@ -155,12 +161,60 @@ class _TableEncoder(ImageEncoder):
 
 def _place(output: str) -> tuple[Any, str]:
     """A folder in pyarrow's terms: the file system and the path in it."""
+    if "://" not in output and any(character in "?\n\r\t" for character in output):
+        raise ValueError(f"Ray does not write to {printable(output)}: give the folder a name without ? and line breaks")
     fs = importlib.import_module("pyarrow.fs")
     filesystem, folder = fs.FileSystem.from_uri(output if "://" in output else _absolute(output))
-    there = filesystem.get_file_info(fs.FileSelector(folder, allow_not_found=True))
-    if any(not file.base_name.startswith(".") for file in there):
-        raise ValueError(f"the folder {output} is not empty: choose another")
     return filesystem, folder.rstrip("/")
+
+
+@contextmanager
+def _claimed(filesystem: Any, folder: str, output: str) -> Generator[None, None, None]:
+    """Refuses a folder that is not empty, and claims it by a file in the block, so that no second run writes there."""
+    local = filesystem.type_name == "local"
+    if local:  # others make folders as files come
+        filesystem.create_dir(folder)
+    claim = f"{_CLAIM}{uuid4().hex}"
+    with filesystem.open_output_stream(f"{folder}/{claim}"):
+        pass
+    try:
+        there = filesystem.get_file_info(importlib.import_module("pyarrow.fs").FileSelector(folder))
+        names = [file.base_name for file in there if file.base_name != claim]
+        if any(not name.startswith(".") for name in names):
+            raise ValueError(f"the folder {output} is not empty: choose another")
+        if others := [name for name in names if name.startswith(_CLAIM)]:
+            raise ValueError(
+                f"another run writes to {output}, or was killed there: choose another folder, or remove {others[0]}"
+            )
+        yield
+    finally:
+        filesystem.delete_file(f"{folder}/{claim}")
+        if local:
+            with suppress(OSError):  # it is not empty
+                os.rmdir(folder)
+
+
+@contextmanager
+def _sigterm_kept() -> Generator[None, None, None]:
+    """The handler of SIGTERM stays what it is, where Ray would put one of its own."""
+    handler = signal.getsignal(signal.SIGTERM)
+    yield
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _totals(filesystem: Any, folder: str) -> dict[str, int]:
+    """The number of images in the tables that were written, and of those that failed.
+
+    Raises:
+        ValueError: there is none.
+    """
+    there = filesystem.get_file_info(importlib.import_module("pyarrow.fs").FileSelector(folder))
+    if not any(file.base_name.endswith(Parquet.suffix) for file in there):
+        raise ValueError("no image found")
+    written = importlib.import_module("pyarrow.dataset").dataset(folder, filesystem=filesystem, format="parquet")
+    failed = importlib.import_module("pyarrow.compute").field("status") == "failed"
+    return {"images": written.count_rows(), "failed": written.count_rows(filter=failed)}
 
 
 def _absolute(path: str) -> str:
@@ -168,8 +222,11 @@ def _absolute(path: str) -> str:
     return os.path.join(os.getcwd(), path)
 
 
-def _last_line(error: Exception) -> str:
-    """The last line of one of Ray's errors, which hold the worker's whole traceback."""
+def _reason(error: Exception) -> str:
+    """What one of Ray's errors says of its cause, in a line. They hold the worker's whole traceback, and advice."""
+    cause = getattr(error, "cause", None)
+    if cause is not None:
+        return summary(cause)
     return str(error).rstrip().rpartition("\n")[2] or type(error).__name__
 
 
@@ -215,6 +272,8 @@ def _read_urls(data: Any, urls: Sequence[str], image_column: str, key_column: st
     if kind == "parquet":
         if key_column is None:
             raise ValueError("parquet files at URLs need a column of keys: name it, --key-column")
+        if _PATH in (image_column, key_column):
+            raise ValueError(f"of parquet files at URLs, the column {_PATH!r} is Ray's own: rename it")
         table = data.read_parquet(list(urls), include_paths=True).select_columns([image_column, key_column, _PATH])
         return table.map_batches(_named, batch_format="pyarrow", fn_kwargs={"image": image_column, "key": key_column})
     suffixes = sorted(suffix.removeprefix(".") for suffix in image_suffixes())

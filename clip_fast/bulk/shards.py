@@ -18,7 +18,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from hashlib import file_digest, sha256
@@ -128,6 +128,13 @@ class ShardFolder:
         """The metadata files of the finished shards, in their order."""
         return [self.metadata_path(index) for index in self.finished_shards()]
 
+    def error_lines(self) -> Iterator[bytes]:
+        """What errors.jsonl has of the finished shards, in their order; damaged ones are left to `finished`."""
+        for path in self.all_metadata():
+            with suppress(ValueError):
+                if read_footer(path).failed:
+                    yield _error_lines(read_records(path))
+
     def finished_shards(self) -> list[int]:
         """The numbers of the finished shards, in their order."""
         paths = (self.folder / METADATA_FOLDER).glob("metadata_*.parquet")
@@ -231,13 +238,10 @@ class OutputFolder(ShardFolder):
         return {path: path.stat().st_mtime_ns for path in self.all_metadata()}
 
     def _write_errors(self) -> None:
-        """Writes errors.jsonl anew from the finished shards, in their order; damaged ones are left to `finished`."""
+        """Writes errors.jsonl anew."""
         target = self.folder / ERRORS_NAME
         with new_file(target) as file:
-            for path in self.all_metadata():
-                with suppress(ValueError):
-                    if read_footer(path).failed:
-                        file.write(_error_lines(read_records(path)))
+            file.writelines(self.error_lines())
             empty = not file.tell()
         if empty:
             target.unlink()

@@ -16,7 +16,7 @@ from ..errors import summary
 from ..extras import pyarrow
 from ..inputs.parquet import Parquet
 from .manifest import MANIFEST_NAME, RAY_MANIFEST_NAME, read_manifest
-from .shards import NORM, ShardFolder, check_embeddings, check_shard, read_footer
+from .shards import ERRORS_NAME, NORM, ShardFolder, check_embeddings, check_shard, read_footer
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,19 @@ class StoredFolder:
         """
         if self.done is not None and images != self.done.images:
             raise ValueError(f"{self.manifest} counts {self.done.images} images, the files beside it hold {images}")
+
+    def check_errors(self) -> None:
+        """Compares the list of failures of a complete run with its shards, none of which is damaged.
+
+        Raises:
+            ValueError: they differ; the message names the list.
+        """
+        if self.done is None or not self._numbered:
+            return
+        path = self.folder / ERRORS_NAME
+        found = path.read_bytes() if path.exists() else b""
+        if found != b"".join(self._shards.error_lines()):
+            raise ValueError(f"{path} does not have the failures of the shards: encode --resume writes it again")
 
 
 def _mapped(path: Path) -> NDArray[Any]:

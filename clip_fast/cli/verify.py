@@ -28,6 +28,7 @@ def verify(arguments: argparse.Namespace) -> int:
     if not problems:
         try:
             stored.check_images(images)
+            stored.check_errors()
         except ValueError as error:
             problems.append(str(error))
     for problem in problems:

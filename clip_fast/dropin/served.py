@@ -188,7 +188,7 @@ def _computes_as_ours(kind: Any) -> bool:
         torch.no_grad(),
         torch.device("cpu"),
         torch.autocast("cpu", enabled=False),
-        torch.random.fork_rng(devices=[]),
+        torch.random.fork_rng(devices=[]),  # pyright: ignore[reportUnknownMemberType]
     ):
         try:
             tower: nn.Module = kind(**shape).float().eval()

@@ -351,9 +351,22 @@ def test_the_usual_name_has_short_ones_beside_it(tmp_path: Path) -> None:
 
 def test_a_list_that_no_run_wrote_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "e.paths.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"e\.paths\.txt is there without .*e\.npy, so it may be a list of your own"):
+    with pytest.raises(ValueError, match=r"e\.paths\.txt is there without .*e\.npy, so it may be your own"):
         EmbeddingWriter(tmp_path / "e.npy")
     assert contents(tmp_path) == {"e.paths.txt": b"mine"}
+
+
+def test_errors_that_no_run_wrote_are_not_replaced(tmp_path: Path) -> None:
+    errors = tmp_path / "e.errors.txt"
+    errors.write_text("my own notes\n")
+    with pytest.raises(ValueError, match=r"e\.errors\.txt is there without .*e\.npy, so it may be your own"):
+        EmbeddingWriter(tmp_path / "e.npy")
+    assert contents(tmp_path) == {"e.errors.txt": b"my own notes\n"}
+    errors.unlink()
+    write(tmp_path / "e.npy", EmbeddedBatch([], np.empty((0, 0), np.float32), [Failure("1.png", "gone")]))
+    assert list(contents(tmp_path)) == ["e.errors.txt"]  # a run in which every image has failed
+    write(tmp_path / "e.npy", batch([1]))
+    assert set(contents(tmp_path)) == {"e.npy", "e.paths.txt"}
 
 
 def test_what_opens_too_late_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

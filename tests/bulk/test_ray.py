@@ -502,11 +502,56 @@ def test_urls_are_read_by_ray(cluster: Any, tmp_path: Path) -> None:
         assert rows("b.parquet", "name") == [("k0", place, "ok", 34), ("k1", place, "failed", 0)]
         with pytest.raises(ValueError, match="need a column of keys: name it, --key-column"):
             rows("b.parquet")
+        with pytest.raises(ValueError, match="the column 'path' is Ray's own: rename it"):
+            rows("b.parquet", "path")
         for mixed in (["s3://a/b.tar", "s3://a/c.parquet"], ["s3://a/b.tar", "c.tar"]):
             with pytest.raises(ValueError, match="URLs must be of one kind"):
                 ray_job._read_urls(ray.data, mixed, "photo", None)
     finally:
         ray.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_a_machine_of_one_cpu(tmp_path: Path) -> None:
+    """Tasks that list, read and write find room beside the encoder. Ray's handler of SIGTERM takes no other's place."""
+    (tmp_path / "a.png").write_bytes(encoded(picture(1)))
+    (tmp_path / "script.py").write_text(
+        "import signal, sys\n"
+        "from clip_fast.bulk import ray_job\n"
+        "signal.signal(signal.SIGTERM, before := lambda *_: None)\n"
+        "init = ray_job.ray()[0].init\n"
+        "ray_job.ray()[0].init = lambda address: init(address, num_cpus=1, num_gpus=0, include_dashboard=False)\n"
+        "def find(*paths, **options):\n"
+        "    print(signal.getsignal(signal.SIGTERM) is before)\n"
+        "    return ray_job.find_inputs(*paths, **options)\n"
+        f"print(ray_job.encode(['a.png'], {MODEL!r}, 'out', address='local', find=find))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(clip_fast.__file__).parents[1])}
+    command = [sys.executable, "script.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n{'images': 1, 'failed': 0}\n"
+
+
+def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
+    output = str(tmp_path / "out")
+    place = ray_job._place(output)
+    with ray_job._claimed(*place, output):
+        with (
+            pytest.raises(ValueError, match=r"another run writes to .*out, or was killed there: .* remove \.clip-fast"),
+            ray_job._claimed(*place, output),
+        ):
+            raise AssertionError
+        Path(output, "a.parquet").touch()
+    assert [path.name for path in Path(output).iterdir()] == ["a.parquet"]
+    with pytest.raises(ValueError, match="out is not empty: choose another"), ray_job._claimed(*place, output):
+        raise AssertionError
+    Path(output, "a.parquet").unlink()
+    with ray_job._claimed(*place, output):
+        pass
+    assert not Path(output).exists()
+    with pytest.raises(ValueError, match=r"Ray does not write to a\?b: give the folder a name without \?"):
+        ray_job._place("a?b")
 
 
 @pytest.mark.slow
@@ -525,7 +570,11 @@ def test_errors_of_the_cluster_end_with_status_2(
         assert not ray.is_initialized()
         return message.partition("clip-fast: error: ")[2]
 
-    assert "the cluster gave up: " in run(f"file://{tmp_path}/cut.tar")  # Ray's own reader takes no broken tar
+    write_tar(Path("empty.tar"), {"notes.txt": b"no image"})
+    # Ray's own reader takes no broken tar.
+    assert run(f"file://{tmp_path}/cut.tar") == "the cluster gave up: ReadError: unexpected end of data\n"
+    assert run(f"file://{tmp_path}/empty.tar") == "no image found\n"
+    assert not Path("out").exists()
     assert run("nowhere") == "no image found\n"
     assert "no such file, and no model of that name" in run("cut.tar", "model.pt")
 

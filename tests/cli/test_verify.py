@@ -91,6 +91,38 @@ def test_every_damage_is_named(folder: Path, capsys: pytest.CaptureFixture[str])
         assert sum(name in problem for problem in problems) == 1, problems
 
 
+@pytest.mark.parametrize("harm", ["missing", "cut", "changed"])
+def test_a_list_of_failures_that_is_not_the_shards(
+    folder: Path, shards: list[Shard], harm: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards[1].records[2] = Record("1/2", "1/2.png", 0, 0, "a reason")
+    (folder / "metadata" / "metadata_0001.parquet").unlink()
+
+    def run() -> None:
+        with OutputFolder("out", resume=True) as output:
+            output.begin({"model": "m"})
+            if not (folder / "metadata" / "metadata_0001.parquet").exists():
+                output.write(shards[1])
+            output.finish(SHARDS)
+
+    run()
+    errors = folder / "errors.jsonl"
+    whole = errors.read_bytes()
+    assert verified(capsys)[0] == 0
+    if harm == "missing":
+        errors.unlink()
+    elif harm == "cut":
+        errors.write_bytes(whole[:-3])
+    else:
+        flip(errors, 12)
+    status, last, problems = verified(capsys)
+    assert (status, last) == (1, "out: 4 shards, 20 images, 1 problems")
+    assert "out/errors.jsonl does not have the failures of the shards" in problems[0]
+    run()
+    assert verified(capsys)[0] == 0
+    assert errors.read_bytes() == whole
+
+
 def test_what_verify_names_resume_makes_again(
     folder: Path, shards: list[Shard], capsys: pytest.CaptureFixture[str]
 ) -> None:

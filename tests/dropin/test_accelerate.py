@@ -39,6 +39,7 @@ from peers import (
 from torch import Tensor, nn
 
 import clip_fast
+from clip_fast.dropin import served
 from clip_fast.dropin.accelerate import is_accelerated
 from clip_fast.dropin.forward import Forward
 from clip_fast.errors import NotServed
@@ -64,11 +65,8 @@ def no_original(monkeypatch: pytest.MonkeyPatch) -> None:
         def forward(self: nn.Module, *_: Any, **options: Any) -> None:
             pytest.fail(f"the original forward of {type(self)} runs")
 
-        forward.__module__, forward.__qualname__ = (
-            cls.__module__,
-            f"{cls.__qualname__}.forward",
-        )  # as if it were its own
         monkeypatch.setattr(cls, "forward", forward)
+    monkeypatch.setattr(served, "_patched", lambda kind: None)  # as if they were their own
 
 
 @pytest.fixture
@@ -385,6 +383,36 @@ def test_a_precision_that_is_none() -> None:
     with pytest.raises(ValueError, match=r"precision must be one of .*, got 'int8'"):
         clip_fast.accelerate(model, precision="int8")  # type: ignore[arg-type]
     assert not is_accelerated(model)
+
+
+def test_a_loaded_model_alone_and_inside_of_another(images: Tensor) -> None:
+    encoder, _ = clip_fast.load("tiny-digits", "cpu")
+    for model in (encoder, nn.ModuleDict({"images": encoder}), nn.ModuleList([encoder, openai_vit()])):
+        assert clip_fast.accelerate(model) is model
+        with pytest.raises(
+            ValueError, match="loaded with another precision, or with CUDA graphs: give these to `load`"
+        ):
+            clip_fast.accelerate(model, precision="bf16")
+        with pytest.raises(ValueError, match="give these to `load`"):
+            clip_fast.accelerate(model, cuda_graphs=False)
+    assert is_accelerated(model)
+    plain, _ = clip_fast.load("tiny-digits", "cpu", precision="bf16", cuda_graphs=False)
+    clip_fast.accelerate(plain, precision="bf16", cuda_graphs=False)
+
+
+def test_what_is_no_module() -> None:
+    with pytest.raises(TypeError, match=r"accelerate takes a torch\.nn\.Module, got a tuple"):
+        clip_fast.accelerate((openai_vit(), None))  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_random_numbers_are_as_without_it(make: Callable[[], nn.Module]) -> None:
+    """Also where a class is tried, which is once in a process."""
+    served._computes_as_ours.cache_clear()
+    model = make()
+    before = torch.get_rng_state()
+    clip_fast.accelerate(model)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_what_others_put_on_an_instance_stays(images: Tensor) -> None:

@@ -188,6 +188,11 @@ def replaced(change: Any) -> Any:
     return tower
 
 
+def unused_head(model: Any) -> Any:
+    model.vision_model.use_head = False
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -201,6 +206,7 @@ def replaced(change: Any) -> Any:
         (lambda: replaced(lambda t: setattr(t.norm, "eps", 1e-5)), "norm has eps 1e-05, expected 1e-06"),
         (lambda: replaced(lambda t: setattr(t.attn_pool.mlp, "act", nn.GELU("tanh"))), "blocks differ in their activ"),
         (lambda: hugging_face(vision_use_head=False), "its parts are not those that its class makes: .*head"),
+        (lambda: unused_head(hugging_face()), "its head is not used"),
         (lambda: hugging_face(layer_norm_eps=1e-5), "has eps 1e-05, expected 1e-06"),
     ],
 )
