@@ -189,7 +189,7 @@ def replaced(change: Any) -> Any:
 
 
 def unused_head(model: Any) -> Any:
-    model.vision_model.use_head = False
+    getattr(model, "vision_model", model).use_head = False  # which is the tower itself in transformers 5
     return model
 
 
