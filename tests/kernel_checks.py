@@ -14,7 +14,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # For a test of whole towers: the interpreter takes longest for exact products of float32.
 SLOW_IN_FLOAT32 = (*DTYPES[:2], pytest.param(torch.float32, marks=pytest.mark.slow))
-# For a tower that differs from another in its sizes alone: each of its kernels has tests of its own in every dtype.
+# For whole towers beside one that is interpreted in every dtype: each of their kernels has tests of its own in all.
 ONE_INTERPRETED = DTYPES if DEVICE.type == "cuda" else (torch.bfloat16,)
 GUARD = 1024  # poisoned elements on each side of a guarded tensor; a multiple of 16 bytes in every dtype
 

@@ -8,7 +8,7 @@ from statistics import geometric_mean
 
 import pytest
 import torch
-from kernel_checks import DEVICE, DTYPES, ONE_INTERPRETED, SLOW_IN_FLOAT32, Guards, assert_same_bits
+from kernel_checks import DEVICE, DTYPES, ONE_INTERPRETED, Guards, assert_same_bits
 from random_towers import random_tower, relative_error, worst_cosine
 from torch import Tensor
 
@@ -85,7 +85,7 @@ def test_accuracy(name: str, dtype: torch.dtype, guards: Guards) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [dtype for dtype in ONE_INTERPRETED if dtype != torch.float32])
 def test_outlier_channels(dtype: torch.dtype, guards: Guards) -> None:
     """A few roundings decide the errors, so that a tower's ratio of errors scatters by a factor of 1.7 up or down.
 
@@ -136,7 +136,7 @@ def test_the_launches_of_siglip(launches: list[str]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ONE_INTERPRETED)
 def test_accuracy_of_siglip(dtype: torch.dtype, guards: Guards) -> None:
     results = []
     for _ in range(6):
@@ -197,7 +197,7 @@ def test_an_image_has_one_embedding_by_the_variants() -> None:
 
 
 @pytest.mark.parametrize("raw", [False, True])
-@pytest.mark.parametrize("dtype", SLOW_IN_FLOAT32)
+@pytest.mark.parametrize("dtype", ONE_INTERPRETED)
 def test_an_image_has_one_embedding(dtype: torch.dtype, raw: bool) -> None:
     """The bits are the same alone, in a batch of seven, at another position, and among copies that fill a batch up."""
     config = dataclasses.replace(CONFIGS["as B/16"], layers=2)
