@@ -171,8 +171,8 @@ def _place(output: str) -> tuple[Any, str]:
 @contextmanager
 def _claimed(filesystem: Any, folder: str, output: str) -> Generator[None, None, None]:
     """Refuses a folder that is not empty, and claims it by a file in the block, so that no second run writes there."""
-    local = filesystem.type_name == "local"
-    if local:  # others make folders as files come
+    new = filesystem.type_name == "local" and not os.path.isdir(folder)
+    if new:  # other file systems make folders as files come
         filesystem.create_dir(folder)
     claim = f"{_CLAIM}{uuid4().hex}"
     with filesystem.open_output_stream(f"{folder}/{claim}"):
@@ -189,7 +189,7 @@ def _claimed(filesystem: Any, folder: str, output: str) -> Generator[None, None,
         yield
     finally:
         filesystem.delete_file(f"{folder}/{claim}")
-        if local:
+        if new:
             with suppress(OSError):  # it is not empty
                 os.rmdir(folder)
 

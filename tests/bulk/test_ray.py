@@ -549,6 +549,10 @@ def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
     Path(output, "a.parquet").unlink()
     with ray_job._claimed(*place, output):
         pass
+    assert Path(output).is_dir()  # as it was
+    Path(output).rmdir()
+    with ray_job._claimed(*place, output):
+        pass
     assert not Path(output).exists()
     with pytest.raises(ValueError, match=r"Ray does not write to a\?b: give the folder a name without \?"):
         ray_job._place("a?b")
