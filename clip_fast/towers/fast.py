@@ -65,5 +65,5 @@ def normalised(images: Tensor, dtype: torch.dtype, mean: Rgb, std: Rgb) -> Tenso
     if images.dtype == torch.uint8:
         wide = torch.promote_types(dtype, torch.float32)
         mu, sigma = (torch.tensor(x, dtype=wide, device=images.device)[:, None, None] for x in (mean, std))
-        images = (images.to(wide) / 255 - mu) / sigma
+        images = images.to(wide).div_(255).sub_(mu).div_(sigma)
     return images.to(dtype)

@@ -158,9 +158,11 @@ class CpuBlocks(Vit):
         """The patches' products, behind a zero for a class token: (B, N, W)."""
         config = self.config
         b, p = len(images), config.patch_size
-        rows = images.new_zeros(b, config.tokens, 3 * p * p)
+        first = config.tokens - config.patches  # 1 with a class token, else 0
+        rows = images.new_empty(b, config.tokens, 3 * p * p)
+        rows[:, :first] = 0
         patches = images.unfold(2, p, p).unfold(3, p, p).permute(0, 2, 3, 1, 4, 5)  # (B, rows, columns, 3, P, P)
-        rows[:, config.tokens - config.patches :].view(patches.shape).copy_(patches)
+        rows[:, first:].view(patches.shape).copy_(patches)
         return self.patch(rows.flatten(0, 1)).view(b, config.tokens, config.width)
 
     def _mlp(self, mlp: Mlp, rows: Tensor) -> Tensor:
