@@ -168,6 +168,12 @@ def _place(output: str) -> tuple[Any, str]:
     return filesystem, folder.rstrip("/")
 
 
+def _names(filesystem: Any, folder: str) -> list[str]:
+    """The names in a folder."""
+    there = filesystem.get_file_info(importlib.import_module("pyarrow.fs").FileSelector(folder))
+    return [file.base_name for file in there]
+
+
 @contextmanager
 def _claimed(filesystem: Any, folder: str, output: str) -> Generator[None, None, None]:
     """Refuses a folder that is not empty, and claims it by a file in the block, so that no second run writes there."""
@@ -178,8 +184,7 @@ def _claimed(filesystem: Any, folder: str, output: str) -> Generator[None, None,
     with filesystem.open_output_stream(f"{folder}/{claim}"):
         pass
     try:
-        there = filesystem.get_file_info(importlib.import_module("pyarrow.fs").FileSelector(folder))
-        names = [file.base_name for file in there if file.base_name != claim]
+        names = [name for name in _names(filesystem, folder) if name != claim]
         if any(not name.startswith(".") for name in names):
             raise ValueError(f"the folder {output} is not empty: choose another")
         if others := [name for name in names if name.startswith(_CLAIM)]:
@@ -209,8 +214,7 @@ def _totals(filesystem: Any, folder: str) -> dict[str, int]:
     Raises:
         ValueError: there is none.
     """
-    there = filesystem.get_file_info(importlib.import_module("pyarrow.fs").FileSelector(folder))
-    if not any(file.base_name.endswith(Parquet.suffix) for file in there):
+    if not any(name.endswith(Parquet.suffix) for name in _names(filesystem, folder)):
         raise ValueError("no image found")
     written = importlib.import_module("pyarrow.dataset").dataset(folder, filesystem=filesystem, format="parquet")
     failed = importlib.import_module("pyarrow.compute").field("status") == "failed"

@@ -162,10 +162,11 @@ class ImageEncoder:
         most = min(_IMAGES_OF_PART, -(-len(items) // self.threads))
         starts, sent = [0], 0
         for i, item in enumerate(items):
-            sent += _bytes_sent(item)
+            size = _bytes_sent(item)
+            sent += size
             if i > starts[-1] and (i == starts[-1] + most or sent > _BYTES_OF_PART):
                 starts.append(i)
-                sent = _bytes_sent(item)
+                sent = size
         ends = [*starts[1:], len(items)]
         return [WorkItem(list(items[start:end]), 0, start, len(items)) for start, end in zip(starts, ends, strict=True)]
 

@@ -154,14 +154,15 @@ def read(tower: nn.Module) -> Tower:
     shapes = {name: tensor.shape for name, tensor in plain.state_dict().items()}
     keys = _keys(tower)
 
-    def state_dict() -> dict[str, Tensor]:
-        weights = plain_tensors(_weights(tower))
-        _check_positions(weights)
-        return _canonical(weights, shapes, keys)
+    def weights() -> Mapping[str, Tensor]:
+        found = plain_tensors(_weights(tower))
+        _check_positions(found)
+        return found
 
-    weights = plain_tensors(_weights(tower))
-    _check_positions(weights)
-    _canonical({name: tensor.to("meta") for name, tensor in weights.items()}, shapes, keys)  # has it all?
+    def state_dict() -> dict[str, Tensor]:
+        return _canonical(weights(), shapes, keys)
+
+    _canonical({name: tensor.to("meta") for name, tensor in weights().items()}, shapes, keys)  # has it all?
     if is_clip(tower):
         _check_wiring(tower, plain)
         _require(_computes_as_ours(type(tower)), f"its {_class(tower)} computes something else than the package's own")

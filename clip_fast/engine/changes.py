@@ -25,8 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import pytorch
-
-_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+from .tower import PLAIN
 
 _cdata = attrgetter("cdata")
 
@@ -124,9 +123,9 @@ class _Hooks:
         ours = [tensor for weights in followed for tensor in weights.tensors()]
         stepped: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
         identities = set(map(id, ours))
-        self.uncounted += any(type(p) not in _PLAIN for p in stepped if id(p) in identities)
-        places = {_storage(p) for p in stepped if type(p) in _PLAIN and p.grad is not None}
-        torch.autograd.graph.increment_version([t for t in ours if type(t) in _PLAIN and _storage(t) in places])
+        self.uncounted += any(type(p) not in PLAIN for p in stepped if id(p) in identities)
+        places = {_storage(p) for p in stepped if type(p) in PLAIN and p.grad is not None}
+        torch.autograd.graph.increment_version([t for t in ours if type(t) in PLAIN and _storage(t) in places])
 
     def _count_module(self, parent: nn.Module, *_: Any) -> None:
         """Counts a module that is put into a tower.

@@ -30,7 +30,10 @@ class Compilable(Protocol):
     """An owner of towers that compiled graphs know by name."""
 
     def _look(self) -> tuple[Engine | None, str | None]:
-        """Looks at the tower as it is now, see `route.Owner`."""
+        """Looks at the tower as it is now: its engine, in the precision of this call, and why it cannot serve.
+
+        The engine is None where the tower is not served at all; the reason is None where nothing is in the way.
+        """
         ...
 
     def _warn(self, reason: str) -> None:

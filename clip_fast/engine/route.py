@@ -19,7 +19,7 @@ from .. import pytorch
 from ..errors import NotServed
 from ..towers.config import Task
 from ..towers.fast import Results
-from .compiled import compiled, serves
+from .compiled import Compilable, compiled, serves
 from .engine import Engine
 
 # Reasons for the plain tower that come from the call itself.
@@ -49,19 +49,12 @@ def users_level() -> int:
     return level
 
 
-class Owner(Protocol):
+class Owner(Compilable, Protocol):
     """An owner of a tower. It can compute the tower plainly too."""
 
     @property
     def _name(self) -> str:
         """The name that compiled graphs know the owner by."""
-        ...
-
-    def _look(self) -> tuple[Engine | None, str | None]:
-        """Looks at the tower as it is now: its engine, in the precision of this call, and why it cannot serve.
-
-        The engine is None where the tower is not served at all; the reason is None where nothing is in the way.
-        """
         ...
 
     def _traced_engine(self) -> Engine | None:

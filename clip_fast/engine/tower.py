@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import NotServed
 from ..towers.config import Config
 
-_PLAIN = (Tensor, nn.Parameter, nn.Buffer)  # the values of other classes may be quantised or sharded
+PLAIN = (Tensor, nn.Parameter, nn.Buffer)  # the values of other classes may be quantised or sharded
 _MASK = "attn_mask"
 _hooks_of = itemgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -35,7 +35,7 @@ def plain_tensors(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         NotServed: its values are not plain tensors on one device.
     """
     for name, tensor in state.items():
-        if type(tensor) not in _PLAIN:
+        if type(tensor) not in PLAIN:
             raise NotServed(f"{name} is a {type(tensor).__qualname__}, not a plain tensor")
     if len(devices := {str(tensor.device) for tensor in state.values()}) > 1:
         raise NotServed(f"its weights are on several devices: {', '.join(sorted(devices))}")

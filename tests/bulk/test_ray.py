@@ -234,20 +234,26 @@ def test_on_a_gpu_images_travel_as_they_are(tmp_path: Path, monkeypatch: pytest.
     assert len(calls) == 5
 
 
+def printed(folder: Path, script: str, *arguments: str) -> str:
+    """What a script prints that runs in a folder."""
+    (folder / "script.py").write_text(script)
+    environment = os.environ | {"PYTHONPATH": str(Path(clip_fast.__file__).parents[1])}
+    command = [sys.executable, "script.py", *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    return done.stdout
+
+
 def test_a_script_without_a_guard_may_call_it(tmp_path: Path) -> None:
     """Decoding processes, which start anew, do not run it."""
     (tmp_path / "a.png").write_bytes(encoded(picture(1)))
-    (tmp_path / "script.py").write_text(
+    script = (
         "import sys, clip_fast.ray\n"
         "print('once')\n"
         "encoder = clip_fast.ray.ImageEncoder('tiny-digits', device='cpu', threads=2)\n"
         "for _ in range(2):\n"
         "    print(encoder({'image': [sys.argv[1], b'']})['status'].tolist())\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(clip_fast.__file__).parents[1])}
-    command = [sys.executable, str(tmp_path / "script.py"), str(tmp_path / "a.png")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
-    assert done.stdout == "once\n['ok', 'failed']\n['ok', 'failed']\n"
+    assert printed(tmp_path, script, str(tmp_path / "a.png")) == "once\n['ok', 'failed']\n['ok', 'failed']\n"
 
 
 def test_batches_of_other_kinds_are_refused() -> None:
@@ -516,8 +522,8 @@ def test_urls_are_read_by_ray(cluster: Any, tmp_path: Path) -> None:
 def test_a_machine_of_one_cpu(tmp_path: Path) -> None:
     """Tasks that list, read and write find room beside the encoder. Ray's handler of SIGTERM takes no other's place."""
     (tmp_path / "a.png").write_bytes(encoded(picture(1)))
-    (tmp_path / "script.py").write_text(
-        "import signal, sys\n"
+    script = (
+        "import signal\n"
         "from clip_fast.bulk import ray_job\n"
         "signal.signal(signal.SIGTERM, before := lambda *_: None)\n"
         "init = ray_job.ray()[0].init\n"
@@ -527,10 +533,7 @@ def test_a_machine_of_one_cpu(tmp_path: Path) -> None:
         "    return ray_job.find_inputs(*paths, **options)\n"
         f"print(ray_job.encode(['a.png'], {MODEL!r}, 'out', address='local', find=find))\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(clip_fast.__file__).parents[1])}
-    command = [sys.executable, "script.py"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout == "True\n{'images': 1, 'failed': 0}\n"
+    assert printed(tmp_path, script) == "True\n{'images': 1, 'failed': 0}\n"
 
 
 def test_a_folder_belongs_to_one_run(tmp_path: Path) -> None:
