@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from kernel_checks import DEVICE, assert_same_bits
 from torch import Tensor
+from triton.runtime.errors import InterpreterError
 
 pytestmark = pytest.mark.skipif(DEVICE.type != "cpu", reason="there is a GPU: nothing is interpreted")
 
@@ -37,7 +38,7 @@ def _kernels() -> None:
     """Kernels that are decorated while the environment asks for the interpreter."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        for kernel in (_dot_kernel, _exact_dot_kernel, _cast_kernel):
+        for kernel in (_dot_kernel, _exact_dot_kernel, _cast_kernel, _sum_kernel):
             globals()[kernel.__name__] = triton.jit(kernel)
 
 
@@ -99,3 +100,26 @@ def test_the_help_is_still_needed(interpreter_originals: dict[str, Any], monkeyp
     assert not error < 1, "the interpreter has learnt bfloat16 products: remove the help in conftest.py"
     x = torch.randn(4096)
     assert not _cast(x).equal(x.bfloat16()), "the interpreter rounds to bfloat16: remove the help in conftest.py"
+
+
+def _sum_kernel(x_ptr, out_ptr, N: tl.constexpr):
+    offsets = tl.arange(0, N)
+    tl.store(out_ptr + offsets, tl.load(x_ptr + offsets) + tl.load(x_ptr + offsets))
+
+
+def test_an_overflow_of_integers_is_an_error() -> None:
+    out = torch.empty(2, dtype=torch.int32)
+    _sum_kernel[(1,)](torch.tensor([2**30 - 1, -(2**30)], dtype=torch.int32), out, N=2)
+    assert out.tolist() == [2**31 - 2, -(2**31)]
+    for number in (2**30, -(2**30) - 1):
+        with pytest.raises(InterpreterError, match="int32 overflow detected for operation add"):
+            _sum_kernel[(1,)](torch.tensor([0, number], dtype=torch.int32), out, N=2)
+
+
+def test_the_language_is_as_before_after_a_launch() -> None:
+    names = [(owner, name) for owner in (tl, tl.core, tl.math, tl.tensor) for name in vars(owner)]
+    before = {each: getattr(*each) for each in names}
+    _cast(torch.randn(16))
+    with pytest.raises(InterpreterError):
+        _sum_kernel[(1,)](torch.full((2,), 2**31 - 1, dtype=torch.int32), torch.empty(2, dtype=torch.int32), N=2)
+    assert {each: getattr(*each) for each in names} == before
