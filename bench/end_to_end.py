@@ -265,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for kind, names, known in (("model", models, ENCODERS), ("system", chosen, here)):
         if unknown := [name for name in names if name not in known]:
             parser.error(f"no {kind} {unknown[0]!r} on this device; there are {', '.join(known)}")
-    where, limits = environment(device), ceilings(device, precisions)
+    where, limits = environment(device), ceilings(device, precisions, options.rounds)
     rows: list[Row] = []
     if options.resume and options.json:
         rows, limits = resumed(options.json, "end_to_end", where), highest(options.json, limits)
@@ -288,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 rows = [row for row in rows if _place(row) not in places] + found
                 print("\n".join(_line(row) for row in found), flush=True)
                 _keep(options.json, rows, where, limits)  # after each heat, for a run that is cut short
-    limits = higher(limits, ceilings(device, precisions))  # the machine may have been busy at the beginning
+    limits = higher(limits, ceilings(device, precisions, options.rounds))  # the machine may have been busy at the beginning
     _keep(options.json, rows, where, limits)
     print(markdown(rows, where, limits))
 

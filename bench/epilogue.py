@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if len(set(ks)) != 2:
         parser.error("--ks takes two different numbers")
     device = chosen_device(options.device)
-    limits = ceilings(device, [options.precision])
+    limits = ceilings(device, [options.precision], options.rounds)
     rows = rows_of(options.model, config, options.batch, options.precision, ks, options.rounds, limits, device)
     text = markdown(rows, ks)
     if options.json:

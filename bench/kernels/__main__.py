@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     device, precisions = chosen_device(options.device), options.precisions.split(",")
     names = list(PUBLISHED) if options.models == "all" else options.models.split(",")
-    where, limits = environment(device), ceilings(device, precisions)
+    where, limits = environment(device), ceilings(device, precisions, options.rounds)
     rows = resumed(options.json, "kernels", where) if options.resume and options.json else []
     if rows:  # all rows, old and new, get one set of ceilings
         limits = highest(options.json, limits)

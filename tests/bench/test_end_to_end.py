@@ -172,7 +172,7 @@ def test_resnets_are_refused_where_there_are_none() -> None:
 
 def test_the_command_line_writes_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(end_to_end.ENCODERS, "tiny", VIT)
-    monkeypatch.setattr(end_to_end, "ceilings", lambda device, precisions: LIMITS)
+    monkeypatch.setattr(end_to_end, "ceilings", lambda device, precisions, rounds: LIMITS)
     monkeypatch.setattr(end_to_end, "bf16_on_cpu", lambda: False)
     file = tmp_path / "results" / "cpu.json"
     end_to_end.main(
@@ -189,7 +189,7 @@ def test_the_command_line_writes_results(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_resumed_run_measures_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(end_to_end.ENCODERS, "tiny", VIT)
-    monkeypatch.setattr(end_to_end, "ceilings", lambda device, precisions: LIMITS)
+    monkeypatch.setattr(end_to_end, "ceilings", lambda device, precisions, rounds: LIMITS)
     file = tmp_path / "cpu.json"
 
     def rows(batches: str, *more: str) -> list[dict[str, object]]:
@@ -213,7 +213,7 @@ def test_a_resumed_run_measures_what_is_missing(tmp_path: Path, monkeypatch: pyt
 
 def test_a_resumed_run_asks_only_the_systems_that_lack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(end_to_end.ENCODERS, "tiny", VIT)
-    monkeypatch.setattr(end_to_end, "ceilings", lambda device, precisions: LIMITS)
+    monkeypatch.setattr(end_to_end, "ceilings", lambda device, precisions, rounds: LIMITS)
     file = tmp_path / "cpu.json"
     arguments = ["--models", "tiny", "--batches", "2", "--precisions", "fp32", "--rounds", "1", "--device", "cpu"]
     found: list[list[dict[str, object]]] = []
@@ -233,7 +233,7 @@ def test_a_resumed_run_goes_on_behind_a_fault_of_the_gpu(
 ) -> None:
     """CUDA answers all later calls with the same error. So what stood beside the fault is measured by a later call."""
     monkeypatch.setitem(end_to_end.ENCODERS, "tiny", VIT)
-    monkeypatch.setattr(end_to_end, "ceilings", lambda device, precisions: LIMITS)
+    monkeypatch.setattr(end_to_end, "ceilings", lambda device, precisions, rounds: LIMITS)
     lost = False
 
     def faults(task: Task) -> systems.Encode:
@@ -277,7 +277,7 @@ def test_a_resumed_run_goes_on_behind_a_fault_of_the_gpu(
 def test_our_system_that_faults_the_gpu_beside_a_rival(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has its row already. The fault takes that row's place, so that the rival is measured without it."""
     monkeypatch.setitem(end_to_end.ENCODERS, "tiny", VIT)
-    monkeypatch.setattr(end_to_end, "ceilings", lambda device, precisions: LIMITS)
+    monkeypatch.setattr(end_to_end, "ceilings", lambda device, precisions, rounds: LIMITS)
     file = tmp_path / "gpu.json"
 
     def rows_after(chosen: str) -> dict[object, object]:

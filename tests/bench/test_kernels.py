@@ -176,7 +176,7 @@ def test_a_system_is_timed_on_every_set_of_operands(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_command_writes_tables_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "ceilings", lambda device, precisions: LIMITS)
+    monkeypatch.setattr(kernels, "ceilings", lambda device, precisions, rounds: LIMITS)
     file = tmp_path / "kernels.json"
 
     def rows(ops: str, *more: str) -> list[dict[str, Any]]:
@@ -205,7 +205,7 @@ def test_the_command_writes_tables_and_goes_on(tmp_path: Path, monkeypatch: pyte
     assert rows("layer_norm") == whole
 
     # All rows are compared with the highest ceilings that any run reached.
-    monkeypatch.setattr(kernels, "ceilings", lambda device, precisions: Ceilings({"fp32": 2e11}, 2e10))
+    monkeypatch.setattr(kernels, "ceilings", lambda device, precisions, rounds: Ceilings({"fp32": 2e11}, 2e10))
     higher = [row for row in rows("layer_norm,mean_token,patch_embed", "--without-compiled") if "failed" not in row]
     old = {(row["op"], row["system"]): row["of_ceiling"] for row in whole if "failed" not in row}
     assert {(row["op"], row["system"]): 2 * row["of_ceiling"] for row in higher if row["op"] != "patch_embed"} == old
@@ -216,7 +216,7 @@ def test_the_command_writes_tables_and_goes_on(tmp_path: Path, monkeypatch: pyte
 def test_the_command_goes_on_behind_a_fault_of_the_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faulty: str
 ) -> None:
-    monkeypatch.setattr(kernels, "ceilings", lambda device, precisions: LIMITS)
+    monkeypatch.setattr(kernels, "ceilings", lambda device, precisions, rounds: LIMITS)
     first, second = contests(TOYS, [1], ["fp32"], ["layer_norm", "mean_token"])
     lost = False
 
