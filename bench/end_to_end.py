@@ -288,7 +288,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 rows = [row for row in rows if _place(row) not in places] + found
                 print("\n".join(_line(row) for row in found), flush=True)
                 _keep(options.json, rows, where, limits)  # after each heat, for a run that is cut short
-    limits = higher(limits, ceilings(device, precisions, options.rounds))  # the machine may have been busy at the beginning
+    # The machine may have been busy at the beginning.
+    limits = higher(limits, ceilings(device, precisions, options.rounds))
     _keep(options.json, rows, where, limits)
     print(markdown(rows, where, limits))
 
