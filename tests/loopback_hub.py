@@ -111,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._refuse(403, "GatedRepo", "Access to this model is restricted.")
         file = folder / match[3]
         if not file.is_file():
-            return self._refuse(404, "EntryNotFound", "Entry not found")
+            return self._refuse(404, "EntryNotFound", "Entry not found", {"X-Repo-Commit": commit})
         content = file.read_bytes()
         etag = f'"{hashlib.sha256(content).hexdigest()}"'
         if resolve and file.name.endswith(LARGE):
@@ -120,8 +120,8 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(b"", 302, {"X-Repo-Commit": commit, **headers})
         return self._send(content, headers={"ETag": etag, "X-Repo-Commit": commit, "Accept-Ranges": "bytes"})
 
-    def _refuse(self, status: int, code: str, message: str) -> None:
-        self._send(b"{}", status, {"X-Error-Code": code, "X-Error-Message": message})
+    def _refuse(self, status: int, code: str, message: str, headers: dict[str, str] | None = None) -> None:
+        self._send(b"{}", status, {"X-Error-Code": code, "X-Error-Message": message, **(headers or {})})
 
     def _send(self, content: bytes, status: int = 200, headers: dict[str, str] | None = None) -> None:
         wanted, total = self.headers.get("Range"), len(content)

@@ -20,10 +20,8 @@ from .tokenizer import SETTINGS_FILES
 from .weights_file import is_index, listed_shards, read_json
 
 # What is read beside weights and configs: see `settings.py` and `tokenizer.py`.
-_BESIDE = (
-    *("preprocessor_config.json", "processor_config.json"),
-    *("tokenizer.json", "spiece.model", *SETTINGS_FILES),
-)
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+_BESIDE = (*_PROCESSORS, "tokenizer.json", "spiece.model", *SETTINGS_FILES)
 _FOLDERS = ("", "0_CLIPModel/")  # where weights are: sentence-transformers has each part of a model in a folder
 _CALLED = {"siglip2": "siglip2: a NaFlex tower, whose images keep their shape"}  # fixed ones say "siglip"
 _LIBRARY = {"library_name": "clip_fast", "library_version": __version__}
@@ -66,6 +64,10 @@ class HubModel:
             return self._from_cache(error)
         files = {file.rfilename for file in info.siblings or ()}
         weights = self._choose(files.__contains__, lambda name: self._download(name, info.sha))
+        if not self._knows_processor(weights):
+            for name in _PROCESSORS:  # to be told that there is none, which huggingface_hub notes in its cache
+                with suppress(CheckpointError):
+                    self._download(self._beside(weights, name), info.sha)
         self._bring_tokenizer(weights.with_name(FOLDER_FILES[weights.name]))
         return weights
 
@@ -88,7 +90,7 @@ class HubModel:
             absent, more = (f"its {config}", "") if config else ("it", self.otherwise)  # open_clip brings weights alone
             raise CheckpointError(self, f"{absent} is not in the cache, {place}, and {problem}{more}") from error
         weights = self._choose(lambda name: cached(name) is not None, lambda name: Path(str(cached(name))))
-        if not self._has_processor(weights):
+        if not self._knows_processor(weights):
             warnings.warn(
                 f"{self}: the cache has no image processor of it, and the hub could not be asked: if the model has "
                 "one, load it once with the hub in reach; until then its family's usual preprocessing is taken",
@@ -96,15 +98,21 @@ class HubModel:
             )
         return weights
 
-    @staticmethod
-    def _has_processor(weights: Path) -> bool:
-        """Whether transformers' image processor is beside weights, or none belongs there: whoever filled a cache chose.
+    def _knows_processor(self, weights: Path) -> bool:
+        """Whether transformers' image processor is in the cache, or the cache says that there is none, or none belongs.
 
-        A tokenizer that is missing is told when words are wanted.
+        Whoever filled a cache chose from the files. A tokenizer that is missing is told when words are wanted.
         """
-        names = ("preprocessor_config.json", "processor_config.json")
-        apart = FOLDER_FILES[weights.name] != HUGGING_FACE_CONFIG
-        return apart or any(weights.with_name(name).is_file() for name in names)
+        if FOLDER_FILES[weights.name] != HUGGING_FACE_CONFIG:
+            return True
+        hub, names = extras.huggingface_hub(), [self._beside(weights, name) for name in _PROCESSORS]
+        found = [hub.try_to_load_from_cache(self.repository, name, self.cache, self.revision) for name in names]
+        return any(isinstance(each, str) for each in found) or None not in found
+
+    @staticmethod
+    def _beside(weights: Path, name: str) -> str:
+        """A file in the folder of a repository in which the weights are."""
+        return next((folder for folder in _FOLDERS if folder == f"{weights.parent.name}/"), "") + name
 
     def _choose(self, has: Callable[[str], bool], get: Callable[[str], Path]) -> Path:
         """The preferred weights, after all that belongs to them: where weights are, nothing is missing beside them."""

@@ -163,6 +163,26 @@ def test_a_cache_that_another_program_filled(
             assert clip_fast.load("someone/whole", "cpu")[1].mean == (0.1, 0.2, 0.3)
 
 
+@pytest.mark.parametrize("inside", ["", "0_CLIPModel"])
+def test_a_model_that_has_no_image_processor_is_not_warned_of(
+    inside: str, hub: LoopbackHub, folders: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub is asked for one once, and the cache keeps the answer."""
+    folder = tmp_path / "bare"
+    shutil.copytree(folders["hugging_face"][0], folder / inside)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        (folder / inside / name).unlink(missing_ok=True)
+    hub.add("someone/bare", folder)
+    wanted = clip_fast.load("someone/bare", "cpu")[1].mean
+    hub.requests.clear()
+    loaded("someone/bare")
+    assert not any("processor" in request for request in hub.requests)
+    visit(hub, tmp_path / "cache", monkeypatch, offline=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert clip_fast.load("someone/bare", "cpu")[1].mean == wanted
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the mappings of a process are read from /proc")
 def test_float32_weights_are_pages_of_the_cache(hub: LoopbackHub, tmp_path: Path) -> None:
     """They are no copies, they can be trained, and neither changes the file nor are they lost with it."""
