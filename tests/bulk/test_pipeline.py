@@ -61,9 +61,9 @@ class Warm:
             text=True,
         )
 
-    def start(self, *arguments: str | Path) -> int:
-        """The process's id, which is also that of its session and group."""
-        word, process = self._ask(start=[*map(str, arguments)])
+    def start(self, *arguments: str | Path, new: bool = False) -> int:
+        """The process's id, which is also that of its session and group. With `new` it starts new interpreters."""
+        word, process = self._ask(start=[*map(str, arguments)], new=new)
         assert word == "started"
         assert int(process) > 1
         return int(process)
@@ -74,8 +74,8 @@ class Warm:
         assert word == "status"
         return int(status)
 
-    def run(self, *arguments: str | Path) -> int:
-        self.start(*arguments)
+    def run(self, *arguments: str | Path, new: bool = False) -> int:
+        self.start(*arguments, new=new)
         return self.end()
 
     def _ask(self, **request: object) -> list[str]:
@@ -255,9 +255,9 @@ def test_tars_and_parquet_end_to_end(photos: Path, tmp_path: Path) -> None:
 def test_worker_processes_and_two_devices_give_the_same_bytes(
     photos: Path, undisturbed: dict[str, bytes], tmp_path: Path, warm: Warm
 ) -> None:
-    assert warm.run(*command(photos, tmp_path / "workers", "--workers", "2")) == 1
+    assert warm.run(*command(photos, tmp_path / "workers", "--workers", "2"), new=True) == 1
     assert contents(tmp_path / "workers") == undisturbed
-    assert warm.run(*command(photos, tmp_path / "two", "--workers", "1", "--devices", "cpu,cpu")) == 1
+    assert warm.run(*command(photos, tmp_path / "two", "--workers", "1", "--devices", "cpu,cpu"), new=True) == 1
     assert contents(tmp_path / "two") == undisturbed
 
 
@@ -372,60 +372,71 @@ def tars(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def undisturbed_tars(tars: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    assert cli.main(command(f"{tars}/*.tar", output, "--workers", "0")) == 1
+    return contents(output)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("source", "how", "kills"),
     [
-        ("photos", ["--workers", "0"], 30),
-        ("photos", ["--workers", "2"], 5),
-        ("tars", ["--workers", "0"], 10),
-        ("tars", ["--workers", "1", "--devices", "cpu,cpu"], 5),
+        ("photos", ["--workers", "0"], 20),
+        ("photos", ["--workers", "2"], 8),
+        ("tars", ["--workers", "0"], 12),
+        ("tars", ["--workers", "1", "--devices", "cpu,cpu"], 8),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(
     source: str, how: list[str], kills: int, tmp_path: Path, warm: Warm, request: pytest.FixtureRequest
 ) -> None:
-    pattern = request.getfixturevalue(source)
-    photos = pattern if source == "photos" else f"{pattern}/*.tar"
-    assert cli.main(command(photos, tmp_path / "undisturbed", "--workers", "0")) == 1
-    undisturbed = contents(tmp_path / "undisturbed")
+    """Half of the kills are spread evenly over a run's course, and half follow a shard at once."""
+    photos = request.getfixturevalue(source)
+    undisturbed = request.getfixturevalue("undisturbed" if source == "photos" else "undisturbed_tars")
+    inputs = photos if source == "photos" else f"{photos}/*.tar"
     resume = ("--resume", *how)
-    durations = []
-    for attempt in range(2):
-        start = time.perf_counter()
-        assert warm.run(*command(photos, tmp_path / f"timed{attempt}", *resume)) == 1
-        durations.append(time.perf_counter() - start)
-    duration = min(durations)  # the first may wait for the warm process itself
-
+    warm.start(*command(inputs, tmp_path / "timed", *resume))
+    start = time.perf_counter()
+    assert warm.end() == 1
+    duration = time.perf_counter() - start
+    assert contents(tmp_path / "timed") == undisturbed
     print(f"{source}, {how}: undisturbed {duration:.2f} s")
-    killed, job = 0, 0
-    while killed < kills:
+
+    groups = [False, True] * (kills // 4)  # the workers with it, or left to notice
+    parts = [(part + random.random()) / (kills // 2) for part in range(kills // 2)]  # of what is left of a run
+    moments: list[tuple[float | None, bool]] = [*zip(parts, groups, strict=True), *((None, group) for group in groups)]
+    random.shuffle(moments)
+    job = 0
+    while moments:
         output = tmp_path / f"out{job}"
         job += 1
 
         def shards(output: Path = output) -> int:
-            return len(list(output.rglob("metadata_*")))
+            return len(list(output.glob("metadata/metadata_*.parquet")))
 
-        for _ in range(3):  # kills of the same job
-            group = random.random() < 0.5  # the workers with it, or left to notice
+        while moments and (before := shards()) < 5:  # kills of the same job, while there is much to do
+            part, group = moments[-1]
+            warm.start(*command(inputs, output, *resume))
             start = time.perf_counter()
-            warm.start(*command(photos, output, *resume))
-            if random.random() < 0.5:
-                moment = random.uniform(duration / 4, duration)  # before, it only loads
+            if part is not None:
+                moment = duration * (0.25 + 0.75 * part * (6 - before) / 6)  # in the first quarter it only loads
             else:  # as soon as it has written some more shards
-                moment, wanted = 0.0, shards() + random.randrange(1, 4)
+                moment, wanted = 0.0, min(before + random.randrange(1, 4), 6)
                 while shards() < wanted and time.perf_counter() < start + 2 * duration:
                     time.sleep(0.001)
             status = warm.end(signal.SIGKILL, after=moment, group=group)
             taken = time.perf_counter() - start
             print(f"killed after {taken:.3f} s{' with its workers' * group}: {status}, {shards()} shards")
-            if status == 1:
+            if status == 1:  # it was done before: the kill is tried again, earlier
+                moments[-1] = part and part * random.random(), group
                 break
             assert status == -signal.SIGKILL
-            killed += 1
-        assert warm.run(*command(photos, output, *resume)) == 1
+            moments.pop()
+        assert warm.run(*command(inputs, output, *resume)) == 1
         assert contents(output) == undisturbed
 
 
@@ -436,7 +447,7 @@ def test_a_killed_run_leaves_no_processes_and_goes_on(
     photos: Path, undisturbed: dict[str, bytes], tmp_path: Path, warm: Warm, devices: list[str]
 ) -> None:
     output = tmp_path / "out"
-    group = warm.start(*command(photos, output, *devices))
+    group = warm.start(*command(photos, output, *devices), new=True)
     while not list(output.glob("metadata/metadata_*")):
         time.sleep(0.001)
     assert warm.end(signal.SIGKILL) in (-signal.SIGKILL, 1)
