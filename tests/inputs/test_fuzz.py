@@ -101,8 +101,8 @@ def test_thousands_of_damaged_tars(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_thousands_of_damaged_tables(tmp_path: Path) -> None:
-    for _ in range(4):
-        check_tables(tmp_path, 1000)
+    for _ in range(2):
+        check_tables(tmp_path, 2000)
 
 
 def test_a_thousand_damaged_lists() -> None:
