@@ -26,6 +26,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from ray_nodes import small_cluster
 
 from clip_fast import Clip
 from clip_fast.bulk import processes
@@ -41,7 +42,7 @@ pytest.importorskip("pyarrow")
 
 ROOT = Path(__file__).parent.parent
 README, BULK = ROOT / "README.md", ROOT / "docs" / "bulk.md"
-TARS, SAMPLES = 1000, 20
+TARS, SAMPLES = 1000, 11  # two shards
 WANTED = 345  # of the tars, which holds the picture that is searched for
 
 IMAGE_TOWER = VitConfig(image_size=32, patch_size=16, width=64, layers=2, heads=1, embed_dim=24)
@@ -225,20 +226,14 @@ def test_ten_million(working_folder: Path, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.slow
 def test_a_cluster(working_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ray.data")
-    from ray.cluster_utils import Cluster
     from ray.scripts import scripts
 
     start_head, start_other, encode, stop = ENCODING[2:]
     for command, name in ((scripts.start, start_head), (scripts.start, start_other), (scripts.stop, stop)):
         command.make_context(name[1], name[2:])
-    small = {"num_cpus": 2, "num_gpus": 0, "object_store_memory": 100 * 2**20}
-    nodes = Cluster(initialize_head=True, head_node_args={**small, "include_dashboard": False})
-    try:
-        nodes.add_node(**small)
+    with small_cluster(2) as nodes:
         monkeypatch.setenv("RAY_ADDRESS", nodes.address)  # where `auto` looks first: another cluster may be here
         assert run(encode) == 0
-    finally:
-        nodes.shutdown()
     search_as_written(capsys, working_folder)
 
 
