@@ -386,7 +386,7 @@ def test_nothing_is_lost_and_nothing_is_twice(cluster: Any, tmp_path: Path) -> N
     def lose() -> None:
         """Once something is written, and once more is."""
         while not stop.is_set() and len(written) < 2:
-            time.sleep(0.02)
+            time.sleep(0.1)
             files = len(list((tmp_path / "out").glob("*.parquet")))
             for node in cluster.worker_nodes if files > max(written, default=0) else ():
                 for actor in list(encoders({raylet(node)}))[:1]:
