@@ -373,6 +373,7 @@ def raylet(node: Any) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # Ray waits for what a lost node had
 def test_nothing_is_lost_and_nothing_is_twice(cluster: Any, tmp_path: Path) -> None:
     """In a job that loses an actor, and later a node with another one."""
     (tmp_path / "photos").mkdir()
