@@ -42,7 +42,7 @@ pytest.importorskip("pyarrow")
 
 ROOT = Path(__file__).parent.parent
 README, BULK = ROOT / "README.md", ROOT / "docs" / "bulk.md"
-TARS, SAMPLES = 1000, 11  # two shards
+TARS, SAMPLES = 1000, 20
 WANTED = 345  # of the tars, which holds the picture that is searched for
 
 IMAGE_TOWER = VitConfig(image_size=32, patch_size=16, width=64, layers=2, heads=1, embed_dim=24)

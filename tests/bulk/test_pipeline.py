@@ -384,7 +384,7 @@ def undisturbed_tars(tars: Path, tmp_path_factory: pytest.TempPathFactory) -> di
 @pytest.mark.parametrize(
     ("source", "how", "kills"),
     [
-        ("photos", ["--workers", "0"], 20),
+        ("photos", ["--workers", "0"], 32),
         ("photos", ["--workers", "2"], 8),
         ("tars", ["--workers", "0"], 12),
         ("tars", ["--workers", "1", "--devices", "cpu,cpu"], 8),
