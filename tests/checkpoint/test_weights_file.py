@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import pickle
 import resource
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,10 +88,30 @@ def test_a_pointer_of_git_lfs_is_named(suffix: str, tmp_path: Path) -> None:
 # --- archives that are larger than their file ------------------------------------------------------------------------
 
 
+@functools.cache
+def deflated_zeros() -> tuple[bytes, int]:
+    """A gigabyte of zeros, deflated, and its CRC. A part that is flushed in full can be repeated."""
+    zeros, crc = bytes(1 << 24), 0
+    deflate = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    part = deflate.compress(zeros) + deflate.flush(zlib.Z_FULL_FLUSH)
+    for _ in range(64):
+        crc = zlib.crc32(zeros, crc)
+    return part * 64 + deflate.flush(), crc
+
+
 def write_zeros(archive: zipfile.ZipFile, name: str) -> None:
-    with archive.open(name, "w", force_zip64=True) as file:
-        for _ in range(64):
-            file.write(bytes(1 << 24))
+    """Adds them as a member, as `zipfile` would, which deflates them anew."""
+    packed, crc = deflated_zeros()
+    info = zipfile.ZipInfo(name)
+    info.compress_type, info.file_size, info.compress_size, info.CRC = zipfile.ZIP_DEFLATED, 1 << 30, len(packed), crc
+    archive.open(name, "w").close()  # takes the place in the directory
+    member = archive.NameToInfo[name]
+    file: Any = archive.fp
+    file.seek(member.header_offset)
+    info.header_offset = member.header_offset
+    file.write(info.FileHeader() + packed)
+    archive.filelist[archive.filelist.index(member)] = archive.NameToInfo[name] = info
+    archive.start_dir = file.tell()
 
 
 def overlap(path: Path) -> None:
@@ -114,10 +136,20 @@ def test_packed_archives_are_refused(torchscript: bool, packed: str, tmp_path: P
         if torchscript:
             archive.writestr("archive/constants.pkl", b"\x80\x02).", zipfile.ZIP_STORED)
         write_zeros(archive, f"archive/{packed}")
+    assert path.stat().st_size < 1 << 21
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(CheckpointError, match=rf"refused: its archive/{packed} is compressed"):
         read_weights(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB
+
+
+def test_the_packed_archive_holds_a_gigabyte(tmp_path: Path) -> None:
+    """Otherwise the refusals above would prove nothing."""
+    with zipfile.ZipFile(tmp_path / "m.pt", "w") as archive:
+        write_zeros(archive, "archive/version")
+    with zipfile.ZipFile(tmp_path / "m.pt") as archive:
+        assert archive.testzip() is None  # unpacks it, and compares length and CRC
+        assert [info.file_size for info in archive.infolist()] == [1 << 30]
 
 
 @pytest.mark.parametrize("torchscript", [False, True])
