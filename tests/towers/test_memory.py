@@ -14,7 +14,8 @@ import torch
 from clip_fast.towers.cpu import can_fuse
 
 MOST = 1.1  # times the weights
-BATCHES = (1, 2, 8, 32)  # 32 images go in parts
+PART = 16  # images of 50 tokens that are encoded at a time
+BATCHES = (1, 2, PART + 2)  # the last go in two parts of nine
 THREADS = (1, 2, 3, 4)
 KERNELS = 8 * 2**20  # bytes that oneDNN may keep for a new number of images or threads
 
@@ -36,6 +37,7 @@ import torch
 from clip_fast.encoder import ImageEncoder
 from clip_fast.towers import reference
 from clip_fast.towers.config import ResNetConfig, VitConfig
+from clip_fast.towers.families import fast_tower
 
 CONFIG = {{
     "ViT-B/32": VitConfig(image_size=224, patch_size=32, width=768, layers=12, heads=12, embed_dim=512),
@@ -54,6 +56,7 @@ def taken():
     own = sum(tensor.nbytes for tensor in model.state_dict().values())
     before = resident()
     shares = []
+    assert fast_tower(CONFIG, images.device).largest_batch(CONFIG, images.device) == {PART}
     for threads in {THREADS}:
         torch.set_num_threads(threads)
         for batch in {BATCHES}:
@@ -87,14 +90,14 @@ save_file(weights, blob, {{"activation": "quick_gelu"}})
 (snapshot / "model.safetensors").symlink_to(blob)
 own = sum(tensor.nbytes for tensor in weights.values())
 del weights
-images = torch.rand(32, 3, 224, 224)
+images = torch.rand(2 * {PART}, 3, 224, 224)
 
 {RESIDENT}
 
 before = resident()
 model, _ = clip_fast.load(snapshot / "model.safetensors", "cpu")
 shares = [(resident() - before) / own]
-for batch in range(1, 33):
+for batch in (*range(1, {PART} + 1), 2 * {PART}):  # every size of a part; more images go in parts of such sizes
     with torch.no_grad():
         model.encode_image(images[:batch])
     shares.append((resident() - before) / own)
