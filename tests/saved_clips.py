@@ -14,16 +14,29 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 VOCABULARY = 49408
 VISION = {"image_size": 64, "layers": 2, "width": 128, "patch_size": 16}
+
+
+class WithoutInitialisation(TorchFunctionMode):
+    """Within this context modules leave their weights as memory has them, for `randomise`, which sets all."""
+
+    _SKIPPED = frozenset({"normal_", "uniform_", "trunc_normal_", "erfinv_", "kaiming_uniform_", "xavier_uniform_"})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in self._SKIPPED:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def randomise(module: nn.Module) -> None:
     """Fresh weights everywhere, so that a tensor in the wrong place shows."""
     with torch.no_grad():
         for name, tensor in module.named_parameters():
-            tensor.copy_(torch.randn_like(tensor) * (0.2 if tensor.ndim < 2 else tensor[0].numel() ** -0.5))
+            tensor.normal_(std=0.2 if tensor.ndim < 2 else tensor[0].numel() ** -0.5)
             tensor += 1 if tensor.ndim == 1 and name.endswith("weight") else 0
 
 
@@ -35,7 +48,8 @@ def open_clip_folder(
     text = {"context_length": 77, "vocab_size": VOCABULARY, "width": 64, "heads": 2, "layers": 2}
     config = {"embed_dim": 32, "vision_cfg": VISION, "text_cfg": text | model.pop("text_cfg", {}), **model}
     own = json.loads(json.dumps(config))
-    made = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**own).eval()
+    with WithoutInitialisation():
+        made = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**own).eval()
     randomise(made)
     preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25], "interpolation": "bicubic"}
     folder.mkdir(exist_ok=True)
@@ -57,7 +71,8 @@ def hugging_face_folder(
         vision_config=vision,
         projection_dim=embed_dim,
     )
-    made = getattr(transformers, f"{kind}Model")(config).eval()
+    with WithoutInitialisation():
+        made = getattr(transformers, f"{kind}Model")(config).eval()
     randomise(made)
     made.save_pretrained(folder)
     return made

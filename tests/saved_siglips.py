@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from saved_clips import randomise, texts_of_every_script
+from saved_clips import WithoutInitialisation, randomise, texts_of_every_script
 
 VOCABULARY = 4096  # of the models; the tokenizers have fewer tokens
 LAST, SIGLIP_2 = {"pool_type": "last", "no_causal_mask": True}, {"act_kwargs": {"approximate": "tanh"}}
@@ -25,7 +25,8 @@ def siglip_folder(folder: Path, vision: dict[str, Any] | None = None, **text: An
     config = transformers.SiglipConfig(
         text_config=small | text, vision_config={**shape, "image_size": 64, "patch_size": 16} | (vision or {})
     )
-    made = transformers.SiglipModel(config).eval()
+    with WithoutInitialisation():
+        made = transformers.SiglipModel(config).eval()
     randomise(made)
     made.save_pretrained(folder)
     return made
@@ -38,7 +39,7 @@ def open_clip_siglip(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str = 
     config = open_clip.get_model_config(name)
     config.pop("custom_text")
     config["text_cfg"] |= {"layers": 1, "vocab_size": VOCABULARY, **text}
-    with monkeypatch.context() as patched:
+    with monkeypatch.context() as patched, WithoutInitialisation():
         patched.setattr(timm, "create_model", lambda *given, **options: create(*given, **options, depth=1))
         made = open_clip.CustomTextCLIP(**json.loads(json.dumps(config))).eval()
     randomise(made)
