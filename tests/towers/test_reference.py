@@ -97,7 +97,7 @@ def test_openai_clip(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     if dtype == torch.float64:
         theirs, ours = in_float64(theirs, monkeypatch), ours.double()
     x = images(config, dtype)
-    if config.image_size > 300:  # of large images one: two are told apart by smaller towers of the same kinds
+    if len(x[0, 0]) > 300:  # of large images one: two are told apart by smaller towers of the same kinds
         x = x[:1]
     with torch.no_grad():
         assert relative_error(ours(x), theirs(x)) < BOUND[dtype]
