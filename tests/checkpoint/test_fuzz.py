@@ -285,7 +285,6 @@ KINDS: tuple[Callable[[random.Random, Path], Path], ...] = (
 )
 
 
-# Each run draws other files, so that runs add up.
 @pytest.mark.parametrize("files", [100, pytest.param(2000, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_spoilt_checkpoints_are_read_or_refused(files: int, tmp_path: Path) -> None:
     loaded = refused = 0
