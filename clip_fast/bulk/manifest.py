@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..encoder import ImageEncoder
 from ..extras import pyarrow
 from ..inputs.finder import without_braces
 from ..kernels.dispatch import triton_can_run
+from ..preprocess import Preprocess
 from ..version import __version__
 from .atomic import new_file
 from .tables import Totals
@@ -89,6 +91,25 @@ def weights_digest(model: ImageEncoder) -> str:
         digest.update(f"{name} {tensor.dtype}".encode())
         digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def preprocessing(preprocess: Preprocess) -> dict[str, object]:
+    """The settings of a manifest that say how images were resized and converted. The weights' digest says the rest."""
+    return {
+        "squash": preprocess.squash,
+        # Alone where they are so: older folders do not have them.
+        **({"on_white": True} if preprocess.on_white else {}),
+        **({"crop": "rounded down"} if preprocess.on_white and not preprocess.squash else {}),
+        **({"bilinear": True} if preprocess.bilinear else {}),
+    }
+
+
+def preprocessed_as(preprocess: Preprocess, settings: Mapping[str, Any]) -> Preprocess:
+    """`preprocess`, resizing and converting as a manifest's settings say; as it is where they do not, as Ray's once."""
+    if "squash" not in settings:
+        return preprocess
+    squash, on_white, bilinear = (bool(settings.get(name)) for name in ("squash", "on_white", "bilinear"))
+    return replace(preprocess, squash=squash, on_white=on_white, bilinear=bilinear)
 
 
 def computer(devices: Sequence[torch.device], threads: int) -> dict[str, object]:

@@ -28,7 +28,7 @@ from ..inputs.parquet import Parquet, ParquetCell, keys_of
 from ..inputs.tars import Tar, sample_key
 from ..loading import default_dtype, load
 from ..towers.config import Activation
-from .manifest import RAY_MANIFEST_NAME, manifest_bytes, weights_digest
+from .manifest import RAY_MANIFEST_NAME, manifest_bytes, preprocessing, weights_digest
 from .ray_stage import BYTES, Batch, ImageEncoder, item_of
 from .tables import Record, as_text, table_of
 from .workers import TIME_LIMIT
@@ -99,7 +99,7 @@ def encode(
             actors = workers or gpus or max(1, cpus // 2)
             device = "cuda" if gpus else "cpu"
             dtype = dtype or default_dtype(torch.device(device))
-            loaded, _ = load(model, "cpu", dtype, activation=activation)  # fails here rather than on workers
+            loaded, preprocess = load(model, "cpu", dtype, activation=activation)  # fails here rather than on workers
             if any("://" in path for path in paths):
                 rows = _read_urls(data, paths, image_column, key_column)
             else:
@@ -134,6 +134,7 @@ def encode(
             "model": model,
             "activation": activation,
             "weights": weights_digest(loaded),
+            **preprocessing(preprocess),
             "dtype": str(dtype).removeprefix("torch."),
             "normalize": normalize,
             "fast_decode": fast_decode,

@@ -80,7 +80,7 @@ class StoredFolder:
     """The shards of an output folder, and the settings of the run. Nothing but the manifest is read yet.
 
     Raises:
-        FileNotFoundError, ValueError: the folder is none of `clip-fast encode`, or has no finished shard.
+        FileNotFoundError, ValueError: the folder is none of `clip-fast encode`.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -124,8 +124,6 @@ class StoredFolder:
                 raise ValueError(f"{', '.join(missing)}: missing, though {self.manifest} counts {shards} shards")
             if others := [str(path) for path in there if path not in counted]:
                 raise ValueError(f"{', '.join(others)}: too many, as {self.manifest} counts {shards} shards")
-        if not there:
-            raise ValueError(f"{self.folder} has no finished shard")
 
     def check_images(self, images: int) -> None:
         """Compares the number of rows in all shards with the manifest of a complete run.

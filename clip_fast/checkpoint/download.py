@@ -51,7 +51,7 @@ def download(source: Pretrained, folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.glob(f"{source.filename}.*.part"):  # of downloads that were killed
-            with suppress(FileNotFoundError):  # one that is going on, and ends now
+            with suppress(OSError):  # one that is going on and ends now, or somebody else's
                 if time.time() - leftover.stat().st_mtime > _ABANDONED:
                     leftover.unlink()
         received = _fetch(source, partial)
@@ -69,7 +69,8 @@ def download(source: Pretrained, folder: Path) -> Path:
             f"without a network, get it elsewhere and place it as {source.filename} in {folder}",
         ) from error
     finally:  # interrupted or not, nothing half-written stays
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # it is gone, or cannot have been made
+            partial.unlink()
     return target
 
 

@@ -80,16 +80,17 @@ class HubModel:
             return found if isinstance(found, str) else None  # it may also say that the hub has no such file
 
         pairs = [(f"{folder}{name}", f"{folder}{own}") for folder in _FOLDERS for name, own in FOLDER_FILES.items()]
+        offline = isinstance(error, hub.errors.OfflineModeIsEnabled)
+        problem = "HF_HUB_OFFLINE forbids asking the hub: unset it once" if offline else _no_answer(error)
+        where = f"in the cache, {self.cache or hub.constants.HF_HUB_CACHE}, and {problem}"
         if not any(cached(weights) and cached(config) for weights, config in pairs):
-            place = self.cache or hub.constants.HF_HUB_CACHE
-            if isinstance(error, hub.errors.OfflineModeIsEnabled):
-                problem = "HF_HUB_OFFLINE forbids asking the hub: unset it once"
-            else:
-                problem = _no_answer(error)
             config = next((config for weights, config in pairs if cached(weights)), None)
             absent, more = (f"its {config}", "") if config else ("it", self.otherwise)  # open_clip brings weights alone
-            raise CheckpointError(self, f"{absent} is not in the cache, {place}, and {problem}{more}") from error
+            raise CheckpointError(self, f"{absent} is not {where}{more}") from error
         weights = self._choose(lambda name: cached(name) is not None, lambda name: Path(str(cached(name))))
+        shards = sorted(set(listed_shards(weights).values())) if is_index(weights) else ()
+        if lost := next((shard for shard in shards if cached(self._beside(weights, shard)) is None), None):
+            raise CheckpointError(self, f"its {lost} is not {where}") from error
         if not self._knows_processor(weights):
             warnings.warn(
                 f"{self}: the cache has no image processor of it, and the hub could not be asked: if the model has "
@@ -210,4 +211,4 @@ def _unserved(config: Path) -> str | None:
         told = content.get("model_type") or content["model_cfg"]["vision_cfg"]["timm_model_name"]
     except STRUCTURE_ERRORS:
         return f"its {config.name} is not a CLIP's"
-    return f"its {config.name} is of a {_CALLED.get(told, told)}"
+    return f"its {config.name} is of a {_CALLED.get(str(told), told)}"

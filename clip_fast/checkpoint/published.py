@@ -102,7 +102,7 @@ def available_models() -> list[str]:
 
 def local_path(name: str | os.PathLike[str]) -> Path | None:
     """The file or folder that a name stands for; None where there is none, or the name is OpenAI's or a bundled one."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # which leaves the ~ of an unknown user
     return path if path.exists() and name not in OPENAI_MODELS.keys() | BUNDLED_MODELS.keys() else None
 
 

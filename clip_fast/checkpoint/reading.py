@@ -69,12 +69,12 @@ def read_checkpoint(path: str | os.PathLike[str], activation: Activation | None 
     file = read_weights(_locate(Path(path)))
     tower = StoredTower(file, layout_of(file.path, file.entries.keys(), lambda: _timm_model(file.path)))
     settings = _settings_beside(tower)
+    told = settings.activation or _told_by_weights(tower)
+    if activation is not None and told not in (None, activation):
+        raise CheckpointError(file.path, f"is a model with {told!r}, and activation={activation!r} was asked for")
 
     @cache
     def activation_of_file() -> Activation:
-        told = settings.activation or _told_by_weights(tower)
-        if activation is not None and told not in (None, activation):
-            raise CheckpointError(file.path, f"is a model with {told!r}, and activation={activation!r} was asked for")
         return activation or told or _taken_for(tower)
 
     return _checkpoint(tower, settings, activation_of_file)

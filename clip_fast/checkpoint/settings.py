@@ -45,8 +45,8 @@ STRUCTURE_ERRORS = (
 _OPEN_CLIP_KEYS = {
     *("image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio", "patch_dropout", "ls_init_value"),
     *("no_ln_pre", "pool_type", "final_ln_after_pool", "norm_kwargs", "act_kwargs"),
+    *("output_tokens", "attn_pooler_queries", "attn_pooler_heads", "pos_embed_type"),
 }
-_OPEN_CLIP_UNUSED = {"output_tokens", "attn_pooler_queries", "attn_pooler_heads", "pos_embed_type"}
 _OPEN_CLIP_DEFAULTS = {"block_type": "default", "timm_pool": "avg", "timm_proj": "linear"}
 
 
@@ -290,7 +290,7 @@ def _open_clip_settings(path: Path, content: dict[str, Any]) -> BesideWeights:
     vision: dict[str, Any] = model["vision_cfg"]
     if "multimodal_cfg" in model:
         raise CheckpointError(path, "is of a CoCa, which is not served")
-    special = _special(vision, _OPEN_CLIP_KEYS | _OPEN_CLIP_UNUSED, _OPEN_CLIP_DEFAULTS)
+    special = _special(vision, _OPEN_CLIP_KEYS, _OPEN_CLIP_DEFAULTS)
     if (pool := vision.get("pool_type", "tok")) not in get_args(Pool):
         special["pool_type"] = pool
     if (activation := _open_clip_activation(model)) is None:

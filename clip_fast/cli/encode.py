@@ -18,7 +18,7 @@ import torch
 from ..bulk import fork_server
 from ..bulk.decoder import Decoder
 from ..bulk.listings import with_listings
-from ..bulk.manifest import computer, weights_digest
+from ..bulk.manifest import computer, preprocessing, weights_digest
 from ..bulk.npy import EmbeddingWriter, embed_files
 from ..bulk.pipeline import Options, run
 from ..bulk.processes import ProcessJob, run_on_devices, threads_each
@@ -159,6 +159,8 @@ def _encode_on_ray(arguments: argparse.Namespace, summary: dict[str, Any]) -> in
     from ..bulk import ray_job  # imported here, since Ray takes seconds to import
 
     _refuse(arguments, _NOT_ON_RAY, "not with --ray, whose workers read, divide and repeat by themselves")
+    if arguments.workers == 0:
+        raise ValueError("--workers 0: not with --ray, whose actors decode in processes beside them")
     if not arguments.output.endswith("/"):
         raise ValueError("with --ray the --output is a folder for parquet files: it must end in /")
     totals = ray_job.encode(
@@ -311,11 +313,7 @@ def _settings(
         "model": arguments.model,
         "activation": arguments.activation,
         "weights": weights_digest(model),
-        "squash": preprocess.squash,
-        # Alone where they are so: older folders do not have them.
-        **({"on_white": True} if preprocess.on_white else {}),
-        **({"crop": "rounded down"} if preprocess.on_white and not preprocess.squash else {}),
-        **({"bilinear": True} if preprocess.bilinear else {}),
+        **preprocessing(preprocess),
         "dtype": str(model.dtype).removeprefix("torch."),
         "batch_size": options.batch_size,
         "shard_size": options.shard_size,

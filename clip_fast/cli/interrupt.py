@@ -22,7 +22,8 @@ def is_command() -> bool:
         return False
     as_module = "-m" in sys.orig_argv and sys.orig_argv[sys.orig_argv.index("-m") + 1 :][:1] == ["clip_fast"]
     # While Python looks for the module to run, the first argument is "-m". Later it is a path, as of a script.
-    return (as_module and sys.argv[:1] == ["-m"]) or os.path.basename(sys.argv[0]) == "clip-fast"
+    first = sys.argv[0] if sys.argv else ""  # a program that embeds Python may have none
+    return (as_module and first == "-m") or os.path.basename(first) == "clip-fast"
 
 
 def _end(*_: object) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ..bulk.atomic import check_target, new_file
 from ..bulk.decoder import Decoder
-from ..bulk.manifest import weights_digest
+from ..bulk.manifest import preprocessed_as, weights_digest
 from ..bulk.workers import memory_limited
 from ..encoder import ImageEncoder
 from ..errors import NotServed, printable
@@ -55,7 +55,8 @@ def search(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{arguments.index} was made with other weights than those of {name}: name its --model")
     if arguments.dtype not in (None, dtype):  # after the comparison, which needs the index's dtype
         model, _ = load(name, arguments.device, dtype_of(arguments.dtype), activation=activation)
-    found = index.search_many(_queries(texts, arguments.image, model, preprocess), arguments.k)
+    as_indexed = preprocessed_as(preprocess, index.settings)
+    found = index.search_many(_queries(texts, arguments.image, model, as_indexed), arguments.k)
     for text, hits in zip(texts or [None], found, strict=True):
         for hit in hits:
             _show(hit, arguments, text if arguments.queries is not None else None)

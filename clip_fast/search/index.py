@@ -28,7 +28,6 @@ _BLOCK_ROWS = 1 << 14
 _ALONE = 1 << 18  # numbers in rows that one query is multiplied by at once: more go to threads, which wait for memory
 _QUERIES = 256  # that are multiplied at once
 _PAIRS = 1 << 12  # of a query and a row that are compared in float64 at once
-_FLOAT_32 = np.float32
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,8 @@ class Index:
         self.settings, self.manifest, self.complete = stored.settings, stored.manifest, stored.complete
         self._shards = stored.shards
         stored.check_shards()
+        if not self._shards:
+            raise ValueError(f"{stored.folder} has no finished shard")
         shapes = [shard.shape() for shard in self._shards]
         dims = sorted({width for _, width in shapes})
         if len(dims) != 1:
@@ -115,7 +116,7 @@ class Index:
             for part in parts:
                 part.add(start, block, norms)
         scores, rows = (np.concatenate(each) for each in zip(*((p.scores, p.rows) for p in parts), strict=True))
-        return scores.astype(_FLOAT_32), rows
+        return scores.astype(np.float32), rows
 
     def _blocks(self) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.float32]]]:
         """The number of the first of some rows, the rows in float32, and their lengths."""
@@ -166,23 +167,23 @@ class _Best:
         self.scores = np.empty((len(queries), 0))
         self.rows = np.empty((len(queries), 0), np.int64)
         self._queries = queries
-        self._rounded = queries.astype(_FLOAT_32)
+        self._rounded = queries.astype(np.float32)
         self._k = k
         # Twice the bound of an error in float32 of a product and of a length (Higham, "Accuracy and Stability of
         # Numerical Algorithms", 2002, section 3.1), and more: eps is two units of rounding.
-        self._margin = 2 * (queries.shape[1] + 8) * float(np.finfo(_FLOAT_32).eps)
+        self._margin = 2 * (queries.shape[1] + 8) * float(np.finfo(np.float32).eps)
 
     def add(self, start: int, block: NDArray[np.float32], lengths: NDArray[np.float32]) -> None:
         """Adds rows (n, embed_dim) of which the first has the number `start`."""
         there = (lengths > 0) & np.isfinite(lengths)  # not the rows of images that failed
         step = len(block) if len(self._rounded) > 1 else max(1, _ALONE // block.shape[1])
-        cosines = np.empty((len(self._rounded), len(block)), _FLOAT_32)
+        cosines = np.empty((len(self._rounded), len(block)), np.float32)
         with np.errstate(all="ignore"):
             for i in range(0, len(block), step):
                 cosines[:, i : i + step] = self._rounded @ block[i : i + step].T
             cosines /= lengths
         # The rest of the bound is for rows so short that products with them are lost below float32's range.
-        most = 1 + self._margin + block.shape[1] * float(np.finfo(_FLOAT_32).tiny) / np.where(there, lengths, 1)
+        most = 1 + self._margin + block.shape[1] * float(np.finfo(np.float32).tiny) / np.where(there, lengths, 1)
         damaged = there & ~(np.maximum(cosines.max(axis=0, initial=0), -cosines.min(axis=0, initial=0)) <= most)
         if damaged.any():
             raise ValueError(
@@ -197,7 +198,7 @@ class _Best:
             least = self.scores[:, -1] - self._margin
         elif self._k <= cosines.shape[1]:
             least = np.maximum(least, np.partition(cosines, -self._k, axis=1)[:, -self._k] - self._margin)
-        wanted = cosines >= least.astype(_FLOAT_32)[:, None]
+        wanted = cosines >= least.astype(np.float32)[:, None]
         queries, places = np.nonzero(wanted)
         if not len(queries):
             return

@@ -127,6 +127,30 @@ def test_what_killed_downloads_left_is_removed(server: _Server, tmp_path: Path) 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model.pt", "model.pt.2.part", "other.pt.3.part"]
 
 
+def test_a_folder_that_cannot_be_is_said(server: _Server, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        CheckpointError, match=r"file/model\.pt: cannot be downloaded .*place it as model\.pt in "
+    ):
+        resolve("RN50", tmp_path / "file")
+
+
+def test_what_another_user_left_is_left(server: _Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = tmp_path / "model.pt.1.part"
+    theirs.touch()
+    os.utime(theirs, (0, 0))
+    unlink = Path.unlink
+
+    def forbidden(path: Path, missing_ok: bool = False) -> None:
+        if path == theirs:
+            raise PermissionError(1, "Operation not permitted", str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", forbidden)
+    assert resolve("RN50", tmp_path).is_file()
+    assert theirs.exists()
+
+
 def test_another_download_may_end_meanwhile(server: _Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its file is gone between the listing of the folder and the look at its age."""
     (tmp_path / "model.pt.another.part").touch()

@@ -164,6 +164,23 @@ def test_a_cache_that_another_program_filled(
             assert clip_fast.load("someone/whole", "cpu")[1].mean == (0.1, 0.2, 0.3)
 
 
+def test_a_shard_that_was_not_brought_is_told(
+    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "sharded"
+    made = hugging_face_folder(folder)
+    (folder / "model.safetensors").unlink()
+    made.save_pretrained(folder, max_shard_size="2MB")
+    hub.add("someone/sharded", folder)
+    lost = sorted(folder.glob("model-*.safetensors"))[-1].name
+    for file in folder.iterdir():
+        if file.name != lost:
+            huggingface_hub.hf_hub_download("someone/sharded", file.name, cache_dir=tmp_path / "cache")
+    visit(hub, tmp_path / "cache", monkeypatch, offline=True)
+    with pytest.raises(CheckpointError, match=rf"its {lost} is not in the cache, .*unset it once$"):
+        loaded("someone/sharded")
+
+
 @pytest.mark.parametrize("inside", ["", "0_CLIPModel"])
 def test_a_model_that_has_no_image_processor_is_not_warned_of(
     inside: str, hub: LoopbackHub, folders: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

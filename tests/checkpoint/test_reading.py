@@ -90,6 +90,14 @@ def test_openai(kind: str, archive: str, tmp_path: Path) -> None:
         assert_close(features(path, images), model.visual(images))
 
 
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_an_archive_tells_its_activation(kind: str, tmp_path: Path) -> None:
+    """A ResNet's words have one."""
+    torch.jit.save(traced(openai_clip(kind)), tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match="is a model with 'quick_gelu', and activation='gelu' was asked for"):
+        read_checkpoint(tmp_path / "model.pt", "gelu")
+
+
 class _Holder(nn.Module):
     """A tower under the name that CLIP gives it."""
 
@@ -680,6 +688,8 @@ def test_paths_that_are_not_there(tmp_path: Path) -> None:
         resolve("vit-b-32")
     with pytest.raises(CheckpointError, match=r"no model of that name.*RN50.*tiny-digits"):
         resolve("something else entirely")
+    with pytest.raises(CheckpointError, match=r"~nobody-of-that-name/clip\.pt"):
+        resolve("~nobody-of-that-name/clip.pt")
     with pytest.raises(ValueError, match=r"activation must be one of .*got 'relu'"):
         read_checkpoint(tmp_path, "relu")  # type: ignore[arg-type]
 

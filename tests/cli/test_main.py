@@ -26,6 +26,7 @@ from clip_fast import Preprocess
 from clip_fast.bulk.decoder import Decoder
 from clip_fast.bulk.pipeline import Options
 from clip_fast.cli import encode as encode_command
+from clip_fast.cli import interrupt
 from clip_fast.cli import main as cli
 from clip_fast.towers import reference
 from clip_fast.towers.config import VitConfig
@@ -371,6 +372,7 @@ def test_no_image_is_an_error_before_any_work(
         (["--output", "gone/e.parquet"], "folder gone does not exist"),
         (["--files-from", "gone.txt"], "gone.txt"),
         (["--output", "out/", "--ray", "auto", "--max-errors", "0"], "--max-errors: not with --ray"),
+        (["--output", "out/", "--ray", "auto", "--workers", "0"], "--workers 0: not with --ray"),
     ],
 )
 def test_options_that_do_not_go_together_are_an_error_before_any_work(
@@ -632,3 +634,9 @@ def test_as_a_module_in_a_process_of_its_own(folder: Path, checkpoint: Path) -> 
     assert "text.jpg: not an image" in done.stderr
     assert done.stdout == ""
     assert_allclose(np.load("embeddings.npy"), expected_rows(checkpoint, ALL), rtol=1e-4, atol=1e-5)
+
+
+def test_a_program_without_arguments_is_not_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Python may be embedded in one."""
+    monkeypatch.setattr(sys, "argv", [])
+    assert not interrupt.is_command.__wrapped__()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from saved_clips import VISION, open_clip_folder
+from saved_clips import VISION, hugging_face_folder, open_clip_folder
 
 from clip_fast.bulk.decoder import Decoder
 from clip_fast.cli import main as cli
@@ -39,6 +41,26 @@ def test_photographs_are_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert np.linalg.norm(got * scale - wanted) < 0.2 * np.linalg.norm(wanted)
     cosines = (got * wanted).sum(1) / np.linalg.norm(got, axis=1) / np.linalg.norm(wanted, axis=1)
     assert (cosines > 0.9999).all()
+
+
+@pytest.mark.parametrize("converted", [True, False])
+def test_an_image_that_is_looked_for_is_prepared_as_the_index_was(
+    converted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same weights, without the processor that says how: what is transparent would lie on black."""
+    monkeypatch.chdir(tmp_path)
+    hugging_face_folder(tmp_path / "model")
+    shutil.copytree("model", "other")
+    for folder, convert in (("model", converted), ("other", not converted)):
+        Path(folder, "preprocessor_config.json").write_text(json.dumps({"do_convert_rgb": convert, "size": 64}))
+    noise = Image.effect_noise((90, 71), 90).convert("RGBA")
+    noise.putalpha(Image.effect_noise((90, 71), 90))
+    noise.save("logo.png")
+    assert cli.main(["encode", "logo.png", "--model", "model", "--output", "index/", "--device", "cpu"]) == 0
+    capsys.readouterr()
+    for folder in ("model", "other"):
+        assert cli.main(["search", "--image", "logo.png", "--index", "index/", "--model", folder]) == 0
+        assert capsys.readouterr().out == "1.0000\tlogo.png\n"
 
 
 def test_kernels_are_compiled_for_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,6 +152,14 @@ def test_a_folder_that_is_not_finished(folder: Path, capsys: pytest.CaptureFixtu
     assert verified(capsys) == (0, "out: 3 shards, 15 images, not finished, no damage found", [])
 
 
+def test_a_folder_that_is_only_begun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It lacks images, and nothing in it is damaged."""
+    with OutputFolder(tmp_path / "begun") as output:
+        output.begin({"model": "m"})
+    assert cli.main(["verify", str(tmp_path / "begun")]) == 0
+    assert capsys.readouterr().out.endswith("begun: 0 shards, 0 images, not finished, no damage found\n")
+
+
 def test_tables_of_ray(tmp_path: Path, shards: list[Shard], capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").mkdir()
     for shard in shards:
