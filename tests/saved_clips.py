@@ -21,15 +21,15 @@ VISION = {"image_size": 64, "layers": 2, "width": 128, "patch_size": 16}
 
 
 class WithoutInitialisation(TorchFunctionMode):
-    """Within this context modules leave their weights as memory has them, for `randomise`, which sets all."""
+    """Within this context random numbers are zeros, which cost nothing: `randomise` sets all weights afterwards.
 
-    _SKIPPED = frozenset({"normal_", "uniform_", "trunc_normal_", "erfinv_", "kaiming_uniform_", "xavier_uniform_"})
+    They are not left as memory has them, since an initialisation may draw until all numbers are within its bounds.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in self._SKIPPED:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
+        if func in (Tensor.normal_, Tensor.uniform_):
+            return args[0].zero_()
+        return args[0] if func is Tensor.erfinv_ else func(*args, **(kwargs or {}))
 
 
 def randomise(module: nn.Module) -> None:
