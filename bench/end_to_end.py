@@ -132,6 +132,7 @@ def _heat(about: Row, entrants: Sequence[_Entrant], images: Tensor, rounds: int)
             continue
         row |= result
         row |= {"seconds": timed.median, "spread": timed.spread, "images_per_second": len(images) / timed.median}
+        row["rounds"] = rounds
         row["beside"] = ours.median if isinstance(ours, Times) else None
         latency = awaited.get(name)
         row["latency"] = latency.median if isinstance(latency, Times) else None
@@ -269,7 +270,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows: list[Row] = []
     if options.resume and options.json:
         rows, limits = resumed(options.json, "end_to_end", where), highest(options.json, limits)
-    done = {_place(row): row for row in rows}
+    # A row of fewer rounds than are asked for is measured again. Those of older files do not say their rounds.
+    done = {_place(row): row for row in rows if row.get("rounds", options.rounds) >= options.rounds}
     ends = time.monotonic() + options.minutes * 60
     for model in models:
         config: Any = ENCODERS[model]

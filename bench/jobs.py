@@ -6,7 +6,8 @@
   them, which reads files, or tars by webdataset.
 * `clip_retrieval` is the inference of a tool made for such jobs, around the same tower of openai-clip.
 
-All have the same weights and the same number of decoding processes, and write float32 rows.
+All have the same weights and the same number of decoding processes, and write float32 rows, with two exceptions:
+clip-retrieval writes float16, and on Ray the cluster's CPUs are divided among its tasks.
 """
 
 from __future__ import annotations

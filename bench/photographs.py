@@ -6,6 +6,7 @@ to. With ".tar" behind the size they lie in tars.
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 import tarfile
@@ -86,7 +87,8 @@ def make_photographs(kind: str, count: int, sources: Sequence[str], folder: Path
     mean_bytes = sum(file.stat().st_size for _, file in photographs) / count
     in_tars = kind.endswith(".tar")
     if in_tars:
-        tars = min(count, max(_TARS, workers))
+        # As many for each worker: systems that give a worker whole tars wait for the one that has most.
+        tars = min(count, max(1, workers) * math.ceil(_TARS / max(1, workers)))
         parts = [photographs[i * count // tars : (i + 1) * count // tars] for i in range(tars)]
         paths = [_tar(part, folder / f"{i:04}.tar") for i, part in enumerate(parts)]
     else:

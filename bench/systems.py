@@ -230,7 +230,7 @@ def compilations() -> Iterator[None]:
 
 
 def _compiled(build: Callable[[Task], Encode], attention: str | None = None) -> Callable[[Task], Encode]:
-    """torch.compile of a system at its highest setting.
+    """torch.compile of a system: on a GPU at its highest setting, on a CPU in its default mode with frozen weights.
 
     Args:
         attention: the backend to pin scaled_dot_product_attention to; None leaves the choice to PyTorch.

@@ -63,9 +63,9 @@ DEVICES: dict[str, Device] = {
         Device(
             "H200", "sm_90", 132, 1.70e9, _tensor(4096, 128), 4.3e12,
             "NVIDIA H200 datasheet: 989 TFLOP/s dense in half precision (1.83 GHz), 4.8 TB/s. Taken are 795 TFLOP/s of "
-            "large products, at 1.70 GHz, and 4.3 TB/s of a copy: figures that were handed on as measured, without a "
-            "publication. That a tile of K columns takes as long as one of K + 120 is from the table in Triton's Gluon "
-            "tutorial 07-persistence, of an H100",
+            "large products, at 1.70 GHz, and 4.3 TB/s of a copy: without a published source. That a "
+            "tile of K columns takes as long as one of K + 120 is from the table in Triton's Gluon tutorial "
+            "07-persistence, of an H100",
             {"bf16": 795e12, "fp16": 795e12, "tf32": 397e12},
             # Estimated: 660 of 795 TFLOP/s, 3.75 of 4.3 TB/s and 300 TFLOP/s. Sure to about a tenth.
             Library(0.83, 0.87, 0.38),

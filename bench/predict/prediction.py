@@ -45,7 +45,7 @@ class Prediction:
     launches: tuple[Predicted, ...]
     replayed: bool  # as a CUDA graph, which costs the host next to nothing
     rival: float | None  # None where what the device's libraries reach is not known
-    least: float  # what the arithmetic that the mathematics needs takes at the device's rates
+    least: float  # what arithmetic or memory traffic that the mathematics needs takes at the device's rates, the longer
     before: tuple[Predicted, ...] = ()  # what resizes the batch in bulk encoding, which no sum here has
 
     @property

@@ -204,6 +204,9 @@ def test_a_resumed_run_measures_what_is_missing(tmp_path: Path, monkeypatch: pyt
     both = rows("1,2")
     assert both[0] == first[0]  # not measured again
     assert [row["batch"] for row in both] == [1, 2]
+    more = rows("1", "--rounds", "2")  # a row of fewer rounds is measured again
+    assert [(row["batch"], row["rounds"]) for row in more] == [(2, 1), (1, 2)]
+    assert rows("1") == more
     content = json.loads(file.read_text())
     content["environment"]["python"] = "2.7"
     file.write_text(json.dumps(content))

@@ -129,9 +129,7 @@ def test_what_killed_downloads_left_is_removed(server: _Server, tmp_path: Path) 
 
 def test_a_folder_that_cannot_be_is_said(server: _Server, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(
-        CheckpointError, match=r"file/model\.pt: cannot be downloaded .*place it as model\.pt in "
-    ):
+    with pytest.raises(CheckpointError, match=r"file/model\.pt: cannot be downloaded .*place it as model\.pt in "):
         resolve("RN50", tmp_path / "file")
 
 
