@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -190,7 +191,10 @@ class ImageEncoder(nn.Module):
     def _weight(self) -> Tensor:
         """The first weight of the tower, whatever the tower is. The weights of a replica are no parameters."""
         weights = (getattr(module, "weight", None) for module in self.visual.modules())
-        return next(weight for weight in weights if isinstance(weight, Tensor))
+        found = next((weight for weight in weights if isinstance(weight, Tensor)), None)
+        if found is None:
+            raise ValueError(f"visual is a {type(self.visual).__qualname__} without a weight: it is no image tower")
+        return found
 
     @overload
     def encode_image(self, image: Tensor, *, return_patch_tokens: Literal[False] = False) -> Tensor: ...
@@ -231,9 +235,15 @@ class ImageEncoder(nn.Module):
 
         Raises:
             ValueError: the images have another shape, the encoder is a ResNet, or there is no such layer.
+            TypeError: `layer` is no whole number.
         """
         self._require("hidden_state", "hidden states")
-        layers = len(self.config.row_shapes(HIDDEN_STATES)) - 1
+        blocks = getattr(getattr(self.visual, "transformer", None), "resblocks", None)  # some may have been removed
+        layers = len(self.config.row_shapes(HIDDEN_STATES)) - 1 if blocks is None else len(blocks)
+        try:
+            layer = operator.index(layer)
+        except TypeError as error:
+            raise TypeError(f"layer must be a whole number, got {layer!r}") from error
         index = layer if layer >= 0 else layers + 1 + layer
         if not 0 <= index <= layers:
             raise ValueError(f"layer must be between {-layers - 1} and {layers}, got {layer}")
@@ -258,7 +268,7 @@ class ImageEncoder(nn.Module):
 
     def _results(self, images: Tensor, task: Task) -> Results:
         """A task's results: by the engine wherever it serves, else by the plain tower."""
-        if not isinstance(images, (Tensor, torch.fx.Proxy)):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(images, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
             height, width = sides(self.config.image_size)
             raise TypeError(
                 f"images must be a tensor [batch, 3, {height}, {width}], got {_kind(images)}: "
@@ -307,6 +317,8 @@ class ImageEncoder(nn.Module):
         if not expected:
             self._warn(because)
         images = checked(images, self.config.image_size).to(self.device)
+        if task != ENCODE and not hasattr(self.visual, "results"):
+            raise ValueError(f"visual is a {type(self.visual).__qualname__}, which gives embeddings alone")
 
         def run(images: Tensor) -> Results:
             images = normalised(images, self.dtype, self.mean, self.std)

@@ -94,7 +94,7 @@ class Clip(ImageEncoder):
             TypeError: the tokens are no tensor.
             ValueError: for tokens of another shape or dtype.
         """
-        if not isinstance(text, Tensor | torch.fx.Proxy):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(text, Tensor):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise TypeError(
                 f"text must be a tensor of tokens, got {type(text).__name__}: model.tokenize(texts) makes one"
             )

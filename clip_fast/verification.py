@@ -60,7 +60,7 @@ class Verdict:
             [
                 f"{self.tower} on {self.device} in {str(self.dtype).removeprefix('torch.')}, {self.images} images",
                 f"relative error    {self.error:.1e} fast, {self.original_error:.1e} original",
-                f"lowest cosine     1 - {max(0.0, 1 - self.lowest_cosine):.0e}",
+                f"lowest cosine     1 - {max(1 - self.lowest_cosine, 0.0):.0e}",
                 f"a batch takes     {self.seconds * 1e3:.4g} ms fast, {self.original_seconds * 1e3:.4g} ms original: "
                 f"{speed:.2f} x",
                 f"batch-invariant   {'yes, bit for bit' if self.batch_invariant else 'no'}",

@@ -257,6 +257,7 @@ def _check_linear(
     precision: str,
 ) -> None:
     _require_float("x", x)
+    _require(x.ndim >= 1, "x must be [..., K], got", x)
     rows, k = x.shape[:-1], x.shape[-1]
     _require(weight.ndim == 2 and weight.shape[1] == k, f"weight must be [N, {k}], got", weight)
     _require(k > 0, "x must have features, got", x)
@@ -272,6 +273,7 @@ def _check_linear(
     if row_stats is not None:
         wanted = (*rows, statistics_tiles(k), 2)
         _require(row_stats.shape == wanted, f"row statistics must be {list(wanted)}, got", row_stats)
+        _require_float("row statistics", row_stats)
     _require_device(x=x, weight=weight, bias=bias, residual=residual, statistics=row_stats, colsum=colsum, scale=scale)
 
 
@@ -432,6 +434,7 @@ def _check_attention_pool(
         rest,
     )
     if key_weight is None:
+        _require(value_weight.ndim == 3, f"value_weight must be [heads, head_dim, {width}], got", value_weight)
         heads, head_dim = value_weight.shape[:2]
         _require(query.shape == (heads, width), f"query must be {[heads, width]} without key_weight, got", query)
     else:
@@ -448,6 +451,7 @@ def _check_attention_pool(
     if statistics is not None:
         wanted = (batch, 1 + rest.shape[1], statistics_tiles(width), 2)
         _require(statistics.shape == wanted, f"statistics must be {list(wanted)}, got", statistics)
+        _require_float("statistics", statistics)
     if position is not None:
         _require_float("position", position)
         _require(position.shape == rest.shape[1:], f"position must be {list(rest.shape[1:])}, got", position)

@@ -150,6 +150,32 @@ def test_what_makes_no_sense_is_named(images: Tensor) -> None:
         resnet.encode_image(images, return_patch_tokens=True)
     with pytest.raises(ValueError, match="a ResNet has no hidden states"):
         resnet.hidden_state(images, 0)
+    for layer in ("1", 1.0, None):
+        with pytest.raises(TypeError, match=f"layer must be a whole number, got {layer!r}"):
+            model.hidden_state(images, layer)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:the plain tower runs")
+def test_layers_are_counted_as_they_are(images: Tensor) -> None:
+    model = make()
+    last = model.hidden_state(images, 2)
+    del model.visual.transformer.resblocks[-1]  # type: ignore[union-attr, operator]
+    assert relative_error(model.hidden_state(images, -1), last) < 1e-5
+    assert torch.equal(model.hidden_state(images, 2), model.hidden_state(images, -1))
+    with pytest.raises(ValueError, match="layer must be between -3 and 2, got 3"):
+        model.hidden_state(images, 3)
+
+
+@pytest.mark.filterwarnings("ignore:the plain tower runs")
+def test_another_module_in_place_of_the_tower_is_named(images: Tensor) -> None:
+    model = make()
+    model.visual = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64 * 64, 32))
+    assert model.encode_image(images).shape == (3, 32)
+    with pytest.raises(ValueError, match="visual is a Sequential, which gives embeddings alone"):
+        model.hidden_state(images, 1)
+    model.visual = torch.nn.Flatten()
+    with pytest.raises(ValueError, match="visual is a Flatten without a weight: it is no image tower"):
+        model.encode_image(images)
     with pytest.raises(ValueError, match=r"precision must be one of .*, got 'half'"):
         make(precision="half")
     with pytest.raises(ValueError, match=r"mean must be three finite numbers, got \(0\.5,\)"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -85,6 +86,7 @@ def test_an_error_shows(monkeypatch: pytest.MonkeyPatch) -> None:
     assert verdict.lowest_cosine < 1 - 1e-9
     assert not verdict.batch_invariant
     assert "batch-invariant   no" in str(verdict)
+    assert "lowest cosine     1 - nan" in str(dataclasses.replace(verdict, lowest_cosine=float("nan")))
 
 
 def test_half_precision_is_judged_in_its_dtype() -> None:

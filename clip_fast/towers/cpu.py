@@ -58,11 +58,6 @@ _IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def images_at_a_time(rows: int, tokens: int) -> int:
-    """The number of images, of `tokens` tokens each, that have about `rows` rows together; at least one."""
-    return max(1, rows // tokens)
-
-
 def can_fuse(dtype: torch.dtype) -> bool:
     """Whether this build of PyTorch has oneDNN's fused products, and this CPU the instructions for `dtype`."""
     return dtype in (torch.float32, torch.bfloat16) and pytorch.has_onednn() and can_multiply(dtype)

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from .config import Rgb, Task, TaskName
-from .cpu import images_at_a_time
 from .precision import Precision
 
 Results = tuple[Tensor, ...]
@@ -52,7 +51,7 @@ class FastTower(ABC):
     @classmethod
     def largest_batch(cls, config: Any, device: torch.device) -> int | None:
         """The most images to encode together, apart from what memory allows; None where there is no such limit."""
-        return images_at_a_time(cls.rows_on_cpu, config.tokens) if device.type == "cpu" else None
+        return max(1, cls.rows_on_cpu // config.tokens) if device.type == "cpu" else None
 
 
 def as_tuple(result: Tensor | Results) -> Results:

@@ -195,6 +195,11 @@ def test_bad_operands_are_named_without_the_public_function() -> None:
         torch.ops.clip_fast.linear(x.to("meta"), weight.to("meta"), bias.to("meta"), *options)
 
 
+def test_a_number_has_no_features() -> None:
+    with pytest.raises(ValueError, match=r"x must be \[\.\.\., K\], got \[\]"):
+        ops.linear(torch.tensor(1.0), rand(4, 4))
+
+
 def test_operands_on_two_devices_are_named() -> None:
     with pytest.raises(ValueError, match=r"one device, got x on .*, weight on meta, bias on"):
         call("layer_norm", weight=torch.empty(96, device="meta"))
