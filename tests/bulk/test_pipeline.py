@@ -61,9 +61,9 @@ class Warm:
             text=True,
         )
 
-    def start(self, *arguments: str | Path, new: bool = False) -> int:
-        """The process's id, which is also that of its session and group. With `new` it starts new interpreters."""
-        word, process = self._ask(start=[*map(str, arguments)], new=new)
+    def start(self, *arguments: str | Path) -> int:
+        """The process's id, which is also that of its session and group."""
+        word, process = self._ask(start=[*map(str, arguments)])
         assert word == "started"
         assert int(process) > 1
         return int(process)
@@ -74,8 +74,8 @@ class Warm:
         assert word == "status"
         return int(status)
 
-    def run(self, *arguments: str | Path, new: bool = False) -> int:
-        self.start(*arguments, new=new)
+    def run(self, *arguments: str | Path) -> int:
+        self.start(*arguments)
         return self.end()
 
     def _ask(self, **request: object) -> list[str]:
@@ -255,9 +255,9 @@ def test_tars_and_parquet_end_to_end(photos: Path, tmp_path: Path) -> None:
 def test_worker_processes_and_two_devices_give_the_same_bytes(
     photos: Path, undisturbed: dict[str, bytes], tmp_path: Path, warm: Warm
 ) -> None:
-    assert warm.run(*command(photos, tmp_path / "workers", "--workers", "2"), new=True) == 1
+    assert warm.run(*command(photos, tmp_path / "workers", "--workers", "2")) == 1
     assert contents(tmp_path / "workers") == undisturbed
-    assert warm.run(*command(photos, tmp_path / "two", "--workers", "1", "--devices", "cpu,cpu"), new=True) == 1
+    assert warm.run(*command(photos, tmp_path / "two", "--workers", "1", "--devices", "cpu,cpu")) == 1
     assert contents(tmp_path / "two") == undisturbed
 
 
@@ -447,7 +447,7 @@ def test_a_killed_run_leaves_no_processes_and_goes_on(
     photos: Path, undisturbed: dict[str, bytes], tmp_path: Path, warm: Warm, devices: list[str]
 ) -> None:
     output = tmp_path / "out"
-    group = warm.start(*command(photos, output, *devices), new=True)
+    group = warm.start(*command(photos, output, *devices))
     while not list(output.glob("metadata/metadata_*")):
         time.sleep(0.001)
     assert warm.end(signal.SIGKILL) in (-signal.SIGKILL, 1)
