@@ -17,19 +17,23 @@ import signal
 import sys
 import time
 
-import pyarrow.parquet  # noqa: F401
+import pyarrow
+import pyarrow.parquet
 import torch
 from PIL import Image
 
 import clip_fast
+from clip_fast.cli import encode  # noqa: F401
 from clip_fast.cli import main as cli
 
 
 def warm_up() -> None:
     """Imports the modules that a first run would import. It must start no threads, since a fork loses them."""
     Image.init()
+    pyarrow.array(["a"])  # imports pandas, where it is installed
     model, _ = clip_fast.load("tiny-digits", "cpu")
-    model.encode_image(torch.zeros(3, 3, 32, 32, dtype=torch.uint8))
+    with torch.no_grad():
+        model.encode_image(torch.zeros(3, 3, 32, 32, dtype=torch.uint8))
 
 
 if __name__ == "__main__":
