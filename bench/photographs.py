@@ -88,7 +88,8 @@ def make_photographs(kind: str, count: int, sources: Sequence[str], folder: Path
     in_tars = kind.endswith(".tar")
     if in_tars:
         # As many for each worker: systems that give a worker whole tars wait for the one that has most.
-        tars = min(count, max(1, workers) * math.ceil(_TARS / max(1, workers)))
+        readers = max(1, workers)
+        tars = min(count, readers * math.ceil(_TARS / readers))
         parts = [photographs[i * count // tars : (i + 1) * count // tars] for i in range(tars)]
         paths = [_tar(part, folder / f"{i:04}.tar") for i, part in enumerate(parts)]
     else:

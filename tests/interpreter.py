@@ -157,7 +157,7 @@ def _spare_repetition() -> None:
 
     def check_overflow(self: Any, lhs: Any, rhs: Any, binary_op: Any) -> None:
         dtype = lhs.type.scalar
-        if dtype.int_bitwidth < 64:
+        if dtype.int_bitwidth < 64 and self.builder.options.sanitize_overflow:
             compute = getattr(operator, binary_op.__name__)
             exact = compute(lhs.handle.data.astype(np.int64), rhs.handle.data.astype(np.int64))
             fits = (exact >= dtype.get_int_min_value()) & (exact <= dtype.get_int_max_value())

@@ -10,7 +10,7 @@ import pytest
 
 # Ray starts a worker for every CPU ahead of need, and an actor that counts which features are used. Each is a process
 # that takes seconds to import what it needs.
-SPARE = {
+_SPARE = {
     "RAY_prestart_worker_first_driver": "0",
     "RAY_enable_worker_prestart": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -25,7 +25,7 @@ def small_cluster(nodes: int) -> Iterator[Any]:
 
     small = {"num_cpus": 2, "num_gpus": 0, "object_store_memory": 100 * 2**20}
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in SPARE.items():
+        for name, value in _SPARE.items():
             patch.setenv(name, value)
         patch.setattr(DataContext.get_current(), "read_op_min_num_blocks", 1)
         patch.setattr(DataContext.get_current(), "enable_progress_bars", False)

@@ -88,8 +88,7 @@ class HubModel:
             absent, more = (f"its {config}", "") if config else ("it", self.otherwise)  # open_clip brings weights alone
             raise CheckpointError(self, f"{absent} is not {where}{more}") from error
         weights = self._choose(lambda name: cached(name) is not None, lambda name: Path(str(cached(name))))
-        shards = sorted(set(listed_shards(weights).values())) if is_index(weights) else ()
-        if lost := next((shard for shard in shards if cached(self._beside(weights, shard)) is None), None):
+        if lost := next((shard for shard in _shards(weights) if cached(self._beside(weights, shard)) is None), None):
             raise CheckpointError(self, f"its {lost} is not {where}") from error
         if not self._knows_processor(weights):
             warnings.warn(
@@ -132,8 +131,7 @@ class HubModel:
                 for name in filter(has, (f"{folder}{each}" for each in _BESIDE)):
                     get(name)
                 path = get(f"{folder}{weights}")
-                shards = set(listed_shards(path).values()) if is_index(path) else ()
-                for name in filter(has, (f"{folder}{shard}" for shard in shards)):
+                for name in filter(has, (f"{folder}{shard}" for shard in _shards(path))):
                     get(name)
                 return path
         reasons = ", ".join(filter(None, problems.values())) or f"it has none of {', '.join(FOLDER_FILES)}"
@@ -183,6 +181,11 @@ class HubModel:
         if isinstance(error, hub.errors.HFValidationError):
             return f"is no name of a model on the hub: {summary(error)}"
         return None
+
+
+def _shards(weights: Path) -> list[str]:
+    """The names of the files that an index lists; none where the weights are one file."""
+    return sorted(set(listed_shards(weights).values())) if is_index(weights) else []
 
 
 def _info(hub: Any, repository: str, revision: str | None = None) -> Any:

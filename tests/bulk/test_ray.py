@@ -389,17 +389,17 @@ def test_nothing_is_lost_and_nothing_is_twice(cluster: Any, tmp_path: Path) -> N
         while not stop.is_set() and len(written) < 2:
             time.sleep(0.1)
             files = len(list((tmp_path / "out").glob("*.parquet")))
-            for node in cluster.worker_nodes if files > max(written, default=0) else ():
-                for actor in list(encoders({raylet(node)}))[:1]:
-                    if not written:
-                        os.kill(actor, signal.SIGKILL)
-                    else:
-                        cluster.remove_node(node, allow_graceful=False)
-                    written.append(files)
-                    break
-                else:
-                    continue
-                break
+            if files <= max(written, default=0):
+                continue
+            found = ((node, actor) for node in cluster.worker_nodes for actor in encoders({raylet(node)}))
+            node, actor = next(found, (None, None))
+            if actor is None:
+                continue
+            if not written:
+                os.kill(actor, signal.SIGKILL)
+            else:
+                cluster.remove_node(node, allow_graceful=False)
+            written.append(files)
 
     loser = threading.Thread(target=lose)
     loser.start()

@@ -168,9 +168,7 @@ def test_a_shard_that_was_not_brought_is_told(
     hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "sharded"
-    made = hugging_face_folder(folder)
-    (folder / "model.safetensors").unlink()
-    made.save_pretrained(folder, max_shard_size="2MB")
+    sharded(folder)
     hub.add("someone/sharded", folder)
     lost = sorted(folder.glob("model-*.safetensors"))[-1].name
     for file in folder.iterdir():
@@ -257,12 +255,17 @@ def test_a_broken_download_goes_on_where_it_was(hub: LoopbackHub, folders: dict[
     assert hub.ranges[0] != "bytes=0-"
 
 
-def test_shards(tmp_path: Path, hub: LoopbackHub) -> None:
-    folder = tmp_path / "sharded"
+def sharded(folder: Path) -> Any:
+    """A model of transformers, written to a folder in several files."""
     made = hugging_face_folder(folder)
     (folder / "model.safetensors").unlink()
     made.save_pretrained(folder, max_shard_size="2MB")
-    hub.add("someone/sharded", folder)
+    return made
+
+
+def test_shards(tmp_path: Path, hub: LoopbackHub) -> None:
+    made = sharded(tmp_path / "sharded")
+    hub.add("someone/sharded", tmp_path / "sharded")
     ours = loaded("someone/sharded")
     assert close(embeddings(ours), embeddings(made))
     assert len([name for name in hub.downloads() if name.startswith("model-")]) > 1
