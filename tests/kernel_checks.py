@@ -22,9 +22,11 @@ GUARD = 1024  # poisoned elements on each side of a guarded tensor; a multiple o
 def assert_as_accurate(kernel: Tensor, plain: Tensor, exact: Tensor, factor: float = 1.2) -> None:
     """`kernel` errs from `exact` (float64) at most `factor` times as much as `plain`, its twin in the same dtype.
 
-    The error is the root mean square over all elements. So that one bad row among many cannot hide, the worst row's
-    error is checked too. Its bound is twice the twin's, since a maximum of few is not a steady statistic. If the twin
-    happens to be exact, the bound is the error of rounding the exact result to the dtype.
+    The error is the root mean square over all elements. The ratio of two such errors of n elements each is itself
+    uncertain by 1 / √n, and the bound has four times that beside `factor`. So that one bad row among many cannot hide,
+    the worst row's error is checked too. Its bound is three times the twin's: among sound kernels the ratio of two
+    maxima of some hundred rows reaches 2.1 once in a hundred draws. If the twin happens to be exact, the bound is the
+    error of rounding the exact result to the dtype.
     """
     assert kernel.shape == plain.shape == exact.shape
     assert kernel.dtype == plain.dtype
@@ -32,7 +34,8 @@ def assert_as_accurate(kernel: Tensor, plain: Tensor, exact: Tensor, factor: flo
     assert torch.isfinite(exact).all(), "the oracle itself is not finite: the inputs are no test of accuracy"
     assert torch.isfinite(kernel).all(), f"{(~torch.isfinite(kernel)).sum()} of {kernel.numel()} are not finite"
     errors = [x.double() - exact for x in (kernel, plain, exact.to(kernel.dtype))]
-    for name, measure, limit in (("overall", rms, factor), ("worst row", _worst_row, 2.0)):
+    luck = 1 + 4 / exact.numel() ** 0.5
+    for name, measure, limit in (("overall", rms, factor * luck), ("worst row", _worst_row, 3.0)):
         got, *others = (measure(error).item() for error in errors)
         assert got <= limit * max(others), f"{name} error {got:.3e}, at most {limit * max(others):.3e} wanted"
 
