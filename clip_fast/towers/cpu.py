@@ -21,8 +21,9 @@ from .reference import QUICK_GELU_SLOPE
 _PACKED_FOR = 320
 _FEW_ROWS = 64  # Up to so many rows are multiplied faster by half weights as they are, more rows in float32.
 # oneDNN keeps 0.6 MiB for each shape of a weight and number of rows. A tower has products of few rows in its last block
-# alone, one row for each image.
-_NUMBERS_OF_FEW_ROWS = (1, 4, 16)
+# alone, one row for each image. Four rows take no longer than one.
+_NUMBERS_OF_FEW_ROWS = (4, 16)
+_PARTS = 32  # of a weight that few rows are multiplied by: enough for many threads
 _ROWS_IN_CACHE = 128  # of an activation, whose passes take a fifth longer for 64 rows or for 256
 GELU_TANH_SLOPE = math.sqrt(2 / math.pi)
 GELU_TANH_CUBIC = 0.044715
@@ -114,6 +115,25 @@ def _with_more_rows(x: Tensor) -> Tensor:
     return x if rows == len(x) else F.pad(x, (0, 0, 0, rows - len(x)))
 
 
+def linear_of_few_rows(x: Tensor, weight: Tensor, bias: Tensor, alpha: float = 1.0) -> Tensor:
+    """α x Wᵀ + b of a few rows by a weight as it is: (M, K), (N, K) and (N,) -> (M, N).
+
+    On AMD's CPUs MKL reads a weight for one row with one thread, and is slow for few rows. W in parts is a batch of
+    products, which all threads share. On a Zen 4 of two cores that takes a third of the time for one row, and two thirds
+    for 4 to 32.
+    """
+    parts = math.gcd(len(weight), _PARTS)
+    by_mkl = x.device.type == "cpu" and x.dtype.itemsize >= 4 and pytorch.has_mkl()
+    if not by_mkl or _is_intel() or parts == 1:
+        return torch.addmm(bias, x, weight.T, alpha=alpha)
+    blocks = weight.unflatten(0, (parts, -1))
+    if len(x) == 1:
+        y = torch.bmm(blocks, x.T.expand(parts, -1, -1)).view(1, -1)
+    else:
+        y = torch.bmm(x.expand(parts, -1, -1), blocks.transpose(1, 2)).transpose(0, 1).flatten(1)
+    return torch.add(bias, y, alpha=alpha)
+
+
 class Product:
     """activation(x Wᵀ + b), or residual + α (x Wᵀ + b), by the library that is fastest for the dtype on this CPU.
 
@@ -123,7 +143,7 @@ class Product:
     | the same, up to 64 rows by bfloat16 | oneDNN, packed weights in bfloat16 | the copy would take longer |
     | float32 on Intel's CPUs | MKL, packed weights | 6 to 11 % faster than oneDNN, from 50 rows to 800 |
     | float32 and bfloat16 elsewhere | oneDNN, packed weights | bias and residual are fused, and bfloat16's activation |
-    | up to 16 rows by float32 weights there | BLAS, weights as they are | little slower, and no memory is taken |
+    | up to 16 rows by float32 weights there | BLAS, weights as they are, in parts | see `linear_of_few_rows` |
     | others | BLAS, weights as they are | |
 
     Where W does not stay as it is, it has one layout for all numbers of rows and of threads, made when it is first
@@ -196,7 +216,7 @@ class Product:
     def _by_onednn(self, x: Tensor, residual: Tensor | None) -> Tensor:
         if len(x) <= _NUMBERS_OF_FEW_ROWS[-1]:
             if x.dtype == self._given.dtype == torch.float32:
-                return self._finish(torch.addmm(self.bias, x, self._given.T, alpha=self._scale), residual)
+                return self._finish(linear_of_few_rows(x, self._given, self.bias, self._scale), residual)
             padded = _with_more_rows(x)
             if padded is not x:
                 return self._by_onednn(padded, None if residual is None else _with_more_rows(residual))[: len(x)]
@@ -208,6 +228,8 @@ class Product:
         return y if fused else self._finish(y, residual)
 
     def _by_blas(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if len(x) <= _NUMBERS_OF_FEW_ROWS[-1]:
+            return self._finish(linear_of_few_rows(x, self._operand.T, self.bias), residual)
         if residual is not None and x.dtype.itemsize >= 4:  # in half precision the sum would be rounded twice
             return residual.add_(self.bias, alpha=self.alpha).addmm_(x, self._operand, alpha=self.alpha)
         return self._finish(torch.addmm(self.bias, x, self._operand), residual)
@@ -221,6 +243,8 @@ def one_query_attention(
 ) -> Tensor:
     """`ops.attention_pool` with the softmax scale 1 / √D: its sums are re-associated, keys and values never formed.
 
+    Scores and sums of tokens are computed in the tokens' dtype, products by weights in the weights'.
+
     Args:
         query: (B, H, D), bias included.
         tokens: (B, N, W).
@@ -231,12 +255,12 @@ def one_query_attention(
         (B, H · D).
     """
     towards = torch.bmm(query.transpose(0, 1), key_weight).transpose(0, 1)  # W_kᵀ q, (B, H, W)
-    return attention_towards(towards, tokens, value_weight, value_bias)
+    return attention_towards(towards.to(tokens.dtype), tokens, value_weight, value_bias)
 
 
 def attention_towards(towards: Tensor, tokens: Tensor, value_weight: Tensor, value_bias: Tensor) -> Tensor:
     """`one_query_attention` where W_kᵀ q is known: `towards` (B, H, W)."""
     scale = value_weight.shape[1] ** -0.5
     p = (torch.bmm(towards, tokens.transpose(1, 2)) * scale).softmax(dim=-1)  # (B, H, N)
-    z = torch.bmm(p, tokens)  # (B, H, W)
+    z = torch.bmm(p, tokens).to(value_weight.dtype)  # (B, H, W)
     return torch.bmm(z.transpose(0, 1), value_weight.transpose(1, 2)).transpose(0, 1).flatten(1) + value_bias

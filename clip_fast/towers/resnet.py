@@ -28,7 +28,7 @@ from torch import Tensor
 from ..kernels import ops
 from .config import ResNetConfig, Rgb, TaskName
 from .convolution import Convolution, by_kernels
-from .cpu import one_query_attention
+from .cpu import linear_of_few_rows, one_query_attention
 from .fast import FastTower, Results
 from .precision import Precision
 
@@ -53,9 +53,9 @@ class Bottleneck:
 class Pool:
     """The attention pool.
 
-    For the kernels its weights are of the compute dtype, and the position and biases are float32. On a CPU everything
-    is float32: the pool is little to compute, and its roundings would not average out over the positions, as the map's
-    do.
+    For the kernels its weights are of the compute dtype, and the position and biases are float32. On a CPU values and
+    results are computed in float32: there is one position, so that roundings would not average out as the map's do. Of
+    a half weight for query or key no copy is made, since roundings of scores are lost in the softmax's sum.
     """
 
     position: Tensor  # (1 + G, C)
@@ -205,13 +205,17 @@ def _prepare_pool(source: dict[str, Tensor], config: ResNetConfig, precision: Pr
 
     def weight(name: str) -> Tensor:
         matrix = source[f"attnpool.{name}.weight"]
-        return ops.operand(matrix, precision.weights, precision.products) if kernels else matrix.to(wide)
+        if kernels:
+            return ops.operand(matrix, precision.weights, precision.products)
+        shared = name in ("q_proj", "k_proj") and matrix.dtype == precision.weights
+        return matrix if shared else matrix.to(wide)
 
     def product(name: str) -> Callable[[Tensor], Tensor]:
         matrix, bias = weight(name), source[f"attnpool.{name}.bias"].to(wide)
-        if not kernels:
-            return lambda x: F.linear(x, matrix, bias)
-        return lambda x: ops.linear(x, matrix, bias, precision=precision.products)[0]
+        if kernels:
+            return lambda x: ops.linear(x, matrix, bias, precision=precision.products)[0]
+        narrow = bias.to(matrix.dtype)
+        return lambda x: linear_of_few_rows(x.to(matrix.dtype), matrix, narrow)
 
     def per_head(name: str) -> Tensor:
         return weight(name).view(heads, features // heads, features)

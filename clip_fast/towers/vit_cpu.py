@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import Rgb, SiglipConfig, VitConfig
-from .cpu import GELU_TANH_SLOPE, Product, one_query_attention
+from .cpu import GELU_TANH_SLOPE, Product, linear_of_few_rows, one_query_attention
 from .fast import normalised
 from .precision import Precision
 from .reference import QUICK_GELU_SLOPE
@@ -238,7 +238,7 @@ class CpuVit(CpuBlocks):
         q_weight, k_weight, v_weight = self.last_qkv[0].view(3, h, d, w)
         q_bias, _, v_bias = self.last_qkv[1].view(3, w)  # a bias of the keys drops out of the softmax
         y = self._norm(x, block.ln_1).to(q_weight.dtype)
-        q = F.linear(y[:, 0], q_weight.flatten(0, 1), q_bias).view(batch, h, d)
+        q = linear_of_few_rows(y[:, 0], q_weight.flatten(0, 1), q_bias).view(batch, h, d)
         attended = one_query_attention(q, y, k_weight, v_weight, v_bias).to(x.dtype)
         return self._mlp(block, block.out(attended, residual=x[:, 0].clone()))
 
