@@ -70,13 +70,13 @@ class Casting:
         self._width = config.width
         self._few_in_half = precision.stands_in
         self.dtype, self.wide = precision.weights, precision.wide
-        # activation(x) = self._activation(slope · x) / rise
-        self._slope, self._rise, self._activation = 1.0, 1.0, str(config.activation)
+        # activation(x) = self._activation(slope · x) / slope
+        self._slope, self._activation = 1.0, str(config.activation)
         on_cpu = self.source["conv1.weight"].device.type == "cpu"  # elsewhere no LayerNorm takes factors in float32
         if config.activation == "quick_gelu" and self.dtype != torch.float16 and on_cpu:
-            self._slope, self._rise, self._activation = QUICK_GELU_SLOPE, QUICK_GELU_SLOPE, "swish"
+            self._slope, self._activation = QUICK_GELU_SLOPE, "swish"
         elif config.activation == "gelu_tanh" and self.dtype.itemsize >= 4:  # oneDNN has it in half precision
-            self._slope, self._rise, self._activation = GELU_TANH_SLOPE, 2 * GELU_TANH_SLOPE, "scaled_gelu_tanh"
+            self._slope, self._activation = GELU_TANH_SLOPE, "scaled_gelu_tanh"
         given = self.source["transformer.resblocks.0.mlp.c_fc.weight"].dtype
         # whether the factors go into the weights: these are rounded anyway
         self._in_weights = self.dtype.itemsize >= 4 or torch.finfo(given).eps < torch.finfo(self.dtype).eps
@@ -101,7 +101,7 @@ class Casting:
         return Product(weight, bias, few_in_half=self._few_in_half)
 
     def mlp(self, prefix: str, norm: str, layer_scale: str = "") -> Mlp:
-        slope, fall, beside = (self._slope, 1 / self._rise, 1.0) if self._in_weights else (1.0, 1.0, self._slope)
+        slope, fall, beside = (self._slope, 1 / self._slope, 1.0) if self._in_weights else (1.0, 1.0, self._slope)
         return Mlp(
             ln_2=self.pair(norm, self.dtype if beside == 1 else self.wide, beside),
             fc1=self.product(f"{prefix}.c_fc.", self._slope, scale=slope, activation=self._activation),

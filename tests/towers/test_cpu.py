@@ -21,7 +21,7 @@ ACTIVATIONS = {
     "quick_gelu": quick_gelu,
     "gelu": F.gelu,
     "gelu_tanh": gelu_tanh,
-    "scaled_gelu_tanh": lambda x: 2 * GELU_TANH_SLOPE * gelu_tanh(x / GELU_TANH_SLOPE),
+    "scaled_gelu_tanh": lambda x: GELU_TANH_SLOPE * gelu_tanh(x / GELU_TANH_SLOPE),
 }
 ROWS = [1, 3, 50, 300]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
