@@ -119,8 +119,8 @@ def linear_of_few_rows(x: Tensor, weight: Tensor, bias: Tensor, alpha: float = 1
     """α x Wᵀ + b of a few rows by a weight as it is: (M, K), (N, K) and (N,) -> (M, N).
 
     On AMD's CPUs MKL reads a weight for one row with one thread, and is slow for few rows. W in parts is a batch of
-    products, which all threads share. On a Zen 4 of two cores that takes a third of the time for one row, and two thirds
-    for 4 to 32.
+    products, which all threads share. On a Zen 4 of two cores that takes a third of the time for one row, and two
+    thirds for 4 to 32.
     """
     parts = math.gcd(len(weight), _PARTS)
     by_mkl = x.device.type == "cpu" and x.dtype.itemsize >= 4 and pytorch.has_mkl()
