@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +32,22 @@ def rows_of(config: Config, batches: Sequence[int], rounds: int, contestants: Se
     rows = [row for heat in end_to_end.heats("tiny", config, "fp32", lacking, rounds, CPU) for row in heat]
     end_to_end.add_ratios(rows, LIMITS)
     return rows
+
+
+@pytest.fixture(autouse=True)
+def own_signal_stack() -> Iterator[None]:
+    """Afterwards this thread's stack for signals is as before.
+
+    OpenVINO gives the thread another one, and frees it with its model. Python's next handler of a signal would run on
+    it: in a later test a decoding process ended, and the test process with it, without a word.
+    """
+    set_stack = getattr(ctypes.CDLL(None), "sigaltstack", None)
+    before = ctypes.create_string_buffer(64)  # a stack_t, and more
+    if set_stack:
+        set_stack(None, before)
+    yield
+    if set_stack:
+        set_stack(before, None)
 
 
 @pytest.mark.parametrize("config", [VIT, RESNET], ids=["vit", "resnet"])
