@@ -126,7 +126,7 @@ def linear_of_few_rows(x: Tensor, weight: Tensor, bias: Tensor, alpha: float = 1
     by_mkl = x.device.type == "cpu" and x.dtype.itemsize >= 4 and pytorch.has_mkl()
     if not by_mkl or _is_intel() or parts == 1:
         return torch.addmm(bias, x, weight.T, alpha=alpha)
-    blocks = weight.unflatten(0, (parts, -1))
+    blocks = weight.view(parts, -1, weight.shape[1])
     if len(x) == 1:
         y = torch.bmm(blocks, x.T.expand(parts, -1, -1)).view(1, -1)
     else:
