@@ -38,8 +38,8 @@ def _quick_gelu_(x: Tensor) -> Tensor:
 def _tanh_gelu_(x: Tensor) -> Tensor:
     """s times GELU at x, by its tanh approximation, for a given x' = s x, s = 2 √(2 / π); written over it.
 
-    It is x' · σ(x' + c x'³), since (1 + tanh y) / 2 = σ(2 y). PyTorch's own pass takes twice as long, and MKL's tanh
-    three times on a Zen 4. A part of the rows at a time stays in the caches.
+    It is x' · σ(x' + c x'³), since (1 + tanh y) / 2 = σ(2 y). On a Zen 4, for 196 rows of 3,072, PyTorch's own pass
+    takes 1.7 times as long, and one with MKL's tanh six times. A part of the rows at a time stays in the caches.
     """
     parts: tuple[Tensor, ...] = torch.split(x, _ROWS_IN_CACHE)
     for rows in parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -140,6 +141,29 @@ def test_few_rows_take_no_memory_for_each_number_of_them(
     few = set() if dtype == torch.float32 else {4, 16}
     by_onednn = library == "oneDNN" or (library == "MKL" and dtype != torch.float32)
     assert seen == ({17, 18, 19} | few if by_onednn else set())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16])
+@pytest.mark.parametrize("width", [160, 4304, 7])  # in 32 parts, in 16, and none
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("maker", ["AMD", "Intel"])
+def test_few_rows_in_parts(
+    rows: int, width: int, dtype: torch.dtype, maker: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever CPU the test runs on, and by a weight that lies column by column, too."""
+    monkeypatch.setattr(cpu, "_capabilities", lambda: {"cpu_name": maker})
+    monkeypatch.setattr(pytorch, "has_mkl", lambda: True)
+    x, weight, bias = (torch.randn(*shape, dtype=dtype) for shape in ((rows, 96), (width, 96), (width,)))
+    plain = torch.addmm(bias, x, weight.T, alpha=1.5)
+    exact = torch.addmm(bias.double(), x.double(), weight.double().T, alpha=1.5)
+    batched: list[int] = []
+    multiply = torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda a, b: batched.append(len(a)) or multiply(a, b))
+    for each in (weight, weight.T.contiguous().T):
+        got = cpu.linear_of_few_rows(x, each, bias, 1.5)
+        assert got.shape == plain.shape
+        assert relative_error(got, exact) <= bound(plain, exact)
+    assert batched == ([] if maker == "Intel" or width == 7 else [math.gcd(width, 32)] * 2)
 
 
 @pytest.mark.parametrize("rows", [*ROWS, 64, 65])
