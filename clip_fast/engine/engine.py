@@ -176,7 +176,7 @@ class Engine:
 
     def _fitting(self, images: Tensor, task: Task) -> int:
         """The number of images to encode together."""
-        most = self._fast_tower.largest_batch(self.config, images.device)
+        most = self._fast_tower.largest_batch(self.config, images.device, self.computed_in)
         if images.device.type == "cpu" and most is not None:
             return most
         if len(images) <= _WHOLE_BATCH or not images.is_cuda or torch.cuda.is_current_stream_capturing():

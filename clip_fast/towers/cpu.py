@@ -24,6 +24,10 @@ _FEW_ROWS = 64  # Up to so many rows are multiplied faster by half weights as th
 # alone, one row for each image. Four rows take no longer than one.
 _NUMBERS_OF_FEW_ROWS = (4, 16)
 _PARTS = 32  # of a weight that few rows are multiplied by: enough for many threads
+# Numbers of rows for which oneDNN 3.12 leaves an AMX product of a narrow result to one of two threads.
+_LEFT_TO_ONE_THREAD = range(401, 1340)
+_NARROW = 1024  # columns of a result, from which on it seldom does
+_ROWS_APART = 384  # of a part, which both threads share
 _ROWS_IN_CACHE = 128  # of an activation, whose passes take a fifth longer for 64 rows or for 256
 GELU_TANH_SLOPE = 2 * math.sqrt(2 / math.pi)
 GELU_TANH_CUBIC = 0.044715
@@ -95,6 +99,21 @@ def multiplies_fast(dtype: torch.dtype) -> bool:
     return can_multiply(dtype)
 
 
+@cache
+def multiplies_in_tiles(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies in `dtype` by AMX, many times as fast as in float32."""
+    return dtype == torch.bfloat16 and bool(_capabilities().get("amx_bf16")) and can_multiply(dtype)
+
+
+def rows_at_once(dtype: torch.dtype) -> int:
+    """The number of tokens that a ViT encodes together.
+
+    More than 800 are no faster by two cores, and take memory. By AMX 1,600 to 2,100 take a quarter less time than 800,
+    which is one of the numbers that oneDNN leaves to one thread.
+    """
+    return 2100 if multiplies_in_tiles(dtype) else 800
+
+
 def can_pack_for_mkl() -> bool:
     """Whether this build of PyTorch has MKL's packed products, and this is a CPU of MKL's maker."""
     return pytorch.has_mkl() and _is_intel()
@@ -111,8 +130,9 @@ def stays_half(weight: Tensor, dtype: torch.dtype) -> bool:
 
 def _with_more_rows(x: Tensor) -> Tensor:
     """`x`, and zeros below it if it has few rows: as many as `_NUMBERS_OF_FEW_ROWS` says."""
-    rows = next((number for number in _NUMBERS_OF_FEW_ROWS if number >= len(x)), len(x))
-    return x if rows == len(x) else F.pad(x, (0, 0, 0, rows - len(x)))
+    given = x.shape[0]
+    rows = next((number for number in _NUMBERS_OF_FEW_ROWS if number >= given), given)
+    return x if rows == given else F.pad(x, (0, 0, 0, rows - given))
 
 
 def linear_of_few_rows(x: Tensor, weight: Tensor, bias: Tensor, alpha: float = 1.0) -> Tensor:
@@ -147,7 +167,8 @@ class Product:
     | others | BLAS, weights as they are | |
 
     Where W does not stay as it is, it has one layout for all numbers of rows and of threads, made when it is first
-    needed. oneDNN's fused activation costs a quarter of a float32 product, PyTorch's pass in place a twentieth.
+    needed. oneDNN's fused activation costs a quarter of a float32 product, PyTorch's pass in place a twentieth. With
+    AMX a narrow product is made in parts where oneDNN would leave it to one thread.
 
     Args:
         weight: (N, K), of any float dtype; multiplied by `scale`, then cast to the bias's dtype.
@@ -169,6 +190,7 @@ class Product:
         self.activation = activation
         self.alpha = alpha
         self._few_in_half = few_in_half
+        self._shared_in_parts = multiplies_in_tiles(bias.dtype) and bias.shape[0] < _NARROW
         self._given, self._scale = weight, scale
         self._multiply = Product._by_blas  # the function, not a bound method: the instance would hold on to itself
         if stays_half(weight, bias.dtype):
@@ -207,19 +229,24 @@ class Product:
         return self._finish(y, residual)
 
     def _by_widening(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        if self._few_in_half and len(x) <= _FEW_ROWS and can_fuse(self._given.dtype):
+        if self._few_in_half and x.shape[0] <= _FEW_ROWS and can_fuse(self._given.dtype):
             y = pytorch.linear_pointwise(_with_more_rows(x.to(self._given.dtype)), self._operand, None, "none", [], "")
-            y = y[: len(x)]
+            y = y[: x.shape[0]]
             return self._finish(torch.add(self.bias, y, alpha=self._scale), residual)
         return self._finish(torch.addmm(self.bias, x, self.weight.T), residual)
 
     def _by_onednn(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        if len(x) <= _NUMBERS_OF_FEW_ROWS[-1]:
+        rows = x.shape[0]  # `len` of a tensor takes ten times as long, which shows in a call for one image
+        if rows <= _NUMBERS_OF_FEW_ROWS[-1]:
             if x.dtype == self._given.dtype == torch.float32:
                 return self._finish(linear_of_few_rows(x, self._given, self.bias, self._scale), residual)
             padded = _with_more_rows(x)
             if padded is not x:
-                return self._by_onednn(padded, None if residual is None else _with_more_rows(residual))[: len(x)]
+                return self._by_onednn(padded, None if residual is None else _with_more_rows(residual))[:rows]
+        if self._shared_in_parts and rows in _LEFT_TO_ONE_THREAD:
+            parts = -(-rows // _ROWS_APART)
+            residuals = (None,) * parts if residual is None else residual.tensor_split(parts)
+            return torch.cat(list(map(self._by_onednn, x.tensor_split(parts), residuals)))
         if residual is not None and self.alpha == 1:
             return pytorch.linear_pointwise.binary(x, residual, self._operand, self.bias, "add")
         fused = residual is None and self.activation in _FUSED and x.dtype != torch.float32
@@ -228,7 +255,7 @@ class Product:
         return y if fused else self._finish(y, residual)
 
     def _by_blas(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        if len(x) <= _NUMBERS_OF_FEW_ROWS[-1]:
+        if x.shape[0] <= _NUMBERS_OF_FEW_ROWS[-1]:
             return self._finish(linear_of_few_rows(x, self._operand.T, self.bias), residual)
         if residual is not None and x.dtype.itemsize >= 4:  # in half precision the sum would be rounded twice
             return residual.add_(self.bias, alpha=self.alpha).addmm_(x, self._operand, alpha=self.alpha)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from . import cpu
 from .config import Rgb, Task, TaskName
 from .precision import Precision
 
@@ -20,9 +21,6 @@ class FastTower(ABC):
 
     `config` is the family's configuration. A subclass is entered in `families.py`.
     """
-
-    # Tokens that a CPU encodes together. More are no faster by two cores, and take memory.
-    rows_on_cpu: ClassVar[int] = 800
 
     @classmethod
     @abstractmethod
@@ -49,9 +47,9 @@ class FastTower(ABC):
         """The most elements of one image that are in memory at once."""
 
     @classmethod
-    def largest_batch(cls, config: Any, device: torch.device) -> int | None:
+    def largest_batch(cls, config: Any, device: torch.device, precision: Precision) -> int | None:
         """The most images to encode together, apart from what memory allows; None where there is no such limit."""
-        return max(1, cls.rows_on_cpu // config.tokens) if device.type == "cpu" else None
+        return max(1, cpu.rows_at_once(precision.weights) // config.tokens) if device.type == "cpu" else None
 
 
 def as_tuple(result: Tensor | Results) -> Results:

@@ -170,7 +170,7 @@ class CpuBlocks(Vit):
         return mlp.fc2(mlp.fc1(self._norm(rows, mlp.ln_2)), residual=rows)
 
     def _norm(self, x: Tensor, norm: tuple[Tensor, Tensor]) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], *norm, self.config.eps)
+        return torch.layer_norm(x, x.shape[-1:], *norm, self.config.eps)
 
 
 @dataclass(frozen=True)

@@ -166,6 +166,41 @@ def test_few_rows_in_parts(
     assert batched == ([] if maker == "Intel" or width == 7 else [math.gcd(width, 32)] * 2)
 
 
+@pytest.mark.parametrize("rows", [400, 401, 800, 1339, 1340])
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("wide", [False, True])
+def test_rows_that_amx_would_leave_to_one_thread(
+    rows: int, added: bool, wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A narrow product of them is made in parts of at most 384 rows; every row comes once, in its place."""
+    if not cpu.can_fuse(torch.bfloat16):
+        pytest.skip("oneDNN does not multiply in bfloat16 here")
+    monkeypatch.setattr(cpu, "multiplies_in_tiles", lambda dtype: dtype == torch.bfloat16)
+    taken: list[int] = []
+    plain = pytorch.linear_pointwise
+
+    class Counted:
+        def __call__(self, x: Tensor, *others: Any) -> Tensor:
+            taken.append(len(x))
+            return plain(x, *others)
+
+        def binary(self, x: Tensor, *others: Any) -> Tensor:
+            taken.append(len(x))
+            return plain.binary(x, *others)
+
+    monkeypatch.setattr(pytorch, "linear_pointwise", Counted())
+    columns = 1024 if wide else 160
+    x, weight, bias = (torch.randn(*shape).bfloat16() for shape in ((rows, 96), (columns, 96), (columns,)))
+    residual = torch.randn(rows, columns).bfloat16() if added else None
+    got = Product(weight, bias)(x, residual=None if residual is None else residual.clone())
+    exact = F.linear(x.double(), weight.double(), bias.double()) + (0 if residual is None else residual.double())
+    assert relative_error(got, exact) <= 2 * relative_error(exact.bfloat16(), exact)
+    in_parts = not wide and 400 < rows < 1340
+    assert sum(taken) == rows
+    assert (len(taken) > 1) == in_parts
+    assert max(taken) <= (384 if in_parts else rows)
+
+
 @pytest.mark.parametrize("rows", [*ROWS, 64, 65])
 @pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -220,6 +255,11 @@ def test_where_bfloat16_is_fast(capabilities: dict[str, Any], fast: bool, monkey
     monkeypatch.setattr(cpu, "can_multiply", lambda dtype: True)
     ask = cpu.multiplies_fast.__wrapped__
     assert (ask(torch.bfloat16), ask(torch.float16), ask(torch.float32)) == (fast, True, True)
+    in_tiles = bool(capabilities.get("amx_bf16"))
+    assert cpu.multiplies_in_tiles.__wrapped__(torch.bfloat16) == in_tiles
+    assert not cpu.multiplies_in_tiles.__wrapped__(torch.float32)
+    monkeypatch.setattr(cpu, "multiplies_in_tiles", lambda dtype: in_tiles)
+    assert cpu.rows_at_once(torch.bfloat16) == (2100 if in_tiles else 800)
 
 
 @pytest.mark.parametrize(
