@@ -34,8 +34,9 @@ What `clip_fast.load` gives, as `pytest tests/test_loaded_families.py -m slow --
 their real widths, cut to one layer, MetaCLIP 2 to 100 tokens and SigLIP to 4,096, saved by their package with random
 weights (SigLIP and CLIPA with a tokenizer of their kind that was made on the spot). **equal**: within 1e-5 of what the
 package computes in float32; of words, the tokens are the same, too. The hidden state is the last one. For images of
-another size, open_clip and timm resample the positions as `load` does; transformers has its own way. Files are a JPEG
-and a PNG as `clip-fast encode` embeds them; there the package's embeddings are of the same pixels. Empty:
+another size, open_clip and timm resample the positions as `load` does; transformers has its own way, so its models
+were given the positions that timm resampled. Files are a JPEG and a PNG as `clip-fast encode` embeds them; there the
+package's embeddings are of the same pixels. Empty:
 the package has no such output. **refused**: for the reason behind it.
 """
 COLUMNS = ("package", "model", "images", "words", "patch tokens", "hidden state", "another size", "files")
@@ -295,10 +296,13 @@ def _another_size(folder: Path, ours: Any, model: Any) -> str:
         with pytest.raises(ValueError, match="a ResNet takes images of its own size"):
             clip_fast.load(folder, "cpu", image_size=320)
         return ""
-    if not hasattr(model, "visual") or not isinstance(ours.config.image_size, int):
+    if not isinstance(ours.config.image_size, int):
         return ""  # open_clip takes every grid that it resamples for a square
     height, width = (side + 2 * ours.config.patch_size for side in sides(ours.config.image_size))
-    if hasattr(vision, "set_input_size"):
+    seen = "equal"
+    if not hasattr(model, "visual"):
+        model, seen = _with_timms_positions(model, height), "equal, positions by timm"
+    elif hasattr(vision, "set_input_size"):
         model = copy.deepcopy(model)
         _vision(model).set_input_size((height, width))
     else:
@@ -308,7 +312,21 @@ def _another_size(folder: Path, ours: Any, model: Any) -> str:
     images = torch.randn(1, 3, height, width)  # larger than the model's own, of which two are compared
     resized = clip_fast.load(folder, "cpu", image_size=(height, width))[0]
     assert close(resized.encode_image(images), _embeddings(model, "image", images))
-    return "equal"
+    return seen
+
+
+def _with_timms_positions(model: Any, side: int) -> Any:
+    """A model of transformers for square images of this side, as timm resamples its positions."""
+    layers = pytest.importorskip("timm").layers
+    model = copy.deepcopy(model)
+    embeddings = model.vision_model.embeddings
+    grid = (side // embeddings.patch_size,) * 2
+    class_tokens = int(hasattr(embeddings, "class_embedding"))
+    position = layers.resample_abs_pos_embed(embeddings.position_embedding.weight[None], grid, None, class_tokens)[0]
+    embeddings.position_embedding = torch.nn.Embedding.from_pretrained(position)
+    embeddings.position_ids = torch.arange(len(position))[None]
+    embeddings.image_size = side
+    return model
 
 
 def _files(folder: Path, ours: Any, preprocess: Any, model: Any) -> str:

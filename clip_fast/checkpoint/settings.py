@@ -78,7 +78,6 @@ class Conventions:
     types: tuple[str, ...]  # transformers' words for the kind
     activation: str  # transformers' name of it
     patch_size: int
-    eps: float
     class_tokens: int
     cropped: bool  # the default of its image processor
     settings: BesideWeights  # where no file says otherwise
@@ -91,7 +90,6 @@ CONVENTIONS = {
         ("clip", "clip_vision_model", "metaclip_2", "metaclip_2_vision_model"),
         "quick_gelu",
         32,
-        EPS,
         1,
         True,
         BesideWeights(),
@@ -100,10 +98,9 @@ CONVENTIONS = {
         ("siglip", "siglip_vision_model"),
         "gelu_pytorch_tanh",
         16,
-        SIGLIP_EPS,
         0,
         False,
-        BesideWeights(mean=SIGLIP_MEAN, std=SIGLIP_STD, squash=True, text=_WITHOUT_CONFIG),
+        BesideWeights(mean=SIGLIP_MEAN, std=SIGLIP_STD, squash=True, eps=SIGLIP_EPS, text=_WITHOUT_CONFIG),
     ),
 }
 
@@ -220,9 +217,9 @@ def _hugging_face_settings(path: Path, content: dict[str, Any], kind: Convention
     activation = vision.get("hidden_act", kind.activation)
     if activation not in ACTIVATIONS:
         raise CheckpointError(path, f"hidden_act must be one of {(*ACTIVATIONS,)}, got {activation!r}")
-    eps = vision.get("layer_norm_eps", kind.eps)
-    if eps != kind.eps:
-        raise CheckpointError(path, f"layer_norm_eps must be {kind.eps}, got {eps}")
+    eps = vision.get("layer_norm_eps", kind.settings.eps)
+    if not _is_epsilon(eps):
+        raise CheckpointError(path, f"layer_norm_eps must be a number between 0 and 1, got {eps!r}")
     image_size = _integer(path, "image_size", vision.get("image_size", 224))
     processing: dict[str, Any] = {}
     if (beside := path.with_name("preprocessor_config.json")).is_file():
@@ -238,7 +235,8 @@ def _hugging_face_settings(path: Path, content: dict[str, Any], kind: Convention
         std=_triple(beside, processing, "image_std", kind.settings.std, least=0),
         squash=squash,
         bilinear=bilinear,
-        on_white=bool(processing) and processing.get("do_convert_rgb") is not False,  # transformers' default is True
+        on_white=bool(processing),  # without do_convert_rgb transformers refuses what is not RGB; the crop is the same
+        eps=eps,
         text=hugging_face_text(path, content),
         unfollowed=(beside, other),
     )
@@ -296,7 +294,7 @@ def _open_clip_settings(path: Path, content: dict[str, Any]) -> BesideWeights:
     if (activation := _open_clip_activation(model)) is None:
         special["act_kwargs"] = vision["act_kwargs"]
     norms: dict[str, Any] = vision.get("norm_kwargs") or {}
-    if norms.keys() - {"eps"} or not isinstance(eps := norms.get("eps", EPS), float) or not 0 < eps < 1:
+    if norms.keys() - {"eps"} or not _is_epsilon(norms.get("eps", EPS)):
         special["norm_kwargs"] = norms
     for key, value in special.items():
         raise CheckpointError(path, f"vision_cfg sets {key} to {value!r}, which is not served")
@@ -335,9 +333,15 @@ def _timm_settings(path: Path, content: dict[str, Any], kind: Conventions) -> Be
         std=_triple(path, processing, "std", kind.settings.std, least=0),
         squash=processing.get("resize_mode", "squash") == "squash",
         bilinear=processing.get("interpolation") == "bilinear",
+        eps=kind.settings.eps,
         text=open_clip_text(path, content["model_cfg"]),
         unfollowed=(path, _unfollowed(processing)),
     )
+
+
+def _is_epsilon(value: object) -> bool:
+    """Whether it may be the epsilon of a LayerNorm."""
+    return isinstance(value, float) and 0 < value < 1
 
 
 def _open_clip_activation(model: dict[str, Any]) -> Activation | None:

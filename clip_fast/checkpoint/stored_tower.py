@@ -103,7 +103,8 @@ class StoredTower:
         mlp_width = self._shape("transformer.resblocks.0.mlp.c_fc.weight", 2)[0]
         image_size = self._image_size("positional_embedding", patch_size, settings, class_tokens=0)
         heads = self._heads(settings.heads, width, _SIGLIP_HEAD_DIMS.get(width, HEAD_DIM))
-        return SiglipConfig(image_size, patch_size, width, layers, heads, mlp_width, activation())
+        shape = (image_size, patch_size, width, layers, heads, mlp_width, activation())
+        return SiglipConfig(*shape, eps=settings.eps)
 
     def _patches(self) -> tuple[int, int]:
         """The width of a ViT's tower, and the side of its patches."""

@@ -452,6 +452,7 @@ def _transformers_config(tower: Any) -> VitConfig:
         embed_dim=width,
         mlp_ratio=layers[0].mlp.fc1.out_features / width,
         activation=_only("activation", (_activation(layer.mlp.activation_fn) for layer in layers)),
+        eps=tower.post_layernorm.eps,
     )
 
 
@@ -485,6 +486,7 @@ def _siglip_config(tower: Any) -> SiglipConfig:
         heads=_only("heads", iter([attention.num_heads, *(layer.self_attn.num_heads for layer in layers)])),
         mlp_width=layers[0].mlp.fc1.out_features,
         activation=_only("activation", (_activation(mlp.activation_fn) for mlp in _mlps(layers, head))),
+        eps=tower.post_layernorm.eps,
     )
 
 
@@ -512,6 +514,7 @@ def _timm_config(tower: Any) -> SiglipConfig:
         heads=_only("heads", (attention.num_heads for attention in attentions)),
         mlp_width=blocks[0].mlp.fc1.out_features,
         activation=_only("activation", (_activation(mlp.act) for mlp in _mlps(blocks, pool))),
+        eps=tower.norm.eps,
     )
 
 

@@ -82,9 +82,12 @@ def _require_positive(config: object, *names: str) -> None:
             raise ValueError(f"{name} must be positive, got {value}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _TransformerConfig(ABC):
-    """What every Vision Transformer has. `image_size` and `patch_size` are in pixels; a patch is square."""
+    """What every Vision Transformer has. `image_size` and `patch_size` are in pixels; a patch is square.
+
+    The representation leaves out what came later and has its default, since the digests of existing output folders do.
+    """
 
     may_be_padded: ClassVar[bool] = True  # a row's result depends on that row alone
     tasks: ClassVar[tuple[TaskName, ...]] = ("encode", "encode_tokens", "hidden_state", "hidden_states")
@@ -103,6 +106,11 @@ class _TransformerConfig(ABC):
             raise ValueError(
                 f"image_size must be at least patch_size, got {self.image_size} and patch_size {self.patch_size}"
             )
+
+    def __repr__(self) -> str:
+        values = {each: getattr(self, each.name) for each in fields(self)}
+        shown = (f"{each.name}={value!r}" for each, value in values.items() if each.repr or value != each.default)
+        return f"{type(self).__name__}({', '.join(shown)})"
 
     @property
     @abstractmethod
@@ -139,7 +147,7 @@ class _TransformerConfig(ABC):
         }[task.name]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class VitConfig(_TransformerConfig):
     """A Vision Transformer tower.
 
@@ -147,8 +155,6 @@ class VitConfig(_TransformerConfig):
     of the LayerNorms. The others are open_clip's variants: `ln_pre`, a LayerNorm before the first block; `pool`, the
     tokens that become the embedding; `ln_after_pool`, the last LayerNorm is that of the pooled tokens, and patch tokens
     are given without it; `layer_scale`, a factor for each channel of what a block adds.
-
-    The representation leaves out what came later and has its default, since the digests of existing output folders do.
     """
 
     family: ClassVar[str] = "a ViT"
@@ -168,11 +174,6 @@ class VitConfig(_TransformerConfig):
         _require_activation(self.activation)
         if self.pool not in get_args(Pool):
             raise ValueError(f"pool must be one of {get_args(Pool)}, got {self.pool!r}")
-
-    def __repr__(self) -> str:
-        values = {each: getattr(self, each.name) for each in fields(self)}
-        shown = (f"{each.name}={value!r}" for each, value in values.items() if each.repr or value != each.default)
-        return f"{type(self).__name__}({', '.join(shown)})"
 
     @property
     def mlp_width(self) -> int:
@@ -198,7 +199,7 @@ class VitConfig(_TransformerConfig):
         return self._row_shapes(task, self.embed_dim)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class SiglipConfig(_TransformerConfig):
     """A Vision Transformer tower of SigLIP's, for one size of images.
 
@@ -283,7 +284,7 @@ class ResNetConfig:
 
     `layers` counts the bottlenecks of the four stages. `width` is the number of channels after the stem. `heads` is the
     number of heads of the attention pool. `image_size` is in pixels. `eps` is that of the batch norms; it is not in the
-    representation, for the reason that `VitConfig` gives.
+    representation, for the reason that `_TransformerConfig` gives.
     """
 
     family: ClassVar[str] = "a ResNet"

@@ -405,10 +405,10 @@ def test_a_file_of_open_clip_does_not_say_its_activation(tmp_path: Path) -> None
 # --- Hugging Face ----------------------------------------------------------------------------------------------------
 
 
-def hugging_face(kind: str, activation: str = "quick_gelu") -> nn.Module:
+def hugging_face(kind: str, activation: str = "quick_gelu", **others: Any) -> nn.Module:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     shape = {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vision = {**shape, "image_size": 64, "patch_size": 16, "projection_dim": 32, "hidden_act": activation}
+    vision = {**shape, "image_size": 64, "patch_size": 16, "projection_dim": 32, "hidden_act": activation, **others}
     if kind == "CLIPVisionModelWithProjection":
         return randomise(transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**vision)))
     text = {**shape, "vocab_size": 64, "max_position_embeddings": 8, "eos_token_id": 2}
@@ -435,6 +435,17 @@ def test_hugging_face(kind: str, activation: str, sharded: bool, tmp_path: Path)
     with pytest.raises(CheckpointError, match=f"is a model with '{activation}', and activation='gelu_tanh' was asked"):
         read_checkpoint(tmp_path, "gelu_tanh")
     assert read_checkpoint(tmp_path, activation).config.activation == activation
+
+
+@pytest.mark.parametrize("eps", [1e-6, 0.5])
+def test_an_epsilon_of_hugging_face(eps: float, tmp_path: Path) -> None:
+    model = hugging_face("CLIPModel", layer_norm_eps=eps)
+    model.save_pretrained(tmp_path)  # type: ignore[operator]
+    images = torch.randn(2, 3, 64, 64)
+    assert_close(features(tmp_path, images), hugging_face_features(model, images))
+    config = read_checkpoint(tmp_path).config
+    assert config.eps == eps
+    assert f"eps={eps}" in repr(config)  # which the digest of an output folder takes
 
 
 # --- Preprocessing ---------------------------------------------------------------------------------------------------
@@ -711,7 +722,7 @@ def vision(**changes: object) -> Callable[[dict[str, Any]], dict[str, Any]]:
 BAD_CONFIGS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "another model": (lambda c: c | {"model_type": "siglip"}, "model_type must be 'clip'.*got 'siglip'"),
     "activation": (vision(hidden_act="relu"), "hidden_act must be one of .*got 'relu'"),
-    "eps": (vision(layer_norm_eps=1e-6), "layer_norm_eps must be 1e-05, got 1e-06"),
+    "eps": (vision(layer_norm_eps=-1e-5), "layer_norm_eps must be a number between 0 and 1, got -1e-05"),
     "image size": (vision(image_size=96), "images of 64 pixels, the config beside it says 96"),
     "heads": (vision(num_attention_heads=3), "heads, got width 128 and heads 3"),
     "no heads": (vision(num_attention_heads=0), "heads must be positive, got 0"),
@@ -1079,7 +1090,7 @@ def test_json_nested_deep(name: str, deep: str, tmp_path: Path) -> None:
     [
         ({"size": 64}, True),  # transformers' default
         ({"size": 64, "do_convert_rgb": True}, True),
-        ({"size": 64, "do_convert_rgb": False}, False),
+        ({"size": 64, "do_convert_rgb": False}, True),  # it refuses what is transparent
         (None, False),
     ],
     ids=str,

@@ -95,10 +95,10 @@ def images() -> Tensor:
     return torch.randn(2, 3, SHAPE.image_size, SHAPE.image_size)
 
 
-@pytest.mark.parametrize("activation", ["gelu_pytorch_tanh", "gelu"])
+@pytest.mark.parametrize(("activation", "eps"), [("gelu_pytorch_tanh", 1e-6), ("gelu", 1e-6), ("gelu", 0.5)])
 @pytest.mark.parametrize("kind", ["SiglipModel", "SiglipVisionModel"])
-def test_hugging_face(kind: str, activation: str, images: Tensor, tmp_path: Path) -> None:
-    model = hugging_face(kind, hidden_act=activation)
+def test_hugging_face(kind: str, activation: str, eps: float, images: Tensor, tmp_path: Path) -> None:
+    model = hugging_face(kind, hidden_act=activation, layer_norm_eps=eps)
     model.save_pretrained(tmp_path)
     tower = getattr(model, "vision_model", model)
     assert close(features(tmp_path, images), tower(pixel_values=images).pooler_output)
@@ -212,7 +212,7 @@ def test_open_clip_configs_that_are_not_served(vision: dict[str, Any], message: 
     ("change", "message"),
     [
         ({"model_type": "clip"}, "model_type must be 'siglip' or 'siglip_vision_model', got 'clip'"),
-        ({"layer_norm_eps": 1e-5}, "layer_norm_eps must be 1e-06, got 1e-05"),
+        ({"layer_norm_eps": "1e-6"}, "layer_norm_eps must be a number between 0 and 1, got '1e-6'"),
         ({"hidden_act": "relu"}, "hidden_act must be one of .*, got 'relu'"),
         ({"hidden_size": 64}, "describes another model .*width 64, not 128"),
     ],

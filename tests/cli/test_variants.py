@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -43,16 +42,19 @@ def test_photographs_are_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (cosines > 0.9999).all()
 
 
-@pytest.mark.parametrize("converted", [True, False])
+@pytest.mark.parametrize("with_processor", ["model", "other"])
 def test_an_image_that_is_looked_for_is_prepared_as_the_index_was(
-    converted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    with_processor: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The same weights, without the processor that says how: what is transparent would lie on black."""
     monkeypatch.chdir(tmp_path)
     hugging_face_folder(tmp_path / "model")
     shutil.copytree("model", "other")
-    for folder, convert in (("model", converted), ("other", not converted)):
-        Path(folder, "preprocessor_config.json").write_text(json.dumps({"do_convert_rgb": convert, "size": 64}))
+    for folder in ("model", "other"):
+        processor = Path(folder, "preprocessor_config.json")
+        processor.unlink(missing_ok=True)
+        if folder == with_processor:
+            processor.write_text('{"size": 64}')
     noise = Image.effect_noise((90, 71), 90).convert("RGBA")
     noise.putalpha(Image.effect_noise((90, 71), 90))
     noise.save("logo.png")

@@ -150,9 +150,9 @@ def test_half_precision(make: Callable[[], nn.Module], dtype: torch.dtype, image
     assert error(got, right) < 1.5 * error(wanted, right)
 
 
-@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-def test_hidden_states_of_transformers(activation: str, images: Tensor) -> None:
-    model: Any = hugging_face(activation)
+@pytest.mark.parametrize(("activation", "eps"), [("quick_gelu", 1e-5), ("gelu", 1e-5), ("gelu", 0.5)])
+def test_hidden_states_of_transformers(activation: str, eps: float, images: Tensor) -> None:
+    model: Any = hugging_face(activation, layer_norm_eps=eps)
     with torch.no_grad():
         wanted = model(pixel_values=images, output_hidden_states=True)
         clip_fast.accelerate(model)
@@ -161,6 +161,7 @@ def test_hidden_states_of_transformers(activation: str, images: Tensor) -> None:
         assert close(got.last_hidden_state, wanted.last_hidden_state)
         assert len(got.hidden_states) == len(wanted.hidden_states) == 4
         assert all(map(close, got.hidden_states, wanted.hidden_states))
+        assert close(got.image_embeds, wanted.image_embeds)
 
 
 def _outputs(output: Any) -> dict[str, Any]:
