@@ -61,6 +61,7 @@ class Convolution:
         self.stride, self.relu = stride, relu
         self.products: InputPrecision = precision.products
         self.padding = size // 2 if padding is None else padding
+        self._geometry = [self.padding] * 2, [stride] * 2, [1, 1]  # and dilation, as PyTorch's own operators take them
         self._run = Convolution._plain  # the function, not a bound method: the instance would hold on to itself
         if size == stride == 1 and by_kernels(self.bias) and not _is_cudnns(precision):
             self._run, self.weight = Convolution._by_product, ops.operand(weight.flatten(1), dtype, self.products)
@@ -73,11 +74,6 @@ class Convolution:
             self.weight = _folded(weight, scale, dtype)
             if weight.is_cuda and torch.version.cuda is not None and dtype != torch.float64:
                 self._run = Convolution._by_cudnn
-
-    @property
-    def _geometry(self) -> tuple[list[int], list[int], list[int]]:
-        """Padding, stride and dilation, as PyTorch's own operators take them."""
-        return [self.padding] * 2, [self.stride] * 2, [1, 1]
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """(B, C, h, w) -> (B, O, h′, w′), both channels-last. The result may be written over the residual."""
@@ -122,7 +118,7 @@ class Convolution:
         """
         if self._packed is None:
             return self._reordered(_widened(self.weight, self.scale), x)
-        alone = len(x) == 1
+        alone = x.shape[0] == 1
         packed = self._packed.get(alone)
         if packed is None:
             packed = self._reordered(_folded(self.weight, self.scale, self.bias.dtype), x)
