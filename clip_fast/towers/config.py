@@ -284,7 +284,7 @@ class ResNetConfig:
 
     `layers` counts the bottlenecks of the four stages. `width` is the number of channels after the stem. `heads` is the
     number of heads of the attention pool. `image_size` is in pixels. `eps` is that of the batch norms; it is not in the
-    representation, for the reason that `_TransformerConfig` gives.
+    representation, since the digests of existing output folders leave it out.
     """
 
     family: ClassVar[str] = "a ResNet"
