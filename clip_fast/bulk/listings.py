@@ -72,16 +72,16 @@ class ListedTar(Tar):
 
     def _read(self) -> Any:
         """The listing as a table; None where there is none, or one of other bytes."""
-        _, parquet = pyarrow()
+        arrow, parquet = pyarrow()
         stamp = self._stamp()
         if stamp is None or not os.path.exists(self.listing):
             return None
         try:
             with parquet.ParquetFile(self.listing, page_checksum_verification=True) as file:
-                if file.schema_arrow.metadata[_STAMP] != stamp:
+                if file.schema_arrow.metadata[_STAMP] != stamp or not file.schema_arrow.equals(_schema(arrow)):
                     return None
                 table, facts = file.read(), file.metadata
-                # The footer, which counts the rows twice, has no checksum.
+                # The footer, which has the columns' types and counts the rows twice, has no checksum.
                 rows = sum(facts.row_group(group).num_rows for group in range(facts.num_row_groups))
                 return table if table.num_rows == rows == facts.num_rows else None
         except Exception:  # pyarrow raises whatever its parsing stumbles on; the tar is listed anew
@@ -91,8 +91,7 @@ class ListedTar(Tar):
         """The tar's items, and their listing once they are at their end."""
         arrow, parquet = pyarrow()
         stamp = self._stamp()
-        types = {"key": arrow.binary(), "name": arrow.binary(), "offset": arrow.int64(), "size": arrow.int64()}
-        schema = arrow.schema({**types, "problem": arrow.binary()}, metadata={_STAMP: stamp or b""})
+        schema = _schema(arrow).with_metadata({_STAMP: stamp or b""})
         try:
             os.makedirs(os.path.dirname(self.listing), exist_ok=True)
             new = NewFile(Path(self.listing))
@@ -133,6 +132,12 @@ class ListedTar(Tar):
         if problem is not None:
             return Unreadable(_text(key), location, _text(problem))
         return TarMember(_text(key), location, self.path, offset, size)
+
+
+def _schema(arrow: Any) -> Any:
+    """The columns of a listing."""
+    types = {"key": arrow.binary(), "name": arrow.binary(), "offset": arrow.int64(), "size": arrow.int64()}
+    return arrow.schema({**types, "problem": arrow.binary()})
 
 
 def _bytes(text: str) -> bytes:
