@@ -58,10 +58,10 @@ class Convolution:
     ) -> None:
         size, dtype = weight.shape[-1], precision.weights
         self.bias = bias.to(dtype)
-        self.stride, self.relu = stride, relu
+        self.relu = relu
         self.products: InputPrecision = precision.products
-        self.padding = size // 2 if padding is None else padding
-        self._geometry = [self.padding] * 2, [stride] * 2, [1, 1]  # and dilation, as PyTorch's own operators take them
+        padding = size // 2 if padding is None else padding
+        self._geometry = [padding] * 2, [stride] * 2, [1, 1]  # and dilation, as PyTorch's own operators take them
         self._run = Convolution._plain  # the function, not a bound method: the instance would hold on to itself
         if size == stride == 1 and by_kernels(self.bias) and not _is_cudnns(precision):
             self._run, self.weight = Convolution._by_product, ops.operand(weight.flatten(1), dtype, self.products)
@@ -131,7 +131,8 @@ class Convolution:
         return pytorch.reorder_convolution_weight(folded, *self._geometry, 1, list(x.shape))
 
     def _plain(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        return self._finish(F.conv2d(x, self.weight, self.bias, self.stride, self.padding), residual)
+        padding, stride, dilation = self._geometry
+        return self._finish(F.conv2d(x, self.weight, self.bias, stride, padding, dilation), residual)
 
     def _finish(self, y: Tensor, residual: Tensor | None) -> Tensor:
         if residual is not None:

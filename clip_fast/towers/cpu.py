@@ -87,6 +87,10 @@ def _is_intel() -> bool:
     return str(_capabilities().get("cpu_name")).startswith("Intel")
 
 
+def _has_amx() -> bool:
+    return bool(_capabilities().get("amx_bf16"))
+
+
 @cache
 def multiplies_fast(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies in `dtype` at least as fast as in float32.
@@ -95,14 +99,14 @@ def multiplies_fast(dtype: torch.dtype) -> bool:
     them.
     """
     if dtype == torch.bfloat16 and _is_intel():
-        return bool(_capabilities().get("amx_bf16"))
+        return _has_amx()
     return can_multiply(dtype)
 
 
 @cache
 def multiplies_in_tiles(dtype: torch.dtype) -> bool:
     """Whether this CPU multiplies in `dtype` by AMX, many times as fast as in float32."""
-    return dtype == torch.bfloat16 and bool(_capabilities().get("amx_bf16")) and can_multiply(dtype)
+    return dtype == torch.bfloat16 and _has_amx() and can_multiply(dtype)
 
 
 def rows_at_once(dtype: torch.dtype) -> int:
