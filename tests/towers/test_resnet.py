@@ -98,6 +98,21 @@ def test_float64_is_exact(image_size: int, way: str) -> None:
     assert relative_error(embed(tower, config, images, torch.float64), tower(images)) < 1e-12
 
 
+@pytest.mark.parametrize("in_tiles", [True, False])
+@pytest.mark.parametrize("batch", [8, 16, 17, 35])
+def test_more_images_than_are_computed_together(batch: int, in_tiles: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resnet, "multiplies_in_tiles", lambda dtype: in_tiles)
+    tower, together = random_tower(SMALL), []
+    bottleneck = resnet._bottleneck
+    monkeypatch.setattr(resnet, "_bottleneck", lambda block, x: together.append(len(x)) or bottleneck(block, x))
+    images = torch.randn(batch, 3, 64, 64)
+    got, wanted = embed(tower, SMALL, images, torch.float32), tower.double()(images.double())
+    assert max(map(relative_error, got, wanted)) < 5e-6  # of each row
+    assert max(together) == min(batch, 16)
+    large = sum(number <= (8 if in_tiles else 2) for number in together)
+    assert large >= (SMALL.layers[0] + 1) * batch // (8 if in_tiles else 2)
+
+
 def with_hostile_statistics(tower: nn.Module) -> nn.Module:
     """Makes some channels vary hardly, some never, and moves some far from zero."""
     for module in tower.modules():
