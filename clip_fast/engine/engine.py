@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..kernels import toolchain
 from ..kernels.dispatch import triton_can_run, trusted
+from ..towers import cpu
 from ..towers.config import ENCODE, IMAGE_MEAN, IMAGE_STD, ImageSize, Rgb, Task, sides
 from ..towers.families import fast_tower
 from ..towers.fast import FastTower, Results
@@ -222,6 +223,8 @@ class Engine:
     def _prepare(self) -> Callable[[Tensor, Task], Results]:
         """The tower's fast path on this device, as a function that keeps no reference to the engine."""
         dtype = self.dtype
+        if self.device.type == "cpu":
+            cpu.keep_freed_memory()
         state = {name: t.clone() if t.is_inference() else t for name, t in self.tower.state_dict().items()}
         fast = self._fast_tower.prepare(state, self.config, self.computed_in, self.mean, self.std)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import subprocess
 import sys
 from itertools import pairwise
@@ -141,3 +142,41 @@ def test_a_model_takes_its_weights_once_more(model: str, dtype: str) -> None:
     steps = [after - before for before, after in pairwise(first)]
     most = AMX_KERNELS if multiplies_in_tiles(getattr(torch, dtype)) else KERNELS
     assert max(steps[1:]) <= most / own  # behind the second, all weights are prepared
+
+
+BOUND = """
+import ctypes, sys
+import torch
+from clip_fast.encoder import ImageEncoder
+from clip_fast.towers import reference
+from clip_fast.towers.config import VitConfig
+
+class Counts(ctypes.Structure):  # mallinfo(3)
+    _fields_ = [(name, ctypes.c_size_t) for name in "arena ordblks smblks hblks mapped a b c d e".split()]
+
+mallinfo = ctypes.CDLL(None).mallinfo2
+mallinfo.restype = Counts
+config = VitConfig(image_size=32, patch_size=16, width=64, layers=1, heads=1, embed_dim=16)
+model = ImageEncoder(config, reference.build(config).state_dict(), torch.device("cpu"), torch.float32)
+if sys.argv[1] == "encoded":
+    model.encode_image(torch.zeros(1, 3, 32, 32))
+before = mallinfo().mapped
+block = torch.empty(31 << 20, dtype=torch.uint8)
+print(mallinfo().mapped - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    platform.libc_ver() < ("glibc", "2.33"), reason="needs glibc, which tells since 2.33 what it mapped"
+)
+def test_freed_memory_is_kept() -> None:
+    """A block below the bound comes from the heap, where it stays when it is freed; another is mapped by itself."""
+    mapped = {
+        when: int(
+            subprocess.run([sys.executable, "-c", BOUND, when], check=True, capture_output=True, text=True).stdout
+        )
+        for when in ("encoded", "not yet")
+    }
+    assert mapped["encoded"] == 0
+    assert mapped["not yet"] > 31 * 2**20
