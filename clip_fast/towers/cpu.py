@@ -128,7 +128,7 @@ def keep_freed_memory() -> None:
     The activations of a ViT by AMX are just about so many: for 8 and 20 images of ViT-B/16 that took 8 to 13 per cent
     of the time. Here such a block is freed that no one has written to.
     """
-    torch.empty(_LARGEST_FREED, dtype=torch.uint8)
+    torch.empty(_LARGEST_FREED, dtype=torch.uint8, device="cpu")
 
 
 def can_pack_for_mkl() -> bool:
