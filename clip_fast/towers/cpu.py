@@ -19,7 +19,6 @@ from .reference import QUICK_GELU_SLOPE
 # any number up to 400 rows a third more slowly, on a Xeon without AMX. In between any number of rows is multiplied as
 # fast as by weights that are packed for that number, to 4 %.
 _PACKED_FOR = 320
-_LARGEST_FREED = 2**25 - 2**13  # bytes; with what PyTorch and glibc put around it, it must not be over 32 MiB
 _FEW_ROWS = 64  # Up to so many rows are multiplied faster by half weights as they are, more rows in float32.
 # oneDNN keeps 0.6 MiB for each shape of a weight and number of rows. A tower has products of few rows in its last block
 # alone, one row for each image. Four rows take no longer than one.
@@ -128,7 +127,8 @@ def keep_freed_memory() -> None:
     The activations of a ViT by AMX are just about so many: for 8 and 20 images of ViT-B/16 that took 8 to 13 per cent
     of the time. Here such a block is freed that no one has written to.
     """
-    torch.empty(_LARGEST_FREED, dtype=torch.uint8, device="cpu")
+    around = 2**13  # more than PyTorch and glibc put around a block, which must not be over 32 MiB with that
+    torch.empty(2**25 - around, dtype=torch.uint8, device="cpu")
 
 
 def can_pack_for_mkl() -> bool:

@@ -33,8 +33,9 @@ from .fast import FastTower, Results
 from .precision import Precision
 
 # Images that a CPU computes together. The allocator returns maps of more images to the system after each layer, and
-# their pages are cleared anew for the next: RN50 takes 2 per cent longer for 32, and 5 by AMX. Of large maps there are
-# fewer. Convolutions by AMX are so short that more images pay: eight take a tenth less time than two and two.
+# their pages are cleared anew for the next: by AMX RN50 takes 7 per cent longer for 64 at once, and RN50x4 for 32. Of
+# large maps there are fewer. Convolutions by AMX are so short that more images pay: eight take a tenth less time than
+# two and two.
 _IMAGES = 16
 _IMAGES_OF_LARGE_MAPS, _BY_AMX = 2, 8
 _PIXEL_OFFSET = 128  # a pixel u enters as u − 128, which is exact in every dtype; as in `ops.patch_embed`

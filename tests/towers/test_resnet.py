@@ -109,8 +109,8 @@ def test_more_images_than_are_computed_together(batch: int, in_tiles: bool, monk
     got, wanted = embed(tower, SMALL, images, torch.float32), tower.double()(images.double())
     assert max(map(relative_error, got, wanted)) < 5e-6  # of each row
     assert max(together) == min(batch, 16)
-    large = sum(number <= (8 if in_tiles else 2) for number in together)
-    assert large >= (SMALL.layers[0] + 1) * batch // (8 if in_tiles else 2)
+    few = 8 if in_tiles else 2
+    assert sum(number <= few for number in together) >= (SMALL.layers[0] + 1) * batch // few
 
 
 def with_hostile_statistics(tower: nn.Module) -> nn.Module:
